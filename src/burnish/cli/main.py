@@ -1,0 +1,120 @@
+"""The `burnish` command: reads arguments, hands over to one thin module a command, and turns errors into messages."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import burnish
+from burnish.errors import BurnishError
+from burnish.schema import Kind, known_fields
+
+__all__ = ["build_parser", "main", "split_overrides"]
+
+_FILE_COMMANDS = {
+    "sft": "fine-tune on conversations, prompts with completions, or text",
+    "grpo": "train on rewards: sample groups of completions, score them, follow the better ones",
+    "eval": "measure pass@k on held-out prompts",
+    "pipeline": "run the stages of one file: SFT, GRPO, evaluation, report",
+}
+_FLAGS = frozenset({"--debug", "--help"})
+_OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"
+
+
+class _CommandParser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        command = self.prog.rpartition(" ")[2]
+        if command == "sft" or command == "grpo":
+            self.epilog = f"{_OVERRIDES}\n\n{_field_help(command)}"
+        return super().format_help()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser of every command; builds without torch."""
+    parser = argparse.ArgumentParser(prog="burnish", description=burnish.__doc__)
+    parser.add_argument("--version", action="version", version=f"burnish {burnish.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser)
+    for name, summary in _FILE_COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=_OVERRIDES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("file", metavar="FILE", type=Path, help="a .toml or .yaml run file")
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    summary = "write the HTML report of a finished or running run"
+    report = commands.add_parser("report", help=summary, description=summary)
+    report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
+    report.add_argument("--output", type=Path, help="HTML file to write (default: report.html in RUN_DIR)")
+    report.add_argument("--max-transcripts", type=int, default=5000, help="most transcripts on the page")
+    report.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part a command line into what argparse reads and the overrides of the file.
+
+    Every `--name` that is no flag is an override; without `=` it takes the next word, so that FILE may stand anywhere.
+    """
+    if not words or words[0] not in _FILE_COMMANDS:
+        return list(words), []
+    kept, overrides = [words[0]], list[str]()
+    rest = list(words[1:])
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word in _FLAGS:
+            kept.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return kept, overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after the program's name; None means `sys.argv`.
+
+    Returns:
+        The exit status: 0, 2 for an error of the user's, 130 when interrupted.
+    """
+    words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser().parse_args(words, argparse.Namespace(overrides=overrides))
+    try:
+        import_module(f"burnish.cli.{args.command}").run(args)
+    except BurnishError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"burnish {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nburnish {args.command}: interrupted. {_how_to_continue(args.command)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _how_to_continue(command: str) -> str:
+    if command in ("sft", "grpo"):
+        return "To continue from the last checkpoint, repeat the command with --training.resume_from_checkpoint=true"
+    if command == "pipeline":
+        return "Repeat the command to continue: what is done is not done again."
+    return "Repeat the command to start over."
+
+
+def _field_help(kind: Kind) -> str:
+    lines = ["[training] takes these fields, and those of transformers.TrainingArguments:", ""]
+    for info in known_fields(kind).values():
+        if info.own:
+            text = textwrap.fill(info.help, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += [f"  {info.name}: {info.type} = {info.default!r}", text]
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""Rows to tokens: formats, chat templates, encoding and sources. The only place that tokenizes; needs no torch."""
+
+from burnish.data.chat import DEFAULT_CHAT_TEMPLATE, resolve_chat_template
+from burnish.data.encode import (
+    EncodeStats,
+    encode_rows,
+    preference_group,
+    prompt_group,
+    sft_group,
+    unpaired_group,
+)
+from burnish.data.formats import Format, Kind, detect_format, split_turns, unpair
+from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, load_rows
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "DisjointCounts",
+    "EncodeStats",
+    "Format",
+    "Kind",
+    "as_rows",
+    "check_source",
+    "detect_format",
+    "disjoint",
+    "encode_rows",
+    "load_rows",
+    "preference_group",
+    "prompt_group",
+    "resolve_chat_template",
+    "sft_group",
+    "split_turns",
+    "unpair",
+    "unpaired_group",
+]

@@ -1,0 +1,472 @@
+"""Rows to groups: prompt tokens, completion tokens and loss masks, for every stage.
+
+Boundaries. `prompt_ids` are always the tokens of the prompt alone: what serving sees. Where tokenizing prompt and
+completion jointly keeps them as a prefix, the completion is the rest of the joint tokens; where a merge would cross the
+boundary, the completion is tokenized apart.
+
+BOS. A plain text begins with BOS where the tokenizer adds one, a rendered conversation where the template writes one;
+never twice. EOS ends every plain text and plain completion; in conversations the template ends turns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from burnish.data.chat import chat_spans, render_chat, resolve_chat_template
+from burnish.data.formats import (
+    Format,
+    Kind,
+    Message,
+    detect_format,
+    messages_of,
+    row_template_kwargs,
+    row_tools,
+)
+from burnish.data.tokens import plain_ids, split_ids, tokenize_chat, with_bos, with_eos
+from burnish.errors import ConfigError, DataError
+from burnish.types import Completion, Group
+
+__all__ = ["EncodeStats", "encode_rows", "preference_group", "prompt_group", "sft_group", "unpaired_group"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class EncodeStats:
+    """What encoding did to the rows.
+
+    Attributes:
+        num_rows: rows seen.
+        num_kept: groups made.
+        num_cut_rows: rows with a sequence cut at `max_length`.
+        num_cut_tokens: tokens cut away.
+        num_skipped_rows: rows without a scored token left, and prompts over `max_prompt_length`.
+        num_rerendered_turns: assistant turns whose rendering differs from the one served (see `ChatSpans`).
+    """
+
+    num_rows: int = 0
+    num_kept: int = 0
+    num_cut_rows: int = 0
+    num_cut_tokens: int = 0
+    num_skipped_rows: int = 0
+    num_rerendered_turns: int = 0
+
+
+class _OverlongPromptError(DataError):
+    """A prompt over the limit; `encode_rows` counts it and goes on."""
+
+
+def encode_rows(
+    encoder: Callable[..., Group],
+    rows: Iterable[Mapping[str, Any]],
+    processing_class: Any,
+    *,
+    stats: EncodeStats | None = None,
+    **options: Any,
+) -> list[Group]:
+    """Encode rows, skipping (and counting) those that leave nothing to learn from.
+
+    Args:
+        encoder: `sft_group`, `preference_group`, `unpaired_group` or `prompt_group`.
+        rows: the rows; their place is the group's index.
+        processing_class: tokenizer or processor.
+        stats: counters to add to.
+        options: the encoder's own.
+
+    Raises:
+        DataError: a row that cannot be encoded, no rows, or all rows skipped.
+    """
+    stats = EncodeStats() if stats is None else stats
+    groups: list[Group] = []
+    for index, row in enumerate(rows):
+        stats.num_rows += 1
+        try:
+            group = encoder(row, processing_class, index=index, stats=stats, **options)
+        except _OverlongPromptError:
+            stats.num_skipped_rows += 1
+            continue
+        if all(completion.num_scored_tokens > 0 for completion in group.completions):
+            groups.append(group)
+        else:
+            stats.num_skipped_rows += 1
+    stats.num_kept += len(groups)
+    _report(stats, bool(groups), options)
+    return groups
+
+
+def _report(stats: EncodeStats, any_kept: bool, options: Mapping[str, Any]) -> None:
+    limits = {k: v for k, v in options.items() if k in ("max_length", "max_prompt_length") and v is not None}
+    if not any_kept:
+        raise DataError(
+            f"none of {stats.num_rows} rows has a token to learn from under {limits or 'no limits'}: raise the limits, "
+            "or check that the rows have assistant turns or completions."
+        )
+    if stats.num_cut_rows * 2 > stats.num_rows:
+        logger.warning(
+            "%d of %d rows are cut (%d tokens) under %s: most completions lose their end, and with it the EOS token. "
+            "Raise max_length.",
+            stats.num_cut_rows,
+            stats.num_rows,
+            stats.num_cut_tokens,
+            limits,
+        )
+    if stats.num_skipped_rows:
+        logger.warning("%d of %d rows are skipped under %s.", stats.num_skipped_rows, stats.num_rows, limits)
+
+
+def sft_group(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    max_length: int | None = None,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    chat_template: str | None = None,
+    stats: EncodeStats | None = None,
+) -> Group:
+    """A `text`, `messages` or `prompt` + `completion` row as a group with one completion.
+
+    Text and messages have an empty prompt. Of a conversational completion only assistant turns are scored: tool
+    results and user turns between them are not the model's.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        max_length: most tokens of prompt and completion together; the right end is cut.
+        completion_only_loss: score the completion only; None means yes for prompt-completion rows.
+        assistant_only_loss: score assistant turns only (conversational rows).
+        chat_template: see `resolve_chat_template`.
+        stats: counters to add to.
+
+    Returns:
+        The group; its completion may be left without scored tokens (`encode_rows` skips it then).
+
+    Raises:
+        DataError: the row's format, the template, or a boundary that cannot be made exact.
+        ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
+    """
+    fmt = detect_format(row, stage="sft", index=index)
+    if assistant_only_loss and not fmt.conversational:
+        raise ConfigError(
+            f"assistant_only_loss = True, but row {index} is plain ({' + '.join(fmt.columns)}): use messages, or "
+            "completion_only_loss."
+        )
+    paired = fmt.kind is Kind.PROMPT_COMPLETION
+    if completion_only_loss and not paired:
+        raise ConfigError(
+            f"completion_only_loss = True, but row {index} has no completion column ({fmt.columns[0]}): use "
+            "assistant_only_loss for messages."
+        )
+    chat = _Chat(processing_class, row, index, chat_template) if fmt.conversational else None
+    if chat is None:
+        with _named(index):
+            prompt_ids, completion = _plain_sft(processing_class, row, fmt, completion_only_loss is not False)
+    elif paired and completion_only_loss is not False:
+        prompt_ids, completion = chat.pair(row["prompt"], row["completion"], stats)
+    else:
+        messages = [*row["prompt"], *row["completion"]] if paired else row["messages"]
+        prompt_ids, completion = [], chat.conversation(messages, assistant_only_loss, stats)
+    group = Group(prompt_ids, [completion], dict(row), index)
+    _truncate(group, max_length, stats)
+    return group
+
+
+def _plain_sft(
+    tokenizer: Any, row: Mapping[str, Any], fmt: Format, completion_only: bool
+) -> tuple[list[int], Completion]:
+    if fmt.kind is Kind.LANGUAGE_MODELING:
+        ids = _plain_text(tokenizer, row["text"])
+        return [], Completion(ids, _first_unscored(len(ids)), row["text"])
+    prompt_ids, completion = _plain_pair(tokenizer, row["prompt"], row["completion"])
+    if completion_only:
+        return prompt_ids, completion
+    ids = prompt_ids + completion.token_ids
+    return [], Completion(ids, _first_unscored(len(ids)), completion.text)
+
+
+def unpaired_group(row: Mapping[str, Any], processing_class: Any, *, index: int = 0, **options: Any) -> Group:
+    """A `prompt` + `completion` + `label` row as a group with one completion; the label stays in `Group.row`.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        options: `max_length`, `chat_template`, `stats` of `sft_group`.
+
+    Raises:
+        DataError: as `sft_group`, or a missing or odd label.
+    """
+    detect_format(row, stage="unpaired", index=index)
+    return sft_group(row, processing_class, index=index, **options)
+
+
+def preference_group(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    stats: EncodeStats | None = None,
+) -> Group:
+    """A `chosen` + `rejected` row, with or without `prompt`, as a group of two completions, chosen first.
+
+    The prompt is the same tokens for both. Without a prompt column it is what both begin with: whole messages of
+    conversations, tokens of plain texts.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        max_length: most tokens of the prompt and one completion together; the right end is cut.
+        chat_template: see `resolve_chat_template`.
+        stats: counters to add to.
+
+    Raises:
+        DataError: chosen equals rejected, the format, the template, or a boundary that cannot be made exact.
+        ConfigError: a limit below 1.
+    """
+    fmt = detect_format(row, stage="preference", index=index)
+    if row["chosen"] == row["rejected"]:
+        raise DataError(f"row {index}: chosen equals rejected, so the pair says nothing: drop the row.")
+    if fmt.conversational:
+        prompt_ids, completions = _chat_preference(processing_class, row, index, chat_template, stats)
+    else:
+        with _named(index):
+            prompt_ids, completions = _plain_preference(processing_class, row)
+    group = Group(prompt_ids, completions, dict(row), index)
+    _truncate(group, max_length, stats)
+    return group
+
+
+def _chat_preference(
+    processing_class: Any,
+    row: Mapping[str, Any],
+    index: int,
+    chat_template: str | None,
+    stats: EncodeStats | None,
+) -> tuple[list[int], list[Completion]]:
+    chosen, rejected = messages_of(row["chosen"]), messages_of(row["rejected"])
+    if row.get("prompt") is not None:
+        prompt = messages_of(row["prompt"])
+    else:
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        if shared is None:
+            raise DataError(f"row {index}: one of chosen and rejected only continues the other: give a prompt column.")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise DataError(f"row {index}: chosen and rejected share no first message: give a prompt column.")
+    chat = _Chat(processing_class, row, index, chat_template)
+    pairs = [chat.pair(prompt, completion, stats) for completion in (chosen, rejected)]
+    if pairs[0][0] != pairs[1][0]:
+        raise DataError(
+            f"row {index}: the chat template renders the prompt of chosen and of rejected differently (it rewrites "
+            "earlier turns or opens a reasoning block for one of them): give both the same kind of turns, or set "
+            "chat_template_kwargs."
+        )
+    return pairs[0][0], [completion for _, completion in pairs]
+
+
+def _plain_preference(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[Completion]]:
+    """With a prompt: two completions of it. Without: both texts in full; their common first tokens are the prompt."""
+    if row.get("prompt") is not None:
+        chosen, rejected = (_plain_pair(tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected"))
+        return chosen[0], [chosen[1], rejected[1]]
+    both = [_plain_text(tokenizer, row[name]) for name in ("chosen", "rejected")]
+    shared = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
+    completions = [Completion(both[i][shared:], text=row[name]) for i, name in enumerate(("chosen", "rejected"))]
+    if shared == 0:
+        for completion in completions:
+            completion.loss_mask = _first_unscored(len(completion.token_ids))
+    return both[0][:shared], completions
+
+
+def prompt_group(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    max_prompt_length: int | None = None,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    stats: EncodeStats | None = None,
+) -> Group:
+    """A `prompt` row as a group without completions.
+
+    A conversation ends with the generation prompt; one that ends with an assistant message is left open for the model
+    to continue.
+
+    Args:
+        row: the row; all its columns stay in `Group.row`.
+        processing_class: tokenizer or processor.
+        index: the prompt's identity.
+        max_prompt_length: most tokens; a longer prompt is never cut, for a cut problem is another problem.
+        system_prompt: put before the messages; makes a plain prompt conversational.
+        chat_template: see `resolve_chat_template`.
+        chat_template_kwargs: template variables; the row's own win.
+        stats: counters to add to (unused: a prompt is kept whole or refused).
+
+    Raises:
+        DataError: the format, the template, a second system prompt, or a prompt over the limit.
+    """
+    del stats
+    _check_limit("max_prompt_length", max_prompt_length)
+    fmt = detect_format(row, stage="prompt", index=index)
+    prompt: Any = row["prompt"]
+    if system_prompt is not None:
+        prompt = _with_system(prompt, system_prompt, index)
+    if fmt.conversational or system_prompt is not None:
+        ids = _Chat(processing_class, row, index, chat_template, chat_template_kwargs).prompt(prompt)
+    else:
+        ids = with_bos(processing_class, plain_ids(processing_class, prompt))
+    if max_prompt_length is not None and len(ids) > max_prompt_length:
+        raise _OverlongPromptError(
+            f"row {index}: the prompt has {len(ids)} tokens, max_prompt_length = {max_prompt_length}: raise it, or "
+            "filter the row (encode_rows does, and counts)."
+        )
+    return Group(ids, [], dict(row), index)
+
+
+def _with_system(prompt: Any, system_prompt: str, index: int) -> list[Message]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
+    if messages[0]["role"] == "system":
+        raise DataError(f"row {index} has a system message and system_prompt is set too: unset one of them.")
+    return [{"role": "system", "content": system_prompt}, *messages]
+
+
+class _Chat:
+    """One row's template, tools and variables."""
+
+    def __init__(
+        self,
+        processing_class: Any,
+        row: Mapping[str, Any],
+        index: int,
+        chat_template: str | None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.processing_class = processing_class
+        self.index = index
+        tools = row_tools(row, index)
+        with _named(index):
+            template = resolve_chat_template(chat_template, processing_class, tools=tools)
+        variables = {**(kwargs or {}), **row_template_kwargs(row, index)}
+        self.options: dict[str, Any] = {"template": template, "tools": tools, "kwargs": variables}
+
+    def conversation(self, messages: Any, assistant_only: bool, stats: EncodeStats | None) -> Completion:
+        """A whole conversation as one completion."""
+        messages = messages_of(messages)
+        with _named(self.index):
+            if not assistant_only:
+                ids = tokenize_chat(self.processing_class, self._render(messages), ())[0]
+                return Completion(ids, _first_unscored(len(ids)), _spoken(messages))
+            chat = chat_spans(self.processing_class, messages, **self.options)
+            ids, mask, _ = tokenize_chat(self.processing_class, chat.text, chat.spans)
+        _count_rerendered(stats, chat.rerendered)
+        mask[0] = False
+        return Completion(ids, mask, _spoken(messages))
+
+    def pair(self, prompt: Any, completion: Any, stats: EncodeStats | None) -> tuple[list[int], Completion]:
+        """Prompt tokens, and the completion's tokens up to the last end of turn with its assistant turns scored."""
+        prompt, completion = messages_of(prompt), messages_of(completion)
+        if completion[0]["role"] != "assistant":
+            raise DataError(
+                f"row {self.index}: a completion must begin with an assistant message, this one begins with "
+                f"{completion[0]['role']!r}: move the messages before it to the prompt."
+            )
+        if prompt[-1]["role"] == "assistant":
+            raise DataError(
+                f"row {self.index}: the prompt ends with an assistant message: merge it with the completion's first."
+            )
+        with _named(self.index):
+            chat = chat_spans(self.processing_class, [*prompt, *completion], first_turn=len(prompt), **self.options)
+            first, last = chat.spans[0][0], chat.spans[-1][1]
+            ids, mask, num_prompt = tokenize_chat(self.processing_class, chat.text[:last], chat.spans, boundary=first)
+        _count_rerendered(stats, chat.rerendered)
+        scored = mask[num_prompt:]
+        return ids[:num_prompt], Completion(ids[num_prompt:], None if all(scored) else scored, _spoken(completion))
+
+    def prompt(self, messages: Any) -> list[int]:
+        """A prompt for generation."""
+        messages = messages_of(messages)
+        open_turn = messages[-1]["role"] == "assistant"
+        with _named(self.index):
+            text = self._render(messages, prompt=True, open_turn=open_turn)
+            return tokenize_chat(self.processing_class, text, ())[0]
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False, open_turn: bool = False) -> str:
+        return render_chat(
+            self.processing_class,
+            messages,
+            add_generation_prompt=prompt and not open_turn,
+            continue_final_message=prompt and open_turn,
+            **self.options,
+        )
+
+
+@contextmanager
+def _named(index: int) -> Generator[None]:
+    """Name the row in errors of the layers that do not know it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"row {index}: {error}") from error
+
+
+def _spoken(messages: Sequence[Message]) -> str:
+    """What the assistant says in the messages, as text."""
+    said = (message.get("content") for message in messages if message["role"] == "assistant")
+    return "\n".join(text if isinstance(text, str) else _block_text(text) for text in said if text)
+
+
+def _block_text(blocks: Any) -> str:
+    return "".join(str(block.get("text", "")) for block in cast("Sequence[Mapping[str, Any]]", blocks))
+
+
+def _plain_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], Completion]:
+    """Tokens of a plain prompt and its completion, BOS and EOS included."""
+    head, rest = split_ids(tokenizer, prompt, completion)
+    return with_bos(tokenizer, head), Completion(with_eos(tokenizer, rest), text=completion)
+
+
+def _plain_text(tokenizer: Any, text: str) -> list[int]:
+    return with_eos(tokenizer, with_bos(tokenizer, plain_ids(tokenizer, text)))
+
+
+def _first_unscored(num_tokens: int) -> list[bool]:
+    """All tokens but the first: nothing predicts it."""
+    return [place > 0 for place in range(num_tokens)]
+
+
+def _count_rerendered(stats: EncodeStats | None, num_turns: int) -> None:
+    if stats is not None:
+        stats.num_rerendered_turns += num_turns
+
+
+def _check_limit(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} = {value}: use a positive number of tokens, or None for no limit.")
+
+
+def _truncate(group: Group, max_length: int | None, stats: EncodeStats | None) -> None:
+    """Cut every sequence of a group at `max_length` tokens, and count."""
+    _check_limit("max_length", max_length)
+    if max_length is None:
+        return
+    total = group.num_tokens
+    group.prompt_ids = group.prompt_ids[:max_length]
+    room = max_length - len(group.prompt_ids)
+    for completion in group.completions:
+        completion.token_ids = completion.token_ids[:room]
+        if completion.loss_mask is not None:
+            completion.loss_mask = completion.loss_mask[:room]
+    if stats is not None and group.num_tokens < total:
+        stats.num_cut_rows += 1
+        stats.num_cut_tokens += total - group.num_tokens

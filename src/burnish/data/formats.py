@@ -1,0 +1,235 @@
+"""Data set row formats: which kind a row is, what its columns mean, and what to say when it fits nothing.
+
+Kinds and columns are those of TRL: `text` or `messages`; `prompt` + `completion`; `prompt`; `chosen` + `rejected` with
+or without `prompt`; `prompt` + `completion` + `label`. A value is a string (plain) or a list of
+messages (conversational).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeAlias, cast
+
+from burnish.errors import ConfigError, DataError
+
+__all__ = [
+    "Format",
+    "Kind",
+    "Message",
+    "detect_format",
+    "messages_of",
+    "row_template_kwargs",
+    "row_tools",
+    "split_turns",
+    "unpair",
+]
+
+Message: TypeAlias = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """What a row holds."""
+
+    LANGUAGE_MODELING = "language_modeling"
+    PROMPT_COMPLETION = "prompt_completion"
+    PROMPT_ONLY = "prompt_only"
+    PREFERENCE = "preference"
+    UNPAIRED = "unpaired"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The format of a row.
+
+    Attributes:
+        kind: what the row holds.
+        conversational: True where the values are lists of messages, False where they are strings.
+        columns: the columns that hold text, prompt first.
+    """
+
+    kind: Kind
+    conversational: bool
+    columns: tuple[str, ...]
+
+
+# Most specific first: a row with a label is unpaired even though it also has a prompt and a completion.
+_FAMILIES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
+    (Kind.UNPAIRED, ("prompt", "completion", "label")),
+    (Kind.PREFERENCE, ("chosen", "rejected")),
+    (Kind.PROMPT_COMPLETION, ("prompt", "completion")),
+    (Kind.LANGUAGE_MODELING, ("messages",)),
+    (Kind.LANGUAGE_MODELING, ("text",)),
+    (Kind.PROMPT_ONLY, ("prompt",)),
+)
+
+_STAGES: dict[str, tuple[Kind, ...]] = {
+    "preference": (Kind.PREFERENCE,),
+    "prompt": (Kind.PROMPT_ONLY,),
+    "sft": (Kind.PROMPT_COMPLETION, Kind.LANGUAGE_MODELING),
+    "unpaired": (Kind.UNPAIRED,),
+}
+
+
+def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: int = 0) -> Format:
+    """The format of a row, checked.
+
+    Args:
+        row: columns by name; a column that is None counts as missing (Arrow fills with None).
+        stage: "sft", "preference", "unpaired" or "prompt": only its formats are accepted, other columns are left to
+            rewards and metrics; None takes the most specific format.
+        index: the row's place, for messages.
+
+    Raises:
+        DataError: columns missing, ambiguous, of mixed type, or empty.
+        ConfigError: no such stage.
+    """
+    if stage is not None and stage not in _STAGES:
+        raise ConfigError(f"stage = {stage!r}: use one of {', '.join(sorted(_STAGES))}.")
+    present = {name for name, value in row.items() if value is not None}
+    families = [f for f in _FAMILIES if (stage is None or f[0] in _STAGES[stage]) and present.issuperset(f[1])]
+    if not families:
+        allowed = [f for f in _FAMILIES if stage is None or f[0] in _STAGES[stage]]
+        needed = " | ".join(" + ".join(columns) for _, columns in allowed)
+        who = "burnish" if stage is None else f"stage {stage!r}"
+        raise DataError(
+            f"row {index} has the columns {sorted(present)}; {who} needs {needed}. Rename columns, or drop the row."
+        )
+    kind, columns = families[0]
+    rivals = [other for _, other in families[1:] if not set(other) <= set(columns)]
+    if stage is None:  # a prompt-only reading of a row that also has messages says nothing about the row
+        rivals = [other for other in rivals if other != ("prompt",)]
+    if rivals:
+        choices = " or ".join(" + ".join(c) for c in (columns, *rivals))
+        raise DataError(f"row {index} fits more than one format ({choices}): drop the columns that you do not mean.")
+    texts = tuple(name for name in columns if name != "label")
+    if kind is Kind.PREFERENCE and "prompt" in present:
+        texts = ("prompt", *texts)
+    conversational = _check_values(row, texts, index)
+    if kind is Kind.UNPAIRED and row["label"] not in (True, False):
+        raise DataError(f"row {index}: label = {row['label']!r}: use true (good) or false (bad).")
+    return Format(kind, conversational, texts)
+
+
+def _check_values(row: Mapping[str, Any], columns: Sequence[str], index: int) -> bool:
+    """Whether the columns are conversational; all must agree."""
+    found = {name: _is_conversation(row[name], name, index) for name in columns}
+    if len(set(found.values())) > 1:
+        shapes = ", ".join(f"{name} is {'messages' if chat else 'a string'}" for name, chat in found.items())
+        raise DataError(f"row {index} mixes plain and conversational columns ({shapes}): use one kind for all of them.")
+    return next(iter(found.values()))
+
+
+def _is_conversation(value: Any, name: str, index: int) -> bool:
+    if isinstance(value, str):
+        if not value and name in ("text", "prompt"):
+            raise DataError(f"row {index}: {name} is empty: drop the row.")
+        return False
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"row {index}: {name} = {_short(value)}: use a string, or a non-empty list of messages "
+            '[{"role": "user", "content": "..."}].'
+        )
+    for message in cast("list[Any]", value):
+        if not isinstance(message, Mapping) or not isinstance(cast("Mapping[str, Any]", message).get("role"), str):
+            raise DataError(
+                f"row {index}: {name} holds {_short(message)}, which is not a message: each needs a role and a content "
+                '({"role": "user", "content": "..."}).'
+            )
+    return True
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def row_tools(row: Mapping[str, Any], index: int = 0) -> list[dict[str, Any]] | None:
+    """The `tools` column: JSON schemas as a list, or that list as a JSON string; None where there are none.
+
+    Raises:
+        DataError: not a list of schemas.
+    """
+    tools = _parsed(row.get("tools"), "tools", index)
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"row {index}: tools = {_short(tools)}: use a list of JSON schemas.")
+    schemas = [_parsed(tool, "tools", index) for tool in cast("list[Any]", tools)]
+    if not all(isinstance(schema, dict) for schema in schemas):
+        raise DataError(f"row {index}: tools = {_short(tools)}: each tool must be a JSON schema (an object).")
+    return [_without_none(schema) for schema in schemas]
+
+
+def row_template_kwargs(row: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
+    """The `chat_template_kwargs` column: variables of the chat template for this row; empty where there are none.
+
+    Raises:
+        DataError: not a mapping.
+    """
+    kwargs = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", index)
+    if kwargs is None:
+        return {}
+    if not isinstance(kwargs, Mapping):
+        raise DataError(f"row {index}: chat_template_kwargs = {_short(kwargs)}: use a mapping of template variables.")
+    return {str(k): v for k, v in cast("Mapping[Any, Any]", kwargs).items() if v is not None}
+
+
+def _parsed(value: Any, name: str, index: int) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DataError(f"row {index}: {name} = {_short(value)} is not JSON ({error}).") from error
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow gives every struct of a column the same keys and fills with None; templates would print them."""
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in cast("Mapping[Any, Any]", value).items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in cast("list[Any]", value)]
+    return value
+
+
+def messages_of(value: Any) -> list[Message]:
+    """A conversational column as a fresh list of messages without the keys that Arrow filled with None."""
+    return [_without_none(message) for message in value]
+
+
+def split_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A `messages` row as one `prompt` + `completion` row for each assistant turn.
+
+    Each turn is then trained on exactly as it is served, also with templates that strip earlier reasoning.
+
+    Raises:
+        DataError: no `messages` column.
+    """
+    if not isinstance(row.get("messages"), list):
+        raise DataError(f"split_turns needs a messages column; the row has {sorted(row)}.")
+    messages = messages_of(row["messages"])
+    rest = {k: v for k, v in row.items() if k != "messages"}
+    return [
+        {**rest, "prompt": messages[:i], "completion": [message]}
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and i > 0
+    ]
+
+
+def unpair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A `prompt` + `chosen` + `rejected` row as two rows with a `label`: True (chosen), then False (rejected).
+
+    Raises:
+        DataError: a column is missing.
+    """
+    missing = {"prompt", "chosen", "rejected"} - row.keys()
+    if missing:
+        raise DataError(f"unpair needs prompt, chosen and rejected; the row lacks {sorted(missing)}.")
+    rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+    return [
+        {**rest, "completion": row["chosen"], "label": True},
+        {**rest, "completion": row["rejected"], "label": False},
+    ]

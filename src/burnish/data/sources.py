@@ -1,0 +1,366 @@
+"""Where rows come from: files, saved data sets, procedural tasks, mixes of them; and keeping evaluation held out."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, TypeAlias, cast
+
+from burnish.data.formats import messages_of
+from burnish.errors import ConfigError, DataError
+
+__all__ = ["DisjointCounts", "as_rows", "check_source", "disjoint", "load_rows"]
+
+Row: TypeAlias = dict[str, Any]
+
+_COMMON = frozenset({"columns", "limit", "prompt_template", "system_prompt"})
+_FILE_KEYS = frozenset({"path", "split"}) | _COMMON
+_GYM_KEYS = frozenset({"options", "seed", "size", "source", "task"}) | _COMMON
+_MIX_KEYS = frozenset({"mix"}) | _COMMON
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "columns": Mapping,
+    "limit": int,
+    "mix": Sequence,
+    "options": Mapping,
+    "path": (str, Path),
+    "prompt_template": str,
+    "seed": int,
+    "size": int,
+    "source": str,
+    "split": str,
+    "system_prompt": str,
+    "task": str,
+}
+
+
+def check_source(spec: Mapping[str, Any], field: str = "data") -> None:
+    """Check a source's keys and values without loading anything.
+
+    Args:
+        spec: `{path, split}`, `{source = "reasoning_gym", task, size, seed, options}` or `{mix = [spec, ...]}`; each
+            may have `columns` (old name -> new name), `limit`, `system_prompt` and `prompt_template`.
+        field: what to call it in messages.
+
+    Raises:
+        ConfigError: an unknown, missing or ill-typed key.
+    """
+    kinds = [key for key in ("path", "source", "mix") if key in spec]
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"{field} has the keys {sorted(spec)}: give exactly one of path (a file), source (a generator) and mix."
+        )
+    kind = kinds[0]
+    known = {"path": _FILE_KEYS, "source": _GYM_KEYS, "mix": _MIX_KEYS}[kind]
+    unknown = sorted(set(spec) - known)
+    if unknown:
+        raise ConfigError(f"{field}.{unknown[0]} is unknown: a source with {kind} takes {', '.join(sorted(known))}.")
+    for key, value in spec.items():
+        expected = _TYPES[key]
+        if not isinstance(value, expected) or isinstance(value, bool) or (key == "mix" and isinstance(value, str)):
+            names = expected if isinstance(expected, tuple) else (expected,)
+            raise ConfigError(f"{field}.{key} = {value!r}: use a {' or '.join(t.__name__ for t in names)}.")
+    _check_values(spec, kind, field)
+    for i, part in enumerate(spec.get("mix", ())):
+        if not isinstance(part, Mapping):
+            raise ConfigError(f"{field}.mix[{i}] = {part!r}: use a source, such as {{path = 'train.jsonl'}}.")
+        check_source(cast("Mapping[str, Any]", part), f"{field}.mix[{i}]")
+
+
+def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
+    for key in ("size", "limit"):
+        if key in spec and spec[key] < 1:
+            raise ConfigError(f"{field}.{key} = {spec[key]}: use a positive number of rows.")
+    if kind == "source" and spec["source"] != "reasoning_gym":
+        raise ConfigError(f"{field}.source = {spec['source']!r}: use 'reasoning_gym'; for files give path.")
+    if kind == "source":
+        for key in ("task", "size"):
+            if key not in spec:
+                raise ConfigError(f"{field}.{key} is missing: a reasoning_gym source needs task and size.")
+    if kind == "mix" and not spec["mix"]:
+        raise ConfigError(f"{field}.mix is empty: list at least one source.")
+    template = spec.get("prompt_template")
+    if template is not None:
+        _check_template(template, f"{field}.prompt_template")
+
+
+def _check_template(template: str, field: str) -> None:
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ConfigError(f"{field} = {template!r}: {error}; write literal braces as {{{{ and }}}}.") from error
+    if set(names) != {"prompt"}:
+        raise ConfigError(
+            f"{field} = {template!r} has the places {sorted(set(names))}: it needs {{prompt}} and nothing else; write "
+            "literal braces as {{ and }}."
+        )
+
+
+def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
+    """Rows of a source.
+
+    Args:
+        spec: see `check_source`. A path is a .jsonl, .json, .csv or .parquet file, a glob of them, or a directory
+            written by `datasets`' `save_to_disk`. A task row has `prompt` (one user message), `answer`, `gym_task` and
+            `gym_entry` (the whole entry as JSON, for the verifier).
+        field: what to call it in messages.
+
+    Raises:
+        ConfigError: a bad spec, a missing file, an unknown task or task option.
+        DataError: a file that cannot be parsed, or without rows.
+    """
+    check_source(spec, field)
+    if "mix" in spec:
+        rows = [row for i, part in enumerate(spec["mix"]) for row in load_rows(part, f"{field}.mix[{i}]")]
+    elif "source" in spec:
+        rows = _gym_rows(spec, field)
+    else:
+        rows = _path_rows(str(spec["path"]), spec.get("split"), field)
+    rows = rows[: spec.get("limit")]
+    if not rows:
+        raise DataError(f"{field}: {dict(spec)!r} has no rows.")
+    return [_shaped(row, spec, field, index) for index, row in enumerate(rows)]
+
+
+def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
+    """A row with its columns renamed, its prompt put in the template and the system prompt in front."""
+    for old, new in spec.get("columns", {}).items():
+        if old not in row:
+            raise DataError(f"{field}.columns: row {index} has no column {old!r}; it has {sorted(row)}.")
+        if new in row and new != old:
+            raise DataError(f"{field}.columns: row {index} already has a column {new!r}; rename that one too.")
+        row = {(new if name == old else name): value for name, value in row.items()}
+    template, system = spec.get("prompt_template"), spec.get("system_prompt")
+    if template is None and system is None:
+        return row
+    if row.get("prompt") is None:
+        raise DataError(
+            f"{field}: row {index} has no prompt for prompt_template or system_prompt; it has {sorted(row)}."
+        )
+    prompt: Any = row["prompt"]
+    if template is not None:
+        prompt = _filled(prompt, template, field, index)
+    if system is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
+        if messages[0]["role"] == "system":
+            raise DataError(f"{field}: row {index} has a system message and system_prompt is set too: unset one.")
+        row = _as_chat(row)
+        prompt = [{"role": "system", "content": system}, *messages]
+    return {**row, "prompt": prompt}
+
+
+def _as_chat(row: Row) -> Row:
+    """A system prompt makes a row conversational: its plain completions become assistant messages."""
+    names = [name for name in ("completion", "chosen", "rejected") if isinstance(row.get(name), str)]
+    return {**row, **{name: [{"role": "assistant", "content": row[name]}] for name in names}}
+
+
+def _filled(prompt: Any, template: str, field: str, index: int) -> Any:
+    if isinstance(prompt, str):
+        return template.format(prompt=prompt)
+    messages = messages_of(prompt)
+    users = [i for i, m in enumerate(messages) if m["role"] == "user" and isinstance(m.get("content"), str)]
+    if not users:
+        raise DataError(f"{field}: row {index} has no user message with text for prompt_template.")
+    last = messages[users[-1]]
+    messages[users[-1]] = {**last, "content": template.format(prompt=last["content"])}
+    return messages
+
+
+def _path_rows(path: str, split: str | None, field: str) -> list[Row]:
+    if Path(path).is_dir():
+        return _saved_rows(path, split, field)
+    if split is not None:
+        raise ConfigError(f"{field}.split = {split!r}: only a directory saved by datasets has splits, not {path!r}.")
+    files = sorted(glob.glob(path, recursive=True)) if not Path(path).is_file() else [path]
+    if not files:
+        raise ConfigError(f"{field}.path = {path!r}: no such file; check it, or give a glob that matches.")
+    rows: list[Row] = []
+    for name in files:
+        reader = _READERS.get(Path(name).suffix)
+        if reader is None:
+            raise ConfigError(f"{field}.path = {name!r}: use one of {', '.join(sorted(_READERS))}.")
+        rows += reader(Path(name))
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                rows.append(_object(_json(line, f"{path}:{number}"), f"{path}:{number}"))
+    return rows
+
+
+def _read_json(path: Path) -> list[Row]:
+    value = _json(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(value, list):
+        raise DataError(f"{path}: the file holds a {type(value).__name__}: use a list of objects, or .jsonl.")
+    return [_object(item, f"{path}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON: {error}.") from error
+
+
+def _object(value: Any, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{place} is a {type(value).__name__}: each row must be an object.")
+    return cast("Row", value)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[Row] = []
+        for number, row in enumerate(csv.DictReader(file, strict=True), start=2):
+            if None in row or None in row.values():
+                raise DataError(f"{path}: row {number} has more or fewer cells than the header.")
+            rows.append(dict(row))
+        return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow.parquet as parquet
+
+    read: Any = cast("Any", parquet).read_table
+    return cast("list[Row]", read(path).to_pylist())
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".csv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
+    import datasets
+
+    try:
+        saved: Any = cast("Any", datasets).load_from_disk(path)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{field}.path = {path!r} is a directory, but not one saved by datasets: give a file or a glob."
+        ) from error
+    if isinstance(saved, Mapping):
+        splits = sorted(cast("Mapping[str, Any]", saved))
+        if split not in splits:
+            raise ConfigError(f"{field}.split = {split!r}: the data set has the splits {', '.join(splits)}.")
+        saved = saved[split]
+    elif split is not None:
+        raise ConfigError(f"{field}.split = {split!r}: the saved data set has no splits; drop split.")
+    return [dict(row) for row in saved]
+
+
+def _gym_rows(spec: Mapping[str, Any], field: str) -> list[Row]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigError(f"{field}.source = 'reasoning_gym' needs the package: pip install reasoning-gym.") from error
+    task, options = spec["task"], dict(spec.get("options", {}))
+    try:
+        entries: Any = cast("Any", reasoning_gym).create_dataset(
+            task, size=spec["size"], seed=spec.get("seed", 0), **options
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{field}: reasoning_gym refuses task = {task!r}, options = {options!r}: {error}.") from error
+    return [
+        {
+            "prompt": [{"role": "user", "content": entry["question"]}],
+            "answer": str(entry["answer"]),
+            "gym_task": task,
+            "gym_entry": json.dumps(entry, default=str),
+        }
+        for entry in entries
+    ]
+
+
+def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
+    """Rows of whatever a trainer was given: a list, a `datasets` data set (map or iterable), or a source spec.
+
+    Args:
+        data: data sets and lists are returned unchanged; a mapping is loaded as a spec.
+        field: what to call it in messages.
+
+    Raises:
+        ConfigError: none of these, or a set of splits.
+    """
+    if isinstance(data, Mapping):
+        values = list(cast("Mapping[Any, Any]", data).values())
+        if values and all(hasattr(value, "column_names") for value in values):
+            raise ConfigError(f"{field} is a set of splits {sorted(map(str, data))}: pass one, such as data['train'].")
+        return load_rows(cast("Mapping[str, Any]", data), field)
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise ConfigError(f"{field} = {data!r}: use a list of rows, a data set, or a source such as {{path = ...}}.")
+    return cast("Iterable[Mapping[str, Any]]", data)
+
+
+@dataclass(frozen=True, slots=True)
+class DisjointCounts:
+    """What `disjoint` did: rows kept, rows dropped because evaluation has them, and repeats dropped."""
+
+    num_kept: int
+    num_in_evaluation: int
+    num_repeated: int
+
+
+def disjoint(
+    train: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]]
+) -> tuple[list[Row], DisjointCounts]:
+    """Training rows whose prompt is neither in the evaluation rows nor an earlier training row's.
+
+    Prompts are compared without system messages and with runs of white space made one space, so that the same problem
+    under another system prompt counts as the same.
+
+    Args:
+        train: rows to choose from; their order is kept.
+        evaluation: rows to hold out.
+
+    Raises:
+        DataError: a row without a prompt, or nothing left to train on.
+    """
+    held = {_prompt_key(row, i) for i, row in enumerate(evaluation)}
+    seen: set[tuple[tuple[str, str], ...]] = set()
+    kept: list[Row] = []
+    num_held = num_repeated = 0
+    for index, row in enumerate(train):
+        key = _prompt_key(row, index)
+        if key in held:
+            num_held += 1
+        elif key in seen:
+            num_repeated += 1
+        else:
+            seen.add(key)
+            kept.append(dict(row))
+    if not kept:
+        raise DataError("every training prompt is also an evaluation prompt: use another seed, or more training rows.")
+    return kept, DisjointCounts(len(kept), num_held, num_repeated)
+
+
+def _prompt_key(row: Mapping[str, Any], index: int) -> tuple[tuple[str, str], ...]:
+    """What a row asks: its prompt, else the messages before the first answer, else the text."""
+    value: Any = next((row[name] for name in ("prompt", "messages", "text") if row.get(name) is not None), None)
+    if value is None:
+        raise DataError(f"row {index} has the columns {sorted(row)}: comparing prompts needs prompt, messages or text.")
+    if isinstance(value, str):
+        return (("user", _squeezed(value)),)
+    key: list[tuple[str, str]] = []
+    for message in messages_of(value):
+        if message["role"] == "assistant" and row.get("prompt") is None:
+            break
+        if message["role"] != "system":
+            key.append((message["role"], _squeezed(message.get("content"))))
+    return tuple(key)
+
+
+def _squeezed(content: Any) -> str:
+    return " ".join((content if isinstance(content, str) else json.dumps(content, sort_keys=True)).split())

@@ -1,0 +1,150 @@
+"""Text to tokens, with exact edges.
+
+A mask is given as character spans and mapped to tokens by offsets; a token that would straddle the edge of a span is
+cut there by tokenizing the two sides apart, as serving does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from burnish.errors import DataError
+
+__all__ = ["inner_tokenizer", "plain_ids", "split_ids", "tokenize_chat", "with_bos", "with_eos"]
+
+
+def inner_tokenizer(processing_class: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def plain_ids(processing_class: Any, text: str) -> list[int]:
+    """Tokens of a text, nothing added."""
+    return list(inner_tokenizer(processing_class)(text, add_special_tokens=False)["input_ids"])
+
+
+def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Tokens of a plain prompt, and of the completion that follows it.
+
+    Raises:
+        DataError: a merge crosses the boundary and the completion cannot be tokenized apart.
+    """
+    tokenizer = inner_tokenizer(processing_class)
+    head, joint = plain_ids(tokenizer, prompt), plain_ids(tokenizer, prompt + completion)
+    if joint[: len(head)] == head:
+        return head, joint[len(head) :]
+    return head, _piece_ids(tokenizer, head, completion, _decode(tokenizer, joint))[0]
+
+
+def with_bos(processing_class: Any, ids: list[int]) -> list[int]:
+    """One BOS in front where the tokenizer adds one, or the text begins with it."""
+    tokenizer = inner_tokenizer(processing_class)
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    while ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    adds_bos = list(tokenizer("")["input_ids"])[:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def with_eos(processing_class: Any, ids: list[int]) -> list[int]:
+    """EOS at the end, once.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
+    eos = inner_tokenizer(processing_class).eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no eos_token, so no completion could end: set one.")
+    return ids if ids[-1:] == [eos] else [*ids, int(eos)]
+
+
+def tokenize_chat(
+    processing_class: Any, text: str, spans: Sequence[tuple[int, int]], *, boundary: int | None = None
+) -> tuple[list[int], list[bool], int]:
+    """Tokens of a rendered conversation, which of them lie in the spans, and how many precede the boundary.
+
+    Args:
+        processing_class: a fast tokenizer, or a processor that has one.
+        text: the full rendering; the template writes BOS, the tokenizer adds nothing.
+        spans: [start, end) characters, ascending.
+        boundary: a character where the prompt ends: the tokens before it are those of the prompt alone.
+
+    Returns:
+        [T] token ids, [T] mask, number of tokens before `boundary` (0 without one).
+
+    Raises:
+        DataError: the tokenizer gives no offsets, or a token across an edge cannot be cut.
+    """
+    tokenizer = inner_tokenizer(processing_class)
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"{type(tokenizer).__name__} gives no character offsets: exact masks need a fast tokenizer.")
+    ids, starts, ends = _encode(tokenizer, text)
+    edges = {edge for span in spans for edge in span if 0 < edge < len(text)}
+    cuts = {edge for edge in edges if any(s < edge < e for s, e in zip(starts, ends, strict=True))}
+    if boundary:
+        cuts |= _boundary_cut(tokenizer, text, boundary, ids, starts)
+    if cuts:
+        ids, starts = _encode_pieces(tokenizer, text, sorted(cuts), ids)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the template writes BOS and so does the first message
+        ids, starts = ids[1:], starts[1:]
+    lows = [low for low, _ in spans]
+    mask = [(k := bisect_right(lows, start)) > 0 and start < spans[k - 1][1] for start in starts]
+    return ids, mask, sum(start < boundary for start in starts) if boundary else 0
+
+
+def _boundary_cut(tokenizer: Any, text: str, boundary: int, ids: list[int], starts: list[int]) -> set[int]:
+    prompt = _encode(tokenizer, text[:boundary])[0]
+    num_before = sum(start < boundary for start in starts)
+    return set() if prompt == ids[:num_before] else {boundary}
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Ids, first and last-plus-one character of each; a space trimmed from the offsets goes to the token after it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts: list[int] = []
+    ends: list[int] = []
+    previous = 0
+    for start, end in encoded["offset_mapping"]:
+        starts.append(min(start, previous))
+        ends.append(max(end, previous))
+        previous = max(previous, end)
+    return list(encoded["input_ids"]), starts, ends
+
+
+def _encode_pieces(tokenizer: Any, text: str, cuts: list[int], joint: list[int]) -> tuple[list[int], list[int]]:
+    """Tokenize the pieces between cuts apart; together they must still spell the text."""
+    ids: list[int] = []
+    starts: list[int] = []
+    edges = [0, *cuts, len(text)]
+    for low, high in pairwise(edges):
+        want = _decode(tokenizer, _encode(tokenizer, text[:high])[0]) if high < len(text) else _decode(tokenizer, joint)
+        piece, places = _piece_ids(tokenizer, ids, text[low:high], want)
+        ids += piece
+        starts += [low + place for place in places]
+    return ids, starts
+
+
+def _piece_ids(tokenizer: Any, head: list[int], piece: str, want: str) -> tuple[list[int], list[int]]:
+    """Tokens (and places) of a piece of text that follows `head`, such that both together decode to `want`.
+
+    Tokenizers of the SentencePiece kind put a space before a text: behind a line break they do not.
+    """
+    for anchor in ("", "\n") if head else ("",):
+        ids, starts, _ = _encode(tokenizer, anchor + piece)
+        skip = sum(start < len(anchor) for start in starts)
+        if _decode(tokenizer, head + ids[skip:]) == want:
+            return ids[skip:], [start - len(anchor) for start in starts[skip:]]
+    raise DataError(
+        f"one token spans the edge before {piece[:20]!r} and the tokenizer cannot cut it there: move the edge to a "
+        "word's start (a space belongs to the completion, not to the prompt's end)."
+    )
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,45 @@
+"""The exception tree.
+
+Every error that a user can cause is a :class:`BurnishError` whose message names the field, the value received and the
+fix. Each class also inherits the standard exception of its kind, so `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BurnishError",
+    "CheckFailed",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "ModelError",
+    "RewardError",
+]
+
+
+class BurnishError(Exception):
+    """Base of every error that burnish raises on purpose."""
+
+
+class ConfigError(BurnishError, ValueError):
+    """A configuration field is unknown, has a bad value, or contradicts another field."""
+
+
+class DataError(BurnishError, ValueError):
+    """A data set or one of its rows cannot be turned into a prompt and its completions."""
+
+
+class ModelError(BurnishError, ValueError):
+    """A model cannot be loaded, or cannot serve what was asked of it."""
+
+
+class RewardError(BurnishError, ValueError):
+    """A reward function is unusable (a failure on one completion is data, not an error)."""
+
+
+class EngineError(BurnishError, RuntimeError):
+    """A rollout engine failed or was asked for something it cannot do."""
+
+
+class CheckFailed(BurnishError, RuntimeError):
+    """A run-time check against silent failure fired (sampler and trainer apart, NaN, stale weights...)."""

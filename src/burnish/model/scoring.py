@@ -1,0 +1,225 @@
+"""The one scoring path: log-probabilities and entropies of the scored tokens of a packed batch.
+
+`prepare_for_scoring(model)` teaches a causal language model's own `forward` one more argument, `scoring=`. With it the
+forward runs the decoder under prefix attention, gathers the hidden states that predict scored tokens, and lets the
+output embedding turn them into log-probabilities tile by tile. Everything happens inside the forward of the (possibly
+wrapped) model, so data-parallel and sharding wrappers see an ordinary call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from burnish.errors import CheckFailed, ModelError
+from burnish.model.attention import install, use_layout
+from burnish.model.head import HeadSpec, head_logprobs, head_spec
+from burnish.model.prefix import PrefixLayout
+from burnish.model.support import supports_prefix
+from burnish.packing import to_row
+from burnish.types import PackedBatch
+
+__all__ = ["Scores", "ScoringRequest", "causal_lm", "eval_mode", "prepare_for_scoring", "score"]
+
+logger = logging.getLogger(__name__)
+
+
+class Scores(NamedTuple):
+    """What scoring returns.
+
+    Attributes:
+        logprobs: [N] log-probabilities in nats, fp32.
+        entropy: [N] entropy of each predicting distribution in nats, or None where it was not asked for.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringRequest:
+    """What the model's forward is asked to score (see `score`)."""
+
+    layout: PrefixLayout | None
+    score_index: torch.Tensor
+    target_ids: torch.Tensor
+    temperature: float
+    with_entropy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    prefix: bool
+    fused: bool
+    spec: HeadSpec
+
+
+def causal_lm(model: torch.nn.Module) -> Any:
+    """The transformers model inside PEFT and distributed wrappers."""
+    while hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
+        model = model.module
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Generator[None]:
+    """Run in evaluation mode and give every module its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def prepare_for_scoring(model: torch.nn.Module) -> None:
+    """Make `score` work on a model: decide by numeric probes what it supports, once.
+
+    Models that prefix attention cannot serve (state-space layers, say) are scored on one padded row per completion, and
+    models whose logits are not a plain function of their output embedding without tiling; either is said once in the log.
+    Call it again after the output embedding was replaced (LoRA on the head).
+    """
+    lm = causal_lm(model)
+    if lm.get_output_embeddings() is None or not hasattr(lm, lm.base_model_prefix):
+        raise ModelError(f"{type(lm).__name__} has no output embedding: pass a causal language model.")
+    support = supports_prefix(lm)
+    if support.ok:
+        install(lm)
+    else:
+        logger.warning("%s runs one row per completion: %s", type(lm).__name__, support.reason)
+    spec = head_spec(lm.config)
+    lm.forward = MethodType(_scoring_forward, lm)
+    lm._burnish_scoring = _Setup(prefix=support.ok, fused=True, spec=spec)
+    difference = _probe_head(lm)
+    if difference is not None:
+        logger.warning(
+            "%s: the tiled head differs from the model's own logits by %.2g nats, so the full logits are used: memory "
+            "grows with tokens times vocabulary.",
+            type(lm).__name__,
+            difference,
+        )
+        lm._burnish_scoring = _Setup(prefix=support.ok, fused=False, spec=spec)
+
+
+@torch.no_grad()
+def _probe_head(lm: Any) -> float | None:
+    """Largest difference between tiled and plain log-probabilities on a short row, or None where they agree."""
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    device = lm.get_input_embeddings().weight.device
+    ids = (torch.arange(8, device=device) * 7919 + 11)[None] % vocabulary
+    targets = ids[0, 1:]
+    with eval_mode(lm):
+        logits = type(lm).forward(lm, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        plain = logits[0, :-1].float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        request = ScoringRequest(None, torch.arange(7, device=device), targets, 1.0, False)
+        tiled = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, scoring=request)[0].float()
+    difference = float((plain - tiled).abs().max())
+    # The model rounds its logits to its dtype, the tiled head does not: a bf16 logit of 20 is known to 0.06.
+    bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
+    return difference if not difference <= bound else None
+
+
+def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = None, **kwargs: Any) -> Any:
+    """The model's forward, or with `scoring` a tuple (logprobs [N], entropy [N] or empty)."""
+    if scoring is None:
+        return type(self).forward(self, *args, **kwargs)
+    setup = cast(_Setup, self._burnish_scoring)
+    if setup.fused:
+        decoder = getattr(self, self.base_model_prefix)
+        with _attention(scoring.layout, self):
+            hidden = decoder(*args, **kwargs).last_hidden_state
+        rows_NH = hidden.reshape(-1, hidden.shape[-1])[scoring.score_index]
+        head = self.get_output_embeddings()
+        with _head_scores(head):
+            return head(rows_NH, scoring=scoring, spec=setup.spec)
+    with _attention(scoring.layout, self):
+        logits = type(self).forward(self, *args, **kwargs).logits
+    logits_NV = logits.reshape(-1, logits.shape[-1])[scoring.score_index].float() / scoring.temperature
+    logprobs_NV = logits_NV.log_softmax(-1)
+    logprobs_N = logprobs_NV.gather(-1, scoring.target_ids[:, None])[:, 0]
+    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if scoring.with_entropy else logprobs_N.new_empty(0)
+    return logprobs_N, entropy_N
+
+
+@contextmanager
+def _head_scores(head: Any) -> Generator[None]:
+    """Let the output embedding's own call do the scoring, so that wrappers which gather its weight in it still do."""
+    own = head.__dict__.get("forward")
+    head.forward = MethodType(_head_forward, head)
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
+
+
+@contextmanager
+def _attention(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
+    if layout is None:
+        yield
+        return
+    with use_layout(layout, model):
+        yield
+
+
+def _head_forward(self: Any, hidden_NH: torch.Tensor, *, scoring: ScoringRequest, spec: HeadSpec) -> Any:
+    logprobs_N, entropy_N = head_logprobs(
+        self,
+        hidden_NH,
+        scoring.target_ids,
+        temperature=scoring.temperature,
+        spec=spec,
+        with_entropy=scoring.with_entropy,
+    )
+    return logprobs_N, logprobs_N.new_empty(0) if entropy_N is None else entropy_N
+
+
+def score(
+    model: torch.nn.Module, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> Scores:
+    r"""Log-probability of every scored token of a batch under the model.
+
+    .. math:: \log \pi(y_t \mid x, y_{<t}) = \log \mathrm{softmax}(z_t / \tau)_{y_t}
+
+    Args:
+        model: prepared by `prepare_for_scoring`; may be wrapped.
+        batch: packed groups, on the model's device.
+        temperature: tau, positive.
+        with_entropy: also return the entropy of each distribution (with gradient).
+
+    Returns:
+        `Scores`; both in fp32 (float64 for a float64 model), differentiable where grad mode is on.
+
+    Raises:
+        CheckFailed: the model was not prepared.
+    """
+    lm = causal_lm(model)
+    setup = cast("_Setup | None", getattr(lm, "_burnish_scoring", None))
+    if setup is None:
+        raise CheckFailed(f"{type(lm).__name__} was not prepared for scoring: call prepare_for_scoring(model) first.")
+    if setup.prefix:
+        layout = PrefixLayout(batch.spans, batch.position_ids)
+        inputs: dict[str, torch.Tensor] = {
+            "input_ids": batch.input_ids,
+            "position_ids": batch.position_ids,
+            # All ones, not None: without a mask transformers would read the restarting positions as packed rows.
+            "attention_mask": torch.ones_like(batch.input_ids),
+        }
+        score_index = batch.score_index
+    else:
+        layout = None
+        input_ids, attention_mask, score_index = to_row(batch, pad_token_id=0)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    request = ScoringRequest(layout, score_index, batch.target_ids, temperature, with_entropy)
+    logprobs_N, entropy_N = model(**inputs, use_cache=False, scoring=request)
+    return Scores(logprobs_N, entropy_N if with_entropy else None)

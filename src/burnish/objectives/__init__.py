@@ -1,0 +1,1 @@
+"""Pure functions of tensors: per-token losses and the one aggregator."""

@@ -1,0 +1,296 @@
+"""What a run directory holds, read leniently: a run that was interrupted still has a report.
+
+Whatever is missing, cut or unusable becomes a sentence in `Run.notes`; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from burnish.errors import DataError
+
+__all__ = ["Comparison", "Evaluation", "Interval", "MetricRow", "Run", "Transcript", "finite", "read_run"]
+
+_PASS_AT_K = re.compile(r"pass(?:@|_at_)(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its confidence interval; the ends are None where they are unknown."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def excludes_zero(self) -> bool | None:
+        """Whether zero lies outside the interval; None without an interval."""
+        return None if self.low is None or self.high is None else self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation of one model: `raw`, or the name of the stage it came out of."""
+
+    name: str
+    num_problems: int | None
+    num_samples: int | None
+    pass_at_k: dict[int, Interval]
+    criteria: dict[str, Interval]
+    mean_tokens: float | None
+    truncated_fraction: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The paired difference `after - before` of one metric; `k` is set where the metric is pass@k."""
+
+    before: str
+    after: str
+    metric: str
+    k: int | None
+    difference: Interval
+
+
+@dataclass(slots=True)
+class MetricRow:
+    """The metrics of one step; a value is None where it was logged and is not finite."""
+
+    stage: str
+    step: int
+    time: float | None
+    values: dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """One completion with its scores."""
+
+    stage: str
+    step: int
+    prompt_index: int | None
+    sample: int | None
+    prompt: str
+    completion: str
+    stop_reason: str
+    num_tokens: int | None
+    reward: float | None
+    criteria: dict[str, float | None]
+    errors: dict[str, str]
+    advantage: float | None
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything a report shows."""
+
+    path: Path
+    metrics: list[MetricRow] = field(default_factory=list[MetricRow])
+    transcripts: list[Transcript] = field(default_factory=list[Transcript])
+    evaluations: list[Evaluation] = field(default_factory=list[Evaluation])
+    comparisons: list[Comparison] = field(default_factory=list[Comparison])
+    config: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list[str])
+
+
+def finite(value: object) -> float | None:
+    """`value` as a finite float, or None where it is not one (a bool is not a number here)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run directory; files that are missing or cut become notes.
+
+    Raises:
+        DataError: `run_dir` does not exist or is not a directory.
+    """
+    if not run_dir.is_dir():
+        what = "is a file" if run_dir.exists() else "does not exist"
+        raise DataError(f"run_dir = {str(run_dir)!r} {what}: pass the output directory of a run, with metrics.jsonl.")
+    run = Run(run_dir)
+    run.config = _read_object(run, "config.json")
+    run.environment = _read_object(run, "environment.json")
+    run.metrics = _metrics(run)
+    run.transcripts = _transcripts(run)
+    _evaluations(run)
+    if run.metrics and run.evaluations and run.metrics[-1].stage not in {e.name for e in run.evaluations}:
+        stage = run.metrics[-1].stage
+        run.notes.append(f"evaluations.json: no evaluation of {stage}, the last stage that logged metrics.")
+    return run
+
+
+def _text(value: object) -> str:
+    """A JSON value as text: strings as they are, None as nothing, anything else as JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+
+
+def _integer(value: object) -> int | None:
+    number = finite(value)
+    return None if number is None else int(number)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _items(value: object) -> list[dict[str, Any]]:
+    return [_mapping(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
+
+
+def _parse(raw: bytes) -> object:
+    """The JSON value of `raw`, or None: text cut inside a character, too deep, or not JSON."""
+    try:
+        return json.loads(raw.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_object(run: Run, name: str) -> dict[str, Any] | None:
+    path = run.path / name
+    if not path.is_file():
+        run.notes.append(f"{name}: missing.")
+        return None
+    value = _parse(path.read_bytes())
+    if not isinstance(value, dict):
+        run.notes.append(f"{name}: cut or not a JSON object; left out.")
+        return None
+    return cast("dict[str, Any]", value)
+
+
+def _read_lines(run: Run, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSONL file; what cannot be read is counted in one note."""
+    path = run.path / name
+    if not path.is_file():
+        run.notes.append(f"{name}: missing.")
+        return
+    bad: list[int] = []
+    cut = False
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            value = _parse(raw)
+            if isinstance(value, dict):
+                yield number, cast("dict[str, Any]", value)
+            elif raw.endswith(b"\n"):
+                bad.append(number)
+            else:
+                cut = True
+                run.notes.append(f"{name}: line {number}, the last, is cut and left out (the run stopped as it wrote).")
+    if bad:
+        run.notes.append(f"{name}: {len(bad)} lines are not JSON objects and are left out; the first is line {bad[0]}.")
+    if path.stat().st_size == 0 and not cut:
+        run.notes.append(f"{name}: empty.")
+
+
+def _metrics(run: Run) -> list[MetricRow]:
+    """Rows in the order of stages and steps; lines of the same step are merged, the later value wins."""
+    rows: dict[tuple[str, int], MetricRow] = {}
+    stages: dict[str, None] = {}
+    unplaced = 0
+    not_finite: dict[str, int] = {}
+    for _, line in _read_lines(run, "metrics.jsonl"):
+        step = _integer(line.get("step"))
+        if step is None:
+            unplaced += 1
+            continue
+        stage = _text(line.get("stage")) or "train"
+        stages.setdefault(stage)
+        row = rows.setdefault((stage, step), MetricRow(stage, step, None, {}))
+        row.time = finite(line.get("time")) or row.time
+        for name, value in line.items():
+            if name in ("stage", "step", "time") or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            row.values[name] = finite(value)
+            if row.values[name] is None:
+                not_finite.setdefault(f"{name} of {stage}", step)
+    if unplaced:
+        run.notes.append(f"metrics.jsonl: {unplaced} lines have no step and are left out.")
+    for name, step in not_finite.items():
+        run.notes.append(f"metrics.jsonl: {name} is not finite (NaN or infinite), first at step {step}.")
+    order = {stage: place for place, stage in enumerate(stages)}
+    return sorted(rows.values(), key=lambda row: (order[row.stage], row.step))
+
+
+def _transcripts(run: Run) -> list[Transcript]:
+    found: list[Transcript] = []
+    unplaced = 0
+    for _, line in _read_lines(run, "transcripts.jsonl"):
+        step = _integer(line.get("step"))
+        if step is None:
+            unplaced += 1
+            continue
+        found.append(
+            Transcript(
+                stage=_text(line.get("stage")) or "train",
+                step=step,
+                prompt_index=_integer(line.get("prompt_index")),
+                sample=_integer(line.get("sample")),
+                prompt=_text(line.get("prompt")),
+                completion=_text(line.get("completion")),
+                stop_reason=_text(line.get("stop_reason")),
+                num_tokens=_integer(line.get("num_tokens")),
+                reward=finite(line.get("reward")),
+                criteria={name: finite(value) for name, value in _mapping(line.get("criteria")).items()},
+                errors={name: _text(message) for name, message in _mapping(line.get("errors")).items()},
+                advantage=finite(line.get("advantage")),
+            )
+        )
+    if unplaced:
+        run.notes.append(f"transcripts.jsonl: {unplaced} lines have no step and are left out.")
+    return found
+
+
+def _interval(value: object) -> Interval | None:
+    record = _mapping(value)
+    mean = finite(record.get("mean"))
+    return None if mean is None else Interval(mean, finite(record.get("low")), finite(record.get("high")))
+
+
+def _intervals(value: object) -> dict[str, Interval]:
+    found = {name: _interval(record) for name, record in _mapping(value).items()}
+    return {name: interval for name, interval in found.items() if interval is not None}
+
+
+def _evaluations(run: Run) -> None:
+    record = _read_object(run, "evaluations.json")
+    if record is None:
+        return
+    for item in _items(record.get("evaluations")):
+        passes = {int(k): v for k, v in _intervals(item.get("pass_at_k")).items() if k.isdecimal()}
+        run.evaluations.append(
+            Evaluation(
+                name=_text(item.get("name")) or "unnamed",
+                num_problems=_integer(item.get("num_problems")),
+                num_samples=_integer(item.get("num_samples")),
+                pass_at_k=dict(sorted(passes.items())),
+                criteria=_intervals(item.get("criteria")),
+                mean_tokens=finite(item.get("mean_tokens")),
+                truncated_fraction=finite(item.get("truncated_fraction")),
+            )
+        )
+    for item in _items(record.get("comparisons")):
+        difference = _interval(item)
+        if difference is not None:
+            metric = _text(item.get("metric"))
+            match = _PASS_AT_K.fullmatch(metric)
+            k = int(match[1]) if match else None
+            before, after = _text(item.get("before")), _text(item.get("after"))
+            run.comparisons.append(Comparison(before, after, metric, k, difference))
+    if not run.evaluations:
+        run.notes.append("evaluations.json: holds no evaluation.")

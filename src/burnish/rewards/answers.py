@@ -1,0 +1,146 @@
+"""Finding the answer in a completion, and reading a number as an exact fraction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from burnish.errors import ConfigError
+
+__all__ = ["SOURCES", "answer_text", "extract_answer", "parse_number", "render_answer"]
+
+SOURCES = ("tag", "boxed", "last_number", "text")
+"""Where an answer may be read from, see :func:`extract_answer`."""
+
+_MINUS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{SMALL HYPHEN-MINUS}": "-", "\N{FULLWIDTH HYPHEN-MINUS}": "-"})
+_SPACES = str.maketrans({"\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " "})
+_COMMAS = r"\d{1,3}(?:,\d{3})+"
+_DIGITS = rf"(?:{_COMMAS}|\d{{1,3}}(?: \d{{3}})+|\d+)(?:\.\d+)?|\.\d+"
+_LAST_NUMBER = re.compile(rf"(?<![\w.])-?(?:(?:{_COMMAS}|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
+_NUMBER = re.compile(
+    rf"(?P<sign>[+-]? ?[$€£]?|[$€£]-)(?P<body>{_DIGITS})"
+    r"(?:(?:[eE]|(?: ?\\times ?| ?[x\u00d7*] ?)10\^?\{?)(?P<exponent>[+-]?\d{1,3})\}?"
+    r"|(?P<over>/\d+)|(?P<mixed> \d+/\d+))?"
+    r"(?P<unit> ?.*?)\.?"
+)
+# Words of letters with at most a small power each: "5 cm^2" and "3 red apples", but neither "12 or 13" nor "1e9999".
+_UNIT_WORD = r"(?!(?:and|or|to)\b)[A-Za-zµΩ°]+(?:\^?[23²³])?"
+_UNIT = re.compile(rf" ?(?:%|{_UNIT_WORD}(?:[ /·]{_UNIT_WORD}){{0,3}})?")
+_LATEX_FRACTION = re.compile(r"(?P<sign>[+-]?)\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}")
+_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}")
+_MAX_NUMBER_CHARACTERS = 200
+
+
+def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = ("tag",)) -> str | None:
+    r"""The answer that a completion gives, from the first of `sources` that yields one.
+
+    Args:
+        text: the completion.
+        tag: name of the tag for the source "tag".
+        sources: in order of preference, out of
+            "tag": content of the last well-formed `<tag>...</tag>` (closed, with no tag of that name inside);
+            "boxed": content of the last `\boxed{...}` with balanced braces;
+            "last_number": the last number in the text;
+            "text": the whole text.
+
+    Returns:
+        The answer without surrounding white space, or None where no source yields a non-empty one.
+
+    Raises:
+        ConfigError: an unknown source.
+    """
+    for source in sources:
+        if source == "tag":
+            found = _last_tag(text, tag)
+        elif source == "boxed":
+            found = _last_boxed(text)
+        elif source == "last_number":
+            numbers = _LAST_NUMBER.findall(text.translate(_MINUS))
+            found = numbers[-1] if numbers else None
+        elif source == "text":
+            found = text
+        else:
+            raise ConfigError(f"sources holds {source!r}: use names out of {', '.join(SOURCES)}.")
+        if found is not None and found.strip():
+            return found.strip()
+    return None
+
+
+def render_answer(answer: str, *, tag: str, sources: Sequence[str]) -> str:
+    """A completion from which :func:`extract_answer`, with the same options, reads `answer`."""
+    if sources[0] == "tag":
+        return f"<{tag}>{answer}</{tag}>"
+    return rf"\boxed{{{answer}}}" if sources[0] == "boxed" else answer
+
+
+def answer_text(value: object) -> str:
+    """A gold answer as text: strings as they are, numbers in their shortest form."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _last_tag(text: str, tag: str) -> str | None:
+    name = re.escape(tag)
+    found = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, flags=re.DOTALL)
+    return found[-1] if found else None
+
+
+def _last_boxed(text: str) -> str | None:
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for place in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[match.end() : place]
+    return None
+
+
+def parse_number(text: str, *, units: bool = True) -> Fraction | None:
+    r"""Read one number exactly; None where the text is not one number.
+
+    Understood: signs (also U+2212), thousands separators (1,234 or 1 234), decimals, fractions (3/4, 1 1/2,
+    `\frac{3}{4}`), powers of ten (1e3, 2 x 10^3), `$...$` and `\boxed{...}` around it, a currency sign before it and a
+    unit after it. Units are dropped, not converted: "50%" reads as 50 and "5 cm" as 5.
+
+    Args:
+        text: at most 200 characters; anything longer is not a number.
+        units: whether a unit may follow; where not, "5 cm" (and "5 pi") is not a number.
+
+    Returns:
+        The exact value, or None.
+    """
+    if len(text) > _MAX_NUMBER_CHARACTERS:
+        return None
+    text = _strip_latex(text.translate(_MINUS).translate(_SPACES).strip())
+    if latex := _LATEX_FRACTION.fullmatch(text):
+        sign = -1 if latex["sign"] == "-" else 1
+        bottom = int(latex["bottom"])
+        return sign * Fraction(int(latex["top"]), bottom) if bottom else None
+    match = _NUMBER.fullmatch(text)
+    if match is None or not _UNIT.fullmatch(match["unit"]) or (match["unit"].strip() and not units):
+        return None
+    value = _magnitude(match)
+    negative = "-" in match["sign"]
+    return -value if value is not None and negative else value
+
+
+def _magnitude(match: re.Match[str]) -> Fraction | None:
+    value = Fraction(re.sub(r"[, ]", "", match["body"]))
+    if match["exponent"]:
+        return value * Fraction(10) ** int(match["exponent"])
+    top, _, bottom = (match["mixed"] or match["over"] or "0/1").strip().partition("/")
+    if int(bottom) == 0:
+        return None
+    return value / int(bottom) if match["over"] else value + Fraction(int(top), int(bottom))
+
+
+def _strip_latex(text: str) -> str:
+    boxed = re.fullmatch(r"\\boxed\s*\{(.*)\}", text, flags=re.DOTALL)
+    text = boxed[1].strip() if boxed else text
+    if len(text) > 2 and text.startswith("$") and text.endswith("$"):
+        text = text.strip("$").strip()
+    text = _LATEX_TEXT.sub(r" \1", text)
+    text = re.sub(r"\\[,;:! ]|\\%|\\\$", lambda m: {"\\%": "%", "\\$": "$"}.get(m[0], " "), text)
+    return re.sub(r" +", " ", text.replace("{,}", ",")).strip()

@@ -1,0 +1,126 @@
+"""Criteria by name, and rubrics from configuration files."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from burnish.errors import ConfigError
+from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
+from burnish.rewards.verifiers import (
+    exact_answer,
+    format_tags,
+    gym_answer,
+    math_answer,
+    numeric_answer,
+    soft_overlong,
+)
+
+__all__ = ["CRITERIA", "python_function", "rubric_from_config"]
+
+
+def python_function(*, function: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
+    """A reward function of the user's.
+
+    Args:
+        function: "module:name"; the module must be importable.
+        options: keyword arguments bound to it.
+
+    Raises:
+        ConfigError: it cannot be imported or called.
+    """
+    module_name, colon, name = function.partition(":")
+    if not (module_name and colon and name):
+        raise ConfigError(f"function = {function!r}: write 'module:name'.")
+    try:
+        target: Any = importlib.import_module(module_name)
+        for part in name.split("."):
+            target = getattr(target, part)
+    except (AttributeError, ImportError) as error:
+        raise ConfigError(f"function = {function!r} cannot be imported ({error}): check module and name.") from error
+    if not callable(target):
+        raise ConfigError(f"function = {function!r} is {type(target).__name__}: name something that can be called.")
+    return functools.partial(target, **options) if options else target
+
+
+CRITERIA: dict[str, Callable[..., RewardFunction]] = {
+    "exact": exact_answer,
+    "format": format_tags,
+    "gym": gym_answer,
+    "math": math_answer,
+    "numeric": numeric_answer,
+    "python": python_function,
+    "soft_overlong": soft_overlong,
+}
+"""Factories of criteria by the `kind` that configuration files name them with."""
+
+_NOT_IN_FILES = frozenset({"pool"})
+
+
+def rubric_from_config(entries: Sequence[Mapping[str, Any]]) -> Rubric:
+    """A rubric from a list of tables such as `{kind = "math", weight = 2.0, timeout_seconds = 3}`.
+
+    Args:
+        entries: each with `kind` (a name in :data:`CRITERIA`), optionally `name` (default: the kind, or the function's
+            name), `weight` (default 1), `isolate` (default true) and the options of that kind.
+
+    Raises:
+        ConfigError: an unknown kind or option, a missing or bad value; the message names it and what is allowed.
+    """
+    return Rubric([_criterion(i, entry) for i, entry in enumerate(entries)])
+
+
+def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
+    options = dict(entry)
+    where = f"rewards[{i}]"
+    kind = options.pop("kind", None)
+    if kind not in CRITERIA:
+        raise ConfigError(f"{where}.kind = {kind!r}: {_allowed(str(kind), CRITERIA)}")
+    name = options.pop("name", kind)
+    if kind == "python" and "name" not in entry:
+        name = str(options.get("function", kind)).rpartition(":")[2]
+    common = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
+    if isinstance(common["weight"], bool) or not isinstance(common["weight"], int | float):
+        raise ConfigError(f"{where}.weight = {common['weight']!r}: use a number.")
+    if not isinstance(common["isolate"], bool):
+        raise ConfigError(f"{where}.isolate = {common['isolate']!r}: use true or false.")
+    factory = CRITERIA[kind]
+    parameters = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in _NOT_IN_FILES}
+    for key, value in options.items():
+        if key not in parameters:
+            names = [*parameters, "isolate", "kind", "name", "weight"]
+            raise ConfigError(f"{where}.{key} = {value!r} is no option of kind {kind!r}: {_allowed(key, names)}")
+        _check_type(f"{where}.{key}", value, str(parameters[key].annotation))
+    for key, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and key not in options:
+            raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
+    try:
+        return Criterion(name, factory(**options), float(common["weight"]), common["isolate"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _allowed(key: str, names: Iterable[str]) -> str:
+    names = sorted(names)
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Use one of: {', '.join(names)}."
+
+
+def _check_type(where: str, value: Any, annotation: str) -> None:
+    strings = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    ok, wanted = {
+        "str": (isinstance(value, str), "a string"),
+        "bool": (isinstance(value, bool), "true or false"),
+        "int": (isinstance(value, int) and not isinstance(value, bool), "an integer"),
+        "float": (number, "a number"),
+        "Sequence[str]": (strings, "a list of strings"),
+        "Mapping[str, Any] | None": (isinstance(value, Mapping), "a table"),
+    }[annotation]
+    if not ok:
+        raise ConfigError(f"{where} = {value!r}: use {wanted}.")

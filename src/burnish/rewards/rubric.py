@@ -1,0 +1,307 @@
+"""Rubric: named, weighted criteria that score the completions of groups."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import os
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+from burnish.errors import ConfigError, RewardError
+from burnish.types import Group, Score
+
+__all__ = ["Criterion", "RewardFunction", "Rubric"]
+
+RewardFunction: TypeAlias = Callable[..., Any]
+"""TRL's shape: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, plain or async."""
+
+_Outcome: TypeAlias = float | Exception | None
+
+_RESERVED_COLUMNS = frozenset({"completion", "completion_ids", "completions", "prompt", "prompts", "trainer_state"})
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One thing a completion is judged by.
+
+    Args:
+        name: unique in its rubric; the name in metrics and errors. "total" is taken.
+        function: called with `prompts`, `completions`, `completion_ids` and every column of the data set as lists of
+            one length, by keyword, and `trainer_state`; a function without `**kwargs` gets what its signature names.
+            Completions are strings, or `[{"role": "assistant", "content": text}]` where the prompt is a list of
+            messages. It returns one value a completion: a number, None (does not apply), or an Exception (this
+            completion cannot be judged).
+        weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
+        isolate: when the call raises, call again one completion at a time, so that only the offending ones fail. Set
+            False for functions that compare completions with each other; then all completions of the call fail.
+
+    Raises:
+        ConfigError: an empty or reserved name, something that cannot be called, a weight that is not finite.
+    """
+
+    name: str
+    function: RewardFunction
+    weight: float = 1.0
+    isolate: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name == "total":
+            raise ConfigError(f"name = {self.name!r} of a criterion: use a non-empty name other than 'total'.")
+        if not callable(self.function):
+            raise ConfigError(f"function = {self.function!r} of criterion {self.name!r}: pass a callable.")
+        if hasattr(self.function, "state_dict"):
+            raise ConfigError(
+                f"function of criterion {self.name!r} is a module ({type(self.function).__name__}): pass a function "
+                f"that scores texts with it."
+            )
+        if isinstance(self.weight, bool) or not math.isfinite(self.weight):
+            raise ConfigError(f"weight = {self.weight!r} of criterion {self.name!r}: use a finite number.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The arguments of one call, as parallel lists, and where each completion came from."""
+
+    places: list[str]
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    def one(self, i: int) -> _Batch:
+        columns = {name: [values[i]] for name, values in self.columns.items()}
+        return _Batch([self.places[i]], [self.prompts[i]], [self.completions[i]], [self.completion_ids[i]], columns)
+
+    def arguments(self) -> dict[str, Any]:
+        """Fresh lists, so that a function which edits its arguments does not disturb the next one."""
+        columns = {name: list(values) for name, values in self.columns.items()}
+        own = {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.completion_ids}
+        return columns | {name: list(values) for name, values in own.items()}
+
+
+class Rubric:
+    r"""Named, weighted criteria: total = sum_i weight_i * value_i over the criteria that apply.
+
+    A criterion that fails on a completion (an exception, NaN, not a number) leaves a message that names both in
+    `Score.errors`; the total is then None, so that the completion leaves the loss instead of scoring 0.
+
+    Args:
+        criteria: at least one, with unique names.
+
+    Raises:
+        ConfigError: no criteria, or two with one name.
+    """
+
+    def __init__(self, criteria: Sequence[Criterion]) -> None:
+        if not criteria:
+            raise ConfigError("criteria = []: a rubric needs at least one criterion.")
+        names = [criterion.name for criterion in criteria]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"criteria share the name {twice[0]!r}: give each its own `name`.")
+        self.criteria = tuple(criteria)
+
+    @classmethod
+    def from_functions(
+        cls, reward_funcs: RewardFunction | Sequence[RewardFunction], reward_weights: Sequence[float] | None = None
+    ) -> Rubric:
+        """A rubric from TRL's arguments.
+
+        Args:
+            reward_funcs: one function or several; each is named after its `__name__` (a second of one name gets `_2`).
+            reward_weights: a weight for each; None means 1.
+
+        Raises:
+            ConfigError: the two differ in length, or something is not a function.
+        """
+        functions = list(reward_funcs) if isinstance(reward_funcs, Sequence) else [reward_funcs]
+        weights = [1.0] * len(functions) if reward_weights is None else list(reward_weights)
+        if len(weights) != len(functions):
+            raise ConfigError(
+                f"reward_weights has {len(weights)} entries for {len(functions)} reward_funcs: give each one weight."
+            )
+        names: list[str] = []
+        for function in functions:
+            base = _function_name(function)
+            number = 1 + sum(name == base or name.rpartition("_")[0] == base for name in names)
+            names.append(base if number == 1 else f"{base}_{number}")
+        return cls([Criterion(*parts) for parts in zip(names, functions, weights, strict=True)])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the criteria, in order."""
+        return tuple(criterion.name for criterion in self.criteria)
+
+    def score(self, groups: Sequence[Group], *, trainer_state: Any = None, **shared: Any) -> list[list[Score]]:
+        """Score every completion of every group; each is also written to `completion.score`.
+
+        Args:
+            groups: `row["prompt"]` and the other columns of `row` are passed to the functions.
+            trainer_state: passed on as it is.
+            **shared: further arguments passed on as they are to the functions that take them.
+
+        Returns:
+            One score a completion, in order.
+
+        Raises:
+            RewardError: a criterion failed on every completion (of more than one), or a row has no prompt.
+        """
+        batch = _flatten(groups)
+        shared = {"trainer_state": trainer_state, **shared}
+        outcomes = self._outcomes(batch, shared) if batch.places else {name: [] for name in self.names}
+        for name, values in outcomes.items():
+            _raise_if_all_failed(name, values, batch.places)
+        flat = iter([self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))])
+        scores: list[list[Score]] = []
+        for group in groups:
+            for completion in group.completions:
+                completion.score = next(flat)
+            scores.append([cast("Score", completion.score) for completion in group.completions])
+        return scores
+
+    def _outcomes(self, batch: _Batch, shared: dict[str, Any]) -> dict[str, list[_Outcome]]:
+        # Async functions first: they wait while the plain ones work.
+        order = sorted(self.criteria, key=lambda criterion: not inspect.iscoroutinefunction(criterion.function))
+        started = [(criterion, _start(criterion.function, batch, shared)) for criterion in order]
+        done = {criterion.name: _finish(criterion, future, batch, shared) for criterion, future in started}
+        return {name: done[name] for name in self.names}
+
+    def _combine(self, place: str, i: int, outcomes: dict[str, list[_Outcome]]) -> Score:
+        score = Score(total=0.0)
+        void = False
+        for criterion in self.criteria:
+            outcome = outcomes[criterion.name][i]
+            if isinstance(outcome, Exception):
+                score.errors[criterion.name] = _message(criterion.name, place, outcome)
+                void = void or criterion.weight != 0
+            score.criteria[criterion.name] = None if isinstance(outcome, Exception) else outcome
+        values = [score.criteria[criterion.name] for criterion in self.criteria]
+        if all(value is None for value in values) and not score.errors:
+            score.errors["total"] = f"no criterion applies to {place}: every one returned None."
+        if void or all(value is None for value in values):
+            score.total = None
+        else:
+            parts = zip(self.criteria, values, strict=True)
+            score.total = math.fsum(criterion.weight * value for criterion, value in parts if value is not None)
+        return score
+
+
+def _function_name(function: RewardFunction) -> str:
+    if isinstance(function, functools.partial):
+        return _function_name(cast("functools.partial[Any]", function).func)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _flatten(groups: Sequence[Group]) -> _Batch:
+    rows = [(group, i) for group in groups for i in range(len(group.completions))]
+    for group, _ in rows:
+        if "prompt" not in group.row:
+            raise RewardError(
+                f"the row of prompt {group.index} has no column 'prompt' (it has: {', '.join(map(str, group.row))}): "
+                f"rewards receive the prompt as the data set gives it."
+            )
+    names = dict.fromkeys(name for group in groups for name in group.row if name not in _RESERVED_COLUMNS)
+    texts = [(group.row["prompt"], group.completions[i].text) for group, i in rows]
+    return _Batch(
+        places=[f"prompt {group.index}, completion {i}" for group, i in rows],
+        prompts=[prompt for prompt, _ in texts],
+        completions=[t if isinstance(prompt, str) else [{"role": "assistant", "content": t}] for prompt, t in texts],
+        completion_ids=[group.completions[i].token_ids for group, i in rows],
+        columns={name: [group.row.get(name) for group, _ in rows] for name in names},
+    )
+
+
+def _start(function: RewardFunction, batch: _Batch, shared: dict[str, Any]) -> Future[Any]:
+    """Call a function; the future holds its result, or waits for it where it is async."""
+    future: Future[Any] = Future()
+    try:
+        result = function(**_accepted(function, batch.arguments() | shared))
+        if inspect.isawaitable(result):
+            return asyncio.run_coroutine_threadsafe(_await(result), _loop(os.getpid()))
+        future.set_result(result)
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return arguments
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return arguments
+    return {parameter.name: arguments[parameter.name] for parameter in parameters if parameter.name in arguments}
+
+
+def _finish(criterion: Criterion, future: Future[Any], batch: _Batch, shared: dict[str, Any]) -> list[_Outcome]:
+    size = len(batch.places)
+    try:
+        result = future.result()
+    except Exception as error:
+        if size == 1 or not criterion.isolate:
+            return [error] * size
+        singles = [batch.one(i) for i in range(size)]
+        started = [_start(criterion.function, single, shared) for single in singles]
+        return [_finish(criterion, f, single, shared)[0] for f, single in zip(started, singles, strict=True)]
+    values = _as_list(result)
+    if values is None:
+        return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
+    if len(values) != size:
+        # Never shortened, padded or broadcast: nothing says which value belongs to which completion.
+        return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
+    return [_as_number(value) for value in values]
+
+
+def _as_list(result: Any) -> list[Any] | None:
+    if hasattr(result, "tolist"):  # an array or a tensor
+        result = result.tolist()
+    return list(cast("Sequence[Any]", result)) if isinstance(result, list | tuple) else None
+
+
+def _as_number(value: Any) -> _Outcome:
+    if value is None or isinstance(value, Exception):
+        return value
+    if hasattr(value, "item") and getattr(value, "size", None) != 0:  # a NumPy scalar or a tensor of one element
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError) as error:
+            return TypeError(f"its value is not one number: {error}")
+    if not isinstance(value, int | float):
+        return TypeError(f"its value is {value!r:.80}, of type {type(value).__name__}, not a number or None")
+    number = float(value)
+    return number if math.isfinite(number) else ValueError(f"its value is {number}, not a finite number")
+
+
+def _message(name: str, place: str, error: Exception) -> str:
+    return f"criterion {name!r} failed on {place}: {type(error).__name__}: {error}"
+
+
+def _raise_if_all_failed(name: str, values: list[_Outcome], places: list[str]) -> None:
+    first = values[0] if values else None
+    if len(values) < 2 or not isinstance(first, Exception) or not all(isinstance(v, Exception) for v in values):
+        return
+    frames = "".join(traceback.format_tb(first.__traceback__)[-2:])
+    raise RewardError(
+        f"{_message(name, places[0], first)}. It failed on all {len(values)} completions of the call, so the function "
+        f"or its columns are wrong.{chr(10) + frames if frames else ''}"
+    ) from first
+
+
+async def _await(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+@functools.cache
+def _loop(pid: int) -> asyncio.AbstractEventLoop:
+    """One event loop for the life of a process (a fork has no thread to run it): clients stay bound to it."""
+    assert pid == os.getpid()
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="burnish-async-rewards", daemon=True).start()
+    return loop

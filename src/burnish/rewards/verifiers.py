@@ -1,0 +1,448 @@
+"""Verifiers: factories of reward functions that check format and answers, and a check that tasks grade their gold."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from burnish.errors import ConfigError, RewardError
+from burnish.rewards.answers import SOURCES, answer_text, extract_answer, parse_number, render_answer
+from burnish.rewards.pool import WorkerPool, default_pool
+
+if TYPE_CHECKING:
+    from burnish.rewards.rubric import RewardFunction, Rubric
+
+__all__ = [
+    "AnswerVerifier",
+    "GoldFailure",
+    "Grader",
+    "check_gold",
+    "completion_text",
+    "exact_answer",
+    "format_tags",
+    "gym_answer",
+    "math_answer",
+    "numeric_answer",
+    "soft_overlong",
+]
+
+Row: TypeAlias = Mapping[str, Any]
+Grader: TypeAlias = Callable[[Sequence[tuple[str, Row]]], "list[float | Exception]"]
+"""Grades (answer, row) pairs: one value each, or the exception that stands in its place."""
+
+_INTEGER = re.compile(r"[+-]?\d+")
+
+
+def completion_text(completion: Any) -> str:
+    """Text of a completion in either shape: a string, or a list of messages (the last one's content)."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+@dataclass(frozen=True)
+class AnswerVerifier:
+    """A reward function that extracts one answer from each completion and grades it against its row.
+
+    A completion without an answer scores 0; a row whose `gold_column` is None abstains; a grader's exception fails its
+    own completion only.
+
+    Args:
+        kind: name in messages.
+        grade: grades (answer, row) pairs.
+        gold: reads the gold answers of a row, as texts (any one suffices).
+        gold_column: the column that must be there.
+        sources: where answers are read from, see :func:`burnish.rewards.extract_answer`.
+        tag: name of the tag for the source "tag".
+    """
+
+    kind: str
+    grade: Grader
+    gold: Callable[[Row], list[str]]
+    gold_column: str
+    sources: tuple[str, ...] = ("tag",)
+    tag: str = "answer"
+
+    def __post_init__(self) -> None:
+        if not self.sources or any(source not in SOURCES for source in self.sources):
+            raise ConfigError(
+                f"sources = {list(self.sources)!r} of {self.kind}: use names out of {', '.join(SOURCES)}."
+            )
+        if not re.fullmatch(r"[\w-]+", self.tag):
+            raise ConfigError(f"tag = {self.tag!r} of {self.kind}: use letters, digits, '_' and '-', without brackets.")
+
+    @property
+    def __name__(self) -> str:
+        return self.kind
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float | Exception | None]:
+        """Grade completions; `columns` are lists of their length."""
+        if self.gold_column not in columns:
+            raise RewardError(
+                f"{self.kind} needs the column {self.gold_column!r}; the rows have: {', '.join(columns)}."
+            )
+        lists = {
+            name: values
+            for name, values in columns.items()
+            if isinstance(values, list) and len(values) == len(completions)
+        }
+        results: list[float | Exception | None] = [0.0] * len(completions)
+        pending: list[int] = []
+        pairs: list[tuple[str, Row]] = []
+        for i, completion in enumerate(completions):
+            row = {name: values[i] for name, values in lists.items()}
+            if row[self.gold_column] is None:
+                results[i] = None
+                continue
+            answer = extract_answer(completion_text(completion), tag=self.tag, sources=self.sources)
+            if answer is not None:
+                pending.append(i)
+                pairs.append((answer, row))
+        for i, value in zip(pending, self.grade(pairs), strict=True):
+            results[i] = value
+        return results
+
+
+def _each(grade_one: Callable[[str, Row], float]) -> Grader:
+    def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
+        values: list[float | Exception] = []
+        for answer, row in pairs:
+            try:
+                values.append(grade_one(answer, row))
+            except Exception as error:
+                values.append(error)
+        return values
+
+    return grade
+
+
+def _gold_of(column: str) -> Callable[[Row], list[str]]:
+    def gold(row: Row) -> list[str]:
+        value = row[column]
+        values = cast("list[Any]", value) if isinstance(value, list | tuple) else [value]
+        texts = [answer_text(v).strip() for v in values]
+        if not texts or not all(texts):
+            raise RewardError(f"the gold answer in column {column!r} is empty: {value!r}")
+        return texts
+
+    return gold
+
+
+def _positive(kind: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{name} = {value!r} of {kind}: use a positive number.")
+
+
+def exact_answer(
+    *, column: str = "answer", sources: Sequence[str] = ("tag",), tag: str = "answer", ignore_case: bool = False
+) -> AnswerVerifier:
+    """1 where the answer equals the gold answer (or one of a list of them), else 0; runs of white space count as one.
+
+    Args:
+        column: the gold answer: a text, a number, or a list of accepted ones.
+        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        tag: name of the answer tag.
+        ignore_case: compare without regard to case.
+
+    Raises:
+        ConfigError: a bad option.
+    """
+    gold = _gold_of(column)
+
+    def norm(text: str) -> str:
+        text = " ".join(text.split())
+        return text.casefold() if ignore_case else text
+
+    def grade_one(answer: str, row: Row) -> float:
+        return float(norm(answer) in {norm(text) for text in gold(row)})
+
+    return AnswerVerifier("exact_answer", _each(grade_one), gold, column, tuple(sources), tag)
+
+
+def numeric_answer(
+    *,
+    column: str = "answer",
+    sources: Sequence[str] = ("tag",),
+    tag: str = "answer",
+    absolute_tolerance: float = 0.0,
+    relative_tolerance: float = 0.0,
+) -> AnswerVerifier:
+    r"""1 where |answer - gold| <= max(absolute, relative * |gold|) in exact arithmetic, else 0.
+
+    Numbers are read by :func:`burnish.rewards.parse_number` (1,234 = 1234, 1/2 = 0.5 = `\frac{1}{2}`; units are
+    dropped). An answer that is not one number scores 0; a gold answer that is none fails the criterion.
+
+    Args:
+        column: the gold answer: a number, its text, or a list of accepted ones.
+        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        tag: name of the answer tag.
+        absolute_tolerance: in the unit of the answer, at least 0.
+        relative_tolerance: as a fraction of the gold answer, at least 0.
+
+    Raises:
+        ConfigError: a bad option.
+    """
+    for name, value in (("absolute_tolerance", absolute_tolerance), ("relative_tolerance", relative_tolerance)):
+        if not value >= 0 or value == float("inf"):
+            raise ConfigError(f"{name} = {value!r} of numeric_answer: use a finite number of at least 0.")
+    gold = _gold_of(column)
+    absolute, relative = Fraction(str(absolute_tolerance)), Fraction(str(relative_tolerance))
+
+    def grade_one(answer: str, row: Row) -> float:
+        golds = [(text, parse_number(text)) for text in gold(row)]
+        if bad := [text for text, number in golds if number is None]:
+            raise RewardError(f"the gold answer {bad[0]!r} in column {column!r} is not a number")
+        number = parse_number(answer)
+        if number is None:
+            return 0.0
+        return float(any(g is not None and abs(number - g) <= max(absolute, relative * abs(g)) for _, g in golds))
+
+    return AnswerVerifier("numeric_answer", _each(grade_one), gold, column, tuple(sources), tag)
+
+
+def math_answer(
+    *,
+    column: str = "answer",
+    sources: Sequence[str] = ("tag", "boxed"),
+    tag: str = "answer",
+    timeout_seconds: float = 5.0,
+    pool: WorkerPool | None = None,
+) -> AnswerVerifier:
+    r"""1 where math-verify finds the answer equal to the gold answer as mathematics, else 0.
+
+    Equal texts, equal numbers and unequal integers are decided at once; everything else runs in a worker process that
+    is killed after `timeout_seconds` of work. A time-out fails the completion. An answer that cannot be read as
+    mathematics scores 0; a gold answer that cannot fails the completion.
+
+    Args:
+        column: the gold answer, LaTeX or plain (with or without `$...$` or `\boxed{...}`), or a list of accepted ones.
+        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        tag: name of the answer tag.
+        timeout_seconds: most seconds of work for one answer, waiting not counted.
+        pool: worker processes; None for the shared pool.
+
+    Raises:
+        ConfigError: a bad option, or math-verify is not installed.
+    """
+    _require("math_verify", "math", "math_answer")
+    _positive("math_answer", "timeout_seconds", timeout_seconds)
+    gold = _gold_of(column)
+
+    def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
+        jobs = [(i, text, answer) for i, (answer, row) in enumerate(pairs) for text in gold(row)]
+        quick = [_quick_math(text, answer) for _, text, answer in jobs]
+        won = {i for (i, _, _), value in zip(jobs, quick, strict=True) if value == 1.0}
+        slow = [job for job, value in zip(jobs, quick, strict=True) if value is None and job[0] not in won]
+        values: list[float | Exception] = [float(i in won) for i in range(len(pairs))]
+        calls = [{"gold": text, "answer": answer} for _, text, answer in slow]
+        results = (pool or default_pool()).map("math", calls, timeout_seconds=timeout_seconds) if calls else []
+        for (i, _, _), result in zip(slow, results, strict=True):
+            if values[i] != 1.0 and result != 0.0:
+                values[i] = result
+        return values
+
+    return AnswerVerifier("math_answer", grade, gold, column, tuple(sources), tag)
+
+
+def _quick_math(gold: str, answer: str) -> float | None:
+    """The verdict where no mathematics is needed, else None."""
+    if gold == answer:
+        return 1.0
+    ours, theirs = parse_number(gold, units=False), parse_number(answer, units=False)
+    if ours is not None and ours == theirs:
+        return 1.0
+    return 0.0 if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(answer) else None
+
+
+def gym_answer(
+    *,
+    sources: Sequence[str] = ("tag",),
+    tag: str = "answer",
+    binary: bool = False,
+    timeout_seconds: float = 10.0,
+    pool: WorkerPool | None = None,
+) -> AnswerVerifier:
+    """The score that a reasoning-gym task gives the answer, in [0, 1]; its own partial credit as it is.
+
+    Columns: `gym_task` (name of the task; None abstains), `gym_entry` (the entry as JSON) and optionally `gym_config`
+    (options of the task as JSON, for the few tasks whose grading depends on them). Tasks run in worker processes,
+    because several evaluate the answer as code: an answer can hang a task, or run in it. That is no sandbox.
+
+    Args:
+        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        tag: name of the answer tag.
+        binary: 1 where the task's score is 1, else 0.
+        timeout_seconds: most seconds of work for one answer, waiting not counted.
+        pool: worker processes; None for the shared pool.
+
+    Raises:
+        ConfigError: a bad option, or reasoning-gym is not installed.
+    """
+    _require("reasoning_gym", "envs", "gym_answer")
+    _positive("gym_answer", "timeout_seconds", timeout_seconds)
+
+    def gold(row: Row) -> list[str]:
+        answer = json.loads(row["gym_entry"])["answer"]
+        return [] if answer is None else [str(answer)]  # some tasks have no single answer
+
+    def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
+        calls = [
+            {
+                "task": row["gym_task"],
+                "config": row.get("gym_config") or "{}",
+                "entry": row["gym_entry"],
+                "answer": answer,
+            }
+            for answer, row in pairs
+        ]
+        values = (pool or default_pool()).map("gym", calls, timeout_seconds=timeout_seconds) if calls else []
+        return [v if isinstance(v, Exception) or not binary else float(v >= 1.0) for v in values]
+
+    return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag)
+
+
+def _require(module: str, extra: str, kind: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{kind} needs the package {module.replace('_', '-')}: pip install 'burnish[{extra}]'.")
+
+
+def format_tags(
+    *, tags: Sequence[str] = ("think", "answer"), prefix: str = "", allow_outside: bool = False
+) -> RewardFunction:
+    """How well a completion keeps to `<a>...</a> <b>...</b>`, in [0, 1], with partial credit.
+
+    score = 1/2 * (share of tags that are well-formed) + 1/4 * [ordered] + 1/4 * [clean], where a tag is well-formed if
+    it opens exactly once, closes exactly once, in that order, around something other than white space; ordered: all
+    are well-formed and each closes before the next opens; clean: ordered, and only white space lies outside of them.
+    A repeated tag earns nothing, so writing every tag many times does not pay.
+
+    Args:
+        tags: names in their order, distinct.
+        prefix: text that the prompt already holds of the completion, such as "<think>"; put before it.
+        allow_outside: text outside the tags is fine: ordered completions are clean.
+
+    Raises:
+        ConfigError: no tags, a repeated one, or one that is not a plain name.
+    """
+    names = tuple(tags)
+    if not names or isinstance(tags, str) or len(set(names)) != len(names):
+        raise ConfigError(f"tags = {tags!r} of format_tags: use a list of distinct names such as ['think', 'answer'].")
+    for name in names:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ConfigError(f"tags holds {name!r} in format_tags: use names without brackets, such as 'think'.")
+
+    def format_tags(completions: Sequence[Any], **columns: Any) -> list[float]:
+        return [_format_score(prefix + completion_text(c), names, allow_outside) for c in completions]
+
+    return format_tags
+
+
+def _format_score(text: str, names: tuple[str, ...], allow_outside: bool) -> float:
+    spans = [_tag_span(text, name) for name in names]
+    found = [span for span in spans if span is not None]
+    score = 0.5 * len(found) / len(names)
+    if len(found) < len(names) or any(a[1] > b[0] for a, b in itertools.pairwise(found)):
+        return score
+    edges = [0, *(edge for span in found for edge in span), len(text)]
+    outside = "".join(text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return score + (0.5 if allow_outside or not outside.strip() else 0.25)
+
+
+def _tag_span(text: str, name: str) -> tuple[int, int] | None:
+    opening, closing = f"<{name}>", f"</{name}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.index(opening), text.index(closing)
+    return (start, end + len(closing)) if text[start + len(opening) : end].strip() else None
+
+
+def soft_overlong(*, max_completion_length: int, cache: int) -> RewardFunction:
+    """Soft punishment of long completions, in [-1, 0]; section 3.4 of DAPO (2503.14476).
+
+    value = 0 up to max - cache tokens, then falls linearly to -1 at max: (max - cache - length) / cache.
+
+    Args:
+        max_completion_length: tokens at which the value reaches -1.
+        cache: length of the ramp in tokens, in 1 .. max_completion_length.
+
+    Raises:
+        ConfigError: a bad length.
+    """
+    if max_completion_length < 1:
+        raise ConfigError(f"max_completion_length = {max_completion_length!r} of soft_overlong: use at least 1.")
+    if not 1 <= cache <= max_completion_length:
+        raise ConfigError(f"cache = {cache!r} of soft_overlong: use 1 to max_completion_length.")
+
+    def soft_overlong(completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
+        start = max_completion_length - cache
+        return [-min(1.0, max(0, len(ids) - start) / cache) for ids in completion_ids]
+
+    return soft_overlong
+
+
+@dataclass(frozen=True, slots=True)
+class GoldFailure:
+    """A row whose own gold answer does not score 1: a broken task.
+
+    Attributes:
+        index: place of the row.
+        criterion: the one that did not give 1.
+        answer: the gold answer, None where it could not be read.
+        value: what it scored, None where grading failed.
+        reason: in words.
+    """
+
+    index: int
+    criterion: str
+    answer: str | None
+    value: float | None
+    reason: str
+
+
+def check_gold(rubric: Rubric, rows: Sequence[Mapping[str, Any]]) -> list[GoldFailure]:
+    """Grade each row's own gold answers with every answer verifier of a rubric.
+
+    Criteria that are not answer verifiers (format, length, functions of the user) have no gold answer: they are passed
+    over. Rows on which a verifier abstains, and tasks without a gold answer, are too.
+
+    Args:
+        rubric: the criteria.
+        rows: columns of the data set, one mapping a row.
+
+    Returns:
+        The failures, in order of criteria, then rows; empty where all is well.
+    """
+    verifiers = [(c.name, c.function) for c in rubric.criteria if isinstance(c.function, AnswerVerifier)]
+    return [failure for name, verifier in verifiers for failure in _check_verifier(name, verifier, rows)]
+
+
+def _check_verifier(name: str, verifier: AnswerVerifier, rows: Sequence[Row]) -> list[GoldFailure]:
+    failures: list[GoldFailure] = []
+    places: list[tuple[int, str]] = []
+    pairs: list[tuple[str, Row]] = []
+    for index, row in enumerate(rows):
+        try:
+            if row[verifier.gold_column] is None:
+                continue
+            for answer in verifier.gold(row):
+                text = render_answer(answer, tag=verifier.tag, sources=verifier.sources)
+                extracted = extract_answer(text, tag=verifier.tag, sources=verifier.sources)
+                if extracted is None:
+                    failures.append(GoldFailure(index, name, answer, 0.0, f"no answer can be read from {text!r}"))
+                    continue
+                places.append((index, answer))
+                pairs.append((extracted, row))
+        except Exception as error:
+            failures.append(GoldFailure(index, name, None, None, f"{type(error).__name__}: {error}"))
+    for (index, answer), value in zip(places, verifier.grade(pairs), strict=True):
+        if isinstance(value, Exception):
+            failures.append(GoldFailure(index, name, answer, None, f"{type(value).__name__}: {value}"))
+        elif value < 1.0:
+            failures.append(GoldFailure(index, name, answer, value, f"the gold answer scores {value:g}, not 1"))
+    return sorted(failures, key=lambda failure: failure.index)

@@ -1,0 +1,91 @@
+"""The Engine protocol and the records it speaks: what a trainer asks of anything that samples completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from burnish.errors import ConfigError
+from burnish.types import Completion
+
+__all__ = ["Engine", "Request", "SamplingParams", "eos_token_ids"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Args:
+        max_new_tokens: most tokens of one completion, at least 1.
+        temperature: logits are divided by it; 0 means greedy.
+        top_p: keep the smallest set of tokens whose probability reaches it; 1 keeps all.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        stop: strings that end a completion once its text contains one.
+        eos_token_ids: tokens that end a completion.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, ok, fix in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "use an integer of at least 1"),
+            ("temperature", self.temperature >= 0, "use 0 (greedy) or a positive number"),
+            ("top_p", 0 < self.top_p <= 1, "use a number in (0, 1]; 1 keeps every token"),
+            ("top_k", self.top_k >= 0, "use 0 (keep all) or a positive integer"),
+            ("min_p", 0 <= self.min_p <= 1, "use a number in [0, 1]; 0 keeps every token"),
+        ):
+            if not ok:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: {fix}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask for `num_samples` completions of one prompt.
+
+    Args:
+        prompt_ids: at least one token.
+        num_samples: G.
+        params: how to sample.
+        index: the prompt's identity in its source: with (seed, step, sample) it keys the random numbers.
+        first_sample: number of the first sample, where the group's earlier ones are sampled elsewhere (another rank).
+    """
+
+    prompt_ids: Sequence[int]
+    num_samples: int
+    params: SamplingParams
+    index: int = 0
+    first_sample: int = 0
+
+
+class Engine(Protocol):
+    """Anything that samples: in-process, a vLLM server, a colocated vLLM."""
+
+    def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
+        """Completions for each request, in order; randomness depends on (seed, step, index, sample) only."""
+        ...
+
+    def sync(self, version: int) -> None:
+        """Make the trainer's current weights the ones sampled from."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a completion: the generation config's list and the tokenizer's own, sorted."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}))

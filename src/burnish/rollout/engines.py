@@ -1,0 +1,37 @@
+"""The choice of an in-process engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from burnish.model.scoring import causal_lm
+from burnish.model.support import supports_prefix
+from burnish.rollout.lockstep import LockstepEngine
+from burnish.rollout.native import NativeEngine
+
+__all__ = ["make_engine"]
+
+_logger = logging.getLogger(__name__)
+
+
+def make_engine(
+    model: nn.Module, tokenizer: Any, *, max_running: int = 64, max_cache_tokens: int | None = None
+) -> NativeEngine | LockstepEngine:
+    """The in-process engine that serves the model: `LockstepEngine` where completions cannot share a prompt.
+
+    Args:
+        model: see `NativeEngine`, as for the others.
+        tokenizer: decodes texts.
+        max_running: most completions decoded together.
+        max_cache_tokens: bound of the cache in tokens, or None.
+    """
+    lm = causal_lm(model)
+    support = supports_prefix(lm)
+    if support.ok:
+        _logger.info("rollouts of %s: native engine, each prompt read once per group", type(lm).__name__)
+        return NativeEngine(model, tokenizer, max_running=max_running, max_cache_tokens=max_cache_tokens)
+    _logger.warning("rollouts of %s: one row per completion, because %s", type(lm).__name__, support.reason)
+    return LockstepEngine(model, tokenizer, max_running=max_running, max_cache_tokens=max_cache_tokens)

@@ -1,0 +1,145 @@
+"""Rollouts of models that cannot share a prompt (state-space layers, ALiBi, ...): one row per completion.
+
+Rows of one batch have prompts of one length, so they stay in step and need no padding: padding changes what such models
+compute. Their cache is transformers' own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import EngineError
+from burnish.model.head import HeadSpec
+from burnish.model.scoring import causal_lm
+from burnish.rollout.engine import Engine, Request
+from burnish.rollout.stepping import (
+    OnProgress,
+    RolloutStats,
+    Track,
+    check_bounds,
+    check_requests,
+    draw_for,
+    sampling_mode,
+)
+from burnish.types import Completion
+
+__all__ = ["LockstepEngine"]
+
+
+class LockstepEngine(Engine):
+    """Samples any causal language model of transformers with its own cache.
+
+    Args:
+        model: a transformers causal language model, bare or with peft adapters (which stay active).
+        tokenizer: decodes texts.
+        max_running: most completions decoded together.
+        max_cache_tokens: most tokens of prompts and completions held together; None sets no bound.
+
+    Raises:
+        ConfigError: a bound below 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, max_running: int = 64, max_cache_tokens: int | None = None
+    ) -> None:
+        check_bounds(max_running, max_cache_tokens)
+        self._model = model
+        self._lm = causal_lm(model)
+        self._tokenizer = tokenizer
+        self._max_running = max_running
+        self._max_cache_tokens = max_cache_tokens
+        keeps = "logits_to_keep" in inspect.signature(type(self._lm).forward).parameters
+        self._last_only = {"logits_to_keep": 1} if keeps else {}
+        self.version = 0
+        self.last_stats = RolloutStats()
+
+    def generate(
+        self, requests: Sequence[Request], *, seed: int, step: int, on_progress: OnProgress | None = None
+    ) -> list[list[Completion]]:
+        """Completions of each request, in order; see `NativeEngine.generate`."""
+        check_requests(requests)
+        self.last_stats = stats = RolloutStats()
+        started = time.perf_counter()
+        tracks = [
+            [Track(request, sample, self._tokenizer, seed=seed, step=step) for sample in range(request.num_samples)]
+            for request in requests
+        ]
+        total, finished = sum(map(len, tracks)), 0
+        with sampling_mode(self._model):
+            for batch in self._batches([track for group in tracks for track in group]):
+                stats.peak_rows = max(stats.peak_rows, len(batch))
+                for ended in self._run(batch):
+                    finished += ended
+                    if on_progress is not None:
+                        on_progress(finished, total, stats.decoded_tokens)
+        stats.seconds = time.perf_counter() - started
+        return [[track.finish(self._tokenizer) for track in group] for group in tracks]
+
+    def sync(self, version: int) -> None:
+        """Record the version: the weights are the trainer's own, so there is nothing to move."""
+        self.version = version
+
+    def close(self) -> None:
+        """Nothing is held between calls."""
+
+    def _batches(self, tracks: list[Track]) -> Iterator[list[Track]]:
+        """Tracks with prompts of one length, as many as the bounds allow."""
+        by_length: dict[int, list[Track]] = {}
+        for track in tracks:
+            by_length.setdefault(len(track.request.prompt_ids), []).append(track)
+        for length, group in sorted(by_length.items()):
+            longest = length + max(track.request.params.max_new_tokens for track in group)
+            rows = self._max_running
+            if self._max_cache_tokens is not None:
+                rows = min(rows, self._max_cache_tokens // longest)
+            if rows < 1:
+                raise EngineError(
+                    f"max_cache_tokens = {self._max_cache_tokens}: one completion of a prompt of {length} tokens may "
+                    f"take {longest}; raise max_cache_tokens or lower max_new_tokens."
+                )
+            yield from (group[start : start + rows] for start in range(0, len(group), rows))
+
+    def _run(self, batch: list[Track]) -> Iterator[int]:
+        """Decode one batch; yields how many completions each forward ended."""
+        device = self._lm.device
+        rows: list[Track | None] = list(batch)
+        tokens = torch.tensor([list(track.request.prompt_ids) for track in batch], device=device)
+        self.last_stats.prompt_tokens += tokens.numel()
+        cache: dict[str, Any] = {}
+        while True:
+            logits, cache = self._forward(tokens, cache)
+            live = [place for place, track in enumerate(rows) if track is not None]
+            tracks = [track for track in rows if track is not None]
+            ended = draw_for(logits[live], tracks, HeadSpec())
+            self.last_stats.decoded_tokens += len(tracks)
+            self.last_stats.forwards += 1
+            for place, is_done in zip(live, ended, strict=True):
+                rows[place] = None if is_done else rows[place]
+            yield sum(ended)
+            if all(ended):
+                return
+            rows = _drop_finished(rows, cache)
+            tokens = torch.tensor([[track.last_token if track else 0] for track in rows], device=device)
+
+    def _forward(self, tokens: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """[B, V] last logits by the model's own forward, and its cache under the name it takes it by."""
+        output = self._lm(input_ids=tokens, use_cache=True, **self._last_only, **cache)
+        for name in ("past_key_values", "cache_params"):
+            if output.get(name) is not None:
+                return output.logits[:, -1], {name: output[name]}
+        raise EngineError(f"{type(self._lm).__name__} returned no cache, so it cannot decode token by token.")
+
+
+def _drop_finished(rows: list[Track | None], cache: dict[str, Any]) -> list[Track | None]:
+    """Take finished rows out of the cache once they are half of it; until then they run idle."""
+    live = [place for place, track in enumerate(rows) if track is not None]
+    if 2 * len(live) > len(rows):
+        return rows
+    next(iter(cache.values())).reorder_cache(torch.tensor(live))
+    return [rows[place] for place in live]

@@ -1,0 +1,160 @@
+"""What the in-process engines share: tracks of completions, drawing for them, modes, checks and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from burnish.errors import ConfigError, EngineError
+from burnish.model.head import HeadSpec
+from burnish.model.scoring import eval_mode
+from burnish.rollout.engine import Request
+from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms
+from burnish.rollout.stopping import StopMatcher, decode_text
+from burnish.types import Completion, StopReason
+
+__all__ = [
+    "OnProgress",
+    "RolloutStats",
+    "Track",
+    "check_bounds",
+    "check_requests",
+    "draw_for",
+    "sampling_mode",
+]
+
+OnProgress = Callable[[int, int, int], None]
+"""Called with (finished completions, all completions, tokens drawn so far)."""
+
+
+@dataclass(slots=True)
+class RolloutStats:
+    """What one call of `generate` did.
+
+    Attributes:
+        prompt_tokens: prompt tokens prefilled, each prompt once.
+        decoded_tokens: tokens drawn.
+        forwards: decode forwards.
+        seconds: wall-clock time of the call.
+        peak_cache_bytes: most bytes of keys and values held at once.
+        peak_rows: most completions running at once.
+    """
+
+    prompt_tokens: int = 0
+    decoded_tokens: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+    peak_cache_bytes: int = 0
+    peak_rows: int = 0
+
+
+class Track:
+    """One completion being sampled: its tokens, its log-probabilities, and what it still needs to know it has ended.
+
+    Args:
+        request: what was asked.
+        sample: number of the completion within its group.
+        tokenizer: decodes text.
+        seed: with the step, the request's index and the sample: the key of its random numbers.
+        step: see seed.
+    """
+
+    __slots__ = ("_eos", "_matcher", "_stopped_text", "completion", "key", "request", "sample")
+
+    def __init__(self, request: Request, sample: int, tokenizer: Any, *, seed: int, step: int) -> None:
+        self.request = request
+        self.sample = sample
+        self.key: np.uint64 = stream_key(seed, step, request.index, request.first_sample + sample)
+        self.completion = Completion([], sampler_logprobs=[], policy_logprobs=[])
+        self._eos = frozenset(request.params.eos_token_ids)
+        self._matcher = StopMatcher(tokenizer, request.params.stop) if request.params.stop else None
+        self._stopped_text: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.completion.token_ids)
+
+    @property
+    def last_token(self) -> int:
+        """The token to feed next."""
+        return self.completion.token_ids[-1]
+
+    def push(self, token: int, sampler_logprob: float, policy_logprob: float) -> bool:
+        """Add a drawn token; True where the completion has ended."""
+        done = self.completion
+        assert done.sampler_logprobs is not None and done.policy_logprobs is not None
+        done.token_ids.append(token)
+        done.sampler_logprobs.append(sampler_logprob)
+        done.policy_logprobs.append(policy_logprob)
+        if token in self._eos:
+            done.stop_reason = StopReason.EOS
+            return True
+        if self._matcher is not None:
+            self._stopped_text = self._matcher.push(token)
+            if self._stopped_text is not None:
+                done.stop_reason = StopReason.STOP
+                return True
+        if len(done.token_ids) >= self.request.params.max_new_tokens:
+            done.stop_reason = StopReason.LENGTH
+            return True
+        return False
+
+    def finish(self, tokenizer: Any) -> Completion:
+        """The completion with its text."""
+        text = self._stopped_text
+        self.completion.text = decode_text(tokenizer, self.completion.token_ids) if text is None else text
+        return self.completion
+
+
+@contextmanager
+def sampling_mode(model: nn.Module) -> Generator[None]:
+    """Evaluation mode without autograd; every module gets its own mode back.
+
+    Raises:
+        EngineError: an active prompt-learning adapter, whose virtual tokens live outside the model that is sampled.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise EngineError(
+            f"model = {type(model).__name__} with a prompt-learning adapter: its virtual tokens live outside the base "
+            "model; use LoRA or another adapter of weights."
+        )
+    with eval_mode(model), torch.no_grad():
+        yield
+
+
+def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec) -> list[bool]:
+    """Draw the next token of each track from its row of logits [B, V]; which of them have ended."""
+    keys = np.array([track.key for track in tracks], dtype=np.uint64)
+    numbers = uniforms(keys, np.array([track.length for track in tracks]))
+    drawn = draw(
+        logits,
+        torch.from_numpy(numbers).to(logits.device),
+        SamplingBatch.of([track.request.params for track in tracks], logits.device),
+        scale=spec.scale,
+        softcap=spec.softcap,
+    )
+    columns = (drawn.token_ids.tolist(), drawn.sampler_logprobs.tolist(), drawn.policy_logprobs.tolist())
+    return [track.push(*values) for track, *values in zip(tracks, *columns, strict=True)]
+
+
+def check_bounds(max_running: int, max_cache_tokens: int | None) -> None:
+    """Raise ConfigError for a bound below 1."""
+    for name, value in (("max_running", max_running), ("max_cache_tokens", max_cache_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value!r}: use a positive integer.")
+
+
+def check_requests(requests: Sequence[Request]) -> None:
+    """Raise EngineError for a request that no engine can serve."""
+    for place, request in enumerate(requests):
+        if not len(request.prompt_ids):
+            raise EngineError(f"requests[{place}].prompt_ids is empty: give at least one token (for example BOS).")
+        if request.num_samples < 1:
+            raise EngineError(f"requests[{place}].num_samples = {request.num_samples}: ask for at least one sample.")

@@ -1,0 +1,45 @@
+"""Stop strings, found in text that is decoded as it grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["StopMatcher", "decode_text"]
+
+_REPLACEMENT = "\ufffd"
+
+
+def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Text of tokens, without special tokens and without any tidying of spaces."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class StopMatcher:
+    """Decodes a completion as it grows and says when its text contains a stop string.
+
+    Only the last few tokens are decoded again for each new one: those whose text was not yet settled, because a
+    character's bytes may lie in several tokens, and the ones before them, because a token's text may depend on its
+    neighbour.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._reach = max(len(s) for s in stop) - 1
+        self._tokens: list[int] = []
+        self._context = self._settled = 0
+        self._text = ""
+
+    def push(self, token: int) -> str | None:
+        """Add a token; the text before the first stop string, or None where there is none yet."""
+        self._tokens.append(token)
+        known = decode_text(self._tokenizer, self._tokens[self._context : self._settled])
+        text = decode_text(self._tokenizer, self._tokens[self._context :])[len(known) :]
+        start = max(0, len(self._text) - self._reach)
+        seen = self._text + text.rstrip(_REPLACEMENT)
+        if not text.endswith(_REPLACEMENT) and text:
+            self._text += text
+            self._context, self._settled = self._settled, len(self._tokens)
+        found = [place for s in self._stop if (place := seen.find(s, start)) >= 0]
+        return seen[: min(found)] if found else None

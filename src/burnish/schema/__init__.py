@@ -1,0 +1,30 @@
+"""Names, types, defaults and rules of every configuration field, without torch.
+
+The trainers' configs inherit their own fields from here, files and overrides are checked against the same tables, and
+`burnish grpo --help` prints them: a field is written down once.
+"""
+
+from __future__ import annotations
+
+from burnish.schema.checks import check_fields, check_mapping
+from burnish.schema.fields import CommonFields, GRPOFields, SFTFields, known_fields
+from burnish.schema.inherited import FieldInfo, lora_fields, training_argument_fields
+from burnish.schema.refused import REFUSED, REFUSED_FOR, Kind, refused_fields
+from burnish.schema.rules import check_values
+
+__all__ = [
+    "REFUSED",
+    "REFUSED_FOR",
+    "CommonFields",
+    "FieldInfo",
+    "GRPOFields",
+    "Kind",
+    "SFTFields",
+    "check_fields",
+    "check_mapping",
+    "check_values",
+    "known_fields",
+    "lora_fields",
+    "refused_fields",
+    "training_argument_fields",
+]

@@ -1,0 +1,158 @@
+"""Checks of what a file or an override says, before any config object exists: names, then types, then values."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from burnish.errors import ConfigError
+from burnish.schema.fields import known_fields
+from burnish.schema.inherited import FieldInfo
+from burnish.schema.refused import Kind
+from burnish.schema.rules import check_values
+
+__all__ = ["check_fields", "check_mapping", "did_you_mean"]
+
+_ELSEWHERE = {
+    "dataset_kwargs": "burnish reads rows as they are; describe them in [data]",
+    "generation_batch_size": "set steps_per_generation",
+    "generation_kwargs": "set temperature, top_p, top_k, min_p or stop",
+    "max_seq_length": "its name is max_length",
+    "pad_to_multiple_of": "rows are packed, there is no padding",
+    "padding_free": "rows are always packed, there is no padding",
+    "trust_remote_code": "set it in [model_init]",
+    "use_vllm": "completions are sampled in process, from the weights being trained",
+}
+"""Names of TRL's that mean nothing here -> what to do instead."""
+
+
+def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
+    """Check a stage's table and return its values in the types that the config wants.
+
+    Args:
+        kind: the stage.
+        mapping: field -> value, as parsed from a file.
+        where: the table's name, for messages.
+
+    Returns:
+        The same fields, coerced (`1` to `1.0` for a float, and `"1e-6"`, which YAML reads as text).
+
+    Raises:
+        ConfigError: an unknown name, a wrong type, a bad value, a contradiction, or a field no trainer honours.
+    """
+    fields = known_fields(kind)
+    for name in mapping:
+        if name not in fields and name in _ELSEWHERE:
+            raise ConfigError(f"[{where}] {name}: not a field of burnish; {_ELSEWHERE[name]}.")
+    values = check_mapping(fields, mapping, where)
+    everything = {name: copy.copy(info.default) for name, info in fields.items()} | values
+    try:
+        check_values(kind, everything)
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from None
+    return values
+
+
+def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check names and types of one table against `fields`; return the values coerced.
+
+    Raises:
+        ConfigError: an unknown name, or a value of another type than the field's annotation.
+    """
+    values: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if name not in fields:
+            raise ConfigError(f"[{where}] {name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
+        try:
+            values[name] = _coerce(ast.parse(fields[name].type, mode="eval").body, value)
+        except _MismatchError:
+            raise ConfigError(
+                f"[{where}] {name} = {value!r}: expected {fields[name].type}, got {type(value).__name__}."
+            ) from None
+    return values
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'did you mean ...' where a known name is close, else the known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}"
+    return f"known are {', '.join(names)}" if len(names) <= 20 else "no known field is close; `--help` lists them"
+
+
+class _MismatchError(Exception):
+    """The value does not fit the annotation."""
+
+
+def _coerce(annotation: ast.expr, value: Any) -> Any:
+    """The value in a type of the annotation: as it is where one fits, else converted without loss."""
+    options = list(_options(annotation))
+    for convert in (_fit, _convert):
+        for option in options:
+            try:
+                return convert(option, value)
+            except _MismatchError:
+                continue
+    raise _MismatchError
+
+
+def _options(annotation: ast.expr) -> Iterable[ast.expr]:
+    """The members of a union, however it is spelled."""
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            yield from (*_options(left), *_options(right))
+        case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
+            yield from (*_options(inner), ast.Constant(None))
+        case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=members)):
+            for member in members:
+                yield from _options(member)
+        case _:
+            yield annotation
+
+
+def _fit(option: ast.expr, value: Any) -> Any:
+    match option:
+        case ast.Name(id="Any"):
+            return value
+        case ast.Constant(value=None) if value is None:
+            return value
+        case ast.Name(id="str" | "int" | "float" | "bool" | "dict" | "list" as name) if type(value).__name__ == name:
+            return value
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            members = choices.elts if isinstance(choices, ast.Tuple) else [choices]
+            allowed = [member.value for member in members if isinstance(member, ast.Constant)]
+            if any(type(one) is type(value) and one == value for one in allowed):
+                return value
+        case ast.Subscript(value=ast.Name(id="list"), slice=inner) if isinstance(value, list):
+            return [_coerce(inner, item) for item in value]
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=members)) if isinstance(value, list):
+            if len(value) == len(members):
+                return tuple(_coerce(member, item) for member, item in zip(members, value, strict=True))
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[key, inner])) if isinstance(value, dict):
+            return {_coerce(key, one): _coerce(inner, item) for one, item in value.items()}
+        case _:
+            pass
+    raise _MismatchError
+
+
+def _convert(option: ast.expr, value: Any) -> Any:
+    match option:
+        case ast.Name(id="float") if isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        case ast.Name(id="float") if isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                raise _MismatchError from None
+            if math.isfinite(number):
+                return number
+        case ast.Name(id="int") if isinstance(value, float) and value.is_integer():
+            return int(value)
+        case _:
+            pass
+    raise _MismatchError

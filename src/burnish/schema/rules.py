@@ -1,0 +1,168 @@
+"""What values a field may have, and which fields contradict each other: tables and plain functions of a mapping."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from burnish.errors import ConfigError
+from burnish.schema.inherited import training_argument_fields
+from burnish.schema.refused import Kind, refused_fields
+
+__all__ = ["check_values"]
+
+Rule: TypeAlias = tuple[str, Callable[[Any], bool], str]
+"""A field, what its value must satisfy, and the fix."""
+
+
+def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
+    """Check every value and combination of one stage's config; `values` holds all of its fields.
+
+    Raises:
+        ConfigError: naming the field, the value received and the fix.
+    """
+    for name, reason in refused_fields(kind).items():
+        if name in values and not _is_unset(values[name], _inherited_default(name)):
+            raise ConfigError(f"{name} = {values[name]!r}: {reason}.")
+    for name, holds, fix in (*_COMMON, *_RULES[kind]):
+        if name in values and not holds(values[name]):
+            raise ConfigError(f"{name} = {values[name]!r}: {fix}.")
+    for contradiction in _CONTRADICTIONS[kind](values):
+        raise ConfigError(contradiction)
+
+
+def _inherited_default(name: str) -> Any:
+    # The refused fields whose default burnish changes.
+    changed = ("logging_nan_inf_filter", "remove_unused_columns")
+    return False if name in changed else training_argument_fields()[name].default
+
+
+def _is_unset(value: Any, default: Any) -> bool:
+    # transformers replaces some unset fields by objects when it resolves a config; those were not set by anyone.
+    return value == default or not isinstance(value, bool | int | float | str | list | dict)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _at_least(minimum: float) -> Callable[[Any], bool]:
+    return lambda value: _number(value) and value >= minimum
+
+
+def _above(bound: float) -> Callable[[Any], bool]:
+    return lambda value: _number(value) and value > bound
+
+
+def _count(minimum: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def _one_of(*allowed: object) -> Callable[[Any], bool]:
+    return lambda value: any(value is one or (isinstance(value, str) and value == one) for one in allowed)
+
+
+def _list_of(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(rule(item) for item in value)
+
+
+def _fraction(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
+_COMMON: tuple[Rule, ...] = (
+    ("token_budget", _optional(_count(1)), "use a number of tokens of at least 1, or leave it out"),
+    ("learning_rate", _at_least(0), "use a finite number of at least 0"),
+)
+
+_RULES: dict[Kind, tuple[Rule, ...]] = {
+    "sft": (
+        ("max_length", _optional(_count(2)), "use at least 2 tokens (one predicts the next), or leave it out"),
+        ("truncation_mode", _one_of("keep_start"), "only keep_start is supported; it keeps the beginning"),
+        ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
+        (
+            "train_sampling_strategy",
+            _one_of("random", "sequential"),
+            "use random or sequential; packing already balances batches by length",
+        ),
+        ("loss_type", _one_of("nll"), "use nll; its logits are tiled already, so it is also the chunked one"),
+    ),
+    "grpo": (
+        ("num_generations", _count(2), "a group is compared with itself: use at least 2"),
+        ("num_generations_eval", _optional(_count(1)), "use at least 1, or leave it out"),
+        ("steps_per_generation", _optional(_count(1)), "use at least 1 micro-batch, or leave it out"),
+        ("num_iterations", _count(1), "use at least 1"),
+        ("max_prompt_length", _optional(_count(1)), "use a number of tokens of at least 1, or leave it out"),
+        ("max_completion_length", _count(1), "use a number of tokens of at least 1"),
+        ("temperature", _above(0), "training needs samples of a distribution: use a number above 0"),
+        ("top_p", lambda value: _fraction(value) and value > 0, "use a number in (0, 1]; 1 keeps every token"),
+        ("top_k", _count(0), "use 0 (keep all) or a positive integer"),
+        ("min_p", _optional(_fraction), "use a number in [0, 1], or leave it out"),
+        (
+            "stop",
+            _optional(_list_of(lambda item: isinstance(item, str) and item != "")),
+            "use a list of non-empty strings, or leave it out",
+        ),
+        ("loss_type", _one_of("grpo", "bnpo", "dr_grpo", "dapo"), "use one of grpo, bnpo, dr_grpo, dapo"),
+        (
+            "scale_rewards",
+            _one_of("group", "batch", "none", True, False),
+            "use group (or true), batch, or none (or false)",
+        ),
+        ("reward_weights", _optional(_list_of(_number)), "use a list of numbers, one per reward, or leave it out"),
+        ("beta", _at_least(0), "use a finite number of at least 0; 0 holds no reference model"),
+        ("epsilon", lambda value: _fraction(value) and 0 < value < 1, "use a number in (0, 1), such as 0.2"),
+        ("epsilon_high", _optional(_above(0)), "use a number above 0, such as 0.28, or leave it out"),
+        ("delta", _optional(_above(1)), "it bounds a ratio: use a number above 1 + epsilon, or leave it out"),
+        ("importance_sampling_level", _one_of("token", "sequence"), "use token or sequence"),
+        ("logprob_check_bound", _optional(_above(0)), "use a number of nats above 0, or leave it out"),
+    ),
+}
+
+
+def _sft_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    if values["assistant_only_loss"] and values["completion_only_loss"]:
+        yield (
+            "assistant_only_loss = True and completion_only_loss = True choose different tokens: set one of them, "
+            "assistant_only_loss for conversations, completion_only_loss for prompt-completion rows."
+        )
+
+
+def _grpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    high = values["epsilon"] if values["epsilon_high"] is None else values["epsilon_high"]
+    if values["delta"] is not None and values["delta"] <= 1 + high:
+        yield f"delta = {values['delta']!r}: inside the clip range; use more than 1 + epsilon_high = {1 + high:g}."
+    if "per_device_train_batch_size" in values:
+        yield from _incomplete_groups(values)
+
+
+def _incomplete_groups(values: Mapping[str, Any]) -> Iterable[str]:
+    """A round of sampling holds whole groups: completions = batch size x processes x steps, a multiple of G."""
+    size = values["per_device_train_batch_size"]
+    steps = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    total, group = size * processes * steps, values["num_generations"]
+    if total % group:
+        yield (
+            f"num_generations = {group}: one round samples {total} completions (per_device_train_batch_size {size} x "
+            f"{processes} processes x {steps} steps), which holds no whole number of groups; "
+            f"make the product a multiple of {group}, for instance per_device_train_batch_size = {group}."
+        )
+    accumulation = values["gradient_accumulation_steps"]
+    if steps % accumulation:
+        yield (
+            f"steps_per_generation = {steps}: an optimizer step takes gradient_accumulation_steps = {accumulation} "
+            f"micro-batches, so rounds would end inside a step; use a multiple of {accumulation}."
+        )
+
+
+_CONTRADICTIONS: dict[Kind, Callable[[Mapping[str, Any]], Iterable[str]]] = {
+    "sft": _sft_contradictions,
+    "grpo": _grpo_contradictions,
+}

@@ -1,0 +1,320 @@
+"""What every trainer shares: groups in, packed micro-batches, token-budgeted backward, exact denominators, masters."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.training_args import ParallelMode
+
+from burnish.errors import CheckFailed, ConfigError, ModelError
+from burnish.model.loading import load_model, load_processing_class
+from burnish.model.precision import MasterWeights
+from burnish.model.scoring import prepare_for_scoring
+from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
+from burnish.trainers.callbacks import ProgressCallback
+from burnish.types import Group, PackedBatch
+
+__all__ = ["COMPLETE", "GroupTrainer", "MicroBatch", "collate", "resolve_tokenizer", "scored_tokens"]
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete"
+"""File that is written last into a checkpoint: a killed run may leave a folder without it."""
+
+
+@dataclass(slots=True)
+class MicroBatch(Mapping[str, Any]):
+    """One of the n batches of an optimizer step, as parts that each fit the token budget."""
+
+    parts: list[PackedBatch]
+
+    def __getitem__(self, name: str) -> Any:
+        if name != "input_ids":
+            raise KeyError(name)
+        return torch.cat([part.input_ids for part in self.parts], dim=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def collate(groups: list[Group]) -> list[Group]:
+    """Leave a batch as the list of its groups: packing happens once per optimizer step."""
+    return groups
+
+
+class GroupTrainer(Trainer):
+    """A `transformers.Trainer` over groups.
+
+    Subclasses give `step_groups` (this rank's groups of one optimizer step), `pack_groups` and `batch_loss`; this class
+    turns them into exactly as many micro-batches as the Trainer counts, splits those by `token_budget`, and keeps the
+    gradient independent of either split.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        args: Any,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        train_dataset: Any,
+        eval_dataset: Any,
+        peft_config: Any,
+        callbacks: list[TrainerCallback] | None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any],
+    ) -> None:
+        _refuse_data_parallel(args)
+        self.tokenizer = processing_class
+        loaded, self._exact = load_model(model, bf16=bool(args.bf16), init_kwargs=args.model_init_kwargs)
+        if peft_config is not None:
+            loaded, self._exact = _add_adapters(loaded, peft_config), {}
+        if args.gradient_checkpointing:
+            # Reentrant checkpointing is wrong for layers that share keys and values, and drops gradients of inputs.
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+        prepare_for_scoring(loaded)
+        super().__init__(
+            model=loaded,
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=self.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
+            self.remove_callback(shown)
+        if args.progress:
+            self.add_callback(ProgressCallback(args.kind))
+        # The loss is divided by a global count here; both names are needed, since old versions read only the second.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+
+    def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
+        """This rank's groups of one optimizer step, or None when the data ended."""
+        batches: list[list[Group]] = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        return [group for batch in batches for group in batch] or None
+
+    def pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
+        """One packed row with the tensors that `batch_loss` reads."""
+        return pack(groups)
+
+    def step_denominator(self, groups: Sequence[Group]) -> float:
+        """This rank's share of the loss's denominator: by default its scored tokens."""
+        return float(sum(scored_tokens(group) for group in groups))
+
+    def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
+        """This batch's share of the step's loss (shares add up)."""
+        raise NotImplementedError
+
+    def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups that have a gradient."""
+        return list(groups)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Exactly `num_batches` micro-batches of one optimizer step and the global denominator of its loss."""
+        groups = self.step_groups(epoch_iterator, num_batches)
+        if groups is None:
+            return [], None
+        denominator = self.sum_over_ranks(self.step_denominator(groups))
+        trainable = self.trainable_groups(groups)
+        batches = [self._micro_batch(part) for part in partition(trainable, num_batches)]
+        return batches, torch.tensor(max(denominator, 1.0), device=device)
+
+    def _micro_batch(self, groups: list[Group]) -> MicroBatch:
+        parts = split_by_tokens(groups, self.args.token_budget) if groups else []
+        count = int(self.max_over_ranks(len(parts)))
+        # Ranks must run the same number of forwards, and a step without work still takes its optimizer step.
+        filler = [zero_weight_group(cast(int, self.tokenizer.pad_token_id or 0))]
+        parts += [filler] * (max(count, 1) - len(parts))
+        return MicroBatch([self.pack_groups(part) for part in parts])
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Backward through each part of a micro-batch; gradients are synchronised with the last part only."""
+        model.train()
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(inputs.parts):
+            last = number == len(inputs.parts) - 1
+            own_reduction = isinstance(self.master_weights, MasterWeights)
+            with contextlib.nullcontext() if last and not own_reduction else self.accelerator.no_sync(model):
+                loss = self.compute_loss(model, part.to(self.args.device), num_items_in_batch=num_items_in_batch)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """A part's share of the loss, times the ranks over which gradients are averaged."""
+        assert num_items_in_batch is not None
+        loss = self.batch_loss(model, inputs, denominator=float(num_items_in_batch)) * self.data_parallel_size
+        return (loss, {}) if return_outputs else loss
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different data."""
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def sum_over_ranks(self, value: float) -> float:
+        """Sum of a number over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.args.device)
+        return float(cast(torch.Tensor, self.accelerator.reduce(tensor, reduction="sum"))[0])
+
+    def max_over_ranks(self, value: float) -> float:
+        """Largest of a number over all ranks."""
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.args.device)
+        return float(cast(torch.Tensor, self.accelerator.gather(tensor)).max())
+
+    @property
+    def master_weights(self) -> MasterWeights | None:
+        """The optimizer that owns fp32 masters, where this run has one."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, MasterWeights) else None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The configured optimizer, over fp32 masters where trained weights are bf16."""
+        target = cast(torch.nn.Module, self.model if model is None else model)
+        trained = [p for p in target.parameters() if p.requires_grad]
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.optimizer is not None or sharded or all(p.dtype == torch.float32 for p in trained):
+            return super().create_optimizer(model)
+        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
+            raise ConfigError(
+                f"optim = {str(self.args.optim)!r}: it picks its own parameters and cannot run over fp32 masters. Use an "
+                "AdamW, Adafactor or SGD variant, or bf16=False."
+            )
+        decayed = set(self.get_decay_parameter_names(target))
+        named = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for n, p in named if (n in decayed) == decay], "weight_decay": self.args.weight_decay * decay}
+            for decay in (True, False)
+        ]
+        self.optimizer = MasterWeights(groups, lambda own: cls(own, **kwargs), self._exact)
+        self._exact = {}
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self.before_optimizer_step()
+        masters = self.master_weights
+        if masters is None:
+            norm = super()._clip_grad_norm(model)
+            _require_finite(norm, self.state.global_step)
+            return norm
+        return self._clip_masters(masters, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        masters = self.master_weights
+        if grad_norm is None and masters is not None:
+            self.before_optimizer_step()
+            grad_norm = self._clip_masters(masters, float("inf"))
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _clip_masters(self, masters: MasterWeights, max_norm: float) -> torch.Tensor:
+        if self.accelerator.num_processes > 1:
+            masters.all_reduce_gradients()
+        norm = masters.clip_gradients(max_norm)
+        return norm
+
+    def before_optimizer_step(self) -> None:
+        """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""
+
+    def save_own_state(self, folder: Path) -> None:
+        """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        self.save_own_state(folder)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (folder / COMPLETE).touch()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """A plain loader over groups."""
+        return self._plain_loader(eval_dataset if eval_dataset is not None else self.eval_dataset)
+
+    def _plain_loader(self, dataset: Any) -> DataLoader[Any]:
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return DataLoader(
+            [dataset[i] for i in range(rank, len(dataset), world)],
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=collate,
+        )
+
+
+def scored_tokens(group: Group) -> int:
+    """Tokens of a group that enter the loss; without a prompt nothing predicts the first token."""
+    total = 0
+    for completion in group.completions:
+        total += completion.num_scored_tokens
+        if not group.prompt_ids and (completion.loss_mask is None or completion.loss_mask[0]):
+            total -= 1
+    return total
+
+
+def _refuse_data_parallel(args: Any) -> None:
+    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
+        raise ConfigError(
+            f"n_gpu = {args.n_gpu}: several visible GPUs without a launcher would become nn.DataParallel. Start with "
+            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device."
+        )
+
+
+def resolve_tokenizer(model: Any, processing_class: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that belongs to the model; it has a pad token afterwards."""
+    if processing_class is not None:
+        tokenizer = processing_class
+    else:
+        name = model if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
+        if not name:
+            raise ModelError("processing_class = None: the model in memory names no tokenizer. Pass processing_class.")
+        tokenizer = load_processing_class(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _add_adapters(model: Any, peft_config: Any) -> Any:
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
+    # Adapters compute in the base's dtype; the optimizer keeps their fp32 masters.
+    return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+
+
+def _require_finite(norm: Any, step: int) -> None:
+    value = float(norm)
+    if value != value or value in (float("inf"), float("-inf")):
+        raise CheckFailed(f"step {step}: the gradient norm is {value}; the step is not taken. Lower learning_rate.")

@@ -1,0 +1,45 @@
+"""Training arguments: `transformers.TrainingArguments` plus the fields of `burnish.schema`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from burnish.model.precision import fast_bf16
+from burnish.schema import GRPOFields, SFTFields
+
+__all__ = ["GRPOConfig", "SFTConfig"]
+
+
+def _finish(config: Any) -> None:
+    """Check the fields, resolve `bf16`, and switch off what would hide errors or wrap the model twice."""
+    config.check()
+    requested = config.bf16
+    sharded = bool(config.fsdp or config.deepspeed)
+    # bf16 means bf16 weights with fp32 masters here; accelerate's autocast stays off unless the model is sharded, where
+    # FSDP2 and DeepSpeed keep the masters.
+    config.bf16 = bool(requested) if sharded else False
+    TrainingArguments.__post_init__(config)
+    if not sharded:
+        config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
+    config.logging_nan_inf_filter = False
+    config.remove_unused_columns = False
+    config.dataloader_pin_memory = False
+
+
+@dataclass
+class SFTConfig(SFTFields, TrainingArguments):
+    """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)
+
+
+@dataclass
+class GRPOConfig(GRPOFields, TrainingArguments):
+    """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)

@@ -1,0 +1,530 @@
+"""The online trainer: sample, score, turn rewards into advantages, take policy-gradient steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from burnish.advantages import group_advantages
+from burnish.data import as_rows, encode_rows, prompt_group
+from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.objectives.aggregate import Reduction, aggregate
+from burnish.objectives.kl import kl_k3
+from burnish.objectives.policy import clipped_surrogate, log_ratio
+from burnish.packing import pack, partition, split_by_tokens
+from burnish.rewards import Criterion, Rubric
+from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer, scored_tokens
+from burnish.trainers.configs import GRPOConfig
+from burnish.trainers.reference import Reference
+from burnish.trainers.transcripts import TranscriptLog
+from burnish.types import Completion, Group, PackedBatch, StopReason
+
+__all__ = ["GRPOTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class Share:
+    """This rank's part of one prompt's completions.
+
+    Attributes:
+        place: the prompt's place in the rollout's order: what the ranks that hold the same group agree on.
+        first: number of the first of these completions in the group.
+        group: the prompt with this part of its completions.
+    """
+
+    place: int
+    first: int
+    group: Group
+
+
+RewardFunction = Callable[..., Any]
+
+REDUCTIONS: Mapping[str, Reduction] = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant"}
+
+
+class GRPOTrainer(GroupTrainer):
+    r"""Group Relative Policy Optimisation (2402.03300) and its relatives, with the arguments of TRL's trainer.
+
+    .. math::
+        \mathcal L = -\frac1D \sum_{t} \min\big(r_t A_t, \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_{high}) A_t\big)
+        + \beta\, \mathrm{KL}_{k3}(\pi \| \pi_{ref})
+
+    Each optimizer step takes its share of a rollout: P prompts, G completions each, sampled by the engine with the
+    trainer's own weights. A completion whose reward failed leaves the loss; a group without spread costs no forward.
+
+    Args:
+        model: path, hub name, package that carries a model, or a model in memory.
+        reward_funcs: a `Rubric`, or functions `f(prompts, completions, **columns) -> list[float | None]`.
+        args: `GRPOConfig`.
+        train_dataset: rows with a `prompt` column (plain or conversational); other columns reach the rewards.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; the model's own if None.
+        callbacks: transformers callbacks.
+        optimizers: an optimizer and a scheduler instead of the configured ones.
+        peft_config: train these adapters instead of the weights.
+        engine: samples completions; the native in-process engine if None.
+        ref_model: the reference of the KL term; if None, the model as it was given (adapters off, or a frozen copy).
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError: before any weight is loaded where that can be known.
+        CheckFailed: sampler and trainer disagree, or a gradient is not finite.
+    """
+
+    args: GRPOConfig
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction | Criterion],
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: Any = None,
+        *,
+        engine: Engine | None = None,
+        ref_model: PreTrainedModel | None = None,
+    ) -> None:
+        args = args if args is not None else GRPOConfig()
+        if train_dataset is None:
+            raise DataError("train_dataset = None: pass rows with a `prompt` column.")
+        self.rubric = _rubric(reward_funcs, args.reward_weights)
+        self.args = args
+        self.tokenizer = resolve_tokenizer(model, processing_class)
+        self.prompts = self._encode(train_dataset)
+        self.eval_prompts = [] if eval_dataset is None else self._encode(eval_dataset)
+        super().__init__(
+            model,
+            args,
+            processing_class=self.tokenizer,
+            train_dataset=self.prompts,
+            eval_dataset=self.eval_prompts or None,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
+        self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
+        self.transcripts = TranscriptLog.of(args, self.is_world_process_zero())
+        self.params = self._sampling_params()
+        self._buffer: list[list[Group]] = []
+        self._orders: dict[int, list[int]] = {}
+        self._rollouts = 0
+        self._fresh = False
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._differences: list[tuple[float, float, int]] = []
+        self._check_sizes()
+
+    def _encode(self, dataset: Any) -> list[Group]:
+        return encode_rows(
+            prompt_group,
+            as_rows(dataset),
+            self.tokenizer,
+            max_prompt_length=self.args.max_prompt_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+        )
+
+    def _sampling_params(self) -> SamplingParams:
+        args = self.args
+        return SamplingParams(
+            max_new_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p or 0.0,
+            stop=tuple(args.stop or ()),
+            eos_token_ids=eos_token_ids(causal_lm(self.model), self.tokenizer),
+        )
+
+    @property
+    def _reuse(self) -> int:
+        """Optimizer steps per rollout."""
+        return (self._micro_batches_per_rollout // self.args.gradient_accumulation_steps) * self.args.num_iterations
+
+    @property
+    def _micro_batches_per_rollout(self) -> int:
+        return self.args.steps_per_generation or self.args.gradient_accumulation_steps
+
+    @property
+    def _prompts_per_rollout(self) -> int:
+        completions = (
+            self.args.per_device_train_batch_size * self.accelerator.num_processes * self._micro_batches_per_rollout
+        )
+        return completions // self.args.num_generations
+
+    def _check_sizes(self) -> None:
+        if len(self.prompts) < self._prompts_per_rollout:
+            raise DataError(
+                f"train_dataset: {len(self.prompts)} prompts are fewer than the {self._prompts_per_rollout} of one "
+                "rollout. Add prompts, or lower per_device_train_batch_size or steps_per_generation."
+            )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Tickets: as many as completions pass through training in an epoch; the rollout decides what they mean."""
+        tickets = list(range(len(self.prompts) * self.args.num_generations * self.args.num_iterations))
+        loader = DataLoader(
+            tickets,  # pyright: ignore[reportArgumentType]
+            batch_size=self._train_batch_size,
+            sampler=SequentialSampler(tickets),
+            collate_fn=collate,  # pyright: ignore[reportArgumentType]
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)
+
+    def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
+        """This rank's share of the rollout; samples anew when the last one is used up."""
+        if super().step_groups(epoch_iterator, num_batches) is None:
+            return None
+        self._fresh = not self._buffer
+        if self._fresh:
+            self._buffer = self._rollout()
+        return self._buffer.pop(0)
+
+    def _rollout(self) -> list[list[Group]]:
+        started = time.perf_counter()
+        shares = self._take_prompts()
+        groups = [share.group for share in shares]
+        self.engine.sync(self.state.global_step)
+        self._generate(shares, self.params, seed=self.args.seed, step=self._rollouts)
+        sampled = time.perf_counter()
+        self.rubric.score(groups)
+        scored = time.perf_counter()
+        self._advantages(shares)
+        self._log_rollout(groups)
+        with torch.no_grad(), eval_mode(self.model):
+            if self._reuse > 1:
+                self._fill(groups, "old_logprobs", self.model)
+            if self.reference is not None:
+                with self.reference.active(self.model) as reference:
+                    self._fill(groups, "ref_logprobs", reference)
+        self._rollouts += 1
+        self._log("seconds/rollout", sampled - started)
+        self._log("seconds/rewards", scored - sampled)
+        self._log("seconds/reference", time.perf_counter() - scored)
+        steps = self._reuse // self.args.num_iterations
+        return partition(groups, steps) * self.args.num_iterations
+
+    def _take_prompts(self) -> list[Share]:
+        """This rank's part of the next prompts: the number of rollouts so far is the only state of their order."""
+        number, samples = self._prompts_per_rollout, self.args.num_generations
+        share = number * samples // self.accelerator.num_processes
+        begin = self.accelerator.process_index * share
+        shares: list[Share] = []
+        for offset in range(number):
+            low, high = max(begin, offset * samples), min(begin + share, (offset + 1) * samples)
+            if low < high:
+                place = self._rollouts * number + offset
+                empty = [Completion([]) for _ in range(high - low)]
+                group = dataclasses.replace(self._prompt_at(place), completions=empty)
+                shares.append(Share(place, low - offset * samples, group))
+        return shares
+
+    def _prompt_at(self, place: int) -> Group:
+        """The prompt at a place of the endless order: a new permutation of the prompts each epoch."""
+        epoch, offset = divmod(place, len(self.prompts))
+        if not self.args.shuffle_dataset:
+            return self.prompts[offset]
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.args.seed + epoch)
+            self._orders = {epoch: torch.randperm(len(self.prompts), generator=generator).tolist()}
+        return self.prompts[self._orders[epoch][offset]]
+
+    def _generate(self, shares: Sequence[Share], params: SamplingParams, *, seed: int, step: int) -> None:
+        requests = [
+            Request(s.group.prompt_ids, len(s.group.completions), params, index=s.group.index, first_sample=s.first)
+            for s in shares
+        ]
+        for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
+            share.group.completions = completions
+
+    def _advantages(self, shares: Sequence[Share]) -> None:
+        """Group advantages over all ranks: a group may lie on several."""
+        records = [(share.place, share.first, [_total(c) for c in share.group.completions]) for share in shares]
+        gathered = gather_object(records) if self.accelerator.num_processes > 1 else records
+        rewards: dict[int, list[float | None]] = defaultdict(list)
+        for place, _, values in sorted(cast("list[tuple[int, int, list[float | None]]]", gathered)):
+            rewards[place] += values
+        scale = {True: "group", False: "none"}.get(cast(Any, self.args.scale_rewards), self.args.scale_rewards)
+        rows = group_advantages(list(rewards.values()), scale=cast(Any, scale))
+        advantages = dict(zip(rewards, rows, strict=True))
+        for share in shares:
+            for offset, completion in enumerate(share.group.completions):
+                completion.advantage = advantages[share.place][share.first + offset]
+        self._log_rewards(list(rewards.values()))
+
+    @torch.no_grad()
+    def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
+        """Write the log-probability of every token under a model into the completions."""
+        for part in split_by_tokens(groups, self.args.token_budget):
+            batch = pack(part).to(self.args.device)
+            values = score(model, batch, temperature=self.args.temperature).logprobs.tolist()
+            completions = [c for group in part for c in group.completions]
+            lengths = [len(c.token_ids) for c in completions]
+            for completion, length in zip(completions, lengths, strict=True):
+                setattr(completion, name, values[:length])
+                values = values[length:]
+
+    def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """Completions in the loss, without groups whose every gradient term is exactly zero."""
+        kept: list[Group] = []
+        for group in groups:
+            completions = [c for c in group.completions if self._in_loss(c)]
+            if completions and (self.args.beta > 0 or any(c.advantage for c in completions)):
+                kept.append(dataclasses.replace(group, completions=completions))
+        return kept
+
+    def _in_loss(self, completion: Completion) -> bool:
+        masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
+        return _total(completion) is not None and not masked
+
+    def step_denominator(self, groups: Sequence[Group]) -> float:
+        """Scored tokens, sequences, or sequences times the length limit, by `loss_type`.
+
+        Completions without a reward count nowhere; truncated ones that are masked count as sequences, as in TRL.
+        """
+        sequences = sum(_total(c) is not None for group in groups for c in group.completions)
+        match REDUCTIONS[self.args.loss_type]:
+            case "token":
+                kept = [dataclasses.replace(g, completions=[c for c in g.completions if self._in_loss(c)]) for g in groups]
+                return float(sum(scored_tokens(group) for group in kept))
+            case "sequence":
+                return float(sequences)
+            case "constant":
+                return float(sequences * self.args.max_completion_length)
+
+    def pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
+        """Packed row with advantages and the log-probabilities that the loss and the check need."""
+        token: dict[str, Callable[[Completion], Sequence[float]]] = {}
+        first = groups[0].completions[0]
+        for name in ("policy_logprobs", "old_logprobs", "ref_logprobs"):
+            if getattr(first, name) is not None:
+                token[name] = lambda completion, name=name: getattr(completion, name)
+        return pack(groups, token=token, sequence={"advantages": lambda completion: completion.advantage or 0.0})
+
+    def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
+        """Clipped surrogate plus KL, this batch's share."""
+        args = self.args
+        with_entropy = batch.num_scored_tokens > 0
+        logprobs_N, entropy_N = score(model, batch, temperature=args.temperature, with_entropy=with_entropy)
+        if not with_entropy:
+            return logprobs_N.sum()
+        if self._fresh:
+            self._compare(batch, logprobs_N.detach())
+        old_N = batch.token.get("old_logprobs", logprobs_N.detach())
+        ratios_N = log_ratio(
+            logprobs_N,
+            old_N,
+            level=cast(Any, args.importance_sampling_level),
+            sequence_index_N=batch.sequence_index,
+            num_sequences=batch.num_sequences,
+        )
+        losses_N, clipped_N = clipped_surrogate(
+            ratios_N,
+            batch.sequence["advantages"][batch.sequence_index],
+            epsilon_low=args.epsilon,
+            epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+            delta=args.delta,
+        )
+        if args.beta > 0:
+            kl_N = kl_k3(logprobs_N, batch.token["ref_logprobs"])
+            losses_N = losses_N + args.beta * kl_N
+            self._log_tokens("kl", kl_N)
+        assert entropy_N is not None
+        self._log_tokens("entropy", entropy_N)
+        self._log_tokens("clip_ratio", clipped_N.float())
+        return aggregate(
+            losses_N,
+            sequence_index_N=batch.sequence_index,
+            num_sequences=batch.num_sequences,
+            reduction=REDUCTIONS[args.loss_type],
+            denominator=denominator,
+        )
+
+    def _compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
+        """Remember how far the trainer's log-probabilities are from the sampler's (and the reference's, at the start)."""
+        difference_N = (logprobs_N - batch.token["policy_logprobs"]).abs()
+        self._differences.append((float(difference_N.sum()), float(difference_N.max()), difference_N.numel()))
+        own_reference = self.reference is not None and self.reference.is_initial_policy
+        if own_reference and self.state.global_step == 0:
+            apart = float((logprobs_N - batch.token["ref_logprobs"]).abs().mean())
+            if apart > self._bound:
+                raise CheckFailed(
+                    f"before the first update the reference differs from the policy by {apart:.3g} nats a token (bound "
+                    f"{self._bound:g}), so the KL term pulls towards another model. Pass the intended ref_model, or the "
+                    "unmodified policy."
+                )
+
+    @property
+    def _bound(self) -> float:
+        if self.args.logprob_check_bound is not None:
+            return self.args.logprob_check_bound
+        dtype = next(self.model.parameters()).dtype
+        return 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
+
+    def before_optimizer_step(self) -> None:
+        """Stop before the update when sampler and trainer disagree about fresh samples."""
+        if not self._differences:
+            return
+        total = self.sum_over_ranks(sum(d[0] for d in self._differences))
+        count = self.sum_over_ranks(float(sum(d[2] for d in self._differences)))
+        largest = self.max_over_ranks(max(d[1] for d in self._differences))
+        self._differences.clear()
+        mean = total / count
+        self._log("sampling/logprob_difference/mean", mean)
+        self._log("sampling/logprob_difference/max", largest)
+        if not mean <= self._bound:
+            raise CheckFailed(
+                f"step {self.state.global_step}: sampler and trainer log-probabilities of fresh samples differ by "
+                f"{mean:.3g} nats a token on average (largest {largest:.3g}, bound {self._bound:g}); the step is not "
+                "taken. The engine samples from other weights, another temperature or another dtype; set "
+                "logprob_check_bound only where you know why."
+            )
+
+    def _log_rewards(self, rewards: Sequence[Sequence[float | None]]) -> None:
+        known = [[r for r in row if r is not None] for row in rewards]
+        values = [r for row in known for r in row]
+        if values:
+            self._log("reward", fmean(values))
+        spread = [stdev(row) for row in known if len(row) > 1]
+        if spread:
+            self._log("reward_std", fmean(spread))
+            self._log("frac_reward_zero_std", fmean(float(s == 0) for s in spread))
+
+    def _log_rollout(self, groups: Sequence[Group]) -> None:
+        completions = [c for group in groups for c in group.completions]
+        for name in self.rubric.names:
+            values = [v for c in completions if c.score and (v := c.score.criteria.get(name)) is not None]
+            if values:
+                self._log(f"rewards/{name}/mean", fmean(values))
+                self._log(f"rewards/{name}/std", stdev(values) if len(values) > 1 else 0.0)
+        failed = [c.score for c in completions if c.score is not None and c.score.total is None]
+        self._log("rewards/failed", float(len(failed)))
+        if failed:
+            logger.warning("%d completions leave the loss: %s", len(failed), "; ".join(failed[0].errors.values()))
+        lengths = [len(c.token_ids) for c in completions]
+        self._log("completions/mean_length", fmean(lengths))
+        self._log("completions/min_length", float(min(lengths)))
+        self._log("completions/max_length", float(max(lengths)))
+        clipped = fmean(float(c.stop_reason is StopReason.LENGTH) for c in completions)
+        self._log("completions/clipped_ratio", clipped)
+        if clipped > 0.5 and self._rollouts == 0:
+            logger.warning(
+                "%.0f%% of the completions hit max_completion_length = %d: rewards that look at the end will miss. "
+                "Raise it, or shorten what the prompt asks for.",
+                100 * clipped,
+                self.args.max_completion_length,
+            )
+        self.transcripts.write(groups, step=self.state.global_step + 1, tokenizer=self.tokenizer)
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics[name].append(value)
+
+    def _log_tokens(self, name: str, values_N: torch.Tensor) -> None:
+        self._metrics[f"{name}/sum"].append(float(values_N.detach().sum()))
+        self._metrics[f"{name}/count"].append(float(values_N.numel()))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log: means over steps, token metrics as means over tokens."""
+        totals = {name[:-4]: sum(v) for name, v in self._metrics.items() if name.endswith("/sum")}
+        for name, values in sorted(self._metrics.items()):
+            stem = name.rsplit("/", 1)[0]
+            if name.endswith("/count") and stem in totals:
+                logs[stem] = self.sum_over_ranks(totals[stem]) / max(self.sum_over_ranks(sum(values)), 1.0)
+            elif not (name.endswith("/sum") and stem in totals):
+                logs[name] = self.sum_over_ranks(fmean(values)) / self.accelerator.num_processes
+        self._metrics.clear()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Sample on held-out prompts and report the mean reward and each criterion."""
+        prompts = self.eval_prompts if eval_dataset is None else self._encode(eval_dataset)
+        if not prompts:
+            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
+        samples = self.args.num_generations_eval or self.args.num_generations
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        shares = [
+            Share(place, 0, dataclasses.replace(prompt, completions=[Completion([]) for _ in range(samples)]))
+            for place, prompt in list(enumerate(prompts))[rank::world]
+        ]
+        self.engine.sync(self.state.global_step)
+        self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
+        self.rubric.score([share.group for share in shares])
+        completions = [c for share in shares for c in share.group.completions]
+        rewards = [r for c in completions if (r := _total(c)) is not None]
+        sums = {"reward": (sum(rewards), len(rewards))}
+        for name in self.rubric.names:
+            values = [v for c in completions if c.score and (v := c.score.criteria.get(name)) is not None]
+            sums[f"rewards/{name}/mean"] = (sum(values), len(values))
+        sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
+        metrics = {
+            f"{metric_key_prefix}_{name}": self.sum_over_ranks(total) / max(self.sum_over_ranks(count), 1.0)
+            for name, (total, count) in sums.items()
+        }
+        super().log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_own_state(self, folder: Path) -> None:
+        """The rollouts so far and the samples in flight: with the seed, all that decides what comes next."""
+        buffer = [[dataclasses.asdict(group) for group in groups] for groups in self._buffer]
+        state = {"rollouts": self._rollouts, "buffer": buffer, "rank": self.accelerator.process_index}
+        (folder / f"rollout_{self.accelerator.process_index}.json").write_text(json.dumps(state, default=str))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / f"rollout_{self.accelerator.process_index}.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint = {checkpoint!r}: {file.name} is missing, so the prompts and samples in flight "
+                "are unknown. Resume with as many processes as wrote the checkpoint, from one that this trainer wrote."
+            )
+        state = json.loads(file.read_text())
+        self._rollouts = int(state["rollouts"])
+        self._buffer = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
+        self.transcripts.truncate_after(self.state.global_step)
+
+
+def _total(completion: Completion) -> float | None:
+    return None if completion.score is None else completion.score.total
+
+
+def _group_from_dict(values: dict[str, Any]) -> Group:
+    from burnish.types import Score
+
+    completions: list[Completion] = []
+    for entry in values["completions"]:
+        reason, scores = entry["stop_reason"], entry["score"]
+        entry = {**entry, "stop_reason": StopReason(reason) if reason else None}
+        completions.append(Completion(**{**entry, "score": Score(**scores) if scores else None}))
+    return Group(values["prompt_ids"], completions, values["row"], values["index"])
+
+
+def _rubric(rewards: Any, weights: Sequence[float] | None) -> Rubric:
+    if isinstance(rewards, Rubric):
+        if weights is not None:
+            raise ConfigError(f"reward_weights = {list(weights)!r} beside a Rubric: set the weights in its criteria.")
+        return rewards
+    functions = list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
+    return Rubric.from_functions(functions, weights)

@@ -1,0 +1,188 @@
+"""The records that every stage shares: a prompt and its completions.
+
+Dimension letters, used as suffixes on tensors throughout the package:
+
+======  =========================================================================
+letter  meaning
+======  =========================================================================
+P       prompts (groups)
+G       completions of one group
+S       sequences: completions, counted over all groups of a batch
+T       tokens of one packed row (prompt tokens once per group, then completions)
+N       scored tokens: those with a log-probability and a place in the loss
+V       vocabulary
+H       hidden size
+======  =========================================================================
+
+This module needs no torch: tensors appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Completion", "Group", "GroupSpan", "PackedBatch", "Score", "StopReason"]
+
+
+class StopReason(StrEnum):
+    """Why a completion ended."""
+
+    EOS = "eos"
+    """An end-of-sequence token was sampled; it is the last token of the completion."""
+    STOP = "stop"
+    """A stop string appeared in the text."""
+    LENGTH = "length"
+    """The token limit cut it."""
+
+
+@dataclass(slots=True)
+class Score:
+    """What a rubric says of one completion.
+
+    Attributes:
+        total: weighted sum of the criteria, or None where one failed: the completion then leaves the loss.
+        criteria: value of each criterion by name; None where it failed or abstained.
+        errors: message of each failure by criterion name.
+    """
+
+    total: float | None
+    criteria: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
+    errors: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(slots=True)
+class Completion:
+    """One completion of a prompt.
+
+    Attributes:
+        token_ids: [C] tokens, including the end-of-sequence token where one was produced.
+        loss_mask: [C] which tokens are scored; None means all.
+        text: decoded text without special tokens and without the stop string.
+        stop_reason: why sampling ended; None for completions from a data set.
+        sampler_logprobs: [C] log-probability (nats) of each token under the distribution it was sampled from: after
+            temperature, top-k, top-p and min-p.
+        policy_logprobs: [C] log-probability (nats) under the model's distribution at the sampling temperature before
+            any truncation: the quantity a trainer recomputes.
+        old_logprobs: [C] log-probability under the policy before the first update on this completion, where several
+            updates share a rollout; None while the completion is fresh.
+        ref_logprobs: [C] log-probability under the reference policy, where the loss has a KL term.
+        score: rewards, once a rubric has seen the completion.
+        advantage: the number the policy gradient weights this completion with; None before it is known.
+    """
+
+    token_ids: list[int]
+    loss_mask: list[bool] | None = None
+    text: str = ""
+    stop_reason: StopReason | None = None
+    sampler_logprobs: list[float] | None = None
+    policy_logprobs: list[float] | None = None
+    old_logprobs: list[float] | None = None
+    ref_logprobs: list[float] | None = None
+    score: Score | None = None
+    advantage: float | None = None
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Number of tokens with a place in the loss."""
+        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+
+
+@dataclass(slots=True)
+class Group:
+    """A prompt and its completions: the one shape of every stage.
+
+    Attributes:
+        prompt_ids: [prompt] tokens, may be empty (plain language modelling: the first token is then not scored).
+        completions: 1 for SFT, 2 for a preference pair (chosen first), G for online learning.
+        row: the data set's columns for this prompt (`prompt`, `answer`, ...), as rewards receive them.
+        index: place of the prompt in its source: part of the key of every random number drawn for it.
+    """
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+    row: dict[str, Any] = field(default_factory=dict[str, Any])
+    index: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the group occupies in a packed row: the prompt once, then every completion."""
+        return len(self.prompt_ids) + sum(len(c.token_ids) for c in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where one group lies in a packed row: `prompt` then each completion, as (start, length) in tokens."""
+
+    prompt: tuple[int, int]
+    completions: tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class PackedBatch(Mapping[str, Any]):
+    """Groups packed into one row of T tokens, each prompt once, with N scored tokens of S sequences.
+
+    A Mapping (of its own field names), because transformers and accelerate index batches by name.
+
+    Attributes:
+        input_ids: [1, T] tokens of the row.
+        position_ids: [1, T] position of each token in its own sequence; every completion starts at its prompt's length.
+        spans: where the groups lie in the row: what prefix attention needs to know.
+        score_index: [N] place in the row of the token that predicts each scored token (the last prompt token predicts
+            the first token of every completion of its group, so places repeat).
+        target_ids: [N] the scored tokens.
+        sequence_index: [N] the sequence (0 .. S-1) that each scored token belongs to, ascending.
+        num_sequences: S.
+        token: [N] float tensors by name (`sampler_logprobs`, `old_logprobs`, `ref_logprobs`, ...).
+        sequence: [S] tensors by name (`advantages`, ...).
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    spans: tuple[GroupSpan, ...]
+    score_index: torch.Tensor
+    target_ids: torch.Tensor
+    sequence_index: torch.Tensor
+    num_sequences: int
+    token: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    sequence: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """N."""
+        return int(self.target_ids.shape[0])
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on another device; dtypes are kept (old log-probabilities must stay fp32)."""
+        return PackedBatch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            spans=self.spans,
+            score_index=self.score_index.to(device),
+            target_ids=self.target_ids.to(device),
+            sequence_index=self.sequence_index.to(device),
+            num_sequences=self.num_sequences,
+            token={name: tensor.to(device) for name, tensor in self.token.items()},
+            sequence={name: tensor.to(device) for name, tensor in self.sequence.items()},
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__slots__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__slots__)
+
+    def __len__(self) -> int:
+        return len(self.__slots__)

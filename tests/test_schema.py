@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import pytest
+
+from burnish.errors import ConfigError
+from burnish.schema import (
+    REFUSED,
+    REFUSED_FOR,
+    CommonFields,
+    GRPOFields,
+    Kind,
+    SFTFields,
+    check_fields,
+    check_mapping,
+    known_fields,
+    lora_fields,
+    refused_fields,
+    training_argument_fields,
+)
+
+KINDS: tuple[Kind, ...] = ("sft", "grpo")
+
+
+def plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def test_inherited_fields_are_those_of_training_arguments():
+    from transformers import TrainingArguments
+
+    real = {item.name: item for item in dataclasses.fields(TrainingArguments)}
+    read = training_argument_fields()
+    assert list(read) == list(real)
+    for name, item in real.items():
+        default = item.default_factory() if item.default is dataclasses.MISSING else plain(item.default)
+        assert read[name].default == default, name
+        assert not read[name].own
+
+
+def test_lora_fields_are_those_of_peft():
+    from peft import LoraConfig
+
+    real = {item.name for item in dataclasses.fields(LoraConfig)}
+    internal = real - set(lora_fields())
+    assert set(lora_fields()) < real
+    assert internal == {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "runtime_config",
+    }
+
+
+@pytest.mark.parametrize(("kind", "own"), [("sft", SFTFields), ("grpo", GRPOFields)])
+def test_known_fields_hold_own_fields_with_help(kind: Kind, own: type[CommonFields]):
+    fields = known_fields(kind)
+    for item in dataclasses.fields(own):
+        assert fields[item.name].own
+        assert fields[item.name].default == item.default
+        assert fields[item.name].help.endswith(".")
+    assert set(fields) == set(training_argument_fields()) | {item.name for item in dataclasses.fields(own)}
+
+
+@pytest.mark.parametrize(("kind", "own"), [("sft", SFTFields), ("grpo", GRPOFields)])
+def test_own_fields_combine_with_training_arguments(kind: Kind, own: type[CommonFields], tmp_path: Any):
+    from transformers import TrainingArguments
+
+    config = dataclasses.make_dataclass("Config", [], bases=(own, TrainingArguments))(output_dir=str(tmp_path))
+    assert {item.name for item in dataclasses.fields(config)} == set(known_fields(kind))
+    assert config.logging_nan_inf_filter is False
+    # A resolved config holds objects where fields were left out: they must not be taken for settings.
+    config.check()
+    with pytest.raises(ConfigError, match=r"^fp16 = True: .* bf16 = true"):
+        dataclasses.replace(config, use_cpu=True).__class__(output_dir=str(tmp_path), fp16=True).check()
+
+
+def test_defaults_follow_trl():
+    grpo = GRPOFields()
+    assert (grpo.learning_rate, grpo.num_generations, grpo.max_completion_length) == (1e-6, 8, 512)
+    assert (grpo.beta, grpo.epsilon, grpo.loss_type, grpo.scale_rewards) == (0.0, 0.2, "dapo", "group")
+    sft = SFTFields()
+    assert (sft.learning_rate, sft.max_length, sft.dataset_text_field, sft.loss_type) == (2e-5, 1024, "text", "nll")
+
+
+@pytest.mark.parametrize("fields", [SFTFields(), GRPOFields()])
+def test_defaults_pass_their_own_check(fields: CommonFields):
+    fields.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_generations": 1}, r"^num_generations = 1: .* at least 2\.$"),
+        ({"num_generations": True}, r"^num_generations = True: "),
+        ({"temperature": 0.0}, r"^temperature = 0\.0: .* above 0\.$"),
+        ({"temperature": float("nan")}, r"^temperature = nan: "),
+        ({"top_p": 0.0}, r"^top_p = 0\.0: .*\(0, 1\]"),
+        ({"min_p": 1.5}, r"^min_p = 1\.5: "),
+        ({"stop": ["a", ""]}, r"^stop = \['a', ''\]: .*non-empty"),
+        ({"stop": "</answer>"}, r"^stop = '</answer>': .*list"),
+        ({"loss_type": "cispo"}, r"^loss_type = 'cispo': use one of grpo, bnpo, dr_grpo, dapo"),
+        ({"scale_rewards": "std"}, r"^scale_rewards = 'std': "),
+        ({"scale_rewards": 1}, r"^scale_rewards = 1: "),
+        ({"epsilon": 1.0}, r"^epsilon = 1\.0: "),
+        ({"delta": 1.2, "epsilon_high": 0.28}, r"^delta = 1\.2: .* epsilon_high = 1\.28"),
+        ({"importance_sampling_level": "sentence"}, r"use token or sequence"),
+        ({"reward_weights": []}, r"^reward_weights = \[\]: "),
+        ({"token_budget": 0}, r"^token_budget = 0: "),
+        ({"logprob_check_bound": -1.0}, r"^logprob_check_bound = -1\.0: "),
+    ],
+)
+def test_bad_grpo_values(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        GRPOFields(**changes).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packing": False}, r"^packing = False: rows are always packed"),
+        ({"loss_type": "chunked_nll"}, r"^loss_type = 'chunked_nll': use nll"),
+        ({"truncation_mode": "keep_end"}, r"^truncation_mode = 'keep_end': "),
+        ({"max_length": 1}, r"^max_length = 1: "),
+        ({"assistant_only_loss": True, "completion_only_loss": True}, r"set one of them"),
+    ],
+)
+def test_bad_sft_values(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        SFTFields(**changes).check()
+
+
+@pytest.mark.parametrize("value", ["group", "batch", "none", True, False])
+def test_every_scaling_of_rewards_is_accepted(value: str | bool):
+    assert check_fields("grpo", {"scale_rewards": value}) == {"scale_rewards": value}
+
+
+def test_groups_fill_each_round_of_sampling(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    one_each = {"per_device_train_batch_size": 1, "num_generations": 8}
+    with pytest.raises(ConfigError, match=r"samples 1 completions .* multiple of 8"):
+        check_fields("grpo", one_each)
+    check_fields("grpo", one_each | {"gradient_accumulation_steps": 8})
+    check_fields("grpo", one_each | {"steps_per_generation": 16, "gradient_accumulation_steps": 4})
+    with pytest.raises(ConfigError, match=r"^\[training\] steps_per_generation = 8: .* multiple of 3"):
+        check_fields("grpo", one_each | {"steps_per_generation": 8, "gradient_accumulation_steps": 3})
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    check_fields("grpo", one_each)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refused_fields_exist_and_say_what_to_do(kind: Kind):
+    for name, reason in refused_fields(kind).items():
+        assert name in training_argument_fields()
+        assert ";" in reason, name
+    assert not set(REFUSED) & set(REFUSED_FOR[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_refused_field_is_refused_unless_it_holds_the_default(kind: Kind):
+    other: dict[type, Any] = {bool: True, float: 0.5, str: "batch", type(None): "x", list: ["x"], int: 3}
+    typed = {"eval_accumulation_steps": 2, "torch_empty_cache_steps": 2, "neftune_noise_alpha": 5.0, "data_seed": 1}
+    typed |= {"liger_kernel_config": {"rope": True}, "label_names": ["x"], "dataloader_prefetch_factor": 2}
+    for name, reason in refused_fields(kind).items():
+        default = known_fields(kind)[name].default
+        value = typed.get(name, (not default) if isinstance(default, bool) else other[type(default)])
+        if name == "parallelism_config":
+            continue  # a Python object only: no file can set it
+        with pytest.raises(ConfigError) as caught:
+            check_fields(kind, {name: value})
+        assert str(caught.value) == f"[training] {name} = {value!r}: {reason}."
+        if default is not None:
+            assert check_fields(kind, {name: default}) == {name: default}
+
+
+def test_data_loader_fields_are_refused_for_grpo_only():
+    assert check_fields("sft", {"dataloader_num_workers": 2}) == {"dataloader_num_workers": 2}
+    with pytest.raises(ConfigError, match="draws prompts itself"):
+        check_fields("grpo", {"dataloader_num_workers": 2})
+
+
+def test_sft_samples_rows_in_order_or_at_random():
+    assert check_fields("sft", {"train_sampling_strategy": "sequential"}) == {"train_sampling_strategy": "sequential"}
+    with pytest.raises(ConfigError, match="train_sampling_strategy = 'group_by_length': use random or sequential"):
+        check_fields("sft", {"train_sampling_strategy": "group_by_length"})
+
+
+def test_unknown_field_names_the_close_ones():
+    with pytest.raises(ConfigError, match=r"^\[grpo\] num_generatons = 4: unknown field; did you mean num_generations"):
+        check_fields("grpo", {"num_generatons": 4}, "grpo")
+    with pytest.raises(ConfigError, match=r"generation_batch_size: not a field of burnish; set steps_per_generation"):
+        check_fields("grpo", {"generation_batch_size": 64})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", 1, 1.0),
+        ("learning_rate", "1e-6", 1e-6),
+        ("per_device_train_batch_size", 8.0, 8),
+        ("report_to", ["wandb", "tensorboard"], ["wandb", "tensorboard"]),
+        ("include_num_input_tokens_seen", "all", "all"),
+        ("eval_steps", 5, 5.0),
+        ("lr_scheduler_type", "cosine", "cosine"),
+        ("reward_weights", [1, 0.5], [1.0, 0.5]),
+        ("chat_template_kwargs", {"enable_thinking": False}, {"enable_thinking": False}),
+    ],
+)
+def test_values_take_the_type_of_their_field(name: str, value: Any, expected: Any):
+    got = check_fields("grpo", {name: value})[name]
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bf16", "yes", r"bf16 = 'yes': expected bool \| None, got str"),
+        ("bf16", 1, r"bf16 = 1: expected bool \| None, got int"),
+        ("seed", True, r"seed = True: expected int, got bool"),
+        ("seed", 1.5, r"seed = 1\.5: expected int, got float"),
+        ("learning_rate", "fast", r"learning_rate = 'fast': expected float, got str"),
+        ("learning_rate", "nan", r"learning_rate = 'nan': expected float"),
+        ("reward_weights", [1, "x"], r"reward_weights = \[1, 'x'\]: expected list\[float\] \| None, got list"),
+    ],
+)
+def test_wrong_types(name: str, value: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_fields("grpo", {name: value})
+
+
+def test_lora_values_are_checked():
+    values = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "bias": "none"}
+    assert check_mapping(lora_fields(), values, "peft") == values
+    with pytest.raises(ConfigError, match=r"^\[peft\] rank = 8: unknown field"):
+        check_mapping(lora_fields(), {"rank": 8}, "peft")
+    with pytest.raises(ConfigError, match=r"bias = 'some': expected Literal"):
+        check_mapping(lora_fields(), {"bias": "some"}, "peft")
+
+
+def test_defaults_are_not_shared_between_checks():
+    first = check_fields("sft", {})
+    first["include_for_metrics"] = ["loss"]
+    assert check_fields("sft", {}) == {}
+    assert known_fields("sft")["include_for_metrics"].default == []

@@ -1,0 +1,191 @@
+"""Scoring: packed rows with shared prompts equal one plain forward per sequence, values and gradients."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+
+import tiny
+from burnish.errors import CheckFailed
+from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring, score
+from burnish.packing import pack
+from burnish.types import Completion, Group
+
+# RMS norms of these compute in fp32 whatever the model's dtype, so float64 is exact to fp32 rounding only.
+TOLERANCE = {"gpt2": 1e-10}
+DEFAULT_TOLERANCE = 2e-5
+
+
+def groups(seed: int = 0) -> list[Group]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(1, 90, (length,), generator=generator).tolist()
+
+    return [
+        Group(ids(9), [Completion(ids(n)) for n in (5, 3, 6)]),
+        Group(ids(7), [Completion(ids(4)), Completion(ids(1))]),
+        Group([], [Completion(ids(8))]),
+        Group(ids(3), [Completion(ids(6), loss_mask=[True, False, True, True, False, True])]),
+    ]
+
+
+def plain_logprobs(model: Any, rows: list[Group], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One eager forward of the untouched model per sequence."""
+    logprobs, entropies = [], []
+    for group in rows:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt_ids + completion.token_ids])
+            logits = model(input_ids=ids, use_cache=False).logits[0] / temperature
+            log_all = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).log_softmax(-1)
+            for j, token in enumerate(completion.token_ids):
+                place = len(group.prompt_ids) + j
+                if place > 0 and (completion.loss_mask is None or completion.loss_mask[j]):
+                    logprobs.append(log_all[place - 1, token])
+                    entropies.append(-(log_all[place - 1].exp() * log_all[place - 1]).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def compare(plain: Any, packed: Any, tolerance: float, temperature: float = 0.7) -> None:
+    rows = groups()
+    weights = torch.linspace(-1, 1, sum(c.num_scored_tokens for g in rows for c in g.completions) - 1).double()
+    expected, entropy = plain_logprobs(plain, rows, temperature)
+    ((expected * weights).sum() + 0.3 * (entropy * weights.flip(0)).sum()).backward()
+    got = score(packed, pack(rows), temperature=temperature, with_entropy=True)
+    assert got.entropy is not None
+    ((got.logprobs * weights).sum() + 0.3 * (got.entropy * weights.flip(0)).sum()).backward()
+    torch.testing.assert_close(got.logprobs, expected, rtol=0, atol=10 * tolerance)
+    torch.testing.assert_close(got.entropy, entropy, rtol=0, atol=10 * tolerance)
+    reference = {name: p.grad for name, p in plain.named_parameters()}
+    assert reference
+    for name, parameter in packed.named_parameters():
+        if reference[name] is None:
+            assert parameter.grad is None
+            continue
+        assert parameter.grad is not None, name
+        scale = float(reference[name].abs().max()) + 1.0
+        torch.testing.assert_close(parameter.grad, reference[name], rtol=0, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.ARCHITECTURES))
+def test_packed_equals_one_plain_forward_per_sequence(kind: str) -> None:
+    plain = tiny.model(kind, dtype=torch.float64, attn_implementation="eager")
+    packed = copy.deepcopy(plain)
+    prepare_for_scoring(packed)
+    compare(plain, packed, TOLERANCE.get(kind, DEFAULT_TOLERANCE))
+
+
+def test_models_without_prefix_attention_run_one_row_per_completion(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "expand": 2}
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    plain = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    packed = copy.deepcopy(plain)
+    prepare_for_scoring(packed)
+    assert sum("one row per completion" in record.message for record in caplog.records) == 1
+    compare(plain, packed, DEFAULT_TOLERANCE)
+
+
+def test_lora_on_attention_and_head() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"], init_lora_weights=False)
+    base = tiny.model("llama", dtype=torch.float64)
+    torch.manual_seed(3)
+    packed = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
+    plain = copy.deepcopy(packed)
+    prepare_for_scoring(packed)
+    compare(plain, packed, DEFAULT_TOLERANCE)
+    assert any("lm_head.lora_A" in name and p.grad is not None for name, p in packed.named_parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    plain = tiny.model("llama", dtype=torch.float64)
+    packed = copy.deepcopy(plain)
+    packed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    packed.enable_input_require_grads()
+    packed.train()
+    prepare_for_scoring(packed)
+    compare(plain, packed, DEFAULT_TOLERANCE)
+
+
+def test_a_head_that_is_no_plain_function_of_its_weight_runs_unfused(caplog: pytest.LogCaptureFixture) -> None:
+    plain = tiny.model("llama", dtype=torch.float64)
+    original = type(plain).forward
+
+    class Shifted(type(plain)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = original(self, *args, **kwargs)
+            out.logits = out.logits * 1.3
+            return out
+
+    plain.__class__ = Shifted
+    packed = copy.deepcopy(plain)
+    prepare_for_scoring(packed)
+    assert any("full logits" in record.message for record in caplog.records)
+    compare(plain, packed, DEFAULT_TOLERANCE)
+
+
+def test_plain_forward_and_generate_still_work() -> None:
+    plain = tiny.model("llama")
+    packed = copy.deepcopy(plain)
+    prepare_for_scoring(packed)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(packed(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert torch.equal(
+        packed.generate(ids, max_new_tokens=5, do_sample=False), plain.generate(ids, max_new_tokens=5, do_sample=False)
+    )
+
+
+def test_nothing_scored_has_a_gradient_of_zero() -> None:
+    model = tiny.model("llama")
+    prepare_for_scoring(model)
+    scores = score(model, pack([Group([3], [Completion([4], loss_mask=[False])])]))
+    assert scores.logprobs.shape == (0,)
+    scores.logprobs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_unprepared_models_are_refused() -> None:
+    with pytest.raises(CheckFailed, match="prepare_for_scoring"):
+        score(tiny.model("llama"), pack(groups()))
+
+
+def test_eval_mode_gives_every_module_its_own_mode_back() -> None:
+    model = tiny.model("llama").train()
+    model.model.layers[0].eval()
+    with eval_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+
+
+def test_causal_lm_looks_through_wrappers() -> None:
+    model = tiny.model("llama")
+    wrapper = torch.nn.Module()
+    wrapper.module = model
+    assert causal_lm(wrapper) is model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_live_bytes_grow_with_hidden_not_vocabulary(kind: str) -> None:
+    """Peak live bytes of forward and backward: no tensor of N * V, and growth per token well below V."""
+    vocabulary = 60_000
+    model = tiny.model(kind, vocab_size=vocabulary)
+    prepare_for_scoring(model)
+    peaks = {}
+    for length in (400, 800):
+        ids = torch.randint(1, 90, (length,)).tolist()
+        batch = pack([Group(ids[:8], [Completion(ids)])])
+        with LiveBytes() as live:
+            score(model, batch).logprobs.sum().backward()
+        assert live.largest < length * vocabulary * 4 / 2
+        peaks[length] = live.peak
+        model.zero_grad(set_to_none=True)
+    growth = (peaks[800] - peaks[400]) / 400
+    assert growth < vocabulary * 4 / 8, f"{growth:.0f} bytes a token"

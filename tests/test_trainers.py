@@ -1,0 +1,334 @@
+"""Trainers: the split of a step changes nothing, a resumed run is the uninterrupted one, checks fire before updates."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import tiny
+from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer, ModelError, SFTConfig, SFTTrainer
+from burnish.rollout import Request
+from burnish.types import Completion
+
+TEXTS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (1 + i % 3)} for i in range(24)]
+PROMPTS = [{"prompt": f"{i}+{i % 7}=" + "0" * (i % 5), "answer": str(i)} for i in range(24)]
+
+
+def digits(completions: list[str], **columns: Any) -> list[float]:
+    """A reward with spread: the share of digits."""
+    return [sum(c.isdigit() for c in text) / 8 for text in completions]
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "output_dir": str(folder),
+        "bf16": False,
+        "use_cpu": True,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "progress": False,
+        "seed": 7,
+    }
+    return {**base, **changes}
+
+
+def sft(folder: Path, model: Any = None, **changes: Any) -> SFTTrainer:
+    args = SFTConfig(**settings(folder, **{"per_device_train_batch_size": 8, **changes}))
+    return SFTTrainer(model if model is not None else tiny.model(), args, TEXTS, processing_class=tiny.tokenizer())
+
+
+def grpo(folder: Path, model: Any = None, rewards: Any = digits, **changes: Any) -> GRPOTrainer:
+    defaults = {"per_device_train_batch_size": 12, "num_generations": 4, "max_completion_length": 8}
+    keywords = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
+    args = GRPOConfig(**settings(folder, **{**defaults, **changes}))
+    return GRPOTrainer(
+        model if model is not None else tiny.model(), rewards, args, PROMPTS, processing_class=tiny.tokenizer(), **keywords
+    )
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, value in left.items():
+        torch.testing.assert_close(value, right[name], rtol=0, atol=tolerance, msg=name)
+
+
+# Adam's first steps divide a gradient by its own size, so fp32 rounding of tiny gradients is amplified: SGD shows the
+# gradient itself.
+SPLITS = [
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"per_device_train_batch_size": 8, "token_budget": 20},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "token_budget": 15},
+]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_sft_is_independent_of_the_split(tmp_path: Path, split: dict[str, int]) -> None:
+    whole = sft(tmp_path / "a", optim="sgd")
+    whole.train()
+    parts = sft(tmp_path / "b", optim="sgd", **split)
+    parts.train()
+    assert_same(weights(whole), weights(parts), 1e-6)
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_sft_loss_is_the_mean_over_completion_tokens(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, max_steps=1, per_device_train_batch_size=24, learning_rate=0.0)
+    trainer.train()
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    total, count = 0.0, 0
+    for row in TEXTS:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = prompt + tokenizer(row["completion"])["input_ids"] + [0]
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= float(sum(logprobs[j - 1, ids[j]] for j in range(len(prompt), len(ids))))
+        count += len(ids) - len(prompt)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_sft_learns_evaluates_and_saves_what_transformers_loads(tmp_path: Path) -> None:
+    args = SFTConfig(**settings(tmp_path, max_steps=30, learning_rate=3e-3))
+    trainer = SFTTrainer(tiny.model(), args, TEXTS, TEXTS[:6], processing_class=tiny.tokenizer())
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"] - 0.5
+    assert after["eval_num_tokens"] == before["eval_num_tokens"] > 0
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation != "burnish"
+    ids = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sft_resumed_is_uninterrupted(tmp_path: Path, bf16: bool) -> None:
+    changes = {"max_steps": 4, "bf16": bf16, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    start = tiny.model(dtype=torch.bfloat16 if bf16 else torch.float32)
+    whole = sft(tmp_path / "a", copy.deepcopy(start), **changes)
+    whole.train()
+    resumed = sft(tmp_path / "a", copy.deepcopy(start), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same(weights(whole), weights(resumed), 0.0)
+
+
+def test_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, tiny.model(dtype=torch.bfloat16), bf16=True, learning_rate=1e-5)
+    trainer.train()
+    masters = trainer.master_weights
+    assert masters is not None and all(m.dtype == torch.float32 for m in masters.masters)
+    assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.masters), "steps below a bf16 gap are kept"
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("split", [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 3}, {"token_budget": 30}])
+def test_grpo_is_independent_of_the_split(tmp_path: Path, loss_type: str, split: dict[str, int]) -> None:
+    changes: dict[str, Any] = {"optim": "sgd", "loss_type": loss_type, "beta": 0.1, "max_steps": 2}
+    whole = grpo(tmp_path / "a", **changes)
+    whole.train()
+    parts = grpo(tmp_path / "b", **{**changes, **split})
+    parts.train()
+    assert_same(weights(whole), weights(parts), 2e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_grpo_gradient_by_an_independent_script(tmp_path: Path, loss_type: str, level: str) -> None:
+    """Two updates on one rollout, so that ratios differ from 1 in the second; the second gradient is checked."""
+    trainer = grpo(
+        tmp_path, optim="sgd", max_grad_norm=0.0, loss_type=loss_type, max_steps=2, num_iterations=2, beta=0.2,
+        importance_sampling_level=level, epsilon=0.1, epsilon_high=0.15, learning_rate=0.5, lr_scheduler_type="constant",
+    )  # fmt: skip
+    start = copy.deepcopy(trainer.model)
+    snapshots: list[Any] = []
+    rollouts: list[Any] = []
+    original = trainer.step_groups
+    trainer.step_groups = lambda *a: rollouts.append(original(*a)) or rollouts[-1]  # type: ignore[method-assign]
+
+    class Snapshot(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            snapshots.append(weights(trainer))
+
+    trainer.add_callback(Snapshot())
+    trainer.train()
+    policy = copy.deepcopy(start).eval()
+    policy.load_state_dict({**policy.state_dict(), **snapshots[0]})
+    losses = []
+    sequences = [(g, c) for g in rollouts[0] for c in g.completions]
+    for group, completion in sequences:
+        ids = torch.tensor([group.prompt_ids + completion.token_ids])
+        rows = slice(len(group.prompt_ids) - 1, -1)
+        target = ids[0, len(group.prompt_ids) :, None]
+        new, old = (m(ids).logits[0, rows].log_softmax(-1).gather(-1, target)[:, 0] for m in (policy, start))
+        old = old.detach()
+        ratio = (new - old).exp() if level == "token" else (new - old).mean().exp().expand_as(new)
+        surrogate = torch.minimum(ratio * completion.advantage, ratio.clamp(0.9, 1.15) * completion.advantage)
+        losses.append(-surrogate + 0.2 * ((old - new).exp() - (old - new) - 1))
+    match loss_type:
+        case "grpo":
+            loss = torch.stack([x.mean() for x in losses]).mean()
+        case "dapo":
+            loss = torch.cat(losses).mean()
+        case _:
+            loss = torch.cat(losses).sum() / (len(losses) * 8)
+    loss.backward()
+    for name, parameter in policy.named_parameters():
+        step = (snapshots[0][name] - snapshots[1][name]) / 0.5
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max()) + 1e-3
+        torch.testing.assert_close(step, parameter.grad, rtol=0, atol=1e-3 * scale, msg=name)
+
+
+@pytest.mark.parametrize("reuse", [{}, {"steps_per_generation": 2}, {"num_iterations": 2}])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_grpo_resumed_is_uninterrupted(tmp_path: Path, reuse: dict[str, int], bf16: bool) -> None:
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "bf16": bf16, "learning_rate": 1e-3,
+               "log_completions": True, "logprob_check_bound": 1.0, **reuse}  # fmt: skip
+    start = tiny.model(dtype=torch.bfloat16 if bf16 else torch.float32)
+    whole = grpo(tmp_path / "a", copy.deepcopy(start), **changes)
+    whole.train()
+    lines = (tmp_path / "a" / "transcripts.jsonl").read_text()
+    resumed = grpo(tmp_path / "a", copy.deepcopy(start), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert resumed.state.global_step == 4
+    assert_same(weights(whole), weights(resumed), 0.0)
+    assert (tmp_path / "a" / "transcripts.jsonl").read_text() == lines
+
+
+def test_grpo_learns(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, max_steps=25, learning_rate=3e-3, eval_dataset=PROMPTS[:8])
+    before = trainer.evaluate()["eval_reward"]
+    trainer.train()
+    assert trainer.evaluate()["eval_reward"] > before + 0.1
+
+
+def test_a_failed_reward_leaves_the_loss_and_scores_nothing(tmp_path: Path) -> None:
+    def sometimes(completions: list[str], **columns: Any) -> list[float]:
+        return [float("nan") if i % 4 == 0 else value for i, value in enumerate(digits(completions))]
+
+    trainer = grpo(tmp_path, rewards=sometimes, max_steps=1, log_completions=True)
+    groups: list[Any] = []
+    original = trainer.trainable_groups
+    trainer.trainable_groups = lambda g: groups.extend(original(g)) or groups  # type: ignore[method-assign]
+    trainer.train()
+    assert all(c.score.total is not None for g in groups for c in g.completions)
+    records = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
+    failed = [r for r in records if r["reward"] is None]
+    assert len(failed) == 3 and all("sometimes" in message for r in failed for message in r["errors"].values())
+    assert trainer.state.log_history[0]["rewards/failed"] == 3
+
+
+def test_groups_without_signal_cost_no_forward(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), max_steps=1)
+    tokens: list[int] = []
+    original = trainer.batch_loss
+
+    def counted(model: Any, batch: Any, *, denominator: float) -> Any:
+        tokens.append(batch.num_scored_tokens)
+        return original(model, batch, denominator=denominator)
+
+    trainer.batch_loss = counted  # type: ignore[method-assign]
+    trainer.train()
+    assert tokens == [0]
+    assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1.0
+
+
+class Elsewhere:
+    """An engine that samples at another temperature, or from other weights."""
+
+    def __init__(self, engine: Any, temperature: float = 1.0) -> None:
+        self.engine, self.temperature = engine, temperature
+
+    def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
+        import dataclasses
+
+        hotter = [
+            dataclasses.replace(r, params=dataclasses.replace(r.params, temperature=self.temperature)) for r in requests
+        ]
+        return self.engine.generate(hotter, seed=seed, step=step)
+
+    def sync(self, version: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_sampler_at_another_temperature_is_caught_before_the_update(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path)
+    trainer.engine = Elsewhere(trainer.engine, temperature=1.2)
+    before = weights(trainer)
+    with pytest.raises(CheckFailed, match="sampler and trainer log-probabilities"):
+        trainer.train()
+    assert_same(before, weights(trainer), 0.0)
+
+
+def test_a_sampler_with_other_weights_is_caught(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path)
+    other = grpo(tmp_path / "other", tiny.model(seed=1))
+    trainer.engine = Elsewhere(other.engine)
+    with pytest.raises(CheckFailed, match="other weights"):
+        trainer.train()
+
+
+def test_the_reference_is_the_initial_policy_and_kl_starts_at_zero(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, beta=0.1, max_steps=2)
+    trainer.train()
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[1] > 1e-5
+    broken = grpo(tmp_path / "b", beta=0.1)
+    assert broken.reference is not None and broken.reference.model is not None
+    broken.reference.model.load_state_dict(tiny.model(seed=3).state_dict())
+    with pytest.raises(CheckFailed, match="reference differs from the policy"):
+        broken.train()
+
+
+def test_lora_trains_adapters_only_and_its_reference_is_the_base(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel
+
+    base = tiny.model()
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = grpo(tmp_path, copy.deepcopy(base), peft_config=config, beta=0.1, max_steps=2, learning_rate=0.1)
+    trainer.train()
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert kl[0] == 0.0 and kl[1] > 0
+    trainer.save_model()
+    ids = torch.tensor([[3, 4, 5]])
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(reloaded(ids).logits, trainer.model.eval()(ids).logits)
+    with trainer.model.disable_adapter():
+        assert torch.equal(trainer.model(ids).logits, base(ids).logits)
+    biased = LoraConfig(r=4, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM")
+    with pytest.raises(ModelError, match="bias = 'lora_only'"):
+        grpo(tmp_path / "c", copy.deepcopy(base), peft_config=biased, beta=0.1)
+
+
+def test_a_bad_gradient_stops_the_run(tmp_path: Path) -> None:
+    trainer = sft(tmp_path)
+    original = trainer.batch_loss
+    trainer.batch_loss = lambda *a, **k: original(*a, **k) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(CheckFailed, match="gradient norm is nan"):
+        trainer.train()
+
+
+def test_nonsense_is_refused_with_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_generations"):
+        grpo(tmp_path, per_device_train_batch_size=5)
+    with pytest.raises(DataError, match="fewer than"):
+        grpo(tmp_path, per_device_train_batch_size=400)
+    with pytest.raises(DataError, match="train_dataset = None"):
+        GRPOTrainer(tiny.model(), digits, GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8)))
+    with pytest.raises(ModelError, match="no such folder"):
+        SFTTrainer("./nowhere", SFTConfig(**settings(tmp_path)), TEXTS)
