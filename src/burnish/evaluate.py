@@ -200,6 +200,19 @@ class Evaluation:
         """JSON values only; :meth:`from_dict` gives an equal object back."""
         return json.loads(json.dumps(asdict(self)))
 
+    def summary(self) -> dict[str, Any]:
+        """The numbers without the record of each problem: what a report shows."""
+        return {
+            "name": self.name,
+            "num_problems": len(self.problems),
+            "num_samples": self.num_samples,
+            "pass_at_k": {str(k): asdict(interval) for k, interval in self.pass_at_k.items()},
+            "criteria": {name: asdict(interval) for name, interval in self.criteria.items()},
+            "mean_tokens": self.mean_completion_tokens,
+            "truncated_fraction": self.truncated_fraction,
+            "num_failed": self.num_failed,
+        }
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
         """The object that :meth:`to_dict` wrote.

@@ -20,8 +20,8 @@ __all__ = ["group_cost", "pack", "partition", "split_by_tokens", "to_row", "zero
 def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
     """Relative cost of a group's forward and backward: linear layers plus attention.
 
-    With T_g tokens in the group and K keys seen by all of them together, cost = T_g + K / attention_tokens: linear layers
-    cost the same for every token, attention grows with the keys that a token sees.
+    With T_g tokens in the group and K keys seen by all of them together, cost = T_g + K / attention_tokens: linear
+    layers cost the same for every token, attention grows with the keys that a token sees.
 
     Args:
         group: prompt and completions.

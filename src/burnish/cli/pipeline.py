@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from burnish.cli.config import PipelineFile, load_pipeline_file
 from burnish.data import disjoint, load_rows
 from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, compare
+from burnish.progress import format_seconds, say
 from burnish.report import write_report
 from burnish.rewards import check_gold
 
@@ -50,7 +51,7 @@ class Pipeline:
             Path(self.file.report.path) if self.file.report.path else None,
             max_transcripts=self.file.report.max_transcripts,
         )
-        say(f"done in {time.monotonic() - started:.0f} s: model in {model}, report in {page}")
+        say(f"done in {format_seconds(time.monotonic() - started)}: model in {model}, report in {page}")
 
     def _claim_folder(self) -> None:
         from burnish.cli.stages import environment, read_json, write_json
@@ -74,8 +75,8 @@ class Pipeline:
         result: list[list[dict[str, Any]]] = []
         for name in ("train", "sft"):
             source = getattr(data, name) or data.train
-            rows, counts = disjoint(load_rows(source, f"data.{name}"), held_out)
-            say(f"{name}: {len(rows)} rows ({counts})")
+            rows, counts = disjoint(load_rows(source, f"data.{name}"), held_out, keep_repeats=True)
+            say(f"{name}: {len(rows)} rows, {counts.num_in_evaluation} left out because they are held out")
             result.append(rows)
         failures = check_gold(self.file.rubric, held_out[:20])
         if failures:
@@ -91,9 +92,9 @@ class Pipeline:
             return str(folder)
         say(f"{name}: training {model}")
         given: dict[str, Any] = getattr(self.file, name)
-        training = {"save_total_limit": 2, "logging_steps": 1, **given, "output_dir": str(folder)}
-        training["resume_from_checkpoint"] = True
-        shared = {"peft": self.file.peft, "metrics": self.folder / "metrics.jsonl"}
+        training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **given}
+        training |= {"output_dir": str(folder), "resume_from_checkpoint": True}
+        shared: dict[str, Any] = {"peft": self.file.peft, "metrics": self.folder / "metrics.jsonl"}
         if model == self.file.model:
             shared["model_init"] = self.file.model_init
         if name == "sft":
@@ -147,11 +148,4 @@ class Pipeline:
 
 
 def _plain(document: Any) -> Any:
-    import json
-
     return json.loads(json.dumps(document, default=str))
-
-
-def say(line: str) -> None:
-    """A line of progress."""
-    print(f"[burnish] {line}", file=sys.stderr, flush=True)

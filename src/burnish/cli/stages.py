@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from burnish.cli.config import EvaluationSection
 from burnish.data import encode_rows, prompt_group
@@ -29,6 +30,9 @@ __all__ = ["environment", "evaluate_model", "last_checkpoint", "train_grpo", "tr
 
 logger = logging.getLogger(__name__)
 
+# Bars of transformers for single files would drown the progress of the run.
+transformers.logging.disable_progress_bar()
+
 Rows = Sequence[dict[str, Any]]
 
 
@@ -36,7 +40,8 @@ def train_sft(
     model: str, rows: Rows, training: dict[str, Any], *, eval_rows: Rows | None = None, **shared: Any
 ) -> SFTTrainer:
     """Fine-tune and save; `shared` is `model_init`, `peft` and `metrics` (a file), each may be left out."""
-    config = SFTConfig(**{"model_init_kwargs": shared.get("model_init") or None, **training})
+    fields: dict[str, Any] = {"model_init_kwargs": shared.get("model_init") or None, **training}
+    config = SFTConfig(**fields)
     trainer = SFTTrainer(model, config, list(rows), eval_rows, peft_config=_lora(shared.get("peft")))
     return _train(trainer, shared.get("metrics"))
 
@@ -45,7 +50,8 @@ def train_grpo(
     model: str, rows: Rows, rubric: Rubric, training: dict[str, Any], *, eval_rows: Rows | None = None, **shared: Any
 ) -> GRPOTrainer:
     """Train on rewards and save; arguments as for `train_sft`."""
-    config = GRPOConfig(**{"model_init_kwargs": shared.get("model_init") or None, **training})
+    fields: dict[str, Any] = {"model_init_kwargs": shared.get("model_init") or None, **training}
+    config = GRPOConfig(**fields)
     trainer = GRPOTrainer(model, rubric, config, list(rows), eval_rows, peft_config=_lora(shared.get("peft")))
     return _train(trainer, shared.get("metrics"))
 

@@ -18,12 +18,13 @@ __all__ = ["DisjointCounts", "as_rows", "check_source", "disjoint", "load_rows"]
 
 Row: TypeAlias = dict[str, Any]
 
-_COMMON = frozenset({"columns", "limit", "prompt_template", "system_prompt"})
+_COMMON = frozenset({"columns", "completion_template", "limit", "prompt_template", "system_prompt"})
 _FILE_KEYS = frozenset({"path", "split"}) | _COMMON
 _GYM_KEYS = frozenset({"options", "seed", "size", "source", "task"}) | _COMMON
 _MIX_KEYS = frozenset({"mix"}) | _COMMON
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "columns": Mapping,
+    "completion_template": str,
     "limit": int,
     "mix": Sequence,
     "options": Mapping,
@@ -43,7 +44,9 @@ def check_source(spec: Mapping[str, Any], field: str = "data") -> None:
 
     Args:
         spec: `{path, split}`, `{source = "reasoning_gym", task, size, seed, options}` or `{mix = [spec, ...]}`; each
-            may have `columns` (old name -> new name), `limit`, `system_prompt` and `prompt_template`.
+            may have `columns` (old name -> new name), `limit`, `system_prompt`, `prompt_template` (`{prompt}` is the
+            place of the prompt) and `completion_template`, which makes demonstrations: its places are columns of the
+            row, or of a task entry's metadata (`"<think>{expression}</think><answer>{answer}</answer>"`).
         field: what to call it in messages.
 
     Raises:
@@ -134,6 +137,8 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
         if new in row and new != old:
             raise DataError(f"{field}.columns: row {index} already has a column {new!r}; rename that one too.")
         row = {(new if name == old else name): value for name, value in row.items()}
+    if "completion_template" in spec:
+        row = _with_completion(row, spec["completion_template"], field, index)
     template, system = spec.get("prompt_template"), spec.get("system_prompt")
     if template is None and system is None:
         return row
@@ -151,6 +156,22 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
         row = _as_chat(row)
         prompt = [{"role": "system", "content": system}, *messages]
     return {**row, "prompt": prompt}
+
+
+def _with_completion(row: Row, template: str, field: str, index: int) -> Row:
+    """A row with a demonstration made from its columns and its task entry's metadata."""
+    if "completion" in row:
+        raise DataError(f"{field}.completion_template: row {index} already has a completion; remove the template.")
+    metadata = json.loads(row["gym_entry"])["metadata"] if "gym_entry" in row else {}
+    values = {**metadata, **row}
+    try:
+        text = template.format_map(values)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{field}.completion_template = {template!r}: {error!r} for row {index}; its places are {sorted(values)}."
+        ) from error
+    plain = isinstance(row.get("prompt"), str)
+    return {**row, "completion": text if plain else [{"role": "assistant", "content": text}]}
 
 
 def _as_chat(row: Row) -> Row:
@@ -314,9 +335,9 @@ class DisjointCounts:
 
 
 def disjoint(
-    train: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]]
+    train: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]], *, keep_repeats: bool = False
 ) -> tuple[list[Row], DisjointCounts]:
-    """Training rows whose prompt is neither in the evaluation rows nor an earlier training row's.
+    """Training rows whose prompt is not among the evaluation rows, each prompt once.
 
     Prompts are compared without system messages and with runs of white space made one space, so that the same problem
     under another system prompt counts as the same.
@@ -324,6 +345,8 @@ def disjoint(
     Args:
         train: rows to choose from; their order is kept.
         evaluation: rows to hold out.
+        keep_repeats: keep training rows that repeat an earlier one. Procedural tasks repeat their easy problems most, so
+            dropping repeats makes the training set harder than the evaluation set.
 
     Raises:
         DataError: a row without a prompt, or nothing left to train on.
@@ -336,7 +359,7 @@ def disjoint(
         key = _prompt_key(row, index)
         if key in held:
             num_held += 1
-        elif key in seen:
+        elif key in seen and not keep_repeats:
             num_repeated += 1
         else:
             seen.add(key)

@@ -54,7 +54,9 @@ def find_model(name: str | Path) -> ModelSource:
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "no config.json and no .gguf file"
-        raise ModelError(f"model = {str(name)!r}: {found}. Name a folder written by save_pretrained, or one .gguf file.")
+        raise ModelError(
+            f"model = {str(name)!r}: {found}. Name a folder written by save_pretrained, or one .gguf file."
+        )
     return ModelSource(str(folder), files[0].name)
 
 
@@ -133,8 +135,10 @@ def drop_gguf_config(model: Any) -> None:
     """Forget the GGUF marker: the weights are dequantised, and transformers refuses to save a model that carries it."""
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(
-        quantization, "quant_method", None
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", None)
     )
     if config is not None and quantization is not None and str(getattr(method, "value", method)) == "gguf":
         del config.quantization_config

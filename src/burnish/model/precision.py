@@ -128,8 +128,8 @@ class MasterWeights(torch.optim.Optimizer):
         saved = cast("Sequence[torch.Tensor]", state_dict["masters"])
         if len(saved) != len(self._pairs):
             raise CheckFailed(
-                f"the checkpoint holds {len(saved)} master weights and the model trains {len(self._pairs)}: resume with "
-                "the configuration that wrote it."
+                f"the checkpoint holds {len(saved)} master weights and the model trains {len(self._pairs)}: resume "
+                "with the configuration that wrote it."
             )
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
         self.param_groups = self.inner.param_groups

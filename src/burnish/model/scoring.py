@@ -83,8 +83,8 @@ def eval_mode(model: torch.nn.Module) -> Generator[None]:
 def prepare_for_scoring(model: torch.nn.Module) -> None:
     """Make `score` work on a model: decide by numeric probes what it supports, once.
 
-    Models that prefix attention cannot serve (state-space layers, say) are scored on one padded row per completion, and
-    models whose logits are not a plain function of their output embedding without tiling; either is said once in the log.
+    Models that prefix attention cannot serve (state-space layers, say) are scored on one padded row per completion,
+    and models whose logits are not a plain function of their output embedding without tiling; the log says so once.
     Call it again after the output embedding was replaced (LoRA on the head).
     """
     lm = causal_lm(model)
@@ -142,8 +142,9 @@ def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = Non
             return head(rows_NH, scoring=scoring, spec=setup.spec)
     with _attention(scoring.layout, self):
         logits = type(self).forward(self, *args, **kwargs).logits
-    logits_NV = logits.reshape(-1, logits.shape[-1])[scoring.score_index].float() / scoring.temperature
-    logprobs_NV = logits_NV.log_softmax(-1)
+    logits_NV = logits.reshape(-1, logits.shape[-1])[scoring.score_index]
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    logprobs_NV = (logits_NV.to(wide) / scoring.temperature).log_softmax(-1)
     logprobs_N = logprobs_NV.gather(-1, scoring.target_ids[:, None])[:, 0]
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if scoring.with_entropy else logprobs_N.new_empty(0)
     return logprobs_N, entropy_N

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def packed_linears(model: nn.Module, rows: int) -> Generator[None]:
     try:
         for layer in layers:
             assert isinstance(layer, nn.Linear)
-            layer.forward = _packed_forward(layer, rows)
+            layer.__dict__["forward"] = _packed_forward(layer, rows)
         yield
     finally:
         for layer in layers:
@@ -54,7 +55,8 @@ def _is_packable(module: nn.Module) -> bool:
 
 def _packed_forward(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-    bias = None if layer.bias is None else layer.bias.detach()
+    bias = cast("Tensor | None", layer.bias)
+    bias = None if bias is None else bias.detach()
     plain = layer.forward
 
     def forward(hidden: Tensor) -> Tensor:

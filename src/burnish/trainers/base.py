@@ -79,9 +79,7 @@ class GroupTrainer(Trainer):
         loaded, self._exact = load_model(model, bf16=bool(args.bf16), init_kwargs=args.model_init_kwargs)
         if peft_config is not None:
             loaded, self._exact = _add_adapters(loaded, peft_config), {}
-        if args.gradient_checkpointing:
-            # Reentrant checkpointing is wrong for layers that share keys and values, and drops gradients of inputs.
-            args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+        _use_non_reentrant_checkpointing(args)
         prepare_for_scoring(loaded)
         super().__init__(
             model=loaded,
@@ -95,7 +93,7 @@ class GroupTrainer(Trainer):
         )
         for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
             self.remove_callback(shown)
-        if args.progress:
+        if args.progress and not args.disable_tqdm:
             self.add_callback(ProgressCallback(args.kind))
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
@@ -157,8 +155,9 @@ class GroupTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(inputs.parts):
             last = number == len(inputs.parts) - 1
-            own_reduction = isinstance(self.master_weights, MasterWeights)
-            with contextlib.nullcontext() if last and not own_reduction else self.accelerator.no_sync(model):
+            # Masters average their own fp32 gradients over the ranks, once a step.
+            reduces = last and self.master_weights is None
+            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model):
                 loss = self.compute_loss(model, part.to(self.args.device), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -205,14 +204,13 @@ class GroupTrainer(Trainer):
         """The configured optimizer, over fp32 masters where trained weights are bf16."""
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.optimizer is not None or sharded or all(p.dtype == torch.float32 for p in trained):
+        if self.optimizer is not None or all(p.dtype == torch.float32 for p in trained):
             return super().create_optimizer(model)
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
             raise ConfigError(
-                f"optim = {str(self.args.optim)!r}: it picks its own parameters and cannot run over fp32 masters. Use an "
-                "AdamW, Adafactor or SGD variant, or bf16=False."
+                f"optim = {str(self.args.optim)!r}: it picks its own parameters and cannot run over fp32 masters. Use "
+                "an AdamW, Adafactor or SGD variant, or bf16=False."
             )
         decayed = set(self.get_decay_parameter_names(target))
         named = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
@@ -243,8 +241,7 @@ class GroupTrainer(Trainer):
     def _clip_masters(self, masters: MasterWeights, max_norm: float) -> torch.Tensor:
         if self.accelerator.num_processes > 1:
             masters.all_reduce_gradients()
-        norm = masters.clip_gradients(max_norm)
-        return norm
+        return masters.clip_gradients(max_norm)
 
     def before_optimizer_step(self) -> None:
         """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""
@@ -303,6 +300,14 @@ def resolve_tokenizer(model: Any, processing_class: PreTrainedTokenizerBase | No
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _use_non_reentrant_checkpointing(args: Any) -> None:
+    """Reentrant checkpointing is wrong for layers that share keys and values, and needs inputs with gradients."""
+    # transformers 5.17 knows the second name only.
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    if getattr(args, name):
+        setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
 
 
 def _add_adapters(model: Any, peft_config: Any) -> Any:

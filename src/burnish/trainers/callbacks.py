@@ -11,18 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from burnish.progress import format_seconds, say
 from burnish.trainers.transcripts import JsonLines
 
-__all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "format_seconds"]
+__all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback"]
 
 SHOWN = ("loss", "reward", "eval_loss", "eval_reward", "completions/mean_length", "entropy", "grad_norm")
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class ProgressCallback(TrainerCallback):
@@ -46,8 +40,12 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not sys.stderr.isatty():
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("left {task.fields[left]}  {task.fields[shown]}"), console=Console(stderr=True))
-        self._task = self._bar.add_task(self.stage, total=state.max_steps, left="?", shown="", completed=state.global_step)
+        self._bar = Progress(
+            *columns, TextColumn("left {task.fields[left]}  {task.fields[shown]}"), console=Console(stderr=True)
+        )
+        self._task = self._bar.add_task(
+            self.stage, total=state.max_steps, left="?", shown="", completed=state.global_step
+        )
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -70,10 +68,11 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, shown=shown)
         elif shown:
-            step = f"{state.global_step}/{state.max_steps}"
-            print(f"{self.stage} {step}  left {self._left(state)}  {shown}", file=sys.stderr, flush=True)
+            say(f"{self.stage} {state.global_step}/{state.max_steps}  left {self._left(state)}  {shown}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.stop()
@@ -157,4 +156,4 @@ class EngineProgress:
         if self._bar is not None:
             self._bar.update(self._task, completed=finished, left=left)
         else:
-            print(f"{self._title} {finished}/{total}  left {left}  {tokens} tokens", file=sys.stderr, flush=True)
+            say(f"{self._title} {finished}/{total}  left {left}  {tokens} tokens")

@@ -17,15 +17,10 @@ def _finish(config: Any) -> None:
     """Check the fields, resolve `bf16`, and switch off what would hide errors or wrap the model twice."""
     config.check()
     requested = config.bf16
-    sharded = bool(config.fsdp or config.deepspeed)
-    # bf16 means bf16 weights with fp32 masters here; accelerate's autocast stays off unless the model is sharded, where
-    # FSDP2 and DeepSpeed keep the masters.
-    config.bf16 = bool(requested) if sharded else False
+    # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
+    config.bf16 = False
     TrainingArguments.__post_init__(config)
-    if not sharded:
-        config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
-    config.logging_nan_inf_filter = False
-    config.remove_unused_columns = False
+    config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
     config.dataloader_pin_memory = False
 
 

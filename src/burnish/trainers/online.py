@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, cast
 
 import torch
@@ -29,6 +28,8 @@ from burnish.rewards import Criterion, Rubric
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer, scored_tokens
 from burnish.trainers.configs import GRPOConfig
+from burnish.trainers.metrics import StepMetrics, criterion_values, total
+from burnish.trainers.prompts import PromptSource, Share, share_of
 from burnish.trainers.reference import Reference
 from burnish.trainers.transcripts import TranscriptLog
 from burnish.types import Completion, Group, PackedBatch, StopReason
@@ -36,21 +37,6 @@ from burnish.types import Completion, Group, PackedBatch, StopReason
 __all__ = ["GRPOTrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(slots=True)
-class Share:
-    """This rank's part of one prompt's completions.
-
-    Attributes:
-        place: the prompt's place in the rollout's order: what the ranks that hold the same group agree on.
-        first: number of the first of these completions in the group.
-        group: the prompt with this part of its completions.
-    """
-
-    place: int
-    first: int
-    group: Group
 
 
 RewardFunction = Callable[..., Any]
@@ -126,10 +112,10 @@ class GRPOTrainer(GroupTrainer):
         self.transcripts = TranscriptLog.of(args, self.is_world_process_zero())
         self.params = self._sampling_params()
         self._buffer: list[list[Group]] = []
-        self._orders: dict[int, list[int]] = {}
+        self.source = PromptSource(self.prompts, seed=args.seed, shuffle=args.shuffle_dataset)
         self._rollouts = 0
         self._fresh = False
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics = StepMetrics()
         self._differences: list[tuple[float, float, int]] = []
         self._check_sizes()
 
@@ -200,7 +186,13 @@ class GRPOTrainer(GroupTrainer):
 
     def _rollout(self) -> list[list[Group]]:
         started = time.perf_counter()
-        shares = self._take_prompts()
+        shares = self.source.shares(
+            self._rollouts,
+            num_prompts=self._prompts_per_rollout,
+            num_samples=self.args.num_generations,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
         groups = [share.group for share in shares]
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed, step=self._rollouts)
@@ -216,36 +208,11 @@ class GRPOTrainer(GroupTrainer):
                 with self.reference.active(self.model) as reference:
                     self._fill(groups, "ref_logprobs", reference)
         self._rollouts += 1
-        self._log("seconds/rollout", sampled - started)
-        self._log("seconds/rewards", scored - sampled)
-        self._log("seconds/reference", time.perf_counter() - scored)
+        self._metrics.add("seconds/rollout", sampled - started)
+        self._metrics.add("seconds/rewards", scored - sampled)
+        self._metrics.add("seconds/reference", time.perf_counter() - scored)
         steps = self._reuse // self.args.num_iterations
         return partition(groups, steps) * self.args.num_iterations
-
-    def _take_prompts(self) -> list[Share]:
-        """This rank's part of the next prompts: the number of rollouts so far is the only state of their order."""
-        number, samples = self._prompts_per_rollout, self.args.num_generations
-        share = number * samples // self.accelerator.num_processes
-        begin = self.accelerator.process_index * share
-        shares: list[Share] = []
-        for offset in range(number):
-            low, high = max(begin, offset * samples), min(begin + share, (offset + 1) * samples)
-            if low < high:
-                place = self._rollouts * number + offset
-                empty = [Completion([]) for _ in range(high - low)]
-                group = dataclasses.replace(self._prompt_at(place), completions=empty)
-                shares.append(Share(place, low - offset * samples, group))
-        return shares
-
-    def _prompt_at(self, place: int) -> Group:
-        """The prompt at a place of the endless order: a new permutation of the prompts each epoch."""
-        epoch, offset = divmod(place, len(self.prompts))
-        if not self.args.shuffle_dataset:
-            return self.prompts[offset]
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(self.args.seed + epoch)
-            self._orders = {epoch: torch.randperm(len(self.prompts), generator=generator).tolist()}
-        return self.prompts[self._orders[epoch][offset]]
 
     def _generate(self, shares: Sequence[Share], params: SamplingParams, *, seed: int, step: int) -> None:
         requests = [
@@ -257,7 +224,7 @@ class GRPOTrainer(GroupTrainer):
 
     def _advantages(self, shares: Sequence[Share]) -> None:
         """Group advantages over all ranks: a group may lie on several."""
-        records = [(share.place, share.first, [_total(c) for c in share.group.completions]) for share in shares]
+        records = [(share.place, share.first, [total(c) for c in share.group.completions]) for share in shares]
         gathered = gather_object(records) if self.accelerator.num_processes > 1 else records
         rewards: dict[int, list[float | None]] = defaultdict(list)
         for place, _, values in sorted(cast("list[tuple[int, int, list[float | None]]]", gathered)):
@@ -268,7 +235,7 @@ class GRPOTrainer(GroupTrainer):
         for share in shares:
             for offset, completion in enumerate(share.group.completions):
                 completion.advantage = advantages[share.place][share.first + offset]
-        self._log_rewards(list(rewards.values()))
+        self._metrics.add_rewards(list(rewards.values()))
 
     @torch.no_grad()
     def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
@@ -293,17 +260,19 @@ class GRPOTrainer(GroupTrainer):
 
     def _in_loss(self, completion: Completion) -> bool:
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
-        return _total(completion) is not None and not masked
+        return total(completion) is not None and not masked
 
     def step_denominator(self, groups: Sequence[Group]) -> float:
         """Scored tokens, sequences, or sequences times the length limit, by `loss_type`.
 
         Completions without a reward count nowhere; truncated ones that are masked count as sequences, as in TRL.
         """
-        sequences = sum(_total(c) is not None for group in groups for c in group.completions)
+        sequences = sum(total(c) is not None for group in groups for c in group.completions)
         match REDUCTIONS[self.args.loss_type]:
             case "token":
-                kept = [dataclasses.replace(g, completions=[c for c in g.completions if self._in_loss(c)]) for g in groups]
+                kept = [
+                    dataclasses.replace(g, completions=[c for c in g.completions if self._in_loss(c)]) for g in groups
+                ]
                 return float(sum(scored_tokens(group) for group in kept))
             case "sequence":
                 return float(sequences)
@@ -346,10 +315,10 @@ class GRPOTrainer(GroupTrainer):
         if args.beta > 0:
             kl_N = kl_k3(logprobs_N, batch.token["ref_logprobs"])
             losses_N = losses_N + args.beta * kl_N
-            self._log_tokens("kl", kl_N)
+            self._metrics.add_tokens("kl", kl_N)
         assert entropy_N is not None
-        self._log_tokens("entropy", entropy_N)
-        self._log_tokens("clip_ratio", clipped_N.float())
+        self._metrics.add_tokens("entropy", entropy_N)
+        self._metrics.add_tokens("clip_ratio", clipped_N.float())
         return aggregate(
             losses_N,
             sequence_index_N=batch.sequence_index,
@@ -359,7 +328,7 @@ class GRPOTrainer(GroupTrainer):
         )
 
     def _compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
-        """Remember how far the trainer's log-probabilities are from the sampler's (and the reference's, at the start)."""
+        """Remember how far trainer and sampler are apart; first of all, check the reference."""
         difference_N = (logprobs_N - batch.token["policy_logprobs"]).abs()
         self._differences.append((float(difference_N.sum()), float(difference_N.max()), difference_N.numel()))
         own_reference = self.reference is not None and self.reference.is_initial_policy
@@ -367,9 +336,9 @@ class GRPOTrainer(GroupTrainer):
             apart = float((logprobs_N - batch.token["ref_logprobs"]).abs().mean())
             if apart > self._bound:
                 raise CheckFailed(
-                    f"before the first update the reference differs from the policy by {apart:.3g} nats a token (bound "
-                    f"{self._bound:g}), so the KL term pulls towards another model. Pass the intended ref_model, or the "
-                    "unmodified policy."
+                    f"before the first update the reference differs from the policy by {apart:.3g} nats a token "
+                    f"(bound {self._bound:g}), so the KL term pulls towards another model. Pass the intended "
+                    "ref_model, or the unmodified policy."
                 )
 
     @property
@@ -377,19 +346,19 @@ class GRPOTrainer(GroupTrainer):
         if self.args.logprob_check_bound is not None:
             return self.args.logprob_check_bound
         dtype = next(self.model.parameters()).dtype
-        return 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
+        return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
 
     def before_optimizer_step(self) -> None:
         """Stop before the update when sampler and trainer disagree about fresh samples."""
         if not self._differences:
             return
-        total = self.sum_over_ranks(sum(d[0] for d in self._differences))
+        difference = self.sum_over_ranks(sum(d[0] for d in self._differences))
         count = self.sum_over_ranks(float(sum(d[2] for d in self._differences)))
         largest = self.max_over_ranks(max(d[1] for d in self._differences))
         self._differences.clear()
-        mean = total / count
-        self._log("sampling/logprob_difference/mean", mean)
-        self._log("sampling/logprob_difference/max", largest)
+        mean = difference / count
+        self._metrics.add("sampling/logprob_difference/mean", mean)
+        self._metrics.add("sampling/logprob_difference/max", largest)
         if not mean <= self._bound:
             raise CheckFailed(
                 f"step {self.state.global_step}: sampler and trainer log-probabilities of fresh samples differ by "
@@ -398,33 +367,11 @@ class GRPOTrainer(GroupTrainer):
                 "logprob_check_bound only where you know why."
             )
 
-    def _log_rewards(self, rewards: Sequence[Sequence[float | None]]) -> None:
-        known = [[r for r in row if r is not None] for row in rewards]
-        values = [r for row in known for r in row]
-        if values:
-            self._log("reward", fmean(values))
-        spread = [stdev(row) for row in known if len(row) > 1]
-        if spread:
-            self._log("reward_std", fmean(spread))
-            self._log("frac_reward_zero_std", fmean(float(s == 0) for s in spread))
-
     def _log_rollout(self, groups: Sequence[Group]) -> None:
-        completions = [c for group in groups for c in group.completions]
-        for name in self.rubric.names:
-            values = [v for c in completions if c.score and (v := c.score.criteria.get(name)) is not None]
-            if values:
-                self._log(f"rewards/{name}/mean", fmean(values))
-                self._log(f"rewards/{name}/std", stdev(values) if len(values) > 1 else 0.0)
-        failed = [c.score for c in completions if c.score is not None and c.score.total is None]
-        self._log("rewards/failed", float(len(failed)))
+        clipped = self._metrics.add_completions(groups, self.rubric.names)
+        failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
             logger.warning("%d completions leave the loss: %s", len(failed), "; ".join(failed[0].errors.values()))
-        lengths = [len(c.token_ids) for c in completions]
-        self._log("completions/mean_length", fmean(lengths))
-        self._log("completions/min_length", float(min(lengths)))
-        self._log("completions/max_length", float(max(lengths)))
-        clipped = fmean(float(c.stop_reason is StopReason.LENGTH) for c in completions)
-        self._log("completions/clipped_ratio", clipped)
         if clipped > 0.5 and self._rollouts == 0:
             logger.warning(
                 "%.0f%% of the completions hit max_completion_length = %d: rewards that look at the end will miss. "
@@ -434,24 +381,9 @@ class GRPOTrainer(GroupTrainer):
             )
         self.transcripts.write(groups, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
-    def _log(self, name: str, value: float) -> None:
-        self._metrics[name].append(value)
-
-    def _log_tokens(self, name: str, values_N: torch.Tensor) -> None:
-        self._metrics[f"{name}/sum"].append(float(values_N.detach().sum()))
-        self._metrics[f"{name}/count"].append(float(values_N.numel()))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log: means over steps, token metrics as means over tokens."""
-        totals = {name[:-4]: sum(v) for name, v in self._metrics.items() if name.endswith("/sum")}
-        for name, values in sorted(self._metrics.items()):
-            stem = name.rsplit("/", 1)[0]
-            if name.endswith("/count") and stem in totals:
-                logs[stem] = self.sum_over_ranks(totals[stem]) / max(self.sum_over_ranks(sum(values)), 1.0)
-            elif not (name.endswith("/sum") and stem in totals):
-                logs[name] = self.sum_over_ranks(fmean(values)) / self.accelerator.num_processes
-        self._metrics.clear()
-        super().log(logs, start_time)
+        """Add the metrics since the last log."""
+        super().log({**logs, **self._metrics.flush(self.sum_over_ranks)}, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -463,22 +395,21 @@ class GRPOTrainer(GroupTrainer):
         samples = self.args.num_generations_eval or self.args.num_generations
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         shares = [
-            Share(place, 0, dataclasses.replace(prompt, completions=[Completion([]) for _ in range(samples)]))
-            for place, prompt in list(enumerate(prompts))[rank::world]
+            share_of(prompt, place, first=0, number=samples) for place, prompt in list(enumerate(prompts))[rank::world]
         ]
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
         self.rubric.score([share.group for share in shares])
         completions = [c for share in shares for c in share.group.completions]
-        rewards = [r for c in completions if (r := _total(c)) is not None]
+        rewards = [r for c in completions if (r := total(c)) is not None]
         sums = {"reward": (sum(rewards), len(rewards))}
         for name in self.rubric.names:
-            values = [v for c in completions if c.score and (v := c.score.criteria.get(name)) is not None]
+            values = criterion_values(completions, name)
             sums[f"rewards/{name}/mean"] = (sum(values), len(values))
         sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
         metrics = {
-            f"{metric_key_prefix}_{name}": self.sum_over_ranks(total) / max(self.sum_over_ranks(count), 1.0)
-            for name, (total, count) in sums.items()
+            f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
+            for name, (value, count) in sums.items()
         }
         super().log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -497,17 +428,13 @@ class GRPOTrainer(GroupTrainer):
         file = Path(checkpoint) / f"rollout_{self.accelerator.process_index}.json"
         if not file.is_file():
             raise ConfigError(
-                f"resume_from_checkpoint = {checkpoint!r}: {file.name} is missing, so the prompts and samples in flight "
-                "are unknown. Resume with as many processes as wrote the checkpoint, from one that this trainer wrote."
+                f"resume_from_checkpoint = {checkpoint!r}: {file.name} is missing, so the prompts and samples in "
+                "flight are unknown. Resume with as many processes as wrote the checkpoint."
             )
         state = json.loads(file.read_text())
         self._rollouts = int(state["rollouts"])
         self._buffer = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
         self.transcripts.truncate_after(self.state.global_step)
-
-
-def _total(completion: Completion) -> float | None:
-    return None if completion.score is None else completion.score.total
 
 
 def _group_from_dict(values: dict[str, Any]) -> Group:

@@ -49,8 +49,8 @@ class Reference:
             bias = getattr(config, "bias", "none")
             if bias != "none":
                 raise ModelError(
-                    f"peft_config.bias = {bias!r} (adapter {name!r}): trained biases stay changed with adapters off, so "
-                    "the base is no reference. Use bias='none', or pass ref_model."
+                    f"peft_config.bias = {bias!r} (adapter {name!r}): trained biases stay changed with adapters off, "
+                    "so the base is no reference. Use bias='none', or pass ref_model."
                 )
         return cls(None, is_initial_policy=True)
 

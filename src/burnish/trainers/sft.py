@@ -126,4 +126,6 @@ class SFTTrainer(GroupTrainer):
             f"{metric_key_prefix}_num_tokens": total,
         }
         empty: Any = None
-        return EvalLoopOutput(predictions=empty, label_ids=empty, metrics=metrics, num_samples=int(self.sum_over_ranks(rows)))
+        return EvalLoopOutput(
+            predictions=empty, label_ids=empty, metrics=metrics, num_samples=int(self.sum_over_ranks(rows))
+        )

@@ -1,0 +1,78 @@
+"""Metrics of online training between two logs: means over rollouts and steps, token metrics as means over tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+import torch
+
+from burnish.types import Completion, Group, StopReason
+
+__all__ = ["StepMetrics", "criterion_values", "total"]
+
+
+def total(completion: Completion) -> float | None:
+    """The completion's reward, or None where it failed."""
+    return None if completion.score is None else completion.score.total
+
+
+def criterion_values(completions: Sequence[Completion], name: str) -> list[float]:
+    """The values of one criterion over the completions that have it."""
+    scores = [c.score.criteria.get(name) for c in completions if c.score is not None]
+    return [value for value in scores if value is not None]
+
+
+class StepMetrics:
+    """Collects numbers by name; `flush` reduces them over steps and ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+        self._tokens: dict[str, list[tuple[float, int]]] = defaultdict(list)
+
+    def add(self, name: str, value: float) -> None:
+        """A number of this step; the log shows the mean over steps and ranks."""
+        self._values[name].append(value)
+
+    def add_tokens(self, name: str, values_N: torch.Tensor) -> None:
+        """A number per token; the log shows the mean over all tokens."""
+        self._tokens[name].append((float(values_N.detach().sum()), values_N.numel()))
+
+    def add_rewards(self, rewards: Sequence[Sequence[float | None]]) -> None:
+        """Mean reward, mean spread within groups, and the share of groups without any."""
+        known = [[r for r in row if r is not None] for row in rewards]
+        values = [r for row in known for r in row]
+        if values:
+            self.add("reward", fmean(values))
+        spread = [stdev(row) for row in known if len(row) > 1]
+        if spread:
+            self.add("reward_std", fmean(spread))
+            self.add("frac_reward_zero_std", fmean(float(s == 0) for s in spread))
+
+    def add_completions(self, groups: Sequence[Group], criteria: Sequence[str]) -> float:
+        """Criteria, failures and lengths of this rank's completions; returns the share cut at the limit."""
+        completions = [c for group in groups for c in group.completions]
+        for name in criteria:
+            if values := criterion_values(completions, name):
+                self.add(f"rewards/{name}/mean", fmean(values))
+                self.add(f"rewards/{name}/std", stdev(values) if len(values) > 1 else 0.0)
+        self.add("rewards/failed", float(sum(total(c) is None for c in completions)))
+        lengths = [len(c.token_ids) for c in completions]
+        clipped = fmean(float(c.stop_reason is StopReason.LENGTH) for c in completions)
+        self.add("completions/mean_length", fmean(lengths))
+        self.add("completions/min_length", float(min(lengths)))
+        self.add("completions/max_length", float(max(lengths)))
+        self.add("completions/clipped_ratio", clipped)
+        return clipped
+
+    def flush(self, sum_over_ranks: Callable[[float], float]) -> dict[str, float]:
+        """The metrics since the last flush; every rank must have the same names."""
+        world = sum_over_ranks(1.0)
+        logs = {name: sum_over_ranks(fmean(values)) / world for name, values in sorted(self._values.items())}
+        for name, parts in sorted(self._tokens.items()):
+            count = sum_over_ranks(float(sum(n for _, n in parts)))
+            logs[name] = sum_over_ranks(sum(s for s, _ in parts)) / max(count, 1.0)
+        self._values.clear()
+        self._tokens.clear()
+        return logs

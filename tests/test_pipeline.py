@@ -1,0 +1,121 @@
+"""The pipeline on a tiny model: every artefact, nothing done twice, an interrupted run goes on to the same end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
+
+import tiny
+from burnish.cli.main import main
+
+FILE = """
+model = "{model}"
+output_dir = "{output}"
+
+[data]
+train = {{ path = "{rows}", completion_template = "<think>x</think><answer>{{answer}}</answer>" }}
+eval = {{ path = "{held}" }}
+
+[[rubric]]
+kind = "format"
+weight = 0.5
+
+[[rubric]]
+kind = "exact"
+
+[sft]
+max_steps = 3
+per_device_train_batch_size = 4
+learning_rate = 1e-3
+bf16 = false
+save_strategy = "no"
+
+[grpo]
+max_steps = 4
+per_device_train_batch_size = 8
+num_generations = 4
+max_completion_length = 8
+learning_rate = 1e-2
+bf16 = false
+save_steps = 2
+
+[evaluation]
+num_samples = 2
+ks = [1, 2]
+max_completion_length = 8
+solved = "exact"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
+    for name, part in (("rows", rows), ("held", rows[:6])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    text = FILE.format(
+        model=tmp_path / "model", output=tmp_path / "run", rows=tmp_path / "rows.jsonl", held=tmp_path / "held.jsonl"
+    )
+    path = tmp_path / "file.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_artefact_is_written_once(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipeline", str(file)]) == 0
+    run = file.parent / "run"
+    assert "14 rows, 6 left out because they are held out" in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(run / "grpo")
+    assert torch.isfinite(model(torch.tensor([[3, 4]])).logits).all()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if m["stage"] == "sft"] == [1, 2, 3]
+    assert [m["step"] for m in metrics if m["stage"] == "grpo"] == [1, 2, 3, 4]
+    transcripts = [json.loads(line) for line in (run / "transcripts.jsonl").read_text().splitlines()]
+    assert len(transcripts) == 4 * 8
+    assert all(set(t["criteria"]) == {"format", "exact"} for t in transcripts)
+    summary = json.loads((run / "evaluations.json").read_text())
+    assert [e["name"] for e in summary["evaluations"]] == ["raw", "sft", "grpo"]
+    assert len(summary["comparisons"]) == 2 * 3
+    page = (run / "report.html").read_text()
+    assert "pass@1" in page
+    before = {path: path.stat().st_mtime_ns for path in (run / "grpo").iterdir()}
+    assert main(["pipeline", str(file)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (run / "grpo").iterdir()} == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["pipeline", str(file), f"--output_dir={file.parent / 'whole'}"]) == 0
+    from burnish.cli import stages
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, args, state, control: TrainerControl, **kwargs) -> None:  # type: ignore[no-untyped-def]
+            if args.kind == "grpo" and state.global_step == 3:
+                raise KeyboardInterrupt
+
+    original = stages._train
+
+    def killing(trainer, metrics):  # type: ignore[no-untyped-def]
+        trainer.add_callback(Killed())
+        return original(trainer, metrics)
+
+    monkeypatch.setattr(stages, "_train", killing)
+    command = ["pipeline", str(file), f"--output_dir={file.parent / 'cut'}"]
+    assert main(command) == 130
+    monkeypatch.setattr(stages, "_train", original)
+    assert main(command) == 0
+    for name in ("transcripts.jsonl", "evaluations.json"):
+        assert (file.parent / "cut" / name).read_text() == (file.parent / "whole" / name).read_text()
+    left, right = (AutoModelForCausalLM.from_pretrained(file.parent / n / "grpo") for n in ("whole", "cut"))
+    for name, value in left.state_dict().items():
+        assert torch.equal(value, right.state_dict()[name]), name
+
+
+def test_a_folder_holds_one_run(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pipeline", str(file)]) == 0
+    assert main(["pipeline", str(file), "--grpo.max_steps=5"]) == 2
+    assert "holds a run with another [grpo]" in capsys.readouterr().err
