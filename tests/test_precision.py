@@ -67,12 +67,9 @@ def test_resume_continues_from_the_masters() -> None:
     assert torch.equal(second, whole)
 
 
-def test_bad_gradients_and_checkpoints_are_refused() -> None:
+def test_a_checkpoint_of_another_model_is_refused() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     own = optimizer([parameter])
-    (parameter * float("nan")).sum().backward()
-    with pytest.raises(CheckFailed, match="gradient norm is nan"):
-        own.clip_gradients(1.0)
     state = own.state_dict()
     state["masters"] = []
     with pytest.raises(CheckFailed, match="0 master weights and the model trains 1"):

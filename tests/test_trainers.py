@@ -328,8 +328,11 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(tmp_path: Path)
         grpo(tmp_path / "c", copy.deepcopy(base), peft_config=biased, beta=0.1)
 
 
-def test_a_bad_gradient_stops_the_run(tmp_path: Path) -> None:
-    trainer = sft(tmp_path)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_bad_gradient_stops_the_run(tmp_path: Path, bf16: bool, max_grad_norm: float) -> None:
+    model = tiny.model(dtype=torch.bfloat16 if bf16 else torch.float32)
+    trainer = sft(tmp_path, model, bf16=bf16, max_grad_norm=max_grad_norm)
     original = trainer.batch_loss
     trainer.batch_loss = lambda *a, **k: original(*a, **k) * float("nan")  # type: ignore[method-assign]
     with pytest.raises(CheckFailed, match="gradient norm is nan"):

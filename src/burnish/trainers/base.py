@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,25 +224,24 @@ class GroupTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        self.before_optimizer_step()
-        masters = self.master_weights
-        if masters is None:
-            norm = super()._clip_grad_norm(model)
-            _require_finite(norm, self.state.global_step)
-            return norm
-        return self._clip_masters(masters, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        masters = self.master_weights
-        if grad_norm is None and masters is not None:
-            self.before_optimizer_step()
-            grad_norm = self._clip_masters(masters, float("inf"))
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def _clip_masters(self, masters: MasterWeights, max_norm: float) -> torch.Tensor:
+        if (masters := self.master_weights) is None:
+            return super()._clip_grad_norm(model)
         if self.accelerator.num_processes > 1:
             masters.all_reduce_gradients()
-        return masters.clip_gradients(max_norm)
+        return masters.clip_gradients(self.args.max_grad_norm or float("inf"))
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the complete gradient, checked; transformers calls it once a step, before the optimizer's."""
+        self.before_optimizer_step()
+        if grad_norm is None and self.master_weights is not None:
+            grad_norm = self._clip_grad_norm(model)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(norm):
+            raise CheckFailed(
+                f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for NaN "
+                "rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
+            )
+        return norm
 
     def before_optimizer_step(self) -> None:
         """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""
@@ -319,7 +319,3 @@ def _add_adapters(model: Any, peft_config: Any) -> Any:
     return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
 
 
-def _require_finite(norm: Any, step: int) -> None:
-    value = float(norm)
-    if value != value or value in (float("inf"), float("-inf")):
-        raise CheckFailed(f"step {step}: the gradient norm is {value}; the step is not taken. Lower learning_rate.")

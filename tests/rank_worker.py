@@ -1,0 +1,41 @@
+"""Trains a tiny model under whatever launcher started it and saves the weights: run by test_ranks.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+import tiny
+from burnish import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from test_trainers import PROMPTS, TEXTS, digits, settings
+
+
+def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
+    """One short run."""
+    shared: dict[str, Any] = settings(
+        folder, per_device_train_batch_size=per_device, bf16=dtype == "bfloat16", ddp_backend="gloo", optim="sgd"
+    )
+    model, tokenizer = tiny.model(dtype=getattr(torch, dtype)), tiny.tokenizer()
+    trainer: Trainer
+    if stage == "sft":
+        trainer = SFTTrainer(model, SFTConfig(**shared), TEXTS, processing_class=tokenizer)
+    else:
+        args = GRPOConfig(
+            **shared, num_generations=4, max_completion_length=8, loss_type=stage, beta=0.1, logprob_check_bound=1.0,
+            log_completions=True,
+        )  # fmt: skip
+        trainer = GRPOTrainer(model, digits, args, PROMPTS, processing_class=tokenizer)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        masters = trainer.master_weights  # type: ignore[attr-defined]
+        weights = list(trainer.model.parameters()) if masters is None else masters.masters  # type: ignore[union-attr]
+        logs = [{k: log[k] for k in ("loss", "reward") if k in log} for log in trainer.state.log_history]
+        torch.save({"weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
