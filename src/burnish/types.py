@@ -185,4 +185,4 @@ class PackedBatch(Mapping[str, Any]):
         return iter(self.__slots__)
 
     def __len__(self) -> int:
-        return len(self.__slots__)
+        return sum(1 for _ in self)

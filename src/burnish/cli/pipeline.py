@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from burnish.cli.config import PipelineFile, load_pipeline_file
 from burnish.data import disjoint, load_rows
@@ -74,7 +74,7 @@ class Pipeline:
         held_out = load_rows(data.eval, "data.eval")
         result: list[list[dict[str, Any]]] = []
         for name in ("train", "sft"):
-            source = getattr(data, name) or data.train
+            source = cast("dict[str, Any]", getattr(data, name) or data.train)
             rows, counts = disjoint(load_rows(source, f"data.{name}"), held_out, keep_repeats=True)
             say(f"{name}: {len(rows)} rows, {counts.num_in_evaluation} left out because they are held out")
             result.append(rows)
@@ -110,7 +110,7 @@ class Pipeline:
 
         target = self.folder / "evaluations" / f"{name}.json"
         if not target.is_file():
-            shared = {"model_init": self.file.model_init} if model == self.file.model else {}
+            shared: dict[str, Any] = {"model_init": self.file.model_init} if model == self.file.model else {}
             result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, name=name, **shared)
             stages.write_json(target, result.to_dict())
         result = self._evaluation(name)

@@ -77,7 +77,8 @@ def _lora(fields: dict[str, Any] | None) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
+    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
+    return LoraConfig(**arguments)
 
 
 def evaluate_model(

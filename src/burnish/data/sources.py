@@ -345,8 +345,8 @@ def disjoint(
     Args:
         train: rows to choose from; their order is kept.
         evaluation: rows to hold out.
-        keep_repeats: keep training rows that repeat an earlier one. Procedural tasks repeat their easy problems most, so
-            dropping repeats makes the training set harder than the evaluation set.
+        keep_repeats: keep training rows that repeat an earlier one. Procedural tasks repeat their easy problems most,
+            so dropping repeats makes the training set harder than the evaluation set.
 
     Raises:
         DataError: a row without a prompt, or nothing left to train on.

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -119,12 +119,12 @@ def _round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[torch.
     Buffers keep their dtype (`model.to` would round rotary frequencies, and with them every position), and so do the
     modules that the architecture wants in fp32.
     """
-    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) + tuple(
-        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    )
+    kept: set[str] = set()
+    for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        kept.update(cast("list[str]", getattr(model, attribute, None) or []))
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        if parameter.dtype == torch.float32 and not any(part in kept for part in name.split(".")):
+        if parameter.dtype == torch.float32 and kept.isdisjoint(name.split(".")):
             exact[parameter] = parameter.detach()
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype

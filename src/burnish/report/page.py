@@ -24,7 +24,16 @@ __all__ = ["write_report"]
 _SCRIPTS = ("common.js", "charts.js", "transcripts.js")
 _UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _MODEL_KEYS = ("model_name_or_path", "model", "model.name_or_path", "model.model_name_or_path", "model.name")
-_TASK_KEYS = ("task", "task.name", "environment", "environment.name", "dataset", "dataset_name", "data.name", "data.train.task")
+_TASK_KEYS = (
+    "task",
+    "task.name",
+    "environment",
+    "environment.name",
+    "dataset",
+    "dataset_name",
+    "data.name",
+    "data.train.task",
+)
 _ABSENT = "\N{EN DASH}"
 _STAGE_NAMES = {"raw": "Raw", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO", "kto": "KTO"}
 

@@ -63,6 +63,10 @@ class GroupTrainer(Trainer):
     gradient independent of either split.
     """
 
+    args: Any
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
@@ -85,7 +89,7 @@ class GroupTrainer(Trainer):
         super().__init__(
             model=loaded,
             args=args,
-            data_collator=collate,
+            data_collator=cast(Any, collate),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=self.tokenizer,
@@ -205,7 +209,8 @@ class GroupTrainer(Trainer):
         """The configured optimizer, over fp32 masters where trained weights are bf16."""
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
-        if self.optimizer is not None or all(p.dtype == torch.float32 for p in trained):
+        given = cast("torch.optim.Optimizer | None", self.optimizer)
+        if given is not None or all(p.dtype == torch.float32 for p in trained):
             return super().create_optimizer(model)
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
@@ -235,11 +240,11 @@ class GroupTrainer(Trainer):
         self.before_optimizer_step()
         if grad_norm is None and self.master_weights is not None:
             grad_norm = self._clip_grad_norm(model)
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = cast(Any, super()._get_grad_norm(model, grad_norm=grad_norm))
         if not math.isfinite(norm):
             raise CheckFailed(
-                f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for NaN "
-                "rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
+                f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
+                "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
         return norm
 
@@ -264,7 +269,7 @@ class GroupTrainer(Trainer):
     def _plain_loader(self, dataset: Any) -> DataLoader[Any]:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         return DataLoader(
-            [dataset[i] for i in range(rank, len(dataset), world)],
+            cast(Any, [dataset[i] for i in range(rank, len(dataset), world)]),
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=collate,
         )
@@ -317,5 +322,3 @@ def _add_adapters(model: Any, peft_config: Any) -> Any:
         raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
     # Adapters compute in the base's dtype; the optimizer keeps their fp32 masters.
     return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-
-

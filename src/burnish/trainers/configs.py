@@ -25,7 +25,7 @@ def _finish(config: Any) -> None:
 
 
 @dataclass
-class SFTConfig(SFTFields, TrainingArguments):
+class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class SFTConfig(SFTFields, TrainingArguments):
 
 
 @dataclass
-class GRPOConfig(GRPOFields, TrainingArguments):
+class GRPOConfig(GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
 
     def __post_init__(self) -> None:

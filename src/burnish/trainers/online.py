@@ -24,7 +24,7 @@ from burnish.objectives.aggregate import Reduction, aggregate
 from burnish.objectives.kl import kl_k3
 from burnish.objectives.policy import clipped_surrogate, log_ratio
 from burnish.packing import pack, partition, split_by_tokens
-from burnish.rewards import Criterion, Rubric
+from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer, scored_tokens
 from burnish.trainers.configs import GRPOConfig
@@ -32,7 +32,7 @@ from burnish.trainers.metrics import StepMetrics, criterion_values, total
 from burnish.trainers.prompts import PromptSource, Share, share_of
 from burnish.trainers.reference import Reference
 from burnish.trainers.transcripts import TranscriptLog
-from burnish.types import Completion, Group, PackedBatch, StopReason
+from burnish.types import Completion, Group, PackedBatch, Score, StopReason
 
 __all__ = ["GRPOTrainer"]
 
@@ -77,7 +77,7 @@ class GRPOTrainer(GroupTrainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction | Criterion],
+        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction],
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -438,13 +438,12 @@ class GRPOTrainer(GroupTrainer):
 
 
 def _group_from_dict(values: dict[str, Any]) -> Group:
-    from burnish.types import Score
-
     completions: list[Completion] = []
-    for entry in values["completions"]:
+    for entry in cast("list[dict[str, Any]]", values["completions"]):
         reason, scores = entry["stop_reason"], entry["score"]
-        entry = {**entry, "stop_reason": StopReason(reason) if reason else None}
-        completions.append(Completion(**{**entry, "score": Score(**scores) if scores else None}))
+        entry["stop_reason"] = StopReason(reason) if reason else None
+        entry["score"] = Score(**scores) if scores else None
+        completions.append(Completion(**entry))
     return Group(values["prompt_ids"], completions, values["row"], values["index"])
 
 
@@ -453,5 +452,4 @@ def _rubric(rewards: Any, weights: Sequence[float] | None) -> Rubric:
         if weights is not None:
             raise ConfigError(f"reward_weights = {list(weights)!r} beside a Rubric: set the weights in its criteria.")
         return rewards
-    functions = list(rewards) if isinstance(rewards, Sequence) and not isinstance(rewards, str) else [rewards]
-    return Rubric.from_functions(functions, weights)
+    return Rubric.from_functions(rewards, weights)
