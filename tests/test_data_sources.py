@@ -187,7 +187,10 @@ def test_bad_files(tmp_path: Path) -> None:
     [
         ({}, r"train has the keys \[\]: give exactly one of path"),
         ({"path": "x", "mix": []}, "give exactly one of path"),
-        ({"path": "x", "paths": "y"}, "train.paths is unknown: a source with path takes columns, limit, path"),
+        (
+            {"path": "x", "paths": "y"},
+            "train.paths is unknown: a source with path takes columns, completion_template, limit, path",
+        ),
         ({"path": 3}, "train.path = 3: use a str or Path"),
         ({"path": "x", "limit": True}, "train.limit = True: use a int"),
         ({"path": "x", "limit": 0}, "train.limit = 0: use a positive number"),
@@ -290,3 +293,28 @@ def test_generated_tasks_can_be_held_out() -> None:
 def test_needs_no_torch() -> None:
     code = "import sys, burnish.data; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_demonstrations_from_a_template(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    spec = {"path": str(file), "completion_template": "<answer>{answer}</answer>"}
+    assert load_rows(spec)[0]["completion"] == "<answer>2</answer>"
+    assert load_rows({**spec, "system_prompt": "Add."})[0]["completion"] == [
+        {"role": "assistant", "content": "<answer>2</answer>"}
+    ]
+    with pytest.raises(ConfigError, match=r"its places are \['answer', 'prompt'\]"):
+        load_rows({**spec, "completion_template": "{expression}"})
+    task = {"source": "reasoning_gym", "task": "chain_sum", "size": 1, "completion_template": "{expression}={answer}"}
+    row = load_rows(task)[0]
+    assert row["completion"][0]["content"].endswith("=" + row["answer"])
+    file.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    with pytest.raises(DataError, match="already has a completion"):
+        load_rows(spec)
+
+
+def test_disjoint_can_keep_repeats() -> None:
+    train = [{"prompt": p} for p in ("a", "b", "b", "c")]
+    rows, counts = disjoint(train, [{"prompt": "a"}], keep_repeats=True)
+    assert [row["prompt"] for row in rows] == ["b", "b", "c"]
+    assert (counts.num_in_evaluation, counts.num_repeated) == (1, 0)
