@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from test_trainers import PROMPTS, TEXTS, digits, settings
 
 def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     """One short run."""
+    launched = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     shared: dict[str, Any] = settings(
-        folder, per_device_train_batch_size=per_device, bf16=dtype == "bfloat16", ddp_backend="gloo", optim="sgd"
+        folder, per_device_train_batch_size=per_device, bf16=dtype == "bfloat16", optim="sgd", **launched
     )
     model, tokenizer = tiny.model(dtype=getattr(torch, dtype)), tiny.tokenizer()
     trainer: Trainer

@@ -16,11 +16,15 @@ WORKER = Path(__file__).parent / "rank_worker.py"
 
 def run(folder: Path, stage: str, per_device: int, dtype: str, ranks: int) -> dict[str, Any]:
     folder.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     words = [str(WORKER), stage, str(folder), str(per_device), dtype]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*(launcher if ranks > 1 else [sys.executable]), *words], capture_output=True, text=True, env=environment
+        [*(launcher if ranks > 1 else [sys.executable]), *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "result.pt")
