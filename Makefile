@@ -8,10 +8,10 @@ TRL_STAMP := .venv-trl/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: bench check clean demo help install slow test
+.PHONY: bench check clean demo help install mutations slow test
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## build .venv with everything the targets below need
 
@@ -28,6 +28,9 @@ test: $(STAMP)  ## the fast suite
 
 slow: $(STAMP)  ## the tests on the real model
 	$(BIN)/python -m pytest -q -m slow
+
+mutations: $(STAMP)  ## break the code on purpose and see the tests fail
+	$(BIN)/python scripts/mutations.py
 
 check: $(STAMP)  ## what CI runs: format, lint, types, layers, tests
 	scripts/check

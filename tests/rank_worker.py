@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
@@ -31,12 +31,17 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
             log_completions=True,
         )  # fmt: skip
         trainer = GRPOTrainer(model, digits, args, PROMPTS, processing_class=tokenizer)
+    own = cast(Any, trainer)
+    own.create_optimizer()
+    masters = own.master_weights
+    trained = list(own.model.parameters()) if masters is None else masters.masters
+    start = [w.detach().clone() for w in trained]
     trainer.train()
     if trainer.is_world_process_zero():
-        masters = trainer.master_weights  # type: ignore[attr-defined]
-        weights = list(trainer.model.parameters()) if masters is None else masters.masters  # type: ignore[union-attr]
+        masters = own.master_weights
+        weights = list(own.model.parameters()) if masters is None else masters.masters
         logs = [{k: log[k] for k in ("loss", "reward") if k in log} for log in trainer.state.log_history]
-        torch.save({"weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
+        torch.save({"start": start, "weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,36 @@ def optimizer(parameters: list[torch.nn.Parameter], lr: float = 1e-3, **kwargs: 
 def test_steps_smaller_than_a_bf16_gap_are_kept() -> None:
     low = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     own = MasterWeights([{"params": [low]}], lambda p: torch.optim.SGD(p, lr=1e-3))
+    start = own.masters[0].detach().clone()
     for _ in range(8):
         low.sum().backward()
         own.step()
-    torch.testing.assert_close(own.masters[0].detach(), torch.full((4,), 1 - 8e-3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(own.masters[0].detach(), start - 8e-3, rtol=0, atol=1e-6)
     assert torch.equal(low.detach(), own.masters[0].detach().bfloat16())
+
+
+def test_weights_saved_in_bf16_move_from_the_first_step() -> None:
+    """Masters in the middle of their rounding cells would leave every weight where it is."""
+    start = (0.02 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))).bfloat16()
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-7, -(2.0**-126), 3e38], dtype=torch.bfloat16)
+    low = torch.nn.Parameter(torch.cat([start, special]))
+    own = MasterWeights([{"params": [low]}], lambda p: torch.optim.SGD(p, lr=1e-6))
+    masters = own.masters[0].detach()
+    assert torch.equal(masters.bfloat16(), low.detach()), "the model starts as it was saved"
+    assert torch.equal(masters[-7:-5], torch.zeros(2))
+    assert (masters[:-7] != low.detach()[:-7].float()).float().mean() > 0.99
+
+    low.sum().backward()
+    own.step()
+    change = (low.detach()[:-7] - start).double()
+    assert (change != 0).float().mean() < 0.1
+    assert change.mean().item() == pytest.approx(-1e-6, rel=0.1)
+
+
+def test_masters_known_exactly_are_kept() -> None:
+    exact = torch.linspace(-1, 1, 7)
+    low = torch.nn.Parameter(exact.bfloat16())
+    assert torch.equal(optimizer([low], masters={low: exact.clone()}).masters[0].detach(), exact)
 
 
 def test_equals_a_plain_fp32_optimizer_on_the_same_gradients() -> None:

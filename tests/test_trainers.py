@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import tiny
 from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer, ModelError, SFTConfig, SFTTrainer
 from burnish.rollout import Request
+from burnish.trainers.agreement import Agreement
 from burnish.types import Completion
 
 TEXTS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (1 + i % 3)} for i in range(24)]
@@ -280,9 +281,33 @@ def test_a_sampler_at_another_temperature_is_caught_before_the_update(tmp_path: 
     trainer = grpo(tmp_path)
     trainer.engine = Elsewhere(trainer.engine, temperature=1.2)
     before = weights(trainer)
-    with pytest.raises(CheckFailed, match="sampler and trainer log-probabilities"):
+    with pytest.raises(CheckFailed, match="samples and trainer are"):
         trainer.train()
     assert_same(before, weights(trainer), 0.0)
+
+
+def test_agreement_is_the_divergence_from_sampler_to_trainer() -> None:
+    """All outcomes of one draw, weighted by the sampler's probabilities: k3 is then the exact KL."""
+    sampler, trainer = (torch.randn(6, generator=torch.Generator().manual_seed(s)).log_softmax(0) for s in (0, 1))
+    exact = float((sampler.exp() * (sampler - trainer)).sum())
+    counts = (sampler.exp() * 100_000).round().long()
+    check = Agreement(bound=exact * 1.01)
+    check.add(trainer.repeat_interleave(counts), sampler.repeat_interleave(counts))
+    metrics = check.flush(0, float, float)
+    assert metrics["sampling/kl"] == pytest.approx(exact, rel=1e-3)
+    assert metrics["sampling/logprob_difference/max"] == pytest.approx(float((sampler - trainer).abs().max()))
+    assert check.flush(1, float, float) == {}
+    check = Agreement(bound=exact * 0.99)
+    check.add(trainer.repeat_interleave(counts), sampler.repeat_interleave(counts))
+    with pytest.raises(CheckFailed, match=r"step 7: .* apart in KL"):
+        check.flush(7, float, float)
+
+
+def test_agreement_does_not_pass_what_is_not_a_number() -> None:
+    check = Agreement(bound=1.0)
+    check.add(torch.tensor([float("nan"), 0.0]), torch.zeros(2))
+    with pytest.raises(CheckFailed, match="nan"):
+        check.flush(0, float, float)
 
 
 def test_a_sampler_with_other_weights_is_caught(tmp_path: Path) -> None:

@@ -272,15 +272,9 @@ def evaluate(
     problems = [Group(prompt_ids=g.prompt_ids, completions=[], row=g.row, index=g.index) for g in groups]
     collect(engine, problems, num_generations=num_samples, params=params, seed=seed, step=step)
     scores = rubric.score(problems)
+    errors = _check_failures(scores, max_failed_fraction)
     records = tuple(_problem(g, s, solved) for g, s in zip(problems, scores, strict=True))
-    num_failed = sum(record.num_failed for record in records)
-    errors = tuple(m for group in scores for score in group for m in score.errors.values())[:8]
     total = len(problems) * num_samples
-    if num_failed > max_failed_fraction * total:
-        raise RewardError(
-            f"rewards failed on {num_failed} of {total} completions, max_failed_fraction = {max_failed_fraction!r} "
-            f"allows {int(max_failed_fraction * total)}: fix the criterion or allow more. First: {errors[0]}"
-        )
     num_tokens = [len(completion.token_ids) for problem in problems for completion in problem.completions]
     return Evaluation(
         name=name,
@@ -297,8 +291,8 @@ def evaluate(
         },
         mean_completion_tokens=sum(num_tokens) / total,
         truncated_fraction=sum(record.num_truncated for record in records) / total,
-        num_failed=num_failed,
-        errors=errors,
+        num_failed=sum(record.num_failed for record in records),
+        errors=errors[:8],
     )
 
 
@@ -346,6 +340,19 @@ def _check_arguments(
     if solved not in rubric.names:
         raise ConfigError(f"solved = {solved!r}: name the criterion that means success: {', '.join(rubric.names)}.")
     return solved
+
+
+def _check_failures(scores: Sequence[Sequence[Score]], max_failed_fraction: float) -> tuple[str, ...]:
+    """Messages of the rewards that failed."""
+    verdicts = [score for group in scores for score in group]
+    errors = tuple(message for score in verdicts for message in score.errors.values())
+    failed, allowed = sum(bool(score.errors) for score in verdicts), max_failed_fraction * len(verdicts)
+    if failed > allowed:
+        raise RewardError(
+            f"rewards failed on {failed} of {len(verdicts)} completions, max_failed_fraction = "
+            f"{max_failed_fraction!r} allows {int(allowed)}: fix the criterion or allow more. First: {errors[0]}"
+        )
+    return errors
 
 
 def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:

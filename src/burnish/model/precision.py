@@ -3,10 +3,16 @@
 bf16 has 8 bits of mantissa: a step of learning rate 1e-6 on a weight of 0.02 is smaller than the gap between two bf16
 numbers, so an optimizer that updates bf16 weights in place loses most of its steps. `MasterWeights` keeps an fp32 copy
 of every trained weight, accumulates gradients in fp32 and rounds to bf16 once per step (1710.03740).
+
+Masters alone are not enough: a checkpoint saved in bf16 starts every master in the middle of its rounding cell, so the
+bf16 weights that the forward sees stand still until the masters have crossed half a gap, which takes dozens of steps at
+the learning rates of RL. Masters that start there are spread over their cells first: the weights keep their exact
+values, and from the first step on a fraction of them moves, by as much on average as the masters do.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -16,6 +22,8 @@ from burnish.errors import CheckFailed
 
 __all__ = ["MasterWeights", "fast_bf16"]
 
+logger = logging.getLogger(__name__)
+
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products run in hardware on this device, about 5x faster than fp32 on CPUs that have them."""
@@ -23,7 +31,13 @@ def fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         read = cast("Callable[[], dict[str, Any]] | None", getattr(torch.cpu, "get_capabilities", None))
-        capabilities = read() if read is not None else {}
+        if read is None:
+            logger.warning(
+                "torch %s does not say what this CPU can do: computing in fp32. bf16=True forces bf16.",
+                torch.__version__,
+            )
+            return False
+        capabilities = read()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
     return False
 
@@ -39,7 +53,7 @@ class MasterWeights(torch.optim.Optimizer):
         groups: parameter groups as torch.optim takes them, over the model's own parameters.
         factory: makes the inner optimizer from groups over the masters.
         masters: fp32 values by parameter, where they are known more exactly than the parameter holds them; taken over
-            without a copy.
+            without a copy. A bf16 parameter whose master would equal it gets one spread over its rounding cells.
     """
 
     def __init__(
@@ -65,7 +79,10 @@ class MasterWeights(torch.optim.Optimizer):
         if exact is None:
             # Copied even where it is fp32 already: a master that shared storage with its parameter would be one tensor.
             exact = parameter.detach().to(torch.float32, copy=True)
-        master = torch.nn.Parameter(exact.to(device=parameter.device, dtype=torch.float32))
+        exact = exact.to(device=parameter.device, dtype=torch.float32)
+        if parameter.dtype == torch.bfloat16 and torch.equal(exact, parameter.detach().float()):
+            _spread_over_rounding_cells(exact)
+        master = torch.nn.Parameter(exact)
         self._pairs.append((parameter, master))
 
         def collect(p: torch.Tensor) -> None:
@@ -137,3 +154,16 @@ class MasterWeights(torch.optim.Optimizer):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+@torch.no_grad()
+def _spread_over_rounding_cells(values: torch.Tensor) -> None:
+    """Replace fp32 values that bf16 holds exactly by random ones that round to them; zeros stay.
+
+    A bf16 number is an fp32 number whose low 16 bits are 0, and those within 2^15 units in the last place round to it,
+    also across a power of two. The numbers are the same on every rank.
+    """
+    generator = torch.Generator(values.device).manual_seed(0)
+    noise = torch.randint(-0x7FFF, 0x8000, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    noise *= (values != 0) & values.isfinite()
+    values.view(torch.int32).add_(noise)

@@ -29,6 +29,7 @@ _PANELS: tuple[tuple[str, str, str, str], ...] = (
     (r"grad_norm", "Gradient norm", "before clipping", "Optimisation"),
     (r"kl", "KL to reference", "nats per token", "Optimisation"),
     (r"learning_rate", "Learning rate", "", "Optimisation"),
+    (r"sampling/kl", "KL of sampler to trainer", "nats per token", "Optimisation"),
     (r"sampling/logprob_difference/(.+)", r"Sampler/trainer gap, \1", "nats", "Optimisation"),
     (r"seconds/(.+)", "Time of a step", "seconds", "Speed"),
     (r"tokens_per_second", "Throughput", "tokens per second", "Speed"),

@@ -33,9 +33,10 @@ class CommonFields:
         None, "Arguments of from_pretrained, used when the model is given by name or path."
     )
     token_budget: int | None = _own(
-        None,
+        4096,
         "Most tokens of one forward and backward, prompts counted once per group. A micro-batch above it runs in "
-        "several parts with the same gradient; one group that is larger runs alone. None: whole micro-batches.",
+        "several parts with the same gradient; a group that is larger is cut between completions, a longer completion "
+        "runs alone. None: whole micro-batches.",
     )
     bf16: bool | None = _own(
         None, "Compute in bf16 with fp32 master weights. None: yes where the hardware is fast at it."
@@ -124,8 +125,8 @@ class GRPOFields(CommonFields):
     mask_truncated_completions: bool = _own(False, "Leave completions that hit the token limit out of the loss.")
     logprob_check_bound: float | None = _own(
         None,
-        "Largest allowed mean |sampler - trainer| log-probability, in nats; the run stops above it. "
-        "None: chosen by dtype.",
+        "Largest KL(sampler || trainer) of fresh samples, in nats a token; the run stops above it. None: 1e-6, or 0.01 "
+        "where the model computes in bf16.",
     )
     log_completions: bool | str = _own(
         False, "Write every completion with its scores as JSON lines: into output_dir, or into the folder named here."

@@ -77,7 +77,7 @@ def _fraction(value: Any) -> bool:
 
 
 _COMMON: tuple[Rule, ...] = (
-    ("token_budget", _optional(_count(1)), "use a number of tokens of at least 1, or leave it out"),
+    ("token_budget", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
     ("learning_rate", _at_least(0), "use a finite number of at least 0"),
 )
 
@@ -98,7 +98,7 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
         ("num_generations_eval", _optional(_count(1)), "use at least 1, or leave it out"),
         ("steps_per_generation", _optional(_count(1)), "use at least 1 micro-batch, or leave it out"),
         ("num_iterations", _count(1), "use at least 1"),
-        ("max_prompt_length", _optional(_count(1)), "use a number of tokens of at least 1, or leave it out"),
+        ("max_prompt_length", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
         ("max_completion_length", _count(1), "use a number of tokens of at least 1"),
         ("temperature", _above(0), "training needs samples of a distribution: use a number above 0"),
         ("top_p", lambda value: _fraction(value) and value > 0, "use a number in (0, 1]; 1 keeps every token"),

@@ -26,6 +26,7 @@ from burnish.objectives.policy import clipped_surrogate, log_ratio
 from burnish.packing import pack, partition, split_by_tokens
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer, scored_tokens
 from burnish.trainers.configs import GRPOConfig
 from burnish.trainers.metrics import StepMetrics, criterion_values, total
@@ -116,7 +117,8 @@ class GRPOTrainer(GroupTrainer):
         self._rollouts = 0
         self._fresh = False
         self._metrics = StepMetrics()
-        self._differences: list[tuple[float, float, int]] = []
+        bound = args.logprob_check_bound
+        self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
         self._check_sizes()
 
     def _encode(self, dataset: Any) -> list[Group]:
@@ -329,43 +331,22 @@ class GRPOTrainer(GroupTrainer):
 
     def _compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
         """Remember how far trainer and sampler are apart; first of all, check the reference."""
-        difference_N = (logprobs_N - batch.token["policy_logprobs"]).abs()
-        self._differences.append((float(difference_N.sum()), float(difference_N.max()), difference_N.numel()))
+        self.agreement.add(logprobs_N, batch.token["policy_logprobs"])
         own_reference = self.reference is not None and self.reference.is_initial_policy
         if own_reference and self.state.global_step == 0:
-            apart = float((logprobs_N - batch.token["ref_logprobs"]).abs().mean())
-            if apart > self._bound:
+            apart = float(kl_k3(logprobs_N, batch.token["ref_logprobs"]).mean())
+            if not apart <= self.agreement.bound:
                 raise CheckFailed(
                     f"before the first update the reference differs from the policy by {apart:.3g} nats a token "
-                    f"(bound {self._bound:g}), so the KL term pulls towards another model. Pass the intended "
+                    f"(bound {self.agreement.bound:g}), so the KL term pulls towards another model. Pass the intended "
                     "ref_model, or the unmodified policy."
                 )
 
-    @property
-    def _bound(self) -> float:
-        if self.args.logprob_check_bound is not None:
-            return self.args.logprob_check_bound
-        dtype = next(self.model.parameters()).dtype
-        return 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-
     def before_optimizer_step(self) -> None:
         """Stop before the update when sampler and trainer disagree about fresh samples."""
-        if not self._differences:
-            return
-        difference = self.sum_over_ranks(sum(d[0] for d in self._differences))
-        count = self.sum_over_ranks(float(sum(d[2] for d in self._differences)))
-        largest = self.max_over_ranks(max(d[1] for d in self._differences))
-        self._differences.clear()
-        mean = difference / count
-        self._metrics.add("sampling/logprob_difference/mean", mean)
-        self._metrics.add("sampling/logprob_difference/max", largest)
-        if not mean <= self._bound:
-            raise CheckFailed(
-                f"step {self.state.global_step}: sampler and trainer log-probabilities of fresh samples differ by "
-                f"{mean:.3g} nats a token on average (largest {largest:.3g}, bound {self._bound:g}); the step is not "
-                "taken. The engine samples from other weights, another temperature or another dtype; set "
-                "logprob_check_bound only where you know why."
-            )
+        metrics = self.agreement.flush(self.state.global_step, self.sum_over_ranks, self.max_over_ranks)
+        for name, value in metrics.items():
+            self._metrics.add(name, value)
 
     def _log_rollout(self, groups: Sequence[Group]) -> None:
         clipped = self._metrics.add_completions(groups, self.rubric.names)

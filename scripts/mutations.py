@@ -1,0 +1,95 @@
+"""Break the code on purpose, one place at a time, and see a test fail: `make mutations`.
+
+A mutation is a line of MUTATIONS: file, what stands there, what is put there, the tests that must notice. Each runs on
+a copy of the sources; one that survives is printed and makes the command fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
+SCORING, HEAD, NATIVE = "test_scoring.py", "test_head.py", "test_native.py"
+
+MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
+    # objectives
+    ("objectives/policy.py", "return -torch.minimum(", "return torch.minimum(", OBJECTIVES),
+    ("objectives/policy.py", "ratio_N.clamp(1 - epsilon_low, 1 + epsilon_high)", "ratio_N.clamp(1 - epsilon_high, 1 + epsilon_low)", OBJECTIVES),
+    ("objectives/policy.py", "-torch.minimum(unclipped_N", "-torch.maximum(unclipped_N", OBJECTIVES),
+    ("objectives/policy.py", "advantages_N > 0, ratio_N > 1 + epsilon_high", "advantages_N < 0, ratio_N > 1 + epsilon_high", OBJECTIVES),
+    ("objectives/policy.py", "logprobs_N - old_logprobs_N.detach()", "logprobs_N.detach() - old_logprobs_N", OBJECTIVES),
+    ("objectives/kl.py", "ref_logprobs_N.detach() - logprobs_N", "logprobs_N - ref_logprobs_N.detach()", OBJECTIVES),
+    ("objectives/aggregate.py", "/ lengths_S.clamp(min=1)).sum()", ").sum()", OBJECTIVES),
+    ("advantages.py", "(r - mean) / divisor", "(mean - r) / divisor", "test_advantages.py"),
+    ("advantages.py", "/ (len(values) - 1))", "/ len(values))", "test_advantages.py"),
+    # trainers
+    ("trainers/base.py", "denominator = self.sum_over_ranks(self.step_denominator(groups))", "denominator = 7.0", TRAINERS),
+    ("trainers/base.py", "total -= 1", "pass", TRAINERS),
+    ("trainers/online.py", "batch.sequence[\"advantages\"][batch.sequence_index]", "-batch.sequence[\"advantages\"][batch.sequence_index]", TRAINERS),
+    ("trainers/online.py", "losses_N = losses_N + args.beta * kl_N", "losses_N = losses_N - args.beta * kl_N", TRAINERS),
+    ("trainers/online.py", "return float(sequences * self.args.max_completion_length)", "return float(sequences)", TRAINERS),
+    ("trainers/online.py", "masked = self.args.mask_truncated_completions and", "masked = self.args.mask_truncated_completions and not", TRAINERS),
+    ("trainers/online.py", "if self._reuse > 1:", "if self._reuse > 100:", TRAINERS),
+    ("trainers/online.py", "self._rollouts = int(state[\"rollouts\"])", "self._rollouts = 0", TRAINERS),
+    ("trainers/online.py", "total(completion) is not None and not masked", "not masked", TRAINERS),
+    ("trainers/online.py", "score(model, batch, temperature=self.args.temperature).logprobs", "score(model, batch).logprobs", TRAINERS),
+    ("trainers/agreement.py", "kl_k3(sampled_logprobs_N.double(), logprobs_N.double())", "kl_k3(logprobs_N.double(), sampled_logprobs_N.double())", TRAINERS),
+    ("trainers/agreement.py", "if not divergence / count <= self.bound", "if divergence / count > self.bound", TRAINERS),
+    # numbers
+    ("model/precision.py", "_spread_over_rounding_cells(exact)", "pass", PRECISION),
+    ("model/precision.py", "noise *= (values != 0)", "noise *= (values == values)", PRECISION),
+    ("model/precision.py", "master.grad += p.grad", "master.grad = p.grad.to(torch.float32)", PRECISION),
+    ("model/precision.py", "            master.copy_(value)\n", "", PRECISION),
+    # packing, scoring, head
+    ("packing.py", "positions += range(prompt_length, prompt_length + length)", "positions += range(length)", SCORING),
+    ("packing.py", "else prompt_start + prompt_length - 1 for j in scored", "else start for j in scored", SCORING),
+    ("model/scoring.py", "torch.ones_like(batch.input_ids),", "None,", SCORING),
+    ("model/prefix.py", "positions[query] - positions[key] < rule.window", "positions[query] - positions[key] <= rule.window", SCORING),
+    ("model/prefix.py", "torch.tanh(scores / softcap)", "torch.tanh(scores)", SCORING),
+    ("model/head.py", "return self.spec.scale / self.temperature", "return self.spec.scale * self.temperature", HEAD),
+    ("model/head.py", ".square_().neg_().add_(1)", ".square_().add_(1)", HEAD),
+    # rollouts
+    ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
+    ("rollout/stepping.py", "request.first_sample + sample)", "sample)", NATIVE),
+)  # fmt: skip
+
+
+def survives(mutation: tuple[str, str, str, str]) -> str | None:
+    """What to say of a mutation that no test noticed, or that could not be made."""
+    name, old, new, tests = mutation
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "src", Path(folder) / "src")
+        file = Path(folder) / "src" / "burnish" / name
+        text = file.read_text()
+        if text.count(old) != 1:
+            return f"{name}: {old!r} stands there {text.count(old)} times"
+        file.write_text(text.replace(old, new))
+        environment = {**os.environ, "PYTHONPATH": str(Path(folder) / "src"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode == 1:
+            return None
+        return f"{name}: {old!r} -> {new!r} survives {tests} (exit {done.returncode})"
+
+
+def main() -> None:
+    """All of them, two at a time."""
+    survivors: list[str | None] = []
+    with ThreadPoolExecutor(2) as pool:
+        for number, survivor in enumerate(pool.map(survives, MUTATIONS), 1):
+            print(f"{number}/{len(MUTATIONS)} {survivor or 'caught'}", flush=True)
+            survivors.append(survivor)
+    if any(survivors):
+        raise SystemExit(f"{sum(s is not None for s in survivors)} mutations survive")
+
+
+if __name__ == "__main__":
+    main()
