@@ -32,7 +32,7 @@ def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
     return group.num_tokens + keys / attention_tokens
 
 
-def partition(groups: Sequence[Group], num_batches: int) -> list[list[Group]]:
+def partition(groups: Sequence[Group], num_batches: int, *, whole: bool = False) -> list[list[Group]]:
     """Split groups into exactly `num_batches` lists of balanced cost (longest first, to the lightest list).
 
     A group is cut (its prompt then stands in both parts) only while there are fewer groups than lists, costliest group
@@ -42,13 +42,14 @@ def partition(groups: Sequence[Group], num_batches: int) -> list[list[Group]]:
     Args:
         groups: P groups.
         num_batches: n, at least 1.
+        whole: cut no group: its completions meet in one loss.
 
     Returns:
         n lists that together hold every completion once, groups in their given order.
     """
     assert num_batches >= 1
     pieces = list(groups)
-    while 0 < len(pieces) < num_batches:
+    while not whole and 0 < len(pieces) < num_batches:
         largest = max(range(len(pieces)), key=lambda i: (len(pieces[i].completions), group_cost(pieces[i])))
         if len(pieces[largest].completions) < 2:
             break
@@ -71,7 +72,7 @@ def _halve(group: Group) -> list[Group]:
     ]
 
 
-def split_by_tokens(groups: Sequence[Group], token_budget: int | None) -> list[list[Group]]:
+def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole: bool = False) -> list[list[Group]]:
     """Split groups into as few balanced lists as keep each within `token_budget` packed tokens.
 
     A group over the budget is cut between completions; one completion with its prompt is never cut, so a list that
@@ -80,13 +81,14 @@ def split_by_tokens(groups: Sequence[Group], token_budget: int | None) -> list[l
     Args:
         groups: P groups.
         token_budget: most tokens of one list, or None for no limit.
+        whole: cut no group; one over the budget has a list of its own.
     """
     if token_budget is None or not groups:
         return [list(groups)]
-    pieces = [piece for group in groups for piece in _cut(group, token_budget)]
+    pieces = list(groups) if whole else [piece for group in groups for piece in _cut(group, token_budget)]
     count = max(1, -(-sum(p.num_tokens for p in pieces) // token_budget))
     while count < len(pieces):
-        lists = partition(pieces, count)
+        lists = partition(pieces, count, whole=whole)
         if all(sum(p.num_tokens for p in part) <= token_budget or len(part) <= 1 for part in lists):
             return lists
         count += 1

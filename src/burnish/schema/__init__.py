@@ -7,18 +7,30 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 from __future__ import annotations
 
 from burnish.schema.checks import check_fields, check_mapping
-from burnish.schema.fields import CommonFields, GRPOFields, SFTFields, known_fields
+from burnish.schema.fields import (
+    CommonFields,
+    DPOFields,
+    GRPOFields,
+    KTOFields,
+    RewardFields,
+    SFTFields,
+    known_fields,
+)
 from burnish.schema.inherited import FieldInfo, lora_fields, training_argument_fields
 from burnish.schema.refused import REFUSED, REFUSED_FOR, Kind, refused_fields
-from burnish.schema.rules import check_values
+from burnish.schema.rules import PREFERENCE_LOSS_NAMES, check_values
 
 __all__ = [
+    "PREFERENCE_LOSS_NAMES",
     "REFUSED",
     "REFUSED_FOR",
     "CommonFields",
+    "DPOFields",
     "FieldInfo",
     "GRPOFields",
+    "KTOFields",
     "Kind",
+    "RewardFields",
     "SFTFields",
     "check_fields",
     "check_mapping",

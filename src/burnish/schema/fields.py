@@ -14,7 +14,15 @@ from burnish.schema.inherited import FieldInfo, training_argument_fields
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
-__all__ = ["CommonFields", "GRPOFields", "SFTFields", "known_fields"]
+__all__ = [
+    "CommonFields",
+    "DPOFields",
+    "GRPOFields",
+    "KTOFields",
+    "RewardFields",
+    "SFTFields",
+    "known_fields",
+]
 
 T = TypeVar("T")
 
@@ -81,6 +89,78 @@ class SFTFields(CommonFields):
 
 
 @dataclass
+class RewardFields(CommonFields):
+    """Own fields of reward modelling."""
+
+    kind: ClassVar[Kind] = "reward"
+
+    learning_rate: float = _own(1e-4, "Peak learning rate.")
+    max_length: int | None = _own(1024, "Longest sequence in tokens; the rest is cut off. None: no limit.")
+    chat_template: str | None = _own(
+        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
+    )
+    disable_dropout: bool = _own(True, "Train without dropout, in the model and in adapters.")
+    center_rewards_coefficient: float | None = _own(
+        None, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0, such as 0.01. None: no such term."
+    )
+
+
+@dataclass
+class _ReferenceFields(CommonFields):
+    """Fields of the stages that compare a policy with a reference on a data set."""
+
+    learning_rate: float = _own(1e-6, "Peak learning rate.")
+    max_length: int | None = _own(1024, "Longest sequence in tokens; the rest is cut off. None: no limit.")
+    chat_template: str | None = _own(
+        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
+    )
+    disable_dropout: bool = _own(True, "Train without dropout, in the model and in adapters.")
+    beta: float = _own(0.1, "Strength of the pull towards the reference.")
+    precompute_ref_log_probs: bool = _own(
+        False, "Score the whole data set with the reference before training, once, and keep the result on disk."
+    )
+    sync_ref_model: bool = _own(False, "Move the reference towards the policy during training (TR-DPO, 2404.09656).")
+    ref_model_mixup_alpha: float = _own(0.6, "Share of the policy in each move of the reference; 1 replaces it.")
+    ref_model_sync_steps: int = _own(512, "Optimizer steps between moves of the reference.")
+
+
+@dataclass
+class DPOFields(_ReferenceFields):
+    """Own fields of DPO and its family."""
+
+    kind: ClassVar[Kind] = "dpo"
+
+    loss_type: str | list[str] = _own(
+        "sigmoid", "One or several rows of burnish.objectives.preference.PREFERENCE_LOSSES; several add up."
+    )
+    loss_weights: list[float] | None = _own(None, "One weight per loss_type. None: 1 each.")
+    label_smoothing: float = _own(0.0, "Assumed share of pairs whose label is wrong, below 0.5.")
+    f_divergence_type: str = _own(
+        "reverse_kl",
+        "What regularises towards the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence.",
+    )
+    f_alpha_divergence_coef: float = _own(0.5, "alpha of the alpha-divergence.")
+    simpo_gamma: float = _own(0.5, "Target margin of simpo and alphapo.")
+    alpha: float = _own(0.25, "alpha of alphapo; towards 0 it is simpo.")
+    discopop_tau: float = _own(0.05, "Temperature of discopop's blend.")
+    ld_alpha: float | None = _own(
+        None, "Weight of the tokens beyond the shorter completion of a pair, in [0, 1] (LD-DPO). None: 1."
+    )
+    use_weighting: bool = _own(False, "Weight pairs by how likely the policy itself would write them (WPO).")
+
+
+@dataclass
+class KTOFields(_ReferenceFields):
+    """Own fields of KTO."""
+
+    kind: ClassVar[Kind] = "kto"
+
+    loss_type: str = _own("kto", "kto, or apo_zero_unpaired, which needs no KL estimate.")
+    desirable_weight: float = _own(1.0, "Weight of completions labelled true.")
+    undesirable_weight: float = _own(1.0, "Weight of completions labelled false.")
+
+
+@dataclass
 class GRPOFields(CommonFields):
     """Own fields of GRPO and its family."""
 
@@ -133,7 +213,9 @@ class GRPOFields(CommonFields):
     )
 
 
-_FIELDS: dict[Kind, type[CommonFields]] = {"sft": SFTFields, "grpo": GRPOFields}
+_FIELDS: dict[Kind, type[CommonFields]] = {
+    fields.kind: fields for fields in (SFTFields, RewardFields, DPOFields, KTOFields, GRPOFields)
+}
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["REFUSED", "REFUSED_FOR", "Kind", "refused_fields"]
 
-Kind: TypeAlias = Literal["sft", "grpo"]
+Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "grpo"]
 """A stage that trains."""
 
 _LOADER = "this trainer draws prompts itself and its data loader only counts steps; remove the field"
@@ -52,6 +52,9 @@ REFUSED: dict[str, str] = {
 
 REFUSED_FOR: dict[Kind, dict[str, str]] = {
     "sft": {},
+    "reward": {},
+    "dpo": {},
+    "kto": {},
     "grpo": {
         "data_seed": "prompt order and every sample are drawn from seed; set seed",
         "dataloader_drop_last": _LOADER,

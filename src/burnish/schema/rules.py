@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from burnish.errors import ConfigError
 from burnish.schema.inherited import training_argument_fields
 from burnish.schema.refused import Kind, refused_fields
 
-__all__ = ["check_values"]
+__all__ = ["PREFERENCE_LOSS_NAMES", "check_values"]
 
 Rule: TypeAlias = tuple[str, Callable[[Any], bool], str]
 """A field, what its value must satisfy, and the fix."""
@@ -76,14 +76,67 @@ def _fraction(value: Any) -> bool:
     return _number(value) and 0 <= value <= 1
 
 
+def _names(value: Any) -> list[Any]:
+    return list(cast("list[Any]", value)) if isinstance(value, list | tuple) else [value]
+
+
 _COMMON: tuple[Rule, ...] = (
     ("token_budget", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
     ("learning_rate", _at_least(0), "use a finite number of at least 0"),
 )
 
+PREFERENCE_LOSS_NAMES = (
+    "sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "cpo", "simpo", "alphapo", "orpo",
+)  # fmt: skip
+"""The rows of burnish.objectives.preference.PREFERENCE_LOSSES, which cannot be imported without torch."""
+
+_MAX_LENGTH: Rule = (
+    "max_length",
+    _optional(_count(2)),
+    "use at least 2 tokens (one predicts the next), or leave it out",
+)
+
+_REFERENCE: tuple[Rule, ...] = (
+    _MAX_LENGTH,
+    ("beta", _above(0), "use a number above 0, such as 0.1"),
+    ("ref_model_mixup_alpha", lambda value: _fraction(value) and value > 0, "use a number in (0, 1]"),
+    ("ref_model_sync_steps", _count(1), "use at least 1"),
+)
+
 _RULES: dict[Kind, tuple[Rule, ...]] = {
+    "reward": (
+        _MAX_LENGTH,
+        ("center_rewards_coefficient", _optional(_at_least(0)), "use a number of at least 0, or leave it out"),
+    ),
+    "dpo": (
+        *_REFERENCE,
+        (
+            "loss_type",
+            lambda value: all(name in PREFERENCE_LOSS_NAMES for name in _names(value)) and bool(_names(value)),
+            f"use one or several of {', '.join(PREFERENCE_LOSS_NAMES)}",
+        ),
+        ("loss_weights", _optional(_list_of(_number)), "use a list of numbers, one per loss_type, or leave it out"),
+        ("label_smoothing", lambda value: _number(value) and 0 <= value < 0.5, "use a number in [0, 0.5)"),
+        (
+            "f_divergence_type",
+            _one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+            "use reverse_kl, forward_kl, js_divergence or alpha_divergence",
+        ),
+        ("f_alpha_divergence_coef", _number, "use a finite number"),
+        ("simpo_gamma", _at_least(0), "use a number of at least 0"),
+        ("alpha", lambda value: _number(value) and value != 0, "use a number other than 0; at 0 it is simpo"),
+        ("discopop_tau", _above(0), "use a number above 0"),
+        ("ld_alpha", _optional(_fraction), "use a number in [0, 1], or leave it out"),
+    ),
+    "kto": (
+        *_REFERENCE,
+        ("loss_type", _one_of("kto", "apo_zero_unpaired"), "use kto or apo_zero_unpaired"),
+        ("desirable_weight", _at_least(0), "use a number of at least 0"),
+        ("undesirable_weight", _at_least(0), "use a number of at least 0"),
+    ),
     "sft": (
-        ("max_length", _optional(_count(2)), "use at least 2 tokens (one predicts the next), or leave it out"),
+        _MAX_LENGTH,
         ("truncation_mode", _one_of("keep_start"), "only keep_start is supported; it keeps the beginning"),
         ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
         (
@@ -134,6 +187,36 @@ def _sft_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
+def _dpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    names, weights, eps = _names(values["loss_type"]), values["loss_weights"], values["label_smoothing"]
+    if weights is not None and len(weights) != len(names):
+        yield f"loss_weights = {weights!r}: {len(weights)} weights for {len(names)} losses; give one per loss_type."
+    if "exo_pair" in names and eps == 0:
+        yield "label_smoothing = 0.0 with loss_type exo_pair: its target has a logarithm of 0; use 1e-3, as TRL does."
+    plain = {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "sft"}
+    free = {"cpo", "simpo", "alphapo", "orpo"}
+    ignored = sorted((plain | free) & set(names))
+    if values["f_divergence_type"] != "reverse_kl" and ignored:
+        yield (
+            f"f_divergence_type = {values['f_divergence_type']!r} with loss_type {ignored[0]}: that loss is defined on "
+            "log-ratios; use sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair or discopop, or reverse_kl."
+        )
+    if set(names) <= free | {"sft"} and (values["precompute_ref_log_probs"] or values["sync_ref_model"]):
+        yield f"loss_type = {values['loss_type']!r} reads no reference: remove precompute_ref_log_probs, sync_ref_model."
+    if values["use_weighting"] and {"aot", "aot_unpaired"} & set(names):
+        yield "use_weighting = True with aot: sorted losses belong to no pair, so there is nothing to weight."
+    yield from _moving_reference(values)
+
+
+def _moving_reference(values: Mapping[str, Any]) -> Iterable[str]:
+    if values["sync_ref_model"] and values["precompute_ref_log_probs"]:
+        yield "sync_ref_model = True moves the reference, precompute_ref_log_probs = True fixes it: set one of them."
+
+
+def _none(values: Mapping[str, Any]) -> Iterable[str]:
+    return ()
+
+
 def _grpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
     high = values["epsilon"] if values["epsilon_high"] is None else values["epsilon_high"]
     if values["delta"] is not None and values["delta"] <= 1 + high:
@@ -164,5 +247,8 @@ def _incomplete_groups(values: Mapping[str, Any]) -> Iterable[str]:
 
 _CONTRADICTIONS: dict[Kind, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "sft": _sft_contradictions,
+    "reward": _none,
+    "dpo": _dpo_contradictions,
+    "kto": _moving_reference,
     "grpo": _grpo_contradictions,
 }

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import transformers
@@ -66,6 +66,8 @@ class GroupTrainer(Trainer):
     args: Any
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    whole_groups: ClassVar[bool] = False
+    """Whether the completions of a group meet in one loss, so that no split may separate them."""
 
     def __init__(
         self,
@@ -126,6 +128,13 @@ class GroupTrainer(Trainer):
         """This batch's share of the step's loss (shares add up)."""
         raise NotImplementedError
 
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """Hook: what the loss needs to know of all of this rank's groups of a step, before they are split."""
+
+    def split(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Groups in parts within `token_budget`."""
+        return split_by_tokens(groups, self.args.token_budget, whole=self.whole_groups)
+
     def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The groups that have a gradient."""
         return list(groups)
@@ -137,13 +146,14 @@ class GroupTrainer(Trainer):
         groups = self.step_groups(epoch_iterator, num_batches)
         if groups is None:
             return [], None
+        self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         trainable = self.trainable_groups(groups)
-        batches = [self._micro_batch(part) for part in partition(trainable, num_batches)]
+        batches = [self._micro_batch(part) for part in partition(trainable, num_batches, whole=self.whole_groups)]
         return batches, torch.tensor(max(denominator, 1.0), device=device)
 
     def _micro_batch(self, groups: list[Group]) -> MicroBatch:
-        parts = split_by_tokens(groups, self.args.token_budget) if groups else []
+        parts = self.split(groups) if groups else []
         count = int(self.max_over_ranks(len(parts)))
         # Ranks must run the same number of forwards, and a step without work still takes its optimizer step.
         filler = [zero_weight_group(cast(int, self.tokenizer.pad_token_id or 0))]

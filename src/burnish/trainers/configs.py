@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from burnish.model.precision import fast_bf16
-from burnish.schema import GRPOFields, SFTFields
+from burnish.schema import DPOFields, GRPOFields, KTOFields, RewardFields, SFTFields
 
-__all__ = ["GRPOConfig", "SFTConfig"]
+__all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "RewardConfig", "SFTConfig"]
 
 
 def _finish(config: Any) -> None:
@@ -27,6 +27,30 @@ def _finish(config: Any) -> None:
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)
+
+
+@dataclass
+class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.schema.RewardFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)
+
+
+@dataclass
+class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.schema.DPOFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)
+
+
+@dataclass
+class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)

@@ -23,7 +23,7 @@ from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import Reduction, aggregate
 from burnish.objectives.kl import kl_k3
 from burnish.objectives.policy import clipped_surrogate, log_ratio
-from burnish.packing import pack, partition, split_by_tokens
+from burnish.packing import pack, partition
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
@@ -242,7 +242,7 @@ class GRPOTrainer(GroupTrainer):
     @torch.no_grad()
     def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
         """Write the log-probability of every token under a model into the completions."""
-        for part in split_by_tokens(groups, self.args.token_budget):
+        for part in self.split(groups):
             batch = pack(part).to(self.args.device)
             values = score(model, batch, temperature=self.args.temperature).logprobs.tolist()
             completions = [c for group in part for c in group.completions]

@@ -14,7 +14,6 @@ from burnish.errors import DataError
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import nll
-from burnish.packing import split_by_tokens
 from burnish.trainers.base import GroupTrainer, resolve_tokenizer
 from burnish.trainers.configs import SFTConfig
 from burnish.types import Group, PackedBatch
@@ -112,7 +111,7 @@ class SFTTrainer(GroupTrainer):
         loss, entropy, tokens, rows = 0.0, 0.0, 0, 0
         with torch.no_grad(), eval_mode(self.model):
             for groups in dataloader:
-                for part in split_by_tokens(groups, self.args.token_budget):
+                for part in self.split(groups):
                     scores = score(self.model, self.pack_groups(part).to(self.args.device), with_entropy=True)
                     assert scores.entropy is not None
                     loss += float(nll(scores.logprobs).sum())
