@@ -202,7 +202,10 @@ def _dpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
             "log-ratios; use sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair or discopop, or reverse_kl."
         )
     if set(names) <= free | {"sft"} and (values["precompute_ref_log_probs"] or values["sync_ref_model"]):
-        yield f"loss_type = {values['loss_type']!r} reads no reference: remove precompute_ref_log_probs, sync_ref_model."
+        yield (
+            f"loss_type = {values['loss_type']!r} reads no reference: remove precompute_ref_log_probs and "
+            "sync_ref_model."
+        )
     if values["use_weighting"] and {"aot", "aot_unpaired"} & set(names):
         yield "use_weighting = True with aot: sorted losses belong to no pair, so there is nothing to weight."
     yield from _moving_reference(values)
