@@ -41,8 +41,10 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/online.py", "self._rollouts = int(state[\"rollouts\"])", "self._rollouts = 0", TRAINERS),
     ("trainers/online.py", "total(completion) is not None and not masked", "not masked", TRAINERS),
     ("trainers/online.py", "score(model, batch, temperature=self.args.temperature).logprobs", "score(model, batch).logprobs", TRAINERS),
-    ("trainers/agreement.py", "kl_k3(sampled_logprobs_N.double(), logprobs_N.double())", "kl_k3(logprobs_N.double(), sampled_logprobs_N.double())", TRAINERS),
-    ("trainers/agreement.py", "if not divergence / count <= self.bound", "if divergence / count > self.bound", TRAINERS),
+    ("trainers/agreement.py", "(logprobs_N - sampled_logprobs_N).double()", "(sampled_logprobs_N - logprobs_N).double()", TRAINERS),
+    ("trainers/agreement.py", "if not apart <= self.bound", "if apart > self.bound", TRAINERS),
+    ("trainers/agreement.py", "clamp(-_CLIP_NATS, _CLIP_NATS)", "clamp(-9, 9)", TRAINERS),
+    ("trainers/agreement.py", "self._window.popleft()", "break", TRAINERS),
     # numbers
     ("model/precision.py", "_spread_over_rounding_cells(exact)", "pass", PRECISION),
     ("model/precision.py", "noise *= (values != 0)", "noise *= (values == values)", PRECISION),

@@ -288,7 +288,9 @@ def test_a_sampler_at_another_temperature_is_caught_before_the_update(tmp_path: 
 
 def test_agreement_is_the_divergence_from_sampler_to_trainer() -> None:
     """All outcomes of one draw, weighted by the sampler's probabilities: k3 is then the exact KL."""
-    sampler, trainer = (torch.randn(6, generator=torch.Generator().manual_seed(s)).log_softmax(0) for s in (0, 1))
+    logits = [0.3 * torch.randn(6, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    sampler, trainer = (values.log_softmax(0) for values in logits)
+    assert (sampler - trainer).abs().max() < 1, "nothing is clipped"
     exact = float((sampler.exp() * (sampler - trainer)).sum())
     counts = (sampler.exp() * 100_000).round().long()
     check = Agreement(bound=exact * 1.01)
@@ -301,6 +303,31 @@ def test_agreement_is_the_divergence_from_sampler_to_trainer() -> None:
     check.add(trainer.repeat_interleave(counts), sampler.repeat_interleave(counts))
     with pytest.raises(CheckFailed, match=r"step 7: .* apart in KL"):
         check.flush(7, float, float)
+
+
+def test_agreement_judges_2048_tokens_at_least_and_the_last_ones() -> None:
+    """d = 0.2 a token is a k3 of 0.0214: over the bound of 0.01 once a thousand tokens say so, not after recovery."""
+
+    def steps(sizes: Sequence[int], difference: float, check: Agreement) -> None:
+        for number, size in enumerate(sizes):
+            check.add(torch.full((size,), difference), torch.zeros(size))
+            check.flush(number, float, float)
+
+    steps([200] * 4, 0.2, Agreement(0.01))
+    with pytest.raises(CheckFailed, match=r"step 4: "):
+        steps([200] * 5, 0.2, Agreement(0.01))
+    check = Agreement(0.01)
+    steps([200] * 4, 0.2, check)
+    steps([500] * 6, 0.0, check)
+    steps([200] * 4, 0.2, check)
+
+
+def test_one_token_far_off_is_no_mismatch() -> None:
+    check = Agreement(bound=0.01)
+    far = torch.zeros(200)
+    far[:8] = 5.0
+    check.add(far, torch.zeros(200))
+    assert check.flush(0, float, float)["sampling/logprob_difference/max"] == 5.0
 
 
 def test_agreement_does_not_pass_what_is_not_a_number() -> None:
