@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from burnish.evaluate import Evaluation, pass_at_k
     from burnish.report import write_report
     from burnish.rewards import Criterion, Rubric
-    from burnish.trainers import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    from burnish.trainers import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        KTOConfig,
+        KTOTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
     from burnish.types import Completion, Group, PackedBatch, Score, StopReason
 
 __all__ = [
@@ -30,12 +39,16 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Criterion",
+    "DPOConfig",
+    "DPOTrainer",
     "DataError",
     "EngineError",
     "Evaluation",
     "GRPOConfig",
     "GRPOTrainer",
     "Group",
+    "KTOConfig",
+    "KTOTrainer",
     "ModelError",
     "PackedBatch",
     "RewardError",
@@ -64,7 +77,16 @@ _HOMES = {
     "burnish.evaluate": ("Evaluation", "pass_at_k"),
     "burnish.report": ("write_report",),
     "burnish.rewards": ("Criterion", "Rubric"),
-    "burnish.trainers": ("GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"),
+    "burnish.trainers": (
+        "DPOConfig",
+        "DPOTrainer",
+        "GRPOConfig",
+        "GRPOTrainer",
+        "KTOConfig",
+        "KTOTrainer",
+        "SFTConfig",
+        "SFTTrainer",
+    ),
     "burnish.types": ("Completion", "Group", "PackedBatch", "Score", "StopReason"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from burnish.errors import ModelError
 
-__all__ = ["ModelSource", "compute_dtype", "find_model", "load_model", "load_processing_class"]
+__all__ = ["ModelSource", "compute_dtype", "disable_dropout", "find_model", "load_model", "load_processing_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,16 @@ def drop_gguf_config(model: Any) -> None:
         for attribute in ("quantization_method", "_is_quantized_training_enabled"):
             if hasattr(model, attribute):
                 setattr(model, attribute, None)
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout of a model and its adapters to 0, those inside attention too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def load_processing_class(model: str | Path) -> PreTrainedTokenizerBase:

@@ -251,6 +251,7 @@ class PreferenceLoss:
         coupled: one pair's loss depends on the other pairs of the step (a sort), so a step that is split needs two
             passes.
         per_token: summed losses are divided by the step's chosen tokens, not by its pairs.
+        length_normalised: the implicit reward is a mean over tokens, not a sum.
     """
 
     compute: Callable[[Pairs, PreferenceOptions], torch.Tensor]
@@ -259,6 +260,7 @@ class PreferenceLoss:
     needs_reference: bool = True
     coupled: bool = False
     per_token: bool = False
+    length_normalised: bool = False
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
@@ -289,13 +291,25 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     ),
     "cpo": PreferenceLoss(_cpo, "sigmoid on log pi(y_w) - log pi(y_l)", "2401.08417", needs_reference=False),
     "simpo": PreferenceLoss(
-        _simpo, "sigmoid on beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma", "2405.14734", needs_reference=False
+        _simpo,
+        "sigmoid on beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma",
+        "2405.14734",
+        needs_reference=False,
+        length_normalised=True,
     ),
     "alphapo": PreferenceLoss(
-        _alphapo, "simpo with r(y) = (1 - pi(y)^(-alpha/|y|)) / alpha for log pi(y)/|y|", "2501.03884", False
+        _alphapo,
+        "simpo with r(y) = (1 - pi(y)^(-alpha/|y|)) / alpha for log pi(y)/|y|",
+        "2501.03884",
+        needs_reference=False,
+        length_normalised=True,
     ),
     "orpo": PreferenceLoss(
-        _orpo, "-log s(log odds(y_w) - log odds(y_l)), odds of e^(log pi(y)/|y|)", "2403.07691", needs_reference=False
+        _orpo,
+        "-log s(log odds(y_w) - log odds(y_l)), odds of e^(log pi(y)/|y|)",
+        "2403.07691",
+        needs_reference=False,
+        length_normalised=True,
     ),
 }
 """Name -> loss. `loss_type` in a config names rows of this table; several with weights add up."""

@@ -1,7 +1,18 @@
 """Trainers: thin subclasses of `transformers.Trainer`, with their configs."""
 
-from burnish.trainers.configs import GRPOConfig, SFTConfig
+from burnish.trainers.configs import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 from burnish.trainers.online import GRPOTrainer
+from burnish.trainers.preference import DPOTrainer, KTOTrainer
 from burnish.trainers.sft import SFTTrainer
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
+    "RewardConfig",
+    "SFTConfig",
+    "SFTTrainer",
+]

@@ -22,6 +22,7 @@ from burnish.model.precision import MasterWeights
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.callbacks import ProgressCallback
+from burnish.trainers.metrics import StepMetrics
 from burnish.types import Group, PackedBatch
 
 __all__ = ["COMPLETE", "GroupTrainer", "MicroBatch", "collate", "resolve_tokenizer", "scored_tokens"]
@@ -88,6 +89,7 @@ class GroupTrainer(Trainer):
             loaded, self._exact = _add_adapters(loaded, peft_config), {}
         _use_non_reentrant_checkpointing(args)
         prepare_for_scoring(loaded)
+        self._metrics = StepMetrics()
         super().__init__(
             model=loaded,
             args=args,
@@ -257,6 +259,11 @@ class GroupTrainer(Trainer):
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
         return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log of a training step."""
+        metrics = self._metrics.flush(self.sum_over_ranks) if "loss" in logs else {}
+        super().log({**logs, **metrics}, start_time)
 
     def before_optimizer_step(self) -> None:
         """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""

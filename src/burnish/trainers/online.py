@@ -29,7 +29,7 @@ from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer, scored_tokens
 from burnish.trainers.configs import GRPOConfig
-from burnish.trainers.metrics import StepMetrics, criterion_values, total
+from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.prompts import PromptSource, Share, share_of
 from burnish.trainers.reference import Reference
 from burnish.trainers.transcripts import TranscriptLog
@@ -116,7 +116,6 @@ class GRPOTrainer(GroupTrainer):
         self.source = PromptSource(self.prompts, seed=args.seed, shuffle=args.shuffle_dataset)
         self._rollouts = 0
         self._fresh = False
-        self._metrics = StepMetrics()
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
         self._check_sizes()
@@ -362,10 +361,6 @@ class GRPOTrainer(GroupTrainer):
             )
         self.transcripts.write(groups, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log."""
-        super().log({**logs, **self._metrics.flush(self.sum_over_ranks)}, start_time)
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -392,7 +387,7 @@ class GRPOTrainer(GroupTrainer):
             f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
             for name, (value, count) in sums.items()
         }
-        super().log(dict(metrics))
+        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

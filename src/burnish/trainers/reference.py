@@ -1,19 +1,21 @@
-"""The reference policy of a KL term: adapters off, or a frozen copy of the model as it was given."""
+"""The reference policy: adapters off, or a frozen copy of the model as it was given."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+import hashlib
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.errors import ModelError
-from burnish.model.scoring import eval_mode, prepare_for_scoring
+from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 
-__all__ = ["Reference"]
+__all__ = ["MovingReference", "Reference"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,12 @@ class Reference:
     Attributes:
         model: a frozen model, or None where the policy with its adapters off is the reference.
         is_initial_policy: whether it must equal the policy before the first update.
+        released: whether its weights have left memory, because all it will be asked is known.
     """
 
     model: torch.nn.Module | None
     is_initial_policy: bool
+    released: bool = False
 
     @classmethod
     def of(cls, policy: Any, ref_model: Any = None) -> Reference:
@@ -57,9 +61,47 @@ class Reference:
     @contextmanager
     def active(self, policy: Any) -> Generator[torch.nn.Module]:
         """The model to score with, in evaluation mode."""
+        assert not self.released
         model = policy if self.model is None else self.model
         with policy.disable_adapter() if self.model is None else nullcontext(), eval_mode(model):
             yield model
+
+    def fingerprint(self, policy: Any) -> str:
+        """SHA-256 over the names, shapes and values of every weight that scores."""
+        digest = hashlib.sha256()
+        with self.active(policy) as model:
+            for name, weight in sorted(causal_lm(model).state_dict().items()):
+                if self.model is not None or "lora_" not in name:
+                    digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+                    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class MovingReference(TrainerCallback):
+    r"""TR-DPO (2404.09656): every few steps the reference moves towards the policy.
+
+    .. math:: \pi_{ref} \leftarrow \alpha\,\pi + (1 - \alpha)\,\pi_{ref}
+
+    Args:
+        model: the reference's weights.
+        alpha: share of the policy, in (0, 1].
+        every: optimizer steps between moves.
+        moved: called after each move.
+    """
+
+    def __init__(self, model: torch.nn.Module, alpha: float, every: int, *, moved: Callable[[], object]) -> None:
+        self._model, self._alpha, self._every, self._moved = model, alpha, every, moved
+
+    @torch.no_grad()
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Move, when it is time."""
+        if state.global_step % self._every:
+            return
+        for own, trained in zip(self._model.parameters(), causal_lm(model).parameters(), strict=True):
+            own.lerp_(trained.detach().to(own.dtype), self._alpha)
+        self._moved()
 
 
 def _frozen(model: Any) -> Any:

@@ -1,0 +1,517 @@
+"""Learning from comparisons: DPO and its family on pairs, KTO on labelled completions."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from burnish.data import as_rows, encode_rows, preference_group, unpair, unpaired_group
+from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.model.loading import disable_dropout
+from burnish.model.scoring import eval_mode, score
+from burnish.objectives.aggregate import sequence_sums
+from burnish.objectives.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, PreferenceOptions, kto_losses
+from burnish.packing import pack
+from burnish.trainers.base import GroupTrainer, resolve_tokenizer
+from burnish.trainers.configs import DPOConfig, KTOConfig
+from burnish.trainers.reference import MovingReference, Reference
+from burnish.trainers.reference_sums import ReferenceSums
+from burnish.types import Completion, Group, PackedBatch
+
+__all__ = ["DPOTrainer", "KTOTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class ReferenceTrainer(GroupTrainer):
+    """What DPO and KTO share: whole groups, log-probabilities of sequences under policy and reference."""
+
+    args: Any
+    whole_groups = True
+    encoder: ClassVar[Callable[..., Group]]
+    columns: ClassVar[str]
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        args: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: PreTrainedTokenizerBase | None,
+        callbacks: list[TrainerCallback] | None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any],
+        peft_config: Any,
+        *,
+        needs_reference: bool,
+    ) -> None:
+        if train_dataset is None:
+            raise DataError(f"train_dataset = None: pass rows with {self.columns}.")
+        if ref_model is not None and not needs_reference:
+            raise ConfigError(f"loss_type = {args.loss_type!r} reads no reference: remove ref_model.")
+        self.args = args
+        self.tokenizer = resolve_tokenizer(model, processing_class)
+        super().__init__(
+            model,
+            args,
+            processing_class=self.tokenizer,
+            train_dataset=self._encode(train_dataset),
+            eval_dataset=None if eval_dataset is None else self._encode(eval_dataset),
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        self.reference = Reference.of(self.model, ref_model) if needs_reference else None
+        self._known = {"train": ReferenceSums(), "eval": ReferenceSums()}
+        if args.sync_ref_model:
+            if self.reference is None or self.reference.model is None:
+                raise ConfigError("sync_ref_model = True: adapters switched off cannot move; pass ref_model.")
+            self.add_callback(
+                MovingReference(
+                    self.reference.model,
+                    args.ref_model_mixup_alpha,
+                    args.ref_model_sync_steps,
+                    moved=lambda: [known.clear() for known in self._known.values()],
+                )
+            )
+
+    def _encode(self, dataset: Any) -> list[Group]:
+        args = self.args
+        return encode_rows(
+            type(self).encoder,
+            as_rows(dataset),
+            self.tokenizer,
+            max_length=args.max_length,
+            chat_template=args.chat_template,
+        )
+
+    def step_denominator(self, groups: Sequence[Group]) -> float:
+        """This rank's groups."""
+        return float(len(groups))
+
+    def token_weights(self, batch: PackedBatch) -> torch.Tensor | None:
+        """[N] weights of tokens in their sequence's log-probability; None for 1."""
+        return None
+
+    def sums(self, batch: PackedBatch, values_N: torch.Tensor) -> torch.Tensor:
+        """[S] weighted sums of per-token log-probabilities."""
+        weights_N = self.token_weights(batch)
+        weighted_N = values_N if weights_N is None else values_N * weights_N
+        return sequence_sums(weighted_N, batch.sequence_index, batch.num_sequences)
+
+    @torch.no_grad()
+    def group_sums(self, groups: Sequence[Group], model: torch.nn.Module) -> list[list[float]]:
+        """For each group, its completions' log-probabilities under a model, without gradient."""
+        found: dict[int, list[float]] = {}
+        with eval_mode(model):
+            for part in self.split(groups):
+                batch = pack(part).to(self.args.device)
+                values = iter(self.sums(batch, score(model, batch).logprobs).tolist())
+                found |= {id(group): [next(values) for _ in group.completions] for group in part}
+        return [found[id(group)] for group in groups]
+
+    def reference_sums(self, groups: Sequence[Group]) -> list[list[float]]:
+        """The same under the reference."""
+        if self.reference is None:
+            return [[0.0] * len(group.completions) for group in groups]
+        with self.reference.active(self.model) as reference:
+            return self.group_sums(groups, reference)
+
+    def _fill(self, groups: Sequence[Group], split: str) -> None:
+        """Know the reference's log-probabilities of these groups; each is computed once."""
+        known = self._known[split]
+        missing = [group for group in groups if group.index not in known]
+        if missing:
+            known.add(missing, self.reference_sums(missing))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; with `precompute_ref_log_probs` score the data set with the reference first, or read the cache."""
+        if self.args.precompute_ref_log_probs and self.reference is not None:
+            self._precompute()
+        return super().train(*args, **kwargs)
+
+    def _precompute(self) -> None:
+        assert self.reference is not None
+        sets = {"train": self.train_dataset, "eval": self.eval_dataset}
+        for split, groups in sets.items():
+            if groups is None:
+                continue
+            own = cast("list[Group]", groups)[self.accelerator.process_index :: self.accelerator.num_processes]
+            self._known[split].load_or_compute(
+                Path(self.args.output_dir) / f"reference_log_probs_{split}.json",
+                cast("list[Group]", groups),
+                own,
+                fingerprint=self.reference.fingerprint(self.model),
+                options={"ld_alpha": getattr(self.args, "ld_alpha", None)},
+                compute=self.reference_sums,
+                accelerator=self.accelerator,
+            )
+        if self.reference.model is not None:
+            logger.info("reference log-probabilities are known: its weights leave memory")
+            self.reference = dataclasses.replace(self.reference, model=None, released=True)
+
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """Reference log-probabilities of this step's groups."""
+        self._fill(groups, "train")
+
+    def packed(self, groups: Sequence[Group], **sequence: Callable[[Completion], float]) -> PackedBatch:
+        """The row with each completion's log-probability under the reference."""
+        known = self._known["train"]
+        values = {
+            id(c): value
+            for group in groups
+            if group.index in known
+            for c, value in zip(group.completions, known[group.index], strict=False)
+        }
+        return pack(groups, sequence={"reference": lambda c: values.get(id(c), 0.0), **sequence})
+
+    def check_start(self, sums_S: torch.Tensor, batch: PackedBatch) -> None:
+        """Before the first update the policy is its own reference."""
+        if self.state.global_step > 0 or self.reference is None or not self.reference.is_initial_policy:
+            return
+        apart = float((sums_S - batch.sequence["reference"]).abs().sum()) / max(batch.num_scored_tokens, 1)
+        bound = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1
+        if not apart <= bound:
+            raise CheckFailed(
+                f"before the first update the reference differs from the policy by {apart:.3g} nats a token (bound "
+                f"{bound:g}): dropout is on, the cache is of another model, or the policy was changed after loading."
+            )
+
+    def gathered(self, rows: Sequence[Any]) -> list[Any]:
+        """The same of all ranks, in the order of the ranks."""
+        return list(cast("list[Any]", gather_object(list(rows)) if self.accelerator.num_processes > 1 else rows))
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss over the whole held-out set at once, so that it depends on no split, and the step's metrics."""
+        groups = [group for batch in cast("Iterator[list[Group]]", dataloader) for group in batch]
+        self._fill(groups, "eval")
+        policy = self.group_sums(groups, self.model)
+        reference = [self._known["eval"][group.index] for group in groups]
+        records = self.gathered([(g, p, r) for g, p, r in zip(groups, policy, reference, strict=True)])
+        found = self.evaluate_records([r[0] for r in records], [r[1] for r in records], [r[2] for r in records])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        empty: Any = None
+        return EvalLoopOutput(predictions=empty, label_ids=empty, metrics=metrics, num_samples=len(records))
+
+    def evaluate_records(
+        self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        """Loss and metrics of held-out groups from log-probabilities of their completions."""
+        raise NotImplementedError
+
+
+class DPOTrainer(ReferenceTrainer):
+    r"""Direct Preference Optimisation (2305.18290) and its family, with the arguments of TRL's trainer.
+
+    .. math:: \mathcal L = \sum_k \frac{w_k}{P} \sum_{p=1}^{P} \ell_k(\text{pair } p)
+
+    over the P pairs of the whole optimizer step, all micro-batches and ranks; the losses are the rows of
+    `burnish.objectives.preference.PREFERENCE_LOSSES`. A pair is a group of two: its prompt is computed once. The
+    reference's log-probabilities are computed once for each pair, whatever the number of epochs.
+
+    Args:
+        model: path, hub name, package that carries a model, or a model in memory.
+        ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
+        args: `DPOConfig`.
+        train_dataset: rows with `chosen` and `rejected`, with or without `prompt`, plain or conversational.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; the model's own if None.
+        callbacks: transformers callbacks.
+        optimizers: an optimizer and a scheduler instead of the configured ones.
+        peft_config: train these adapters instead of the weights.
+
+    Raises:
+        ConfigError, DataError, ModelError: before training starts.
+        CheckFailed: the reference is not the initial policy, or a gradient is not finite.
+    """
+
+    args: DPOConfig
+    encoder = staticmethod(preference_group)
+    columns = "`chosen` and `rejected`"
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = args if args is not None else DPOConfig()
+        names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+        weights = args.loss_weights if args.loss_weights is not None else [1.0] * len(names)
+        self.losses: list[tuple[PreferenceLoss, float]] = [
+            (PREFERENCE_LOSSES[name], weight) for name, weight in zip(names, weights, strict=True)
+        ]
+        self.options = PreferenceOptions(
+            **{field.name: getattr(args, field.name) for field in dataclasses.fields(PreferenceOptions)}
+        )
+        self._chosen_tokens = 1.0
+        self._coefficients: dict[int, float] = {}
+        self._coupled_loss = 0.0
+        super().__init__(
+            model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config,
+            needs_reference=any(loss.needs_reference for loss, _ in self.losses),
+        )  # fmt: skip
+
+    def token_weights(self, batch: PackedBatch) -> torch.Tensor | None:
+        """LD-DPO (2409.06411): tokens beyond the pair's shorter completion weigh `ld_alpha`."""
+        if self.args.ld_alpha is None:
+            return None
+        tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+        shorter_S = tokens_S.view(-1, 2).min(1).values.repeat_interleave(2)
+        first_S = tokens_S.cumsum(0) - tokens_S
+        place_N = torch.arange(batch.num_scored_tokens, device=tokens_S.device) - first_S[batch.sequence_index]
+        return torch.where(place_N < shorter_S[batch.sequence_index], 1.0, float(self.args.ld_alpha))
+
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """Reference, chosen tokens of the whole step, and the coefficients of losses that couple pairs."""
+        super().prepare_groups(groups)
+        self._chosen_tokens = self.sum_over_ranks(float(sum(g.completions[0].num_scored_tokens for g in groups)))
+        if any(loss.coupled for loss, _ in self.losses):
+            self._couple(groups)
+
+    def _couple(self, groups: Sequence[Group]) -> None:
+        """Losses that sort pairs need all of them: their gradient by each log-probability, from a pass without one."""
+        known = self._known["train"]
+        own = [
+            (policy, known[group.index], [c.num_scored_tokens for c in group.completions])
+            for group, policy in zip(groups, self.group_sums(groups, self.model), strict=True)
+        ]
+        first = sum(self.gathered([len(groups)])[: self.accelerator.process_index])
+        everywhere = self.gathered(own)
+        policy_S = torch.tensor([p for p, _, _ in everywhere], dtype=torch.float64).flatten().requires_grad_()
+        reference_S = torch.tensor([r for _, r, _ in everywhere], dtype=torch.float64).flatten()
+        tokens_S = torch.tensor([t for _, _, t in everywhere], dtype=torch.float64).flatten()
+        pairs = _pairs(policy_S, reference_S, tokens_S)
+        total = torch.stack([w * loss.compute(pairs, self.options).mean() for loss, w in self.losses if loss.coupled])
+        (gradient_S,) = torch.autograd.grad(total.sum(), policy_S)
+        mine = gradient_S.view(-1, 2)[first : first + len(groups)].tolist()
+        self._coupled_loss = float(total.detach().sum()) / len(everywhere)
+        self._coefficients = {
+            id(completion): value
+            for group, values in zip(groups, mine, strict=True)
+            for completion, value in zip(group.completions, values, strict=True)
+        }
+
+    def pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
+        """Pairs with the reference's log-probabilities and the coefficients of coupled losses."""
+        return self.packed(groups, coefficient=lambda completion: self._coefficients.get(id(completion), 0.0))
+
+    def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
+        """These pairs' share of the weighted losses."""
+        scores = score(model, batch, with_collision=True) if self.args.use_weighting else score(model, batch)
+        if batch.num_scored_tokens == 0:
+            return scores.logprobs.sum()
+        sums_S = self.sums(batch, scores.logprobs)
+        self.check_start(sums_S.detach(), batch)
+        tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences).to(sums_S.dtype)
+        pairs = _pairs(sums_S, batch.sequence["reference"], tokens_S)
+        weights_P = self._weights(batch, scores, tokens_S) if self.args.use_weighting else 1.0
+        total = sums_S.new_zeros(())
+        for loss, weight in self.losses:
+            if not loss.coupled:
+                losses_P = loss.compute(pairs, self.options) * weights_P
+                total = total + weight * losses_P.sum() / (self._chosen_tokens if loss.per_token else denominator)
+        if self._coefficients:
+            surrogate = (batch.sequence["coefficient"] * sums_S).sum()
+            # The gradient is the surrogate's, the value the pairs' share of the loss.
+            total = total + surrogate - surrogate.detach() + self._coupled_loss * pairs.chosen.numel()
+        for name, values in self._pair_metrics(pairs).items():
+            self._metrics.add_tokens(name, values)
+        return total
+
+    def _weights(self, batch: PackedBatch, scores: Any, tokens_S: torch.Tensor) -> torch.Tensor:
+        """WPO (2406.11827): [P] e to the mean over tokens of log p_t - log sum_v p_v^2, of both completions."""
+        aligned_N = scores.logprobs.detach() - scores.log_collision
+        means_S = sequence_sums(aligned_N, batch.sequence_index, batch.num_sequences) / tokens_S.clamp(min=1)
+        return means_S.exp().view(-1, 2).prod(1)
+
+    def _pair_metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
+        """[P] each: implicit rewards beta rho (beta log pi without a reference), by TRL's names."""
+        beta = self.options.beta
+        chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
+        if all(loss.length_normalised for loss, _ in self.losses):
+            chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": pairs.chosen.detach(),
+            "logps/rejected": pairs.rejected.detach(),
+        }
+
+    def evaluate_records(
+        self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        """Loss (without WPO's weights) and metrics over all held-out pairs."""
+        tokens = [[c.num_scored_tokens for c in group.completions] for group in groups]
+        pairs = _pairs(*(torch.tensor(rows, dtype=torch.float64).flatten() for rows in (policy, reference, tokens)))
+        loss = sum(
+            weight
+            * loss.compute(pairs, self.options).sum()
+            / (pairs.chosen_tokens.sum() if loss.per_token else len(groups))
+            for loss, weight in self.losses
+        )
+        means = {name: float(values.mean()) for name, values in self._pair_metrics(pairs).items()}
+        return {"loss": float(loss), **means}
+
+
+def _pairs(policy_S: torch.Tensor, reference_S: torch.Tensor, tokens_S: torch.Tensor) -> Pairs:
+    """Pairs from sequences in the order chosen, rejected, chosen, ..."""
+    return Pairs(policy_S[0::2], policy_S[1::2], reference_S[0::2], reference_S[1::2], tokens_S[0::2], tokens_S[1::2])
+
+
+class KTOTrainer(ReferenceTrainer):
+    r"""Kahneman-Tversky Optimisation (2402.01306): completions labelled desirable or not, with TRL's arguments.
+
+    The KL divergence that `kto_losses` subtracts is estimated from mismatched pairs, each prompt with the completion of
+    the row before it, over the whole optimizer step and all ranks, so it depends on no split:
+
+    .. math:: z = \max\Big(0, \frac1S \sum_s \log\frac{\pi(y_{s-1}|x_s)}{\pi_{ref}(y_{s-1}|x_s)}\Big)
+
+    Args:
+        model: path, hub name, package that carries a model, or a model in memory.
+        ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
+        args: `KTOConfig`.
+        train_dataset: rows with `prompt`, `completion` and `label`; preference rows count as two.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; the model's own if None.
+        callbacks: transformers callbacks.
+        optimizers: an optimizer and a scheduler instead of the configured ones.
+        peft_config: train these adapters instead of the weights.
+
+    Raises:
+        ConfigError, DataError, ModelError: before training starts.
+        CheckFailed: the reference is not the initial policy, or a gradient is not finite.
+    """
+
+    args: KTOConfig
+    encoder = staticmethod(unpaired_group)
+    columns = "`prompt`, `completion` and `label`"
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        ref_model: PreTrainedModel | None = None,
+        args: KTOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = args if args is not None else KTOConfig()
+        self._kl = torch.zeros(())
+        super().__init__(
+            model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config,
+            needs_reference=True,
+        )  # fmt: skip
+        if args.loss_type == "kto" and len(self.train_dataset) < 2:
+            raise DataError(
+                "train_dataset: one row has no other completion to estimate the KL with; use loss_type "
+                "apo_zero_unpaired, or more rows."
+            )
+
+    def _encode(self, dataset: Any) -> list[Group]:
+        rows = [row if "chosen" not in row else unpair(row) for row in as_rows(dataset)]
+        return super()._encode([one for row in rows for one in (row if isinstance(row, list) else [row])])
+
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """Reference log-probabilities, and the KL estimate of the whole step."""
+        super().prepare_groups(groups)
+        if self.args.loss_type == "kto":
+            self._kl = torch.tensor(self._divergence(groups))
+            self._metrics.add("kl", float(self._kl))
+
+    def _divergence(self, groups: Sequence[Group]) -> float:
+        """Estimate of z from these groups and those of the other ranks."""
+        before = [groups[-1], *groups[:-1]]
+        mismatched = [
+            Group(group.prompt_ids, [other.completions[0]], group.row, group.index)
+            for group, other in zip(groups, before, strict=True)
+            if len(groups) > 1
+        ]
+        ratios = [
+            policy[0] - reference[0]
+            for policy, reference in zip(
+                self.group_sums(mismatched, self.model), self.reference_sums(mismatched), strict=True
+            )
+        ]
+        total, count = self.sum_over_ranks(sum(ratios)), self.sum_over_ranks(float(len(ratios)))
+        return max(0.0, total / count) if count else 0.0
+
+    def pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
+        """Completions with their labels and the reference's log-probabilities."""
+        labels = {id(c): float(bool(group.row.get("label"))) for group in groups for c in group.completions}
+        return self.packed(groups, desirable=lambda completion: labels[id(completion)])
+
+    def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
+        """These completions' share of the mean loss."""
+        logprobs_N = score(model, batch).logprobs
+        if batch.num_scored_tokens == 0:
+            return logprobs_N.sum()
+        sums_S = self.sums(batch, logprobs_N)
+        self.check_start(sums_S.detach(), batch)
+        ratio_S, desirable_S = sums_S - batch.sequence["reference"], batch.sequence["desirable"] > 0
+        for name, values in self._metrics_of(sums_S.detach(), ratio_S.detach(), desirable_S).items():
+            self._metrics.add_tokens(name, values)
+        return self._losses(ratio_S, desirable_S, self._kl.to(ratio_S)).sum() / denominator
+
+    def _losses(self, ratio_S: torch.Tensor, desirable_S: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+        return kto_losses(
+            ratio_S,
+            desirable_S,
+            kl,
+            beta=self.args.beta,
+            desirable_weight=self.args.desirable_weight,
+            undesirable_weight=self.args.undesirable_weight,
+        )
+
+    def _metrics_of(
+        self, sums_S: torch.Tensor, ratio_S: torch.Tensor, desirable_S: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        rewards_S = self.args.beta * ratio_S
+        return {
+            "rewards/chosen": rewards_S[desirable_S],
+            "rewards/rejected": rewards_S[~desirable_S],
+            "logps/chosen": sums_S[desirable_S],
+            "logps/rejected": sums_S[~desirable_S],
+        }
+
+    def evaluate_records(
+        self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        """Loss at the KL of the held-out rows themselves, and metrics."""
+        kl = self._divergence(groups) if self.args.loss_type == "kto" else 0.0
+        policy_S, reference_S = (
+            torch.tensor([row[0] for row in rows], dtype=torch.float64) for rows in (policy, reference)
+        )
+        desirable_S = torch.tensor([bool(group.row["label"]) for group in groups])
+        losses_S = self._losses(policy_S - reference_S, desirable_S, torch.tensor(kl, dtype=torch.float64))
+        values = self._metrics_of(policy_S, policy_S - reference_S, desirable_S)
+        means = {name: float(found.mean()) for name, found in values.items() if found.numel()}
+        return {"loss": float(losses_S.mean()), "kl": kl, **means}

@@ -1,0 +1,106 @@
+"""What the reference says of each completion of a data set: computed once, in memory or on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate.utils import gather_object
+
+from burnish.progress import say
+from burnish.types import Group
+
+__all__ = ["ReferenceSums"]
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[Sequence[Group]], list[list[float]]]
+
+_GROUPS_PER_ROUND = 64
+
+
+class ReferenceSums:
+    """Log-probabilities of each group's completions under the reference, by the group's index."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, list[float]] = {}
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._values
+
+    def __getitem__(self, index: int) -> list[float]:
+        return self._values[index]
+
+    def add(self, groups: Sequence[Group], values: Sequence[list[float]]) -> None:
+        """Remember."""
+        self._values.update({group.index: own for group, own in zip(groups, values, strict=True)})
+
+    def clear(self) -> None:
+        """Forget: the reference has changed."""
+        self._values.clear()
+
+    def load_or_compute(
+        self,
+        file: Path,
+        groups: Sequence[Group],
+        own: Sequence[Group],
+        *,
+        fingerprint: str,
+        options: Mapping[str, Any],
+        compute: Compute,
+        accelerator: Any,
+    ) -> None:
+        """Read all groups' values from a file that this reference wrote for these tokens, or compute and write it.
+
+        Args:
+            file: the cache.
+            groups: all groups of the data set.
+            own: this rank's share.
+            fingerprint: of the reference's weights.
+            options: whatever else the values depend on.
+            compute: groups -> values.
+            accelerator: gathers over ranks.
+        """
+        key = _key(groups, fingerprint, options)
+        found = _read(file, key)
+        if found is not None:
+            say(f"reference: {len(groups)} groups read from {file}")
+            self._values = found
+            return
+        for begin in range(0, len(own), _GROUPS_PER_ROUND):
+            say(f"reference: {begin}/{len(own)} groups scored")
+            part = own[begin : begin + _GROUPS_PER_ROUND]
+            self.add(part, compute(part))
+        if accelerator.num_processes > 1:
+            self._values = dict(cast("list[tuple[int, list[float]]]", gather_object(list(self._values.items()))))
+        if accelerator.is_main_process:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps({"key": key, "values": self._values}))
+            os.replace(partial, file)
+
+
+def _read(file: Path, key: str) -> dict[int, list[float]] | None:
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text())
+    except json.JSONDecodeError:
+        stored = {}
+    if stored.get("key") != key:
+        logger.warning("%s is of another reference or other data: it is computed again", file)
+        return None
+    return {int(index): values for index, values in stored["values"].items()}
+
+
+def _key(groups: Sequence[Group], fingerprint: str, options: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([fingerprint, dict(options)], sort_keys=True).encode())
+    for group in groups:
+        completions = [(c.token_ids, c.loss_mask) for c in group.completions]
+        digest.update(json.dumps([group.index, group.prompt_ids, completions]).encode())
+    return digest.hexdigest()
