@@ -191,7 +191,7 @@ def test_model_as_a_table(run_file: Path):
 
 
 def test_eval_file_takes_no_training(run_file: Path):
-    with pytest.raises(ConfigError, match=r"\[training\] has no place in an evaluation"):
+    with pytest.raises(ConfigError, match=r"\[training\] has no place in `burnish eval`"):
         load_run_file(run_file, [], "eval")
     run = load_run_file(run_file, ["--training=null"], "eval")
     assert run.training == {}
@@ -295,7 +295,7 @@ def command(monkeypatch: pytest.MonkeyPatch, body: Any) -> list[Any]:
         seen.append(args)
         body(args)
 
-    monkeypatch.setitem(sys.modules, "burnish.cli.grpo", SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "burnish.cli.train", SimpleNamespace(run=run))
     return seen
 
 

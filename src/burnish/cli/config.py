@@ -13,7 +13,7 @@ from burnish.data.sources import check_source
 from burnish.errors import ConfigError
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
-from burnish.schema import check_fields, check_mapping, lora_fields
+from burnish.schema import Kind, check_fields, check_mapping, lora_fields
 from burnish.schema.inherited import FieldInfo
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "load_run_file",
 ]
 
-FileKind: TypeAlias = Literal["sft", "grpo", "eval"]
+FileKind: TypeAlias = Kind | Literal["eval", "pairs"]
 """A command that takes a run file of one stage."""
 
 _MODEL_INIT = {
@@ -90,6 +90,39 @@ class EvaluationSection:
 
 
 @dataclass(frozen=True)
+class PairsSection:
+    """`[pairs]`: preference pairs and best-of-n rows from samples of the model on `data.train`."""
+
+    output_dir: str = "outputs/pairs"
+    """Folder of samples.jsonl, pairs.jsonl and best.jsonl."""
+    num_samples: int = 8
+    """Completions per prompt."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    max_completion_length: int = 512
+    """Most tokens of one completion."""
+    pairs_per_prompt: int = 1
+    """Most pairs of one prompt: the best sample over the worst, the second best over the second worst."""
+    min_margin: float = 0.0
+    """Rewards of a pair differ by more than this."""
+    min_reward: float | None = None
+    """Best-of-n rows need at least this reward; None keeps the best whatever it got."""
+    seed: int = 0
+    """Of the random numbers."""
+
+    def __post_init__(self) -> None:
+        for name, holds, fix in (
+            ("num_samples", self.num_samples >= 2, "a pair needs at least 2"),
+            ("temperature", self.temperature > 0, "equal samples make no pair; use a positive number"),
+            ("max_completion_length", self.max_completion_length >= 1, "use at least 1 token"),
+            ("pairs_per_prompt", 1 <= self.pairs_per_prompt <= self.num_samples // 2, "use 1 .. num_samples / 2"),
+            ("min_margin", self.min_margin >= 0, "use a number of at least 0"),
+        ):
+            if not holds:
+                raise ConfigError(f"[pairs] {name} = {getattr(self, name)!r}: {fix}.")
+
+
+@dataclass(frozen=True)
 class ReportSection:
     """`[report]`: the page that a pipeline ends with."""
 
@@ -101,7 +134,7 @@ class ReportSection:
 
 @dataclass(frozen=True)
 class RunFile:
-    """A checked file of one stage. `training` holds keyword arguments of SFTConfig or GRPOConfig."""
+    """A checked file of one stage. `training` holds keyword arguments of the stage's config."""
 
     path: Path
     kind: FileKind
@@ -112,6 +145,7 @@ class RunFile:
     rubric: Rubric | None = None
     training: dict[str, Any] = field(default_factory=dict[str, Any])
     evaluation: EvaluationSection | None = None
+    pairs: PairsSection | None = None
     document: dict[str, Any] = field(default_factory=dict[str, Any])
     """The file as written, with the overrides: what a run records."""
 
@@ -144,8 +178,9 @@ _TABLES = {
     "rubric": "list[dict[str, Any]]",
     "training": "dict[str, Any]",
     "evaluation": "dict[str, Any]",
+    "pairs": "dict[str, Any]",
 }
-_PIPELINE_TABLES = {name: type_ for name, type_ in _TABLES.items() if name != "training"} | {
+_PIPELINE_TABLES = {name: type_ for name, type_ in _TABLES.items() if name not in ("training", "pairs")} | {
     "sft": "dict[str, Any]",
     "grpo": "dict[str, Any]",
     "report": "dict[str, Any]",
@@ -153,7 +188,11 @@ _PIPELINE_TABLES = {name: type_ for name, type_ in _TABLES.items() if name != "t
 }
 _NEEDED: dict[FileKind, tuple[str, ...]] = {
     "sft": ("data.train",),
+    "reward": ("data.train",),
+    "dpo": ("data.train",),
+    "kto": ("data.train",),
     "grpo": ("data.train", "rubric"),
+    "pairs": ("data.train", "rubric"),
     "eval": ("data.eval", "rubric"),
 }
 
@@ -171,13 +210,20 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     """
     document = apply_overrides(read_file(path), overrides)
     tables = check_mapping(_infos(_TABLES), document, str(path))
-    if kind == "eval" and "training" in tables:
-        raise ConfigError(f"{path}: [training] has no place in an evaluation; remove it, or run `burnish grpo`.")
+    trains = kind != "eval" and kind != "pairs"
+    if not trains and "training" in tables:
+        raise ConfigError(
+            f"{path}: [training] has no place in `burnish {kind}`; remove it, or run the stage's command."
+        )
+    if kind != "pairs" and "pairs" in tables:
+        raise ConfigError(f"{path}: [pairs] has no place in `burnish {kind}`; remove it, or run `burnish pairs`.")
+    pairs = check_mapping(_infos_of(PairsSection), tables.get("pairs", {}), "pairs")
     run = RunFile(
         path=Path(path),
         kind=kind,
-        training={} if kind == "eval" else check_fields(kind, tables.get("training", {})),
+        training=check_fields(kind, tables.get("training", {})) if trains else {},
         **_shared(tables, path, pipeline=False),
+        pairs=PairsSection(**pairs) if kind == "pairs" else None,
         document=document,
     )
     if kind == "eval" and run.evaluation is None:

@@ -16,9 +16,16 @@ from burnish.schema import Kind, known_fields
 
 __all__ = ["build_parser", "main", "split_overrides"]
 
-_FILE_COMMANDS = {
+_STAGES: dict[Kind, str] = {
     "sft": "fine-tune on conversations, prompts with completions, or text",
+    "reward": "train a reward model on comparisons",
+    "dpo": "train on preference pairs: DPO and its family",
+    "kto": "train on completions labelled good or bad",
     "grpo": "train on rewards: sample groups of completions, score them, follow the better ones",
+}
+_FILE_COMMANDS: dict[str, str] = {
+    **_STAGES,
+    "pairs": "sample, score with a rubric, and write preference pairs and best-of-n rows",
     "eval": "measure pass@k on held-out prompts",
     "pipeline": "run the stages of one file: SFT, GRPO, evaluation, report",
 }
@@ -29,7 +36,7 @@ _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6
 class _CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         command = self.prog.rpartition(" ")[2]
-        if command == "sft" or command == "grpo":
+        if command in _STAGES:
             self.epilog = f"{_OVERRIDES}\n\n{_field_help(command)}"
         return super().format_help()
 
@@ -91,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(words, argparse.Namespace(overrides=overrides))
     try:
-        import_module(f"burnish.cli.{args.command}").run(args)
+        module = "train" if args.command in _STAGES else args.command
+        import_module(f"burnish.cli.{module}").run(args)
     except BurnishError as error:
         if args.debug:
             traceback.print_exc()
@@ -104,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _how_to_continue(command: str) -> str:
-    if command in ("sft", "grpo"):
+    if command in _STAGES:
         return "To continue from the last checkpoint, repeat the command with --training.resume_from_checkpoint=true"
-    if command == "pipeline":
+    if command in ("pairs", "pipeline"):
         return "Repeat the command to continue: what is done is not done again."
     return "Repeat the command to start over."
 

@@ -97,11 +97,9 @@ class Pipeline:
         shared: dict[str, Any] = {"peft": self.file.peft, "metrics": self.folder / "metrics.jsonl"}
         if model == self.file.model:
             shared["model_init"] = self.file.model_init
-        if name == "sft":
-            stages.train_sft(model, rows, training, **shared)
-        else:
+        if name == "grpo":
             training.setdefault("log_completions", str(self.folder))
-            stages.train_grpo(model, rows, self.file.rubric, training, **shared)
+        stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)
         (folder / "done").touch()
         return str(folder)
 

@@ -14,19 +14,29 @@ from typing import Any
 import torch
 import transformers
 
-from burnish.cli.config import EvaluationSection
+from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.data import encode_rows, prompt_group
 from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, evaluate
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import fast_bf16
+from burnish.pairs import best_row, preference_rows, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
-from burnish.trainers import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from burnish.trainers import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from burnish.trainers.base import COMPLETE
 from burnish.trainers.callbacks import EngineProgress, MetricsCallback
 
-__all__ = ["environment", "evaluate_model", "last_checkpoint", "train_grpo", "train_sft"]
+__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,24 +46,46 @@ transformers.logging.disable_progress_bar()
 Rows = Sequence[dict[str, Any]]
 
 
-def train_sft(
-    model: str, rows: Rows, training: dict[str, Any], *, eval_rows: Rows | None = None, **shared: Any
-) -> SFTTrainer:
-    """Fine-tune and save; `shared` is `model_init`, `peft` and `metrics` (a file), each may be left out."""
-    fields: dict[str, Any] = {"model_init_kwargs": shared.get("model_init") or None, **training}
-    config = SFTConfig(**fields)
-    trainer = SFTTrainer(model, config, list(rows), eval_rows, peft_config=_lora(shared.get("peft")))
-    return _train(trainer, shared.get("metrics"))
+_TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "sft": (SFTConfig, SFTTrainer),
+    "dpo": (DPOConfig, DPOTrainer),
+    "kto": (KTOConfig, KTOTrainer),
+    "grpo": (GRPOConfig, GRPOTrainer),
+}
 
 
-def train_grpo(
-    model: str, rows: Rows, rubric: Rubric, training: dict[str, Any], *, eval_rows: Rows | None = None, **shared: Any
-) -> GRPOTrainer:
-    """Train on rewards and save; arguments as for `train_sft`."""
-    fields: dict[str, Any] = {"model_init_kwargs": shared.get("model_init") or None, **training}
-    config = GRPOConfig(**fields)
-    trainer = GRPOTrainer(model, rubric, config, list(rows), eval_rows, peft_config=_lora(shared.get("peft")))
-    return _train(trainer, shared.get("metrics"))
+def train(
+    kind: str,
+    model: str,
+    rows: Rows,
+    training: dict[str, Any],
+    *,
+    rubric: Rubric | None = None,
+    eval_rows: Rows | None = None,
+    model_init: dict[str, Any] | None = None,
+    peft: dict[str, Any] | None = None,
+    metrics: Path | None = None,
+) -> Any:
+    """Train one stage and save.
+
+    Args:
+        kind: the stage.
+        model: what to start from.
+        rows: to train on.
+        training: keyword arguments of the stage's config.
+        rubric: the reward of an online stage.
+        eval_rows: held out.
+        model_init: arguments of from_pretrained.
+        peft: fields of a LoraConfig.
+        metrics: file of the metrics; metrics.jsonl in the stage's folder if None.
+    """
+    config_class, trainer_class = _TRAINERS[kind]
+    config = config_class(**{"model_init_kwargs": model_init or None, **training})
+    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind == "grpo" else {}
+    trainer = trainer_class(
+        model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
+    )
+    return _train(trainer, metrics)
 
 
 def _train(trainer: Any, metrics: Path | None) -> Any:
@@ -87,9 +119,7 @@ def evaluate_model(
     """pass@k of a saved model on rows; `shared` is `model_init`, may be left out."""
     tokenizer = load_processing_class(model)
     groups = encode_rows(prompt_group, rows, tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded, _ = load_model(model, bf16=fast_bf16(device), init_kwargs=shared.get("model_init"))
-    engine = make_engine(loaded.to(device), tokenizer)
+    loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
     with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
         return evaluate(
             shown,
@@ -106,6 +136,45 @@ def evaluate_model(
             solved=section.solved,
             name=name,
         )
+
+
+def make_pairs(
+    model: str, rows: Rows, rubric: Rubric, section: PairsSection, *, model_init: dict[str, Any] | None = None
+) -> dict[str, int]:
+    """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
+    tokenizer, folder = load_processing_class(model), Path(section.output_dir)
+    groups = encode_rows(prompt_group, rows, tokenizer)
+    loaded, engine = _engine(model, tokenizer, model_init)
+    records = sample_rows(
+        engine,
+        groups,
+        rubric,
+        params=SamplingParams(
+            max_new_tokens=section.max_completion_length,
+            temperature=section.temperature,
+            eos_token_ids=eos_token_ids(loaded, tokenizer),
+        ),
+        num_samples=section.num_samples,
+        file=folder / "samples.jsonl",
+        model=model,
+        seed=section.seed,
+    )
+    pairs = [
+        row
+        for record in records
+        for row in preference_rows(
+            record, pairs_per_prompt=section.pairs_per_prompt, min_margin=section.min_margin, seed=section.seed
+        )
+    ]
+    best = [best_row(record, min_reward=section.min_reward, seed=section.seed) for record in records]
+    made = {"pairs.jsonl": pairs, "best.jsonl": [row for row in best if row is not None]}
+    return {str(folder / name): write_rows(folder / name, own) for name, own in made.items()}
+
+
+def _engine(model: str, tokenizer: Any, model_init: dict[str, Any] | None) -> tuple[Any, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, _ = load_model(model, bf16=fast_bf16(device), init_kwargs=model_init)
+    return loaded, make_engine(loaded.to(device), tokenizer)
 
 
 def environment() -> dict[str, Any]:

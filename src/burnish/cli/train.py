@@ -1,4 +1,4 @@
-"""`burnish sft FILE`: supervised fine-tuning."""
+"""`burnish sft FILE` and the other commands that train one stage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> None:
     """Check the file, read the rows, train, save."""
-    file = load_run_file(args.file, args.overrides, "sft")
+    file = load_run_file(args.file, args.overrides, args.command)
     assert file.data.train is not None
     rows = load_rows(file.data.train, "data.train")
     eval_rows = load_rows(file.data.eval, "data.eval") if file.data.eval else None
-    from burnish.cli.stages import train_sft
+    from burnish.cli.stages import train
 
-    trainer = train_sft(
-        file.model, rows, file.training, eval_rows=eval_rows, model_init=file.model_init, peft=file.peft
+    trainer = train(
+        args.command,
+        file.model,
+        rows,
+        file.training,
+        rubric=file.rubric,
+        eval_rows=eval_rows,
+        model_init=file.model_init,
+        peft=file.peft,
     )
     print(f"saved to {trainer.args.output_dir}")

@@ -1,0 +1,22 @@
+"""`burnish pairs FILE`: samples of a model, judged by a rubric, as preference pairs and best-of-n demonstrations."""
+
+from __future__ import annotations
+
+import argparse
+
+from burnish.cli.config import load_run_file
+from burnish.data import load_rows
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the file, sample what has not been sampled yet, write the rows."""
+    file = load_run_file(args.file, args.overrides, "pairs")
+    assert file.data.train is not None and file.rubric is not None and file.pairs is not None
+    rows = load_rows(file.data.train, "data.train")
+    from burnish.cli.stages import make_pairs
+
+    counts = make_pairs(file.model, rows, file.rubric, file.pairs, model_init=file.model_init)
+    for name, count in counts.items():
+        print(f"{count} rows in {name}")

@@ -1,0 +1,123 @@
+"""Pairs from samples: the right ones, in the right format, resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from burnish import ConfigError, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from burnish.cli.main import main
+from burnish.data import encode_rows, prompt_group
+from burnish.pairs import best_row, preference_rows, sample_rows, write_rows
+from burnish.rewards import Rubric
+from burnish.rollout import SamplingParams, make_engine
+from test_trainers import settings
+
+ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(6)]
+PARAMS = SamplingParams(max_new_tokens=6, eos_token_ids=(0,))
+
+
+def digits(completions: list[str], **columns: Any) -> list[float]:
+    return [sum(c.isdigit() for c in text) / 8 for text in completions]
+
+
+def sample(text: str, reward: float | None, stop_reason: str = "eos") -> dict[str, Any]:
+    return {"text": text, "reward": reward, "criteria": {}, "errors": {}, "stop_reason": stop_reason}
+
+
+def record(*samples: dict[str, Any], prompt: Any = "p") -> dict[str, Any]:
+    return {"index": 3, "prompt": prompt, "row": {"answer": "7"}, "samples": list(samples)}
+
+
+def test_best_over_worst() -> None:
+    made = record(sample("a", 0.5), sample("b", 1.0), sample("c", 0.0), sample("d", 0.4))
+    rows = preference_rows(made, pairs_per_prompt=2)
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [("b", "c"), ("a", "d")]
+    assert rows[0] == {
+        "prompt": "p", "answer": "7", "chosen": "b", "rejected": "c", "score_chosen": 1.0, "score_rejected": 0.0,
+    }  # fmt: skip
+    assert len(preference_rows(made, pairs_per_prompt=2, min_margin=0.5)) == 1
+
+
+def test_what_makes_no_pair() -> None:
+    assert preference_rows(record(sample("a", 1.0), sample("b", 1.0))) == []
+    assert preference_rows(record(sample("a", 1.0), sample("a", 0.0))) == [], "equal texts"
+    assert preference_rows(record(sample("a", 1.0), sample("b", None))) == [], "a failed reward is no 0"
+    assert preference_rows(record(sample("a", 1.0), sample("b", 0.0, "length"))) == [], "cut off"
+    assert best_row(record(sample("a", None))) is None
+    assert best_row(record(sample("a", 0.4)), min_reward=0.5) is None
+
+
+def test_conversations_stay_conversations() -> None:
+    prompt = [{"role": "user", "content": "?"}]
+    made = record(sample("a", 1.0), sample("b", 0.0), prompt=prompt)
+    (row,) = preference_rows(made)
+    assert row["chosen"] == [{"role": "assistant", "content": "a"}]
+    best = best_row(made)
+    assert best is not None
+    assert best["completion"] == [{"role": "assistant", "content": "a"}]
+
+
+def sampled(file: Path, rows: Any = ROWS, model: Any = None, **changes: Any) -> list[dict[str, Any]]:
+    tokenizer = tiny.tokenizer()
+    engine = make_engine(model if model is not None else tiny.model(), tokenizer)
+    options: dict[str, Any] = {"params": PARAMS, "num_samples": 4, "model": "tiny", "prompts_per_round": 2, **changes}
+    groups = encode_rows(prompt_group, rows, tokenizer)
+    return sample_rows(engine, groups, Rubric.from_functions(digits, None), file=file, **options)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    whole = sampled(tmp_path / "a.jsonl")
+    assert [r["index"] for r in whole] == list(range(6))
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    assert sampled(tmp_path / "b.jsonl") == whole
+    assert sorted((tmp_path / "b.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+@pytest.mark.parametrize("changes", [{"model": "other"}, {"num_samples": 5}, {"seed": 1}, {"rows": ROWS[:5]}])
+def test_samples_of_another_run_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    sampled(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="samples of another model"):
+        sampled(tmp_path / "a.jsonl", **changes)
+
+
+def test_rows_train_the_stages_they_are_for(tmp_path: Path) -> None:
+    records = sampled(tmp_path / "samples.jsonl")
+    assert write_rows(tmp_path / "pairs.jsonl", [r for one in records for r in preference_rows(one)])
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    shared = settings(tmp_path, max_steps=1, per_device_train_batch_size=1)
+    DPOTrainer(tiny.model(), args=DPOConfig(**shared), train_dataset=pairs, processing_class=tiny.tokenizer()).train()
+    best = [row for one in records if (row := best_row(one)) is not None]
+    SFTTrainer(tiny.model(), SFTConfig(**shared), best, processing_class=tiny.tokenizer()).train()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "run.toml").write_text(
+        f"""
+model = "{tmp_path}/model"
+[data]
+train = {{ path = "{tmp_path}/rows.jsonl" }}
+[[rubric]]
+kind = "numeric"
+sources = ["last_number"]
+[pairs]
+output_dir = "{tmp_path}/out"
+num_samples = 4
+max_completion_length = 6
+"""
+    )
+    status = main(["pairs", str(tmp_path / "run.toml")])
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    assert (tmp_path / "out" / "samples.jsonl").is_file()
+    assert (tmp_path / "out" / "best.jsonl").is_file()
+    assert main(["pairs", str(tmp_path / "run.toml"), "--pairs.num_samples=1"]) == 2
+    assert "a pair needs at least 2" in capsys.readouterr().err
