@@ -1,0 +1,49 @@
+"""Losses of TRL's trainers on one batch, as JSON: run by test_trl_parity.py in TRL's own virtual environment."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "dpo": (DPOConfig, DPOTrainer),
+    "kto": (KTOConfig, KTOTrainer),
+    "cpo": (CPOConfig, CPOTrainer),
+    "orpo": (ORPOConfig, ORPOTrainer),
+}
+
+
+def loss(folder: Path, case: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """The first step's loss, at a learning rate of 0."""
+    config, trainer = CLASSES[case["trainer"]]
+    args = config(
+        output_dir=str(folder / "out"), max_steps=1, learning_rate=0.0, per_device_train_batch_size=len(rows),
+        use_cpu=True, bf16=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False, **case["config"],
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    models = {"model": AutoModelForCausalLM.from_pretrained(folder / "policy")}
+    if case["trainer"] in ("dpo", "kto"):
+        models["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "reference")
+    made = trainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    made.train()
+    return next(log["loss"] for log in made.state.log_history if "loss" in log)
+
+
+def main(folder: Path) -> None:
+    """Read cases, write losses."""
+    given = json.loads((folder / "cases.json").read_text())
+    found = {name: loss(folder, case, given["rows"][case["rows"]]) for name, case in given["cases"].items()}
+    (folder / "losses.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
