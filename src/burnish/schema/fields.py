@@ -85,7 +85,11 @@ class SFTFields(CommonFields):
         None, "Loss on the completion only. None: yes for prompt-completion rows, no for plain text."
     )
     assistant_only_loss: bool = _own(False, "Loss on the assistant's turns of a conversation only.")
-    loss_type: str = _own("nll", "The loss: nll, the mean over all scored tokens of the global batch.")
+    loss_type: str = _own(
+        "nll",
+        "The loss, a mean over all scored tokens of the global batch: nll, or dft (2508.05629), which weights each "
+        "token by its own probability.",
+    )
 
 
 @dataclass

@@ -144,7 +144,11 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
             _one_of("random", "sequential"),
             "use random or sequential; packing already balances batches by length",
         ),
-        ("loss_type", _one_of("nll"), "use nll; its logits are tiled already, so it is also the chunked one"),
+        (
+            "loss_type",
+            _one_of("nll", "dft"),
+            "use nll or dft; logits are tiled already, so nll is also the chunked one",
+        ),
     ),
     "grpo": (
         ("num_generations", _count(2), "a group is compared with itself: use at least 2"),

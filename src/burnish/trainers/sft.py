@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +16,28 @@ from burnish.data import as_rows, encode_rows, sft_group
 from burnish.errors import DataError
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import aggregate
-from burnish.objectives.supervised import nll
+from burnish.objectives.supervised import SUPERVISED_LOSSES
 from burnish.trainers.base import GroupTrainer, resolve_tokenizer
 from burnish.trainers.configs import SFTConfig
+from burnish.trainers.metrics import StepMetrics
 from burnish.types import Group, PackedBatch
 
 __all__ = ["SFTTrainer"]
+
+logger = logging.getLogger(__name__)
+
+_STATE = "sft.json"
+"""What a checkpoint holds of this trainer's own."""
 
 
 class SFTTrainer(GroupTrainer):
     r"""Supervised fine-tuning with the arguments of TRL's trainer; rows are always packed, never padded.
 
-    .. math:: \mathcal L = -\frac1N \sum_{t} \log \pi(y_t \mid y_{<t})
+    .. math:: \mathcal L = -\frac1N \sum_{t} w_t \log \pi(y_t \mid y_{<t})
 
-    with N the scored tokens of the whole optimizer step, over all micro-batches and ranks.
+    with N the scored tokens of the whole optimizer step, over all micro-batches and ranks, and w_t = 1 (`nll`) or the
+    token's own probability (`dft`). Logs hold `entropy` and `mean_token_accuracy`, means over scored tokens, and
+    `num_tokens`, all tokens trained on so far, each prompt counted once.
 
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
@@ -70,6 +81,9 @@ class SFTTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._metrics = StepMetrics()
+        self._num_tokens = 0
+        """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
 
     def _encode(self, dataset: Any) -> list[Group]:
         args = self.args
@@ -88,16 +102,50 @@ class SFTTrainer(GroupTrainer):
             chat_template=args.chat_template,
         )
 
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """Count the step's tokens."""
+        self._num_tokens += sum(group.num_tokens for group in groups)
+
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
-        """This batch's share of the mean negative log-likelihood."""
-        losses_N = nll(score(model, batch).logprobs)
+        """This batch's share of the loss."""
+        scores = score(model, batch, with_entropy=True)
+        assert scores.entropy is not None
+        self._metrics.add_tokens("entropy", scores.entropy)
+        self._metrics.add_tokens("mean_token_accuracy", scores.correct.float())
         return aggregate(
-            losses_N,
+            SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs),
             sequence_index_N=batch.sequence_index,
             num_sequences=batch.num_sequences,
             reduction="token",
             denominator=denominator,
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log of training."""
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.flush(self.sum_over_ranks), "num_tokens": self._total_tokens()}
+        super().log(logs, start_time)
+
+    def _total_tokens(self) -> float:
+        return self.sum_over_ranks(float(self._num_tokens))
+
+    def save_own_state(self, folder: Path) -> None:
+        """The tokens so far, of all processes."""
+        state = {"num_tokens": int(self._total_tokens())}
+        if self.is_world_process_zero():
+            (folder / _STATE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._num_tokens = 0
+        if not self.is_world_process_zero():
+            return
+        if (file := Path(checkpoint) / _STATE).is_file():
+            self._num_tokens = int(json.loads(file.read_text())["num_tokens"])
+        else:
+            logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _STATE)
 
     def evaluation_loop(
         self,
@@ -107,23 +155,21 @@ class SFTTrainer(GroupTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean negative log-likelihood and entropy over all scored tokens of all ranks."""
-        loss, entropy, tokens, rows = 0.0, 0.0, 0, 0
+        """Means of the loss, the entropy and the accuracy over all scored tokens of all ranks."""
+        sums, tokens, rows = {"loss": 0.0, "entropy": 0.0, "mean_token_accuracy": 0.0}, 0, 0
         with torch.no_grad(), eval_mode(self.model):
             for groups in dataloader:
                 for part in self.split(groups):
                     scores = score(self.model, self.pack_groups(part).to(self.args.device), with_entropy=True)
                     assert scores.entropy is not None
-                    loss += float(nll(scores.logprobs).sum())
-                    entropy += float(scores.entropy.sum())
+                    sums["loss"] += float(SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs).sum())
+                    sums["entropy"] += float(scores.entropy.sum())
+                    sums["mean_token_accuracy"] += float(scores.correct.sum())
                     tokens += scores.logprobs.numel()
                     rows += len(part)
         total = max(self.sum_over_ranks(tokens), 1.0)
-        metrics = {
-            f"{metric_key_prefix}_loss": self.sum_over_ranks(loss) / total,
-            f"{metric_key_prefix}_entropy": self.sum_over_ranks(entropy) / total,
-            f"{metric_key_prefix}_num_tokens": total,
-        }
+        metrics = {f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / total for name, value in sums.items()}
+        metrics[f"{metric_key_prefix}_num_tokens"] = self._total_tokens()
         empty: Any = None
         return EvalLoopOutput(
             predictions=empty, label_ids=empty, metrics=metrics, num_samples=int(self.sum_over_ranks(rows))

@@ -1,0 +1,123 @@
+"""Supervised fine-tuning: metrics, losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from burnish import SFTConfig, SFTTrainer
+from test_trainers import SPLITS, TEXTS, settings, sft, weights
+
+
+def tokens_of(row: dict[str, str]) -> tuple[list[int], list[int]]:
+    tokenizer = tiny.tokenizer()
+    return tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["completion"])["input_ids"], 0]
+
+
+def by_hand(rows: list[dict[str, str]], model: Any) -> dict[str, torch.Tensor]:
+    """Log-probability, entropy and accuracy of every completion token, one plain forward per row."""
+    found: dict[str, list[torch.Tensor]] = {"logprobs": [], "entropy": [], "correct": []}
+    for row in rows:
+        prompt, completion = tokens_of(row)
+        logprobs = model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        target = torch.tensor(completion)
+        found["logprobs"].append(logprobs.gather(1, target[:, None])[:, 0])
+        found["entropy"].append(-(logprobs.exp() * logprobs).sum(1))
+        found["correct"].append((logprobs.argmax(1) == target).float())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("split", [{}, *SPLITS])
+def test_metrics_are_means_over_all_tokens_since_the_last_log(tmp_path: Path, split: dict[str, int]) -> None:
+    # learning_rate 0: three steps of 8 rows see all 24 rows under one model.
+    changes = {"learning_rate": 0.0, "logging_steps": 3, "train_sampling_strategy": "sequential", **split}
+    trainer = sft(tmp_path, **changes)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    with torch.no_grad():
+        expected = by_hand(TEXTS, tiny.model())
+    assert log["entropy"] == pytest.approx(float(expected["entropy"].mean()), abs=1e-5)
+    assert log["mean_token_accuracy"] == pytest.approx(float(expected["correct"].mean()), abs=1e-7)
+    assert log["num_tokens"] == sum(len(ids) for row in TEXTS for ids in tokens_of(row))
+
+
+def test_evaluation_in_between_leaves_the_training_metrics_alone(tmp_path: Path) -> None:
+    logs = []
+    for evaluate in (False, True):
+        args = SFTConfig(
+            **settings(tmp_path, logging_steps=3, eval_strategy="steps" if evaluate else "no", eval_steps=1)
+        )
+        trainer = SFTTrainer(tiny.model(), args, TEXTS, TEXTS[:5], processing_class=tiny.tokenizer())
+        trainer.train()
+        history = trainer.state.log_history
+        logs.append(next(log for log in history if "loss" in log))
+        assert all(("entropy" in log) == ("loss" in log) for log in history)
+        assert not evaluate or history[0]["eval_num_tokens"] < logs[-1]["num_tokens"]
+    assert logs[0] == logs[1]
+
+
+def test_evaluation_is_the_mean_over_the_rows(tmp_path: Path) -> None:
+    args = SFTConfig(**settings(tmp_path, per_device_eval_batch_size=5, token_budget=40))
+    trainer = SFTTrainer(tiny.model(), args, TEXTS, TEXTS, processing_class=tiny.tokenizer())
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        expected = by_hand(TEXTS, tiny.model())
+    assert metrics["eval_loss"] == pytest.approx(-float(expected["logprobs"].mean()), abs=1e-5)
+    assert metrics["eval_entropy"] == pytest.approx(float(expected["entropy"].mean()), abs=1e-5)
+    assert metrics["eval_mean_token_accuracy"] == pytest.approx(float(expected["correct"].mean()), abs=1e-7)
+
+
+def test_num_tokens_goes_on_after_a_resume(tmp_path: Path) -> None:
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = sft(tmp_path, **changes)
+    whole.train()
+    resumed = sft(tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [log.get("num_tokens") for log in resumed.state.log_history] == [
+        log.get("num_tokens") for log in whole.state.log_history
+    ]
+
+
+def test_the_entropy_costs_no_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from burnish.model import head
+
+    seen: list[bool] = []
+    original = head._gradients  # pyright: ignore[reportPrivateUsage]
+
+    def recorded(operands: Any, target: Any, row: Any, *rest: Any) -> Any:
+        seen.append(row.entropy_grad is None)
+        return original(operands, target, row, *rest)
+
+    monkeypatch.setattr(head, "_gradients", recorded)
+    sft(tmp_path).train()
+    assert seen == [True] * 3
+
+
+@pytest.mark.parametrize("split", [{}, *SPLITS])
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_loss_and_gradient_by_hand(tmp_path: Path, loss_type: str, split: dict[str, int]) -> None:
+    changes = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1, "learning_rate": 0.5, "loss_type": loss_type}
+    trainer = sft(tmp_path, lr_scheduler_type="constant", train_sampling_strategy="sequential", **changes, **split)
+    start = weights(trainer)
+    trainer.train()
+    model = tiny.model()
+    logprobs = by_hand(TEXTS[:8], model)["logprobs"]
+    factors = logprobs.detach().exp() if loss_type == "dft" else torch.ones_like(logprobs)
+    loss = -(factors * logprobs).mean()
+    loss.backward()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        step = (start[name] - weights(trainer)[name]) / 0.5
+        torch.testing.assert_close(step, parameter.grad, rtol=0, atol=1e-5, msg=name)  # fp32 differences of weights
+
+
+def test_evaluation_reports_the_loss_that_trains(tmp_path: Path) -> None:
+    args = SFTConfig(**settings(tmp_path, loss_type="dft"))
+    metrics = SFTTrainer(tiny.model(), args, TEXTS, TEXTS, processing_class=tiny.tokenizer()).evaluate()
+    with torch.no_grad():
+        logprobs = by_hand(TEXTS, tiny.model())["logprobs"]
+    assert metrics["eval_loss"] == pytest.approx(-float((logprobs.exp() * logprobs).mean()), abs=1e-5)
