@@ -125,7 +125,10 @@ def test_bad_grpo_values(changes: dict[str, Any], message: str):
     [
         ({"packing": False}, r"^packing = False: rows are always packed"),
         ({"loss_type": "chunked_nll"}, r"^loss_type = 'chunked_nll': use nll or dft"),
-        ({"truncation_mode": "keep_end"}, r"^truncation_mode = 'keep_end': "),
+        (
+            {"truncation_mode": "keep_middle"},
+            r"^truncation_mode = 'keep_middle': use keep_start, keep_end, drop or split",
+        ),
         ({"max_length": 1}, r"^max_length = 1: "),
         ({"assistant_only_loss": True, "completion_only_loss": True}, r"set one of them"),
     ],

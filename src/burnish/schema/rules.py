@@ -137,7 +137,11 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
     ),
     "sft": (
         _MAX_LENGTH,
-        ("truncation_mode", _one_of("keep_start"), "only keep_start is supported; it keeps the beginning"),
+        (
+            "truncation_mode",
+            _one_of("keep_start", "keep_end", "drop", "split"),
+            "use keep_start, keep_end, drop or split",
+        ),
         ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
         (
             "train_sampling_strategy",

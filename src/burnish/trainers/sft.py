@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, sft_group
+from burnish.data import as_rows, encode_rows, sft_groups
 from burnish.errors import DataError
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import aggregate
@@ -93,10 +93,11 @@ class SFTTrainer(GroupTrainer):
         if args.dataset_text_field != "text":
             rows = [{**row, "text": row[args.dataset_text_field]} for row in rows]
         return encode_rows(
-            sft_group,
+            sft_groups,
             rows,
             self.tokenizer,
             max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
             completion_only_loss=args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
             chat_template=args.chat_template,
