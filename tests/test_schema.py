@@ -181,6 +181,15 @@ def test_every_refused_field_is_refused_unless_it_holds_the_default(kind: Kind):
             assert check_fields(kind, {name: default}) == {name: default}
 
 
+def test_noise_on_embeddings_is_for_sft_only():
+    assert check_fields("sft", {"neftune_noise_alpha": 5}) == {"neftune_noise_alpha": 5.0}
+    with pytest.raises(ConfigError, match=r"neftune_noise_alpha = 0\.0: use a number above 0"):
+        check_fields("sft", {"neftune_noise_alpha": 0.0})
+    for kind in ("reward", "dpo", "kto", "grpo"):
+        with pytest.raises(ConfigError, match=r"neftune_noise_alpha = 5\.0: .* supervised fine-tuning only"):
+            check_fields(kind, {"neftune_noise_alpha": 5.0})
+
+
 def test_data_loader_fields_are_refused_for_grpo_only():
     assert check_fields("sft", {"dataloader_num_workers": 2}) == {"dataloader_num_workers": 2}
     with pytest.raises(ConfigError, match="draws prompts itself"):

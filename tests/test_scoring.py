@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from burnish.errors import CheckFailed
-from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring, score
+from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, prepare_for_scoring, score
 from burnish.packing import pack
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes
@@ -178,6 +178,52 @@ def test_what_was_not_asked_for_is_none() -> None:
     logprobs, entropy = score(model, pack(groups()), with_entropy=True)
     assert logprobs is not None
     assert entropy is not None
+
+
+NOISY = [
+    Group([3, 4, 5], [Completion([6])]),
+    Group([], [Completion([7, 8, 9, 10, 11, 12, 13])]),
+    Group([1] * 20, [Completion([2] * 12)]),
+]
+
+
+def noise_of(model: Any, alpha: float) -> list[torch.Tensor]:
+    """What each sequence's embeddings had added to them, one [L, d] tensor a sequence."""
+    seen: list[torch.Tensor] = []
+    plain = model.get_input_embeddings().weight
+    with noisy_embeddings(model, pack(NOISY), alpha):
+        # Runs after the noise: what the decoder gets, less what the table holds.
+        handle = model.get_input_embeddings().register_forward_hook(lambda _, i, out: seen.append(out - plain[i[0]]))
+        score(model, pack(NOISY))
+        handle.remove()
+    assert len(seen) == 1
+    lengths = [group.num_tokens for group in NOISY]
+    rows = seen[0].detach()
+    return list(rows[0].split(lengths)) if rows.shape[0] == 1 else [r[:n] for r, n in zip(rows, lengths, strict=True)]
+
+
+def mamba() -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=1)).eval()
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_noise_is_scaled_by_each_sequence_and_reproducible(kind: str) -> None:
+    model = tiny.model("llama") if kind == "packed" else mamba()
+    prepare_for_scoring(model)
+    clean = score(model, pack(NOISY)).logprobs
+    torch.manual_seed(5)
+    found = noise_of(model, alpha=5.0)
+    for group, noise in zip(NOISY, found, strict=True):
+        bound = 5.0 / (group.num_tokens * 32) ** 0.5
+        # 128 uniform draws or more: the largest is within 10% of the bound but for one case in 10^5.
+        assert 0.9 * bound < float(noise.abs().max()) <= bound * (1 + 1e-5)
+        assert abs(float(noise.mean())) < 5 * bound / (3 * noise.numel()) ** 0.5
+    assert torch.equal(score(model, pack(NOISY)).logprobs, clean), "outside there is no noise"
+    torch.manual_seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(found, noise_of(model, alpha=5.0), strict=True))
 
 
 def test_unprepared_models_are_refused() -> None:

@@ -121,3 +121,41 @@ def test_evaluation_reports_the_loss_that_trains(tmp_path: Path) -> None:
     with torch.no_grad():
         logprobs = by_hand(TEXTS, tiny.model())["logprobs"]
     assert metrics["eval_loss"] == pytest.approx(-float((logprobs.exp() * logprobs).mean()), abs=1e-5)
+
+
+def test_noise_changes_training_by_the_seed_and_never_evaluation(tmp_path: Path) -> None:
+    runs = {}
+    for name, changes in {
+        "none": {},
+        "noise": {"neftune_noise_alpha": 5.0},
+        "again": {"neftune_noise_alpha": 5.0},
+    }.items():
+        args = SFTConfig(**settings(tmp_path / name, **changes))
+        trainer = SFTTrainer(tiny.model(), args, TEXTS, TEXTS, processing_class=tiny.tokenizer())
+        before = trainer.evaluate()
+        trainer.train()
+        runs[name] = (before["eval_loss"], weights(trainer))
+        assert not trainer.model.get_input_embeddings()._forward_hooks
+    assert runs["none"][0] == runs["noise"][0]
+    assert all(torch.equal(a, runs["again"][1][n]) for n, a in runs["noise"][1].items())
+    assert any((a - runs["none"][1][n]).abs().max() > 1e-3 for n, a in runs["noise"][1].items())
+
+
+def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(tmp_path: Path) -> None:
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "neftune_noise_alpha": 5.0}
+    whole = sft(tmp_path, **changes)
+    whole.train()
+    resumed = sft(tmp_path, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_truncation_mode_reaches_the_rows(tmp_path: Path) -> None:
+    rows = [{"text": "0123456789" * 3}, {"text": "012"}]
+    sizes = {}
+    for mode in ("keep_start", "keep_end", "drop", "split"):
+        args = SFTConfig(**settings(tmp_path, truncation_mode=mode, max_length=8))
+        trainer = SFTTrainer(tiny.model(), args, rows, processing_class=tiny.tokenizer())
+        sizes[mode] = [group.num_tokens for group in trainer.train_dataset]
+    assert sizes == {"keep_start": [8, 4], "keep_end": [8, 4], "drop": [4], "split": [8, 8, 8, 7, 4]}

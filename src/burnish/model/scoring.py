@@ -25,7 +25,7 @@ from burnish.model.support import supports_prefix
 from burnish.packing import to_row
 from burnish.types import PackedBatch
 
-__all__ = ["Scores", "ScoringRequest", "causal_lm", "eval_mode", "prepare_for_scoring", "score"]
+__all__ = ["Scores", "ScoringRequest", "causal_lm", "eval_mode", "noisy_embeddings", "prepare_for_scoring", "score"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,40 @@ def eval_mode(model: torch.nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def noisy_embeddings(model: torch.nn.Module, batch: PackedBatch, alpha: float) -> Generator[None]:
+    r"""Add NEFTune's noise (2310.05914) to the input embeddings of a batch that is scored inside.
+
+    .. math:: e_t + \frac{\alpha}{\sqrt{L d}} u, \quad u \sim \mathrm{Uniform}(-1, 1)^d
+
+    with L the length of the token's own sequence, prompt and completion, and not that of the packed row.
+
+    Args:
+        model: prepared by `prepare_for_scoring`; may be wrapped.
+        batch: packed groups of one completion each, on the model's device.
+        alpha: size of the noise.
+    """
+    lm = causal_lm(model)
+    lengths = torch.tensor([span.prompt[1] + span.completions[0][1] for span in batch.spans])
+    if cast(_Setup, lm._burnish_scoring).prefix:
+        assert all(len(span.completions) == 1 for span in batch.spans)
+        # Spans lie one after another and cover the row, so each length stands for as many tokens.
+        lengths = lengths.repeat_interleave(lengths)[None, :, None]
+    else:
+        lengths = lengths[:, None, None]
+    scale = (alpha / lengths.to(batch.input_ids.device).float().sqrt()).float()
+
+    def add(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * (scale / output.shape[-1] ** 0.5).to(output.dtype)
+
+    handle = lm.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def prepare_for_scoring(model: torch.nn.Module) -> None:

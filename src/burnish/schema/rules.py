@@ -142,6 +142,7 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
             _one_of("keep_start", "keep_end", "drop", "split"),
             "use keep_start, keep_end, drop or split",
         ),
+        ("neftune_noise_alpha", _optional(_above(0)), "use a number above 0, such as 5, or leave it out"),
         ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
         (
             "train_sampling_strategy",

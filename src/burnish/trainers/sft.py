@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, sft_groups
 from burnish.errors import DataError
-from burnish.model.scoring import eval_mode, score
+from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
 from burnish.trainers.base import GroupTrainer, resolve_tokenizer
@@ -81,6 +82,8 @@ class SFTTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # transformers would scale the noise by the length of the whole packed row.
+        self.neftune_noise_alpha = None
         self._metrics = StepMetrics()
         self._num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
@@ -109,7 +112,9 @@ class SFTTrainer(GroupTrainer):
 
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
         """This batch's share of the loss."""
-        scores = score(model, batch, with_entropy=True)
+        alpha = self.args.neftune_noise_alpha if model.training else None
+        with nullcontext() if alpha is None else noisy_embeddings(model, batch, alpha):
+            scores = score(model, batch, with_entropy=True)
         assert scores.entropy is not None
         self._metrics.add_tokens("entropy", scores.entropy)
         self._metrics.add_tokens("mean_token_accuracy", scores.correct.float())
