@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import tiny
-from burnish import SFTConfig, SFTTrainer
+from burnish import ConfigError, DataError, SFTConfig, SFTTrainer
+from burnish.trainers.stream import GroupStream
 from test_trainers import SPLITS, TEXTS, settings, sft, weights
 
 
@@ -159,3 +161,109 @@ def test_truncation_mode_reaches_the_rows(tmp_path: Path) -> None:
         trainer = SFTTrainer(tiny.model(), args, rows, processing_class=tiny.tokenizer())
         sizes[mode] = [group.num_tokens for group in trainer.train_dataset]
     assert sizes == {"keep_start": [8, 4], "keep_end": [8, 4], "drop": [4], "split": [8, 8, 8, 7, 4]}
+
+
+class Endless:
+    """Rows again and again, without a length; remembers how many were read."""
+
+    def __init__(self, rows: list[dict[str, str]]) -> None:
+        self.rows, self.read = rows, 0
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for row in self.rows:
+            self.read += 1
+            yield row
+
+
+def streamed(folder: Path, rows: Any, **changes: Any) -> SFTTrainer:
+    args = SFTConfig(**settings(folder, **{"per_device_train_batch_size": 4, "max_steps": 4, **changes}))
+    return SFTTrainer(tiny.model(), args, rows, processing_class=tiny.tokenizer())
+
+
+UNUSABLE = [{"prompt": "0" * 30, "completion": "1"}]
+"""The prompt alone fills max_length."""
+
+
+def sources() -> dict[str, Any]:
+    import datasets
+
+    return {
+        "iterable": Endless(TEXTS),
+        "generator": (row for row in TEXTS * 2),
+        "datasets": datasets.Dataset.from_list(TEXTS).to_iterable_dataset(),
+    }
+
+
+@pytest.mark.parametrize("source", ["iterable", "generator", "datasets"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_trains_as_the_list_does(tmp_path: Path, source: str, accumulation: int) -> None:
+    """4 steps of 8 rows are a pass over 24 rows and a third of the next."""
+    changes = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    changes["train_sampling_strategy"] = "sequential"
+    whole = streamed(tmp_path / "a", TEXTS, **changes)
+    whole.train()
+    stream = streamed(tmp_path / "b", sources()[source], **changes)
+    stream.train()
+    assert stream.state.global_step == 4
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(stream)[name]), name
+
+
+def test_a_stream_is_read_only_as_far_as_training_goes(tmp_path: Path) -> None:
+    rows = Endless(TEXTS)
+    trainer = streamed(tmp_path, rows, max_steps=2)
+    assert rows.read == 0
+    trainer.train()
+    assert rows.read == 2 * 4
+
+
+def test_unusable_rows_of_a_stream_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row for text in TEXTS for row in (*UNUSABLE, text)]
+    trainer = streamed(tmp_path / "a", Endless(rows), max_length=12)
+    trainer.train()
+    clean = streamed(tmp_path / "b", Endless(TEXTS), max_length=12)
+    clean.train()
+    assert all(torch.equal(value, weights(clean)[name]) for name, value in weights(trainer).items())
+    assert "16 of 32 rows are skipped" in caplog.text
+    with pytest.raises(DataError, match=r"a whole pass gave process 0 of 1 no row .*\(1 rows read\)"):
+        streamed(tmp_path / "c", Endless(UNUSABLE), max_length=12).train()
+
+
+@pytest.mark.parametrize("source", ["iterable", "generator", "datasets"])
+def test_a_resumed_stream_skips_what_was_consumed(tmp_path: Path, source: str) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 9, "max_steps": 5}
+    whole = streamed(tmp_path, sources()[source], **changes)
+    whole.train()
+    resumed = streamed(tmp_path, sources()[source], **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 5
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_an_iterator_that_ends_early_ends_training(tmp_path: Path) -> None:
+    trainer = streamed(tmp_path, (row for row in TEXTS[:10]))
+    trainer.train()
+    assert trainer.state.global_step == 3, "4 + 4 + 2 rows"
+
+
+def test_a_stream_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_steps = -1: train_dataset has no length"):
+        streamed(tmp_path, iter(TEXTS), max_steps=-1)
+    with pytest.raises(ConfigError, match=r"dataloader_num_workers = 2"):
+        streamed(tmp_path, iter(TEXTS), dataloader_num_workers=2)
+    with pytest.raises(DataError, match=r"dataset_text_field = 'story': row 0 has the columns \['body'\]"):
+        streamed(tmp_path, [{"body": "0"}], dataset_text_field="story")
+
+
+def test_ranks_share_the_rows_of_a_stream(tmp_path: Path) -> None:
+    trainer = streamed(tmp_path, Endless(TEXTS))
+    stream = trainer.train_dataset
+    assert isinstance(stream, GroupStream)
+    stream.world = 3
+    seen = []
+    for stream.rank in range(3):
+        groups = iter(stream)
+        seen += [next(groups).index for _ in range(8)]
+    assert sorted(seen) == list(range(24))
+    assert seen[:3] == [0, 3, 6]

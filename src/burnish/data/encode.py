@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 from burnish.data.chat import chat_spans, render_chat, resolve_chat_template
@@ -111,10 +112,15 @@ def encode_lazily(
     processing_class: Any,
     *,
     stats: EncodeStats,
+    rank: int = 0,
+    world: int = 1,
     **options: Any,
 ) -> Generator[Group]:
-    """As `encode_rows`, one row at a time; what it skipped is reported by `report_encoding`."""
-    for index, row in enumerate(rows):
+    """As `encode_rows`, one row at a time; what it skipped is reported by `report_encoding`.
+
+    Row i is encoded where i mod `world` is `rank`.
+    """
+    for index, row in islice(enumerate(rows), rank, None, world):
         stats.num_rows += 1
         try:
             made = encoder(row, processing_class, index=index, stats=stats, **options)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -18,9 +19,10 @@ from burnish.errors import DataError
 from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
-from burnish.trainers.base import GroupTrainer, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.configs import SFTConfig
 from burnish.trainers.metrics import StepMetrics
+from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
 
 __all__ = ["SFTTrainer"]
@@ -43,8 +45,9 @@ class SFTTrainer(GroupTrainer):
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
         args: `SFTConfig`.
-        train_dataset: rows with `text`, `messages`, or `prompt` and `completion`, plain or conversational.
-        eval_dataset: the same, held out.
+        train_dataset: rows with `text`, `messages`, or `prompt` and `completion`, plain or conversational. Without a
+            length (a `datasets.IterableDataset`, a generator) they are encoded as they come, in their own order.
+        eval_dataset: the same, held out; read whole.
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
@@ -72,11 +75,13 @@ class SFTTrainer(GroupTrainer):
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
         self.args = args
         self.tokenizer = resolve_tokenizer(model, processing_class)
+        if args.eos_token is not None:
+            self.tokenizer.eos_token = args.eos_token
         super().__init__(
             model,
             args,
             processing_class=self.tokenizer,
-            train_dataset=self._encode(train_dataset),
+            train_dataset=self._training_groups(train_dataset),
             eval_dataset=None if eval_dataset is None else self._encode(eval_dataset),
             peft_config=peft_config,
             callbacks=callbacks,
@@ -88,23 +93,51 @@ class SFTTrainer(GroupTrainer):
         self._num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
 
+    def _training_groups(self, dataset: Any) -> list[Group] | GroupStream:
+        rows = as_rows(dataset, "train_dataset")
+        if isinstance(rows, Sized):
+            return self._encode(rows)
+        GroupStream.check(self.args)
+        return GroupStream(rows, self._encode_row, self.tokenizer, self._encoding())
+
     def _encode(self, dataset: Any) -> list[Group]:
-        args = self.args
-        if args.eos_token is not None:
-            self.tokenizer.eos_token = args.eos_token
-        rows = as_rows(dataset)
-        if args.dataset_text_field != "text":
-            rows = [{**row, "text": row[args.dataset_text_field]} for row in rows]
-        return encode_rows(
-            sft_groups,
-            rows,
-            self.tokenizer,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            completion_only_loss=args.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            chat_template=args.chat_template,
-        )
+        return encode_rows(self._encode_row, as_rows(dataset), self.tokenizer, **self._encoding())
+
+    def _encoding(self) -> dict[str, Any]:
+        names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:
+        if (column := self.args.dataset_text_field) != "text":
+            if column not in row:
+                raise DataError(
+                    f"dataset_text_field = {column!r}: row {options['index']} has the columns {sorted(row)}; name the "
+                    "one with the text."
+                )
+            row = {**row, "text": row[column]}
+        return sft_groups(row, processing_class, **options)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Over the groups; each process reads its own share of a stream."""
+        stream = self.train_dataset
+        if not isinstance(stream, GroupStream):
+            return super().get_train_dataloader()
+        stream.rank, stream.world = self.accelerator.process_index, self.accelerator.num_processes
+        return DataLoader(stream, batch_size=self._train_batch_size, collate_fn=cast(Any, collate))
+
+    def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
+        """This rank's groups of one optimizer step; a stream that ends on one rank ends on all."""
+        groups = super().step_groups(epoch_iterator, num_batches)
+        if isinstance(self.train_dataset, GroupStream) and self.max_over_ranks(float(groups is None)):
+            return None
+        return groups
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards the log says what was skipped of a data set without a length."""
+        result = super().train(*args, **kwargs)
+        if isinstance(self.train_dataset, GroupStream):
+            self.train_dataset.report()
+        return result
 
     def prepare_groups(self, groups: Sequence[Group]) -> None:
         """Count the step's tokens."""
