@@ -267,3 +267,80 @@ def test_ranks_share_the_rows_of_a_stream(tmp_path: Path) -> None:
         seen += [next(groups).index for _ in range(8)]
     assert sorted(seen) == list(range(24))
     assert seen[:3] == [0, 3, 6]
+
+
+def nf4() -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def quantised(folder: Path, where: str, model: Any = None, peft_config: Any = None, **changes: Any) -> SFTTrainer:
+    """Quantised through the trainer's argument, through model_init_kwargs, or both."""
+    init = {"model_init_kwargs": {"quantization_config": nf4()}} if where != "argument" else {}
+    args = SFTConfig(**settings(folder / "run", **{**init, **changes}))
+    given = {"quantization_config": nf4()} if where != "init" else {}
+    path = str(folder / "model") if model is None else model
+    return SFTTrainer(path, args, TEXTS, processing_class=tiny.tokenizer(), peft_config=peft_config, **given)
+
+
+def test_quantisation_that_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="in model_init_kwargs: remove it from one"):
+        quantised(tmp_path, "both", peft_config=lora())
+    with pytest.raises(ConfigError, match="beside a model in memory"):
+        quantised(tmp_path, "argument", tiny.model(), lora())
+    for where in ("argument", "init"):
+        with pytest.raises(ConfigError, match="quantised weights cannot be trained"):
+            quantised(tmp_path, where)
+    monkeypatch.setattr("burnish.trainers.sft.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes: pip install 'burnish\[quant\]'"):
+        quantised(tmp_path, "argument", peft_config=lora())
+    init = {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}
+    with pytest.raises(ConfigError, match="needs the package bitsandbytes"):
+        SFTTrainer(
+            "x", SFTConfig(**settings(tmp_path, **init)), TEXTS, processing_class=tiny.tokenizer(), peft_config=lora()
+        )
+
+
+@pytest.mark.parametrize("where", ["argument", "init"])
+def test_quantisation_reaches_from_pretrained(tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way to the loader, without the package that quantises."""
+    seen: list[dict[str, Any]] = []
+
+    def load(name: str, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return tiny.model()
+
+    tiny.model().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("burnish.trainers.sft.find_spec", lambda name: object())
+    monkeypatch.setattr("burnish.model.loading.AutoModelForCausalLM.from_pretrained", load)
+    trainer = quantised(tmp_path, where, peft_config=lora())
+    assert [kwargs["quantization_config"].bnb_4bit_quant_type for kwargs in seen] == ["nf4"]
+    assert seen[0]["dtype"] == "auto"
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("where", ["argument", "init"])
+def test_adapters_train_on_quantised_weights(tmp_path: Path, where: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny.model(hidden_size=64, head_dim=16, intermediate_size=64).save_pretrained(tmp_path / "model")
+    trainer = quantised(tmp_path, where, peft_config=lora(), max_steps=20, learning_rate=1e-2)
+    kinds = {type(module).__name__ for module in trainer.model.modules()}
+    assert "Linear4bit" in kinds
+    before = weights(trainer)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < losses[0]
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)

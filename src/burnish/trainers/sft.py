@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, sft_groups
-from burnish.errors import DataError
+from burnish.errors import ConfigError, DataError
 from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
@@ -52,6 +54,8 @@ class SFTTrainer(GroupTrainer):
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
         peft_config: train these adapters instead of the weights.
+        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would; needs
+            `peft_config`.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -69,8 +73,10 @@ class SFTTrainer(GroupTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any = None,
+        quantization_config: Any = None,
     ) -> None:
         args = args if args is not None else SFTConfig()
+        args = _with_quantization(args, model, quantization_config, peft_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
         self.args = args
@@ -213,3 +219,37 @@ class SFTTrainer(GroupTrainer):
         return EvalLoopOutput(
             predictions=empty, label_ids=empty, metrics=metrics, num_samples=int(self.sum_over_ranks(rows))
         )
+
+
+def _with_quantization(args: SFTConfig, model: Any, quantization_config: Any, peft_config: Any) -> SFTConfig:
+    """Arguments whose `model_init_kwargs` hold the quantisation, checked before any weight is read."""
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ConfigError(
+                "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
+            )
+        if not isinstance(model, str | Path):
+            raise ConfigError(
+                "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+            )
+        kwargs["quantization_config"] = quantization_config
+    config = kwargs.get("quantization_config")
+    if config is None:
+        return args
+    if peft_config is None:
+        raise ConfigError(
+            "peft_config = None: quantised weights cannot be trained; pass adapters, such as LoraConfig()."
+        )
+    if _uses_bitsandbytes(config) and find_spec("bitsandbytes") is None:
+        raise ConfigError("quantization_config needs the package bitsandbytes: pip install 'burnish[quant]'.")
+    args = copy.copy(args)
+    args.model_init_kwargs = kwargs
+    return args
+
+
+def _uses_bitsandbytes(config: Any) -> bool:
+    fields = cast("Mapping[str, Any]", config if isinstance(config, Mapping) else vars(config))
+    method = fields.get("quant_method")
+    named = str(getattr(method, "value", method)) == "bitsandbytes"
+    return named or any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))
