@@ -157,6 +157,21 @@ def test_noise_changes_training_by_the_seed_and_never_evaluation(tmp_path: Path)
     assert any((a - runs["none"][1][n]).abs().max() > 1e-3 for n, a in runs["noise"][1].items())
 
 
+def test_the_row_length_scales_no_noise(tmp_path: Path) -> None:
+    """Ours is there while a part is scored; the hook of transformers would be there all the time."""
+    trainer = sft(tmp_path, neftune_noise_alpha=5.0)
+    hooks: list[int] = []
+    original = trainer.batch_loss
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        hooks.append(len(trainer.model.get_input_embeddings()._forward_hooks))
+        return original(*args, **kwargs)
+
+    trainer.batch_loss = counted  # type: ignore[method-assign]
+    trainer.train()
+    assert hooks == [0] * 3
+
+
 def test_a_resumed_run_draws_the_noise_of_the_uninterrupted_one(tmp_path: Path) -> None:
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "neftune_noise_alpha": 5.0}
     whole = sft(tmp_path, **changes)

@@ -10,11 +10,9 @@ never twice. EOS ends every plain text and plain completion; in conversations th
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
@@ -28,6 +26,7 @@ from burnish.data.formats import (
     row_template_kwargs,
     row_tools,
 )
+from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, truncate
 from burnish.data.tokens import plain_ids, split_ids, tokenize_chat, with_bos, with_eos
 from burnish.errors import ConfigError, DataError
 from burnish.types import Completion, Group
@@ -45,35 +44,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EncodeStats:
-    """What encoding did to the rows.
-
-    Attributes:
-        num_rows: rows seen.
-        num_kept: groups made.
-        num_cut_rows: rows with a sequence cut at `max_length`.
-        num_cut_tokens: tokens cut away.
-        num_skipped_rows: rows without a scored token left, and prompts over `max_prompt_length`.
-        num_rerendered_turns: assistant turns whose rendering differs from the one served (see `ChatSpans`).
-        num_dropped_rows: rows left out because they exceed `max_length` (`truncation_mode` drop).
-        num_dropped_tokens: their tokens.
-        num_split_rows: rows over `max_length` that became several groups (`truncation_mode` split).
-        num_split_tokens: their tokens; none is cut, but the first of each part is not scored.
-    """
-
-    num_rows: int = 0
-    num_kept: int = 0
-    num_cut_rows: int = 0
-    num_cut_tokens: int = 0
-    num_skipped_rows: int = 0
-    num_rerendered_turns: int = 0
-    num_dropped_rows: int = 0
-    num_dropped_tokens: int = 0
-    num_split_rows: int = 0
-    num_split_tokens: int = 0
 
 
 class _OverlongPromptError(DataError):
@@ -215,7 +185,7 @@ def sft_group(
         messages = [*row["prompt"], *row["completion"]] if paired else row["messages"]
         prompt_ids, completion = [], chat.conversation(messages, assistant_only_loss, stats)
     group = Group(prompt_ids, [completion], dict(row), index)
-    _truncate(group, max_length, stats)
+    truncate(group, max_length, stats)
     return group
 
 
@@ -251,7 +221,7 @@ def sft_groups(
     Raises:
         DataError, ConfigError: as `sft_group`, or a row with a completion under split.
     """
-    _check_limit("max_length", max_length)
+    check_limit("max_length", max_length)
     stats = EncodeStats() if stats is None else stats
     if truncation_mode == "split" and detect_format(row, stage="sft", index=index).kind is Kind.PROMPT_COMPLETION:
         raise ConfigError(
@@ -261,7 +231,7 @@ def sft_groups(
     group = sft_group(row, processing_class, index=index, stats=stats, **options)
     if max_length is None or group.num_tokens <= max_length:
         return [group]
-    return _TRUNCATIONS[truncation_mode](group, max_length, stats)
+    return TRUNCATIONS[truncation_mode](group, max_length, stats)
 
 
 def _plain_sft(
@@ -328,7 +298,7 @@ def preference_group(
         with _named(index):
             prompt_ids, completions = _plain_preference(processing_class, row)
     group = Group(prompt_ids, completions, dict(row), index)
-    _truncate(group, max_length, stats)
+    truncate(group, max_length, stats)
     return group
 
 
@@ -404,7 +374,7 @@ def prompt_group(
         DataError: the format, the template, a second system prompt, or a prompt over the limit.
     """
     del stats
-    _check_limit("max_prompt_length", max_prompt_length)
+    check_limit("max_prompt_length", max_prompt_length)
     fmt = detect_format(row, stage="prompt", index=index)
     prompt: Any = row["prompt"]
     if system_prompt is not None:
@@ -535,74 +505,3 @@ def _first_unscored(num_tokens: int) -> list[bool]:
 def _count_rerendered(stats: EncodeStats | None, num_turns: int) -> None:
     if stats is not None:
         stats.num_rerendered_turns += num_turns
-
-
-def _check_limit(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} = {value}: use a positive number of tokens, or None for no limit.")
-
-
-def _truncate(group: Group, max_length: int | None, stats: EncodeStats | None) -> None:
-    """Cut every sequence of a group at `max_length` tokens, and count."""
-    _check_limit("max_length", max_length)
-    if max_length is None:
-        return
-    total = group.num_tokens
-    group.prompt_ids = group.prompt_ids[:max_length]
-    room = max_length - len(group.prompt_ids)
-    for completion in group.completions:
-        completion.token_ids = completion.token_ids[:room]
-        if completion.loss_mask is not None:
-            completion.loss_mask = completion.loss_mask[:room]
-    if stats is not None and group.num_tokens < total:
-        stats.num_cut_rows += 1
-        stats.num_cut_tokens += total - group.num_tokens
-
-
-def _keep_start(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
-    _truncate(group, max_length, stats)
-    return [group]
-
-
-def _keep_end(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
-    num_cut = group.num_tokens - max_length
-    first = max(num_cut - len(group.prompt_ids), 0)
-    group.prompt_ids = group.prompt_ids[num_cut:]
-    group.completions = [_part(completion, first, None, bool(group.prompt_ids)) for completion in group.completions]
-    stats.num_cut_rows += 1
-    stats.num_cut_tokens += num_cut
-    return [group]
-
-
-def _drop(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
-    stats.num_dropped_rows += 1
-    stats.num_dropped_tokens += group.num_tokens
-    return []
-
-
-def _split(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
-    assert not group.prompt_ids
-    stats.num_split_rows += 1
-    stats.num_split_tokens += group.num_tokens
-    return [
-        dataclasses.replace(group, completions=[_part(completion, start, start + max_length, has_prompt=False)])
-        for completion in group.completions
-        for start in range(0, len(completion.token_ids), max_length)
-    ]
-
-
-def _part(completion: Completion, start: int, stop: int | None, has_prompt: bool) -> Completion:
-    """Some of a completion's tokens with their mask; nothing predicts the first of them where there is no prompt."""
-    ids = completion.token_ids[start:stop]
-    mask = None if completion.loss_mask is None else completion.loss_mask[start:stop]
-    if not has_prompt:
-        mask = [place > 0 and (mask is None or mask[place]) for place in range(len(ids))]
-    return dataclasses.replace(completion, token_ids=ids, loss_mask=mask)
-
-
-_TRUNCATIONS: dict[str, Callable[[Group, int, EncodeStats], list[Group]]] = {
-    "drop": _drop,
-    "keep_end": _keep_end,
-    "keep_start": _keep_start,
-    "split": _split,
-}
