@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
-SCORING, HEAD, NATIVE = "test_scoring.py", "test_head.py", "test_native.py"
+SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 
 MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # objectives
@@ -26,6 +26,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/policy.py", "-torch.minimum(unclipped_N", "-torch.maximum(unclipped_N", OBJECTIVES),
     ("objectives/policy.py", "advantages_N > 0, ratio_N > 1 + epsilon_high", "advantages_N < 0, ratio_N > 1 + epsilon_high", OBJECTIVES),
     ("objectives/policy.py", "logprobs_N - old_logprobs_N.detach()", "logprobs_N.detach() - old_logprobs_N", OBJECTIVES),
+    ("objectives/supervised.py", "-logprobs_N.detach().exp()", "-logprobs_N.exp()", OBJECTIVES),
     ("objectives/kl.py", "ref_logprobs_N.detach() - logprobs_N", "logprobs_N - ref_logprobs_N.detach()", OBJECTIVES),
     ("objectives/aggregate.py", "/ lengths_S.clamp(min=1)).sum()", ").sum()", OBJECTIVES),
     ("advantages.py", "(r - mean) / divisor", "(mean - r) / divisor", "test_advantages.py"),
@@ -58,6 +59,16 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/prefix.py", "torch.tanh(scores / softcap)", "torch.tanh(scores)", SCORING),
     ("model/head.py", "return self.spec.scale / self.temperature", "return self.spec.scale * self.temperature", HEAD),
     ("model/head.py", ".square_().neg_().add_(1)", ".square_().add_(1)", HEAD),
+    ("model/head.py", "picked_N == max_N", "picked_N <= max_N", HEAD),
+    ("model/head.py", "decay.square() * square_N[rows]", "decay * square_N[rows]", HEAD),
+    ("model/scoring.py", "span.prompt[1] + span.completions[0][1]", "span.completions[0][1]", SCORING),
+    # supervised fine-tuning
+    ("trainers/sft.py", "self.neftune_noise_alpha = None", "pass", SFT),
+    ("trainers/sft.py", "if \"loss\" in logs:", "if True:", SFT),
+    ("trainers/sft.py", "self._num_tokens = int(json.loads(file.read_text())[\"num_tokens\"])", "pass", SFT),
+    ("trainers/stream.py", "if once:", "if True:", SFT),
+    ("data/limits.py", "num_cut - len(group.prompt_ids)", "num_cut", "test_data.py"),
+    ("data/limits.py", "place > 0 and (mask is None or mask[place])", "mask is None or mask[place]", "test_data.py"),
     # rollouts
     ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
     ("rollout/stepping.py", "request.first_sample + sample)", "sample)", NATIVE),

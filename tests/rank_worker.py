@@ -23,8 +23,9 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     )
     model, tokenizer = tiny.model(dtype=getattr(torch, dtype)), tiny.tokenizer()
     trainer: Trainer
-    if stage == "sft":
-        trainer = SFTTrainer(model, SFTConfig(**shared), TEXTS, processing_class=tokenizer)
+    if stage in ("sft", "stream"):
+        rows = TEXTS if stage == "sft" else iter(TEXTS[:19])
+        trainer = SFTTrainer(model, SFTConfig(**shared), rows, processing_class=tokenizer)
     else:
         args = GRPOConfig(
             **shared, num_generations=4, max_completion_length=8, loss_type=stage, beta=0.1, logprob_check_bound=1.0,
@@ -40,7 +41,8 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     if trainer.is_world_process_zero():
         masters = own.master_weights
         weights = list(own.model.parameters()) if masters is None else masters.masters
-        logs = [{k: log[k] for k in ("loss", "reward") if k in log} for log in trainer.state.log_history]
+        names = ("loss", "reward", *(("entropy", "num_tokens") if stage in ("sft", "stream") else ()))
+        logs = [{k: log[k] for k in names if k in log} for log in trainer.state.log_history]
         torch.save({"start": start, "weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
 
 

@@ -17,6 +17,7 @@ from burnish.data import (
     prompt_group,
     resolve_chat_template,
     sft_group,
+    sft_groups,
     split_turns,
     unpaired_group,
 )
@@ -531,6 +532,69 @@ def test_truncation_is_counted(bpe: Any, caplog: pytest.LogCaptureFixture) -> No
     assert "1 of 3 rows are skipped" in caplog.text
     with pytest.raises(DataError, match=r"none of 1 rows has a token to learn from under \{'max_length': 2\}"):
         encode_rows(sft_group, rows[:1], bpe, max_length=2)
+
+
+TRUNCATED = [{"text": "abcdefg"}, {"text": "ab"}, {"prompt": "abcd", "completion": "xyz"}]
+
+
+def test_keep_end_keeps_the_end_and_its_mask(bpe: Any) -> None:
+    stats = EncodeStats()
+    rows = [*TRUNCATED, {"prompt": "ab", "completion": "abcdefg"}]
+    whole = [sft_group(row, bpe) for row in rows]
+    groups = encode_rows(sft_groups, rows, bpe, stats=stats, max_length=5, truncation_mode="keep_end")
+    assert [sequence(g) for g in groups] == [sequence(g)[-5:] for g in whole]
+    assert stats.num_cut_rows == 3
+    assert stats.num_cut_tokens == sum(max(0, g.num_tokens - 5) for g in whole)
+    assert decode(bpe, groups[2].prompt_ids) == "d"
+    assert runs(bpe, groups[2].completions[0]) == ["xyz<eos>"]
+    # A completion longer than the limit: nothing predicts the first token that is left.
+    assert groups[3].prompt_ids == []
+    assert runs(bpe, groups[3].completions[0]) == ["efg<eos>"]
+    assert decode(bpe, groups[3].completions[0].token_ids) == "defg<eos>"
+
+
+def test_truncation_keeps_masks_aligned(bpe: Any) -> None:
+    whole = sft_group({"messages": CHAT}, bpe, assistant_only_loss=True, chat_template=CHATML).completions[0]
+    assert whole.loss_mask is not None
+    options: dict[str, Any] = {"assistant_only_loss": True, "max_length": 16, "chat_template": CHATML}
+    end = sft_groups({"messages": CHAT}, bpe, truncation_mode="keep_end", **options)[0].completions[0]
+    assert end.token_ids == whole.token_ids[-16:]
+    assert end.loss_mask == [False, *whole.loss_mask[-15:]]
+    parts = [g.completions[0] for g in sft_groups({"messages": CHAT}, bpe, truncation_mode="split", **options)]
+    assert [t for part in parts for t in part.token_ids] == whole.token_ids
+    assert [m for part in parts for m in part.loss_mask or ()] == [
+        m and place % 16 > 0 for place, m in enumerate(whole.loss_mask)
+    ]
+    assert any(m for part in parts[1:] for m in part.loss_mask or ())
+
+
+def test_dropped_rows_are_counted(bpe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    stats = EncodeStats()
+    whole = [sft_group(row, bpe).num_tokens for row in TRUNCATED]
+    with caplog.at_level(logging.WARNING):
+        groups = encode_rows(sft_groups, TRUNCATED, bpe, stats=stats, max_length=5, truncation_mode="drop")
+    assert [(g.index, g.num_tokens) for g in groups] == [(1, whole[1])]
+    assert (stats.num_dropped_rows, stats.num_dropped_tokens) == (2, whole[0] + whole[2])
+    assert (stats.num_cut_rows, stats.num_skipped_rows) == (0, 0)
+    assert f"2 of 3 rows are dropped ({whole[0] + whole[2]} tokens)" in caplog.text
+    with pytest.raises(DataError, match="none of 1 rows"):
+        encode_rows(sft_groups, TRUNCATED[:1], bpe, max_length=5, truncation_mode="drop")
+
+
+def test_split_texts_lose_no_token(bpe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    stats = EncodeStats()
+    first, second = (sequence(sft_group(row, bpe)) for row in TRUNCATED[:2])
+    assert (len(first), len(second)) == (8, 3)
+    with caplog.at_level(logging.WARNING):
+        groups = encode_rows(sft_groups, TRUNCATED[:2], bpe, stats=stats, max_length=3, truncation_mode="split")
+    assert [(g.index, sequence(g)) for g in groups] == [(0, first[:3]), (0, first[3:6]), (0, first[6:]), (1, second)]
+    assert all(g.completions[0].loss_mask == [False] + [True] * (g.num_tokens - 1) for g in groups)
+    assert (stats.num_rows, stats.num_kept, stats.num_split_rows, stats.num_split_tokens) == (2, 4, 1, 8)
+    assert "1 of 2 rows are split (8 tokens)" in caplog.text
+    # A last part of one token has nothing to score and is no sequence.
+    assert len(encode_rows(sft_groups, TRUNCATED[:1], bpe, max_length=7, truncation_mode="split")) == 1
+    with pytest.raises(ConfigError, match=r"truncation_mode = 'split', but row 2 .*use keep_start, keep_end or drop"):
+        encode_rows(sft_groups, TRUNCATED, bpe, max_length=4, truncation_mode="split")
 
 
 def test_long_prompts_are_skipped_not_cut(bpe: Any) -> None:

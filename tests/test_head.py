@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import peft
@@ -85,6 +86,43 @@ def test_values_and_gradients_equal_the_plain_formula(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(("bias", "low_rank", "temperature", "spec"), OPTIONS)
+@pytest.mark.parametrize("tile_bytes", [1, 200, TINY_TILE, None])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_accuracy_and_collision_equal_the_plain_formula(
+    bias: bool, low_rank: bool, temperature: float, spec: HeadSpec, tile_bytes: int | None, with_entropy: bool
+) -> None:
+    ops = operands(5)
+    factors, b = (ops["u"], ops["b"]) if low_rank else None, ops["bias"] if bias else None
+    extra = {"temperature": temperature, "spec": spec, "low_rank": factors}
+    every = torch.stack(
+        [plain(ops["hidden"], ops["weight"], torch.full((NUM_TOKENS,), v), bias=b, **extra)[0] for v in range(VOCAB)], 1
+    )
+    best = every.argmax(1)
+    target = torch.where(torch.arange(NUM_TOKENS) % 2 == 0, best, (best + 1) % VOCAB)
+    flags = {"with_entropy": with_entropy, "with_collision": True}
+    got = tiled_logprobs(ops["hidden"], ops["weight"], target, bias_V=b, tile_bytes=tile_bytes, **flags, **extra)
+    assert got.correct.tolist() == [True, False] * 3 + [True]
+    assert got.log_collision is not None
+    assert not got.log_collision.requires_grad
+    torch.testing.assert_close(got.log_collision, (every.exp() ** 2).sum(1).log(), rtol=0, atol=1e-10)
+    alone = tiled_logprobs(ops["hidden"], ops["weight"], target, bias_V=b, tile_bytes=tile_bytes, **extra)
+    assert alone.entropy is None
+    assert alone.log_collision is None
+    assert torch.equal(alone.correct, got.correct)
+    torch.testing.assert_close(alone.logprobs, got.logprobs, rtol=0, atol=1e-12)  # other statistics, other tiles
+
+
+def test_accuracy_and_collision_of_extreme_logits() -> None:
+    hidden, weight = torch.tensor([[300.0], [0.0]]), torch.tensor([[1.0], [-1.0], [0.0]])
+    for tile_bytes in (1, None):
+        got = tiled_logprobs(hidden, weight, torch.tensor([0, 2]), with_collision=True, tile_bytes=tile_bytes)
+        assert got.correct.tolist() == [True, True], "the second row's logits are equal: none is likelier"
+        assert got.log_collision is not None
+        torch.testing.assert_close(got.log_collision, torch.tensor([0.0, -math.log(3)]))
+        assert not tiled_logprobs(hidden, weight, torch.tensor([1, 1]), tile_bytes=tile_bytes).correct[0]
+
+
 @pytest.mark.parametrize("frozen", ["none", "hidden", "weight", "low_rank"])
 @pytest.mark.parametrize("spec", [HeadSpec(), HeadSpec(0.8, 2.5)])
 def test_gradcheck_with_every_option(frozen: str, spec: HeadSpec) -> None:
@@ -105,7 +143,7 @@ def test_gradcheck_with_every_option(frozen: str, spec: HeadSpec) -> None:
 
 def test_hand_computed_uniform_head() -> None:
     hidden, weight = torch.ones(2, 3), torch.zeros(8, 3)
-    logprob, entropy = tiled_logprobs(hidden, weight, torch.tensor([0, 7]), with_entropy=True, tile_bytes=64)
+    logprob, entropy = tiled_logprobs(hidden, weight, torch.tensor([0, 7]), with_entropy=True, tile_bytes=64)[:2]
     assert entropy is not None
     expected = torch.full((2,), torch.tensor(8.0).log().item())
     torch.testing.assert_close(logprob, -expected)
@@ -119,14 +157,14 @@ def test_the_tile_size_changes_nothing(tile_bytes: int) -> None:
     for size in (None, tile_bytes):
         pair = tiled_logprobs(ops["hidden"], ops["weight"], target, with_entropy=True, tile_bytes=size)
         loss = (pair[0] + 0.3 * pair[1]).sum()  # type: ignore[operator]
-        results.append((*pair, *torch.autograd.grad(loss, [ops["hidden"], ops["weight"]])))
+        results.append((*pair[:2], *torch.autograd.grad(loss, [ops["hidden"], ops["weight"]])))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_large_logits_keep_the_statistics_finite() -> None:
     hidden, weight = torch.tensor([[300.0]]), torch.tensor([[1.0], [-1.0], [0.0]])
-    logprob, entropy = tiled_logprobs(hidden, weight, torch.tensor([1]), with_entropy=True, tile_bytes=1)
+    logprob, entropy = tiled_logprobs(hidden, weight, torch.tensor([1]), with_entropy=True, tile_bytes=1)[:2]
     assert logprob.item() == -600.0
     assert entropy is not None
     assert entropy.item() == 0.0
@@ -178,7 +216,7 @@ def test_rows_without_a_gradient_are_skipped_and_stay_zero() -> None:
 def test_no_tokens() -> None:
     weight = operands()["weight"]
     hidden = torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True)
-    logprob, entropy = tiled_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), with_entropy=True)
+    logprob, entropy = tiled_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), with_entropy=True)[:2]
     assert entropy is not None
     assert logprob.shape == entropy.shape == (0,)
     assert not torch.autograd.grad(logprob.sum(), weight)[0].any()
@@ -190,7 +228,7 @@ def test_bfloat16_products_with_fp32_statistics(weight_dtype: torch.dtype) -> No
     hidden = torch.randn(64, 32, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(500, 32, generator=generator).bfloat16().to(weight_dtype).requires_grad_()
     target = torch.randint(500, (64,), generator=generator)
-    logprob, entropy = tiled_logprobs(hidden, weight, target, with_entropy=True, tile_bytes=20_000)
+    logprob, entropy = tiled_logprobs(hidden, weight, target, with_entropy=True, tile_bytes=20_000)[:2]
     assert entropy is not None
     exact = plain(hidden.double(), weight.double(), target)
     assert logprob.dtype == entropy.dtype == torch.float32
@@ -208,7 +246,7 @@ def live_bytes(num_tokens: int, frozen: bool) -> LiveBytes:
     w = torch.randn(vocab, hidden, requires_grad=not frozen)
     target = torch.randint(vocab, (num_tokens,))
     with LiveBytes() as meter:
-        logprob, entropy = tiled_logprobs(h, w, target, with_entropy=True, tile_bytes=tile_bytes)
+        logprob, entropy = tiled_logprobs(h, w, target, with_entropy=True, tile_bytes=tile_bytes)[:2]
         assert entropy is not None
         (logprob + entropy).sum().backward()
     assert meter.largest < num_tokens * vocab
@@ -383,7 +421,7 @@ def test_head_spec_reproduces_the_models_own_logits(name: str, fields: dict[str,
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0]
         target = torch.randint(40, (6,))
-        logprob, entropy = head_logprobs(head, seen[0][0], target, spec=head_spec(config), with_entropy=True)
+        logprob, entropy = head_logprobs(head, seen[0][0], target, spec=head_spec(config), with_entropy=True)[:2]
     logp = logits.log_softmax(-1)
     torch.testing.assert_close(logprob, logp.gather(1, target[:, None])[:, 0], rtol=0, atol=1e-5)  # fp32
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from burnish.objectives.aggregate import aggregate, sequence_sums
 from burnish.objectives.kl import kl_k3
 from burnish.objectives.policy import clipped_surrogate, log_ratio
-from burnish.objectives.supervised import nll
+from burnish.objectives.supervised import SUPERVISED_LOSSES, dft, nll
 
 INDEX = torch.tensor([0, 0, 1, 1, 1, 2])
 
@@ -21,6 +21,24 @@ def f64(*values: float) -> torch.Tensor:
 
 def test_nll() -> None:
     assert torch.equal(nll(f64(-1.0, -0.5)), f64(1.0, 0.5))
+
+
+def test_dft_by_hand_and_by_differences_of_the_likelihood() -> None:
+    logprobs = f64(0.8, 0.25, 1.0).log().requires_grad_()
+    losses = dft(logprobs)
+    torch.testing.assert_close(losses.detach(), f64(0.8 * -math.log(0.8), 0.25 * math.log(4), 0.0), rtol=0, atol=1e-15)
+    (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
+    # The weight is a constant: the gradient is that of -p, not that of -p log p.
+    step = 1e-6
+    differences = ((logprobs - step).exp() - (logprobs + step).exp()) / (2 * step)
+    torch.testing.assert_close(gradient, differences.detach(), rtol=0, atol=1e-9)  # step^2 and 1e-16 / step
+
+
+def test_every_supervised_loss_vanishes_for_a_certain_token() -> None:
+    assert set(SUPERVISED_LOSSES) == {"dft", "nll"}
+    for loss in SUPERVISED_LOSSES.values():
+        assert loss(f64(0.0, -1.0)).tolist()[0] == 0.0
+        assert loss(f64(0.0, -1.0)).tolist()[1] > 0
 
 
 def test_sequence_sums_with_an_empty_sequence() -> None:

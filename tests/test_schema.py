@@ -124,8 +124,11 @@ def test_bad_grpo_values(changes: dict[str, Any], message: str):
     ("changes", "message"),
     [
         ({"packing": False}, r"^packing = False: rows are always packed"),
-        ({"loss_type": "chunked_nll"}, r"^loss_type = 'chunked_nll': use nll"),
-        ({"truncation_mode": "keep_end"}, r"^truncation_mode = 'keep_end': "),
+        ({"loss_type": "chunked_nll"}, r"^loss_type = 'chunked_nll': use nll or dft"),
+        (
+            {"truncation_mode": "keep_middle"},
+            r"^truncation_mode = 'keep_middle': use keep_start, keep_end, drop or split",
+        ),
         ({"max_length": 1}, r"^max_length = 1: "),
         ({"assistant_only_loss": True, "completion_only_loss": True}, r"set one of them"),
     ],
@@ -176,6 +179,15 @@ def test_every_refused_field_is_refused_unless_it_holds_the_default(kind: Kind):
         assert str(caught.value) == f"[training] {name} = {value!r}: {reason}."
         if default is not None:
             assert check_fields(kind, {name: default}) == {name: default}
+
+
+def test_noise_on_embeddings_is_for_sft_only():
+    assert check_fields("sft", {"neftune_noise_alpha": 5}) == {"neftune_noise_alpha": 5.0}
+    with pytest.raises(ConfigError, match=r"neftune_noise_alpha = 0\.0: use a number above 0"):
+        check_fields("sft", {"neftune_noise_alpha": 0.0})
+    for kind in ("reward", "dpo", "kto", "grpo"):
+        with pytest.raises(ConfigError, match=r"neftune_noise_alpha = 5\.0: .* supervised fine-tuning only"):
+            check_fields(kind, {"neftune_noise_alpha": 5.0})
 
 
 def test_data_loader_fields_are_refused_for_grpo_only():

@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from burnish.errors import CheckFailed
-from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring, score
+from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, prepare_for_scoring, score
 from burnish.packing import pack
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes
@@ -34,9 +34,9 @@ def groups(seed: int = 0) -> list[Group]:
     ]
 
 
-def plain_logprobs(model: Any, rows: list[Group], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One eager forward of the untouched model per sequence."""
-    logprobs, entropies = [], []
+def plain_logprobs(model: Any, rows: list[Group], temperature: float) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities, entropies, accuracy and log collision: one eager forward of the model per sequence."""
+    logprobs, entropies, correct, collisions = [], [], [], []
     for group in rows:
         for completion in group.completions:
             ids = torch.tensor([group.prompt_ids + completion.token_ids])
@@ -47,19 +47,34 @@ def plain_logprobs(model: Any, rows: list[Group], temperature: float) -> tuple[t
                 if place > 0 and (completion.loss_mask is None or completion.loss_mask[j]):
                     logprobs.append(log_all[place - 1, token])
                     entropies.append(-(log_all[place - 1].exp() * log_all[place - 1]).sum())
-    return torch.stack(logprobs), torch.stack(entropies)
+                    correct.append(log_all[place - 1].argmax() == token)
+                    collisions.append((log_all[place - 1].exp() ** 2).sum().log())
+    return torch.stack(logprobs), torch.stack(entropies), torch.stack(correct), torch.stack(collisions).detach()
+
+
+def likeliest(model: Any, group: Group, completion: int, place: int) -> int:
+    ids = torch.tensor([group.prompt_ids + group.completions[completion].token_ids[:place]])
+    return int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax())
 
 
 def compare(plain: Any, packed: Any, tolerance: float, temperature: float = 0.7) -> None:
     rows = groups()
+    # An accuracy of zero would not tell a mistake: some tokens become what the model expects.
+    rows[0].completions[0].token_ids[2] = likeliest(plain, rows[0], 0, 2)
+    rows[3].completions[0].token_ids[3] = likeliest(plain, rows[3], 0, 3)
     weights = torch.linspace(-1, 1, sum(c.num_scored_tokens for g in rows for c in g.completions) - 1).double()
-    expected, entropy = plain_logprobs(plain, rows, temperature)
+    expected, entropy, correct, collision = plain_logprobs(plain, rows, temperature)
     ((expected * weights).sum() + 0.3 * (entropy * weights.flip(0)).sum()).backward()
-    got = score(packed, pack(rows), temperature=temperature, with_entropy=True)
+    got = score(packed, pack(rows), temperature=temperature, with_entropy=True, with_collision=True)
     assert got.entropy is not None
+    assert got.log_collision is not None
     ((got.logprobs * weights).sum() + 0.3 * (got.entropy * weights.flip(0)).sum()).backward()
     torch.testing.assert_close(got.logprobs, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(got.entropy, entropy, rtol=0, atol=tolerance)
+    torch.testing.assert_close(got.log_collision, collision, rtol=0, atol=tolerance)
+    assert not got.log_collision.requires_grad
+    assert torch.equal(got.correct, correct)
+    assert int(correct.sum()) >= 2
     reference = {name: p.grad for name, p in plain.named_parameters()}
     assert reference
     for name, parameter in packed.named_parameters():
@@ -151,6 +166,64 @@ def test_nothing_scored_has_a_gradient_of_zero() -> None:
     assert scores.logprobs.shape == (0,)
     scores.logprobs.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_what_was_not_asked_for_is_none() -> None:
+    model = tiny.model("llama")
+    prepare_for_scoring(model)
+    scores = score(model, pack(groups()))
+    assert scores.entropy is None
+    assert scores.log_collision is None
+    assert scores.correct.dtype == torch.bool
+    logprobs, entropy = score(model, pack(groups()), with_entropy=True)
+    assert logprobs is not None
+    assert entropy is not None
+
+
+NOISY = [
+    Group([3, 4, 5], [Completion([6])]),
+    Group([], [Completion([7, 8, 9, 10, 11, 12, 13])]),
+    Group([1] * 20, [Completion([2] * 12)]),
+]
+
+
+def noise_of(model: Any, alpha: float) -> list[torch.Tensor]:
+    """What each sequence's embeddings had added to them, one [L, d] tensor a sequence."""
+    seen: list[torch.Tensor] = []
+    plain = model.get_input_embeddings().weight
+    with noisy_embeddings(model, pack(NOISY), alpha):
+        # Runs after the noise: what the decoder gets, less what the table holds.
+        handle = model.get_input_embeddings().register_forward_hook(lambda _, i, out: seen.append(out - plain[i[0]]))
+        score(model, pack(NOISY))
+        handle.remove()
+    assert len(seen) == 1
+    lengths = [group.num_tokens for group in NOISY]
+    rows = seen[0].detach()
+    return list(rows[0].split(lengths)) if rows.shape[0] == 1 else [r[:n] for r, n in zip(rows, lengths, strict=True)]
+
+
+def mamba() -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=1)).eval()
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded"])
+def test_noise_is_scaled_by_each_sequence_and_reproducible(kind: str) -> None:
+    model = tiny.model("llama") if kind == "packed" else mamba()
+    prepare_for_scoring(model)
+    clean = score(model, pack(NOISY)).logprobs
+    torch.manual_seed(5)
+    found = noise_of(model, alpha=5.0)
+    for group, noise in zip(NOISY, found, strict=True):
+        bound = 5.0 / (group.num_tokens * 32) ** 0.5
+        # 128 uniform draws or more: the largest is within 10% of the bound but for one case in 10^5.
+        assert 0.9 * bound < float(noise.abs().max()) <= bound * (1 + 1e-5)
+        assert abs(float(noise.mean())) < 5 * bound / (3 * noise.numel()) ** 0.5
+    assert torch.equal(score(model, pack(NOISY)).logprobs, clean), "outside there is no noise"
+    torch.manual_seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(found, noise_of(model, alpha=5.0), strict=True))
 
 
 def test_unprepared_models_are_refused() -> None:

@@ -112,7 +112,13 @@ def test_sft_learns_evaluates_and_saves_what_transformers_loads(tmp_path: Path) 
     trainer.train()
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"] - 0.5
-    assert after["eval_num_tokens"] == before["eval_num_tokens"] > 0
+    assert after["eval_entropy"] < before["eval_entropy"]
+    assert after["eval_mean_token_accuracy"] > before["eval_mean_token_accuracy"] + 0.1
+    assert before["eval_num_tokens"] == 0
+    assert (
+        after["eval_num_tokens"]
+        == next(log for log in reversed(trainer.state.log_history) if "loss" in log)["num_tokens"]
+    )
     trainer.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation != "burnish"

@@ -3,10 +3,13 @@
 from burnish.data.chat import DEFAULT_CHAT_TEMPLATE, resolve_chat_template
 from burnish.data.encode import (
     EncodeStats,
+    encode_lazily,
     encode_rows,
     preference_group,
     prompt_group,
+    report_encoding,
     sft_group,
+    sft_groups,
     unpaired_group,
 )
 from burnish.data.formats import Format, Kind, detect_format, split_turns, unpair
@@ -22,12 +25,15 @@ __all__ = [
     "check_source",
     "detect_format",
     "disjoint",
+    "encode_lazily",
     "encode_rows",
     "load_rows",
     "preference_group",
     "prompt_group",
+    "report_encoding",
     "resolve_chat_template",
     "sft_group",
+    "sft_groups",
     "split_turns",
     "unpair",
     "unpaired_group",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 from burnish.data.chat import chat_spans, render_chat, resolve_chat_template
@@ -26,34 +26,24 @@ from burnish.data.formats import (
     row_template_kwargs,
     row_tools,
 )
+from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, truncate
 from burnish.data.tokens import plain_ids, split_ids, tokenize_chat, with_bos, with_eos
 from burnish.errors import ConfigError, DataError
 from burnish.types import Completion, Group
 
-__all__ = ["EncodeStats", "encode_rows", "preference_group", "prompt_group", "sft_group", "unpaired_group"]
+__all__ = [
+    "EncodeStats",
+    "encode_lazily",
+    "encode_rows",
+    "preference_group",
+    "prompt_group",
+    "report_encoding",
+    "sft_group",
+    "sft_groups",
+    "unpaired_group",
+]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EncodeStats:
-    """What encoding did to the rows.
-
-    Attributes:
-        num_rows: rows seen.
-        num_kept: groups made.
-        num_cut_rows: rows with a sequence cut at `max_length`.
-        num_cut_tokens: tokens cut away.
-        num_skipped_rows: rows without a scored token left, and prompts over `max_prompt_length`.
-        num_rerendered_turns: assistant turns whose rendering differs from the one served (see `ChatSpans`).
-    """
-
-    num_rows: int = 0
-    num_kept: int = 0
-    num_cut_rows: int = 0
-    num_cut_tokens: int = 0
-    num_skipped_rows: int = 0
-    num_rerendered_turns: int = 0
 
 
 class _OverlongPromptError(DataError):
@@ -61,7 +51,7 @@ class _OverlongPromptError(DataError):
 
 
 def encode_rows(
-    encoder: Callable[..., Group],
+    encoder: Callable[..., Group | list[Group]],
     rows: Iterable[Mapping[str, Any]],
     processing_class: Any,
     *,
@@ -71,7 +61,7 @@ def encode_rows(
     """Encode rows, skipping (and counting) those that leave nothing to learn from.
 
     Args:
-        encoder: `sft_group`, `preference_group`, `unpaired_group` or `prompt_group`.
+        encoder: `sft_group`, `sft_groups`, `preference_group`, `unpaired_group` or `prompt_group`.
         rows: the rows; their place is the group's index.
         processing_class: tokenizer or processor.
         stats: counters to add to.
@@ -81,39 +71,61 @@ def encode_rows(
         DataError: a row that cannot be encoded, no rows, or all rows skipped.
     """
     stats = EncodeStats() if stats is None else stats
-    groups: list[Group] = []
-    for index, row in enumerate(rows):
-        stats.num_rows += 1
-        try:
-            group = encoder(row, processing_class, index=index, stats=stats, **options)
-        except _OverlongPromptError:
-            stats.num_skipped_rows += 1
-            continue
-        if all(completion.num_scored_tokens > 0 for completion in group.completions):
-            groups.append(group)
-        else:
-            stats.num_skipped_rows += 1
-    stats.num_kept += len(groups)
-    _report(stats, bool(groups), options)
+    groups = list(encode_lazily(encoder, rows, processing_class, stats=stats, **options))
+    report_encoding(stats, options)
     return groups
 
 
-def _report(stats: EncodeStats, any_kept: bool, options: Mapping[str, Any]) -> None:
+def encode_lazily(
+    encoder: Callable[..., Group | list[Group]],
+    rows: Iterable[Mapping[str, Any]],
+    processing_class: Any,
+    *,
+    stats: EncodeStats,
+    rank: int = 0,
+    world: int = 1,
+    **options: Any,
+) -> Generator[Group]:
+    """As `encode_rows`, one row at a time; what it skipped is reported by `report_encoding`.
+
+    Row i is encoded where i mod `world` is `rank`.
+    """
+    for index, row in islice(enumerate(rows), rank, None, world):
+        stats.num_rows += 1
+        try:
+            made = encoder(row, processing_class, index=index, stats=stats, **options)
+        except _OverlongPromptError:
+            stats.num_skipped_rows += 1
+            continue
+        made = made if isinstance(made, list) else [made]
+        kept = [group for group in made if all(c.num_scored_tokens > 0 for c in group.completions)]
+        stats.num_kept += len(kept)
+        stats.num_skipped_rows += bool(made) and not kept
+        yield from kept
+
+
+def report_encoding(stats: EncodeStats, options: Mapping[str, Any]) -> None:
+    """Log what encoding cut, dropped, split and skipped.
+
+    Raises:
+        DataError: nothing is left.
+    """
     limits = {k: v for k, v in options.items() if k in ("max_length", "max_prompt_length") and v is not None}
-    if not any_kept:
+    if not stats.num_kept:
         raise DataError(
             f"none of {stats.num_rows} rows has a token to learn from under {limits or 'no limits'}: raise the limits, "
             "or check that the rows have assistant turns or completions."
         )
-    if stats.num_cut_rows * 2 > stats.num_rows:
-        logger.warning(
-            "%d of %d rows are cut (%d tokens) under %s: most completions lose their end, and with it the EOS token. "
-            "Raise max_length.",
-            stats.num_cut_rows,
-            stats.num_rows,
-            stats.num_cut_tokens,
-            limits,
-        )
+    for verb, rows, tokens in (
+        ("cut", stats.num_cut_rows, stats.num_cut_tokens),
+        ("dropped", stats.num_dropped_rows, stats.num_dropped_tokens),
+        ("split", stats.num_split_rows, stats.num_split_tokens),
+    ):
+        if rows:
+            text = "%d of %d rows are %s (%d tokens) under %s."
+            logger.warning(text, rows, stats.num_rows, verb, tokens, limits)
+    if stats.num_cut_rows * 2 > stats.num_rows and options.get("truncation_mode") != "keep_end":
+        logger.warning("Most completions lose their end, and with it the EOS token: raise max_length.")
     if stats.num_skipped_rows:
         logger.warning("%d of %d rows are skipped under %s.", stats.num_skipped_rows, stats.num_rows, limits)
 
@@ -173,8 +185,53 @@ def sft_group(
         messages = [*row["prompt"], *row["completion"]] if paired else row["messages"]
         prompt_ids, completion = [], chat.conversation(messages, assistant_only_loss, stats)
     group = Group(prompt_ids, [completion], dict(row), index)
-    _truncate(group, max_length, stats)
+    truncate(group, max_length, stats)
     return group
+
+
+def sft_groups(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    stats: EncodeStats | None = None,
+    **options: Any,
+) -> list[Group]:
+    """As `sft_group`, with a choice of what becomes of a sequence above `max_length` tokens.
+
+    - keep_start: its first tokens stay.
+    - keep_end: its last tokens stay; the prompt loses its beginning first, and with it the BOS token.
+    - drop: the row is left out.
+    - split: a text or conversation becomes consecutive sequences; the first token of each is not scored.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        max_length: most tokens of prompt and completion together.
+        truncation_mode: one of the above.
+        stats: counters to add to.
+        options: `completion_only_loss`, `assistant_only_loss`, `chat_template` of `sft_group`.
+
+    Returns:
+        No group (drop), one, or several (split).
+
+    Raises:
+        DataError, ConfigError: as `sft_group`, or a row with a completion under split.
+    """
+    check_limit("max_length", max_length)
+    stats = EncodeStats() if stats is None else stats
+    if truncation_mode == "split" and detect_format(row, stage="sft", index=index).kind is Kind.PROMPT_COMPLETION:
+        raise ConfigError(
+            f"truncation_mode = 'split', but row {index} has a prompt and a completion: a later part would lose its "
+            "prompt; use keep_start, keep_end or drop, or give rows of text."
+        )
+    group = sft_group(row, processing_class, index=index, stats=stats, **options)
+    if max_length is None or group.num_tokens <= max_length:
+        return [group]
+    return TRUNCATIONS[truncation_mode](group, max_length, stats)
 
 
 def _plain_sft(
@@ -241,7 +298,7 @@ def preference_group(
         with _named(index):
             prompt_ids, completions = _plain_preference(processing_class, row)
     group = Group(prompt_ids, completions, dict(row), index)
-    _truncate(group, max_length, stats)
+    truncate(group, max_length, stats)
     return group
 
 
@@ -317,7 +374,7 @@ def prompt_group(
         DataError: the format, the template, a second system prompt, or a prompt over the limit.
     """
     del stats
-    _check_limit("max_prompt_length", max_prompt_length)
+    check_limit("max_prompt_length", max_prompt_length)
     fmt = detect_format(row, stage="prompt", index=index)
     prompt: Any = row["prompt"]
     if system_prompt is not None:
@@ -448,25 +505,3 @@ def _first_unscored(num_tokens: int) -> list[bool]:
 def _count_rerendered(stats: EncodeStats | None, num_turns: int) -> None:
     if stats is not None:
         stats.num_rerendered_turns += num_turns
-
-
-def _check_limit(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} = {value}: use a positive number of tokens, or None for no limit.")
-
-
-def _truncate(group: Group, max_length: int | None, stats: EncodeStats | None) -> None:
-    """Cut every sequence of a group at `max_length` tokens, and count."""
-    _check_limit("max_length", max_length)
-    if max_length is None:
-        return
-    total = group.num_tokens
-    group.prompt_ids = group.prompt_ids[:max_length]
-    room = max_length - len(group.prompt_ids)
-    for completion in group.completions:
-        completion.token_ids = completion.token_ids[:room]
-        if completion.loss_mask is not None:
-            completion.loss_mask = completion.loss_mask[:room]
-    if stats is not None and group.num_tokens < total:
-        stats.num_cut_rows += 1
-        stats.num_cut_tokens += total - group.num_tokens

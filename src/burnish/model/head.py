@@ -1,4 +1,4 @@
-"""The language-model head without [N, V]: log-probability and entropy of scored tokens, tile by tile.
+"""The language-model head without [N, V]: log-probability, entropy and other figures of scored tokens, tile by tile.
 
 The forward pass keeps two numbers per token (log Z and, on request, the entropy); the backward pass computes each tile
 of logits again and turns it into its own gradient in place. The vocabulary is the outer loop, so the gradient of a
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from burnish.errors import ConfigError, ModelError
 
-__all__ = ["HeadSpec", "head_logprobs", "head_spec", "tiled_logprobs"]
+__all__ = ["HeadOutput", "HeadSpec", "head_logprobs", "head_spec", "tiled_logprobs"]
 
 _TILE_BYTES = {"cpu": 16 * 2**20}  # a tile that stays in the last-level cache makes the elementwise passes nearly free
 _TILE_BYTES_ACCELERATOR, _MIN_COLUMNS = 256 * 2**20, 256
@@ -35,6 +35,22 @@ class HeadSpec:
 
     scale: float = 1.0
     softcap: float | None = None
+
+
+class HeadOutput(NamedTuple):
+    """What the head says of each token.
+
+    Attributes:
+        logprobs: [N] log-probability of the target in nats, fp32 or float64; differentiable.
+        entropy: [N] entropy of the distribution in nats, or None where it was not asked for; differentiable.
+        correct: [N] bool, whether no token is likelier than the target.
+        log_collision: [N] log-probability that two draws agree, or None where it was not asked for; no gradient.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    correct: Tensor
+    log_collision: Tensor | None
 
 
 class _Rule(NamedTuple):
@@ -114,6 +130,7 @@ class _Options:
     spec: HeadSpec
     temperature: float
     with_entropy: bool
+    with_collision: bool
     tile_bytes: int
 
     @property
@@ -191,11 +208,11 @@ def _locate(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return (target - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None], inside
 
 
-def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(log-probability, log Z, entropy) of each row, by a streaming log-sum-exp over the vocabulary."""
+def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tuple[HeadOutput, Tensor]:
+    """What the head says of each row, and its log Z, by a streaming log-sum-exp over the vocabulary."""
     tiles = _Tiles(operands, options, num_scratch=int(options.with_entropy))
     max_N = target_N.new_full(target_N.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype)
-    sum_N, dot_N = torch.zeros_like(max_N), torch.zeros_like(max_N)
+    sum_N, dot_N, square_N = (torch.zeros_like(max_N) for _ in range(3))
     picked_N = torch.full_like(max_N, torch.nan)  # stays NaN for a target outside the vocabulary
     for columns in tiles.columns:
         for rows in tiles.rows:
@@ -211,10 +228,13 @@ def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tup
             else:
                 weight = z.exp_()
             sum_N[rows] = decay * sum_N[rows] + weight.sum(1)
+            if options.with_collision:
+                square_N[rows] = decay.square() * square_N[rows] + weight.square_().sum(1)
             max_N[rows] = new_max
     log_sum_N = sum_N.log()
     entropy_N = log_sum_N - dot_N / sum_N if options.with_entropy else None
-    return picked_N - max_N - log_sum_N, max_N + log_sum_N, entropy_N
+    collision_N = square_N.log() - 2 * log_sum_N if options.with_collision else None
+    return HeadOutput(picked_N - max_N - log_sum_N, entropy_N, picked_N == max_N, collision_N), max_N + log_sum_N
 
 
 class _RowGradients(NamedTuple):
@@ -312,21 +332,22 @@ def _gradients(
 
 class _TiledLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = _Operands(*tensors)  # type: ignore[arg-type]
         with torch.autocast(operands.hidden.device.type, enabled=False):
-            logprob_N, log_z_N, entropy_N = _statistics(operands, target_N, options)
+            output, log_z_N = _statistics(operands, target_N, options)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(target_N, log_z_N, entropy_N, *operands)
-        return logprob_N, entropy_N
+        ctx.save_for_backward(target_N, log_z_N, output.entropy, *operands)
+        ctx.mark_non_differentiable(*(tensor for tensor in output[2:] if tensor is not None))
+        return tuple(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         target_N, log_z_N, entropy_N, *tensors = ctx.saved_tensors
         operands, options = _Operands(*tensors), cast("_Options", ctx.options)
-        logprob_grad, entropy_grad = grad_outputs
+        logprob_grad, entropy_grad = grad_outputs[:2]
         logprob_grad = torch.zeros_like(log_z_N) if logprob_grad is None else logprob_grad
         columns = [log_z_N, logprob_grad * -options.slope]
         if entropy_grad is not None:
@@ -358,11 +379,13 @@ def tiled_logprobs(
     temperature: float = 1.0,
     spec: HeadSpec = HeadSpec(),
     with_entropy: bool = False,
+    with_collision: bool = False,
     tile_bytes: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> HeadOutput:
     """Log-probability and entropy of tokens under a softmax head, without the [N, V] logits.
 
-    z = c tanh(s (h W^T + bias + u b^T) / c) / T;  log p_y = z_y - log sum_j exp z_j;  E = -sum_j p_j log p_j.
+    z = c tanh(s (h W^T + bias + u b^T) / c) / T;  log p_y = z_y - log sum_j exp z_j;  E = -sum_j p_j log p_j;
+    log collision = log sum_j p_j^2 = log sum_j exp 2 z_j - 2 log sum_j exp z_j (WPO, 2406.11827).
 
     Matrix products run in the dtype of `hidden_NH`, softmax statistics in fp32 (float64 for float64). Gradients reach
     every floating operand that requires one and no other is allocated; rows whose incoming gradient is exactly zero
@@ -377,10 +400,11 @@ def tiled_logprobs(
         temperature: T, positive.
         spec: the architecture's scale s and soft-cap c.
         with_entropy: also return the entropy.
+        with_collision: also return the log collision probability.
         tile_bytes: bound on the buffers of one tile; None for 16 MiB on CPU and 256 MiB elsewhere.
 
     Returns:
-        ([N] log-probabilities, [N] entropies or None) in nats, fp32 or float64.
+        `HeadOutput`; equal logits (of 16-bit products) count as correct whichever of them is the target.
 
     Raises:
         ConfigError: a temperature that is not positive.
@@ -397,9 +421,9 @@ def tiled_logprobs(
         assert bool(((target_N >= 0) & (target_N < num_vocab)).all()), "target outside the vocabulary"
     if tile_bytes is None:
         tile_bytes = _TILE_BYTES.get(hidden_NH.device.type, _TILE_BYTES_ACCELERATOR)
-    options = _Options(spec, temperature, with_entropy, tile_bytes)
-    outputs = _TiledLogprobs.apply(options, target_N, hidden_NH, weight_VH, bias_V, u_NR, b_VR)
-    return cast("tuple[Tensor, Tensor | None]", outputs)
+    options = _Options(spec, temperature, with_entropy, with_collision, tile_bytes)
+    outputs: Any = _TiledLogprobs.apply(options, target_N, hidden_NH, weight_VH, bias_V, u_NR, b_VR)
+    return HeadOutput(*outputs)
 
 
 def head_logprobs(
@@ -410,7 +434,8 @@ def head_logprobs(
     temperature: float = 1.0,
     spec: HeadSpec = HeadSpec(),
     with_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_collision: bool = False,
+) -> HeadOutput:
     """:func:`tiled_logprobs` of an output embedding: `nn.Linear`, LoRA around one, or a copy in `modules_to_save`.
 
     Args:
@@ -420,6 +445,7 @@ def head_logprobs(
         temperature: positive.
         spec: what the model does to the module's output.
         with_entropy: also return the entropy.
+        with_collision: also return the log collision probability.
 
     Returns:
         As :func:`tiled_logprobs`.
@@ -431,7 +457,8 @@ def head_logprobs(
     if torch.is_autocast_enabled(device := hidden_NH.device.type):
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
     linear, low_rank, bias_V = _read_head(module, hidden_NH)
-    options: dict[str, Any] = {"temperature": temperature, "spec": spec, "with_entropy": with_entropy}
+    options: dict[str, Any] = {"temperature": temperature, "spec": spec}
+    options |= {"with_entropy": with_entropy, "with_collision": with_collision}
     return tiled_logprobs(hidden_NH, linear.weight, target_N, bias_V=bias_V, low_rank=low_rank, **options)
 
 

@@ -1,4 +1,4 @@
-"""The one scoring path: log-probabilities and entropies of the scored tokens of a packed batch.
+"""The one scoring path: log-probabilities, entropies and accuracy of the scored tokens of a packed batch.
 
 `prepare_for_scoring(model)` teaches a causal language model's own `forward` one more argument, `scoring=`. With it the
 forward runs the decoder under prefix attention, gathers the hidden states that predict scored tokens, and lets the
@@ -9,37 +9,46 @@ wrapped) model, so data-parallel and sharding wrappers see an ordinary call.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
 from burnish.errors import CheckFailed, ModelError
 from burnish.model.attention import install, use_layout
-from burnish.model.head import HeadSpec, head_logprobs, head_spec
+from burnish.model.head import HeadOutput, HeadSpec, head_logprobs, head_spec
 from burnish.model.prefix import PrefixLayout
 from burnish.model.support import supports_prefix
 from burnish.packing import to_row
 from burnish.types import PackedBatch
 
-__all__ = ["Scores", "ScoringRequest", "causal_lm", "eval_mode", "prepare_for_scoring", "score"]
+__all__ = ["Scores", "ScoringRequest", "causal_lm", "eval_mode", "noisy_embeddings", "prepare_for_scoring", "score"]
 
 logger = logging.getLogger(__name__)
 
 
-class Scores(NamedTuple):
-    """What scoring returns.
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What scoring returns; unpacks as (logprobs, entropy).
 
     Attributes:
         logprobs: [N] log-probabilities in nats, fp32.
         entropy: [N] entropy of each predicting distribution in nats, or None where it was not asked for.
+        correct: [N] bool, whether no token was likelier than the scored one.
+        log_collision: [N] log sum_v p_v^2 of each predicting distribution, without gradient, or None where it was not
+            asked for.
     """
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
+    correct: torch.Tensor
+    log_collision: torch.Tensor | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        return iter((self.logprobs, self.entropy))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,8 @@ class ScoringRequest:
     score_index: torch.Tensor
     target_ids: torch.Tensor
     temperature: float
-    with_entropy: bool
+    with_entropy: bool = False
+    with_collision: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +88,40 @@ def eval_mode(model: torch.nn.Module) -> Generator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def noisy_embeddings(model: torch.nn.Module, batch: PackedBatch, alpha: float) -> Generator[None]:
+    r"""Add NEFTune's noise (2310.05914) to the input embeddings of a batch that is scored inside.
+
+    .. math:: e_t + \frac{\alpha}{\sqrt{L d}} u, \quad u \sim \mathrm{Uniform}(-1, 1)^d
+
+    with L the length of the token's own sequence, prompt and completion, and not that of the packed row.
+
+    Args:
+        model: prepared by `prepare_for_scoring`; may be wrapped.
+        batch: packed groups of one completion each, on the model's device.
+        alpha: size of the noise.
+    """
+    lm = causal_lm(model)
+    lengths = torch.tensor([span.prompt[1] + span.completions[0][1] for span in batch.spans])
+    if cast(_Setup, lm._burnish_scoring).prefix:
+        assert all(len(span.completions) == 1 for span in batch.spans)
+        # Spans lie one after another and cover the row, so each length stands for as many tokens.
+        lengths = lengths.repeat_interleave(lengths)[None, :, None]
+    else:
+        lengths = lengths[:, None, None]
+    scale = (alpha / lengths.to(batch.input_ids.device).float().sqrt()).float()
+
+    def add(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        return output + noise * (scale / output.shape[-1] ** 0.5).to(output.dtype)
+
+    handle = lm.get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def prepare_for_scoring(model: torch.nn.Module) -> None:
@@ -119,7 +163,7 @@ def _probe_head(lm: Any) -> float | None:
     with eval_mode(lm):
         logits = type(lm).forward(lm, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         plain = logits[0, :-1].float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        request = ScoringRequest(None, torch.arange(7, device=device), targets, 1.0, False)
+        request = ScoringRequest(None, torch.arange(7, device=device), targets, 1.0)
         tiled = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, scoring=request)[0].float()
     difference = float((plain - tiled).abs().max())
     # The model rounds its logits to its dtype, the tiled head does not: a bf16 logit of 20 is known to 0.06.
@@ -128,7 +172,7 @@ def _probe_head(lm: Any) -> float | None:
 
 
 def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = None, **kwargs: Any) -> Any:
-    """The model's forward, or with `scoring` a tuple (logprobs [N], entropy [N] or empty)."""
+    """The model's forward, or with `scoring` the fields of `HeadOutput`, empty tensors where not asked for."""
     if scoring is None:
         return type(self).forward(self, *args, **kwargs)
     setup = cast(_Setup, self._burnish_scoring)
@@ -144,10 +188,23 @@ def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = Non
         logits = type(self).forward(self, *args, **kwargs).logits
     logits_NV = logits.reshape(-1, logits.shape[-1])[scoring.score_index]
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    logprobs_NV = (logits_NV.to(wide) / scoring.temperature).log_softmax(-1)
+    return _as_tensors(_plain_head(logits_NV.to(wide) / scoring.temperature, scoring))
+
+
+def _plain_head(logits_NV: torch.Tensor, scoring: ScoringRequest) -> HeadOutput:
+    """What `tiled_logprobs` returns, of logits in memory."""
+    logprobs_NV = logits_NV.log_softmax(-1)
     logprobs_N = logprobs_NV.gather(-1, scoring.target_ids[:, None])[:, 0]
-    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if scoring.with_entropy else logprobs_N.new_empty(0)
-    return logprobs_N, entropy_N
+    with torch.no_grad():
+        correct_N = logits_NV.gather(-1, scoring.target_ids[:, None])[:, 0] == logits_NV.amax(-1)
+        collision_N = (2 * logprobs_NV).logsumexp(-1) if scoring.with_collision else None
+    entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if scoring.with_entropy else None
+    return HeadOutput(logprobs_N, entropy_N, correct_N, collision_N)
+
+
+def _as_tensors(output: HeadOutput) -> tuple[torch.Tensor, ...]:
+    """Empty tensors instead of None: wrappers expect tensors of a forward."""
+    return tuple(output.logprobs.new_empty(0) if tensor is None else tensor for tensor in output)
 
 
 @contextmanager
@@ -174,19 +231,25 @@ def _attention(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator
 
 
 def _head_forward(self: Any, hidden_NH: torch.Tensor, *, scoring: ScoringRequest, spec: HeadSpec) -> Any:
-    logprobs_N, entropy_N = head_logprobs(
+    output = head_logprobs(
         self,
         hidden_NH,
         scoring.target_ids,
         temperature=scoring.temperature,
         spec=spec,
         with_entropy=scoring.with_entropy,
+        with_collision=scoring.with_collision,
     )
-    return logprobs_N, logprobs_N.new_empty(0) if entropy_N is None else entropy_N
+    return _as_tensors(output)
 
 
 def score(
-    model: torch.nn.Module, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+    model: torch.nn.Module,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_collision: bool = False,
 ) -> Scores:
     r"""Log-probability of every scored token of a batch under the model.
 
@@ -196,10 +259,12 @@ def score(
         model: prepared by `prepare_for_scoring`; may be wrapped.
         batch: packed groups, on the model's device.
         temperature: tau, positive.
-        with_entropy: also return the entropy of each distribution (with gradient).
+        with_entropy: also return the entropy of each distribution (with gradient; its backward costs only if used).
+        with_collision: also return the log collision probability of each distribution (without gradient).
 
     Returns:
-        `Scores`; both in fp32 (float64 for a float64 model), differentiable where grad mode is on.
+        `Scores` in fp32 (float64 for a float64 model); log-probabilities and entropy are differentiable where grad mode
+        is on.
 
     Raises:
         CheckFailed: the model was not prepared.
@@ -221,6 +286,6 @@ def score(
         layout = None
         input_ids, attention_mask, score_index = to_row(batch, pad_token_id=0)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    request = ScoringRequest(layout, score_index, batch.target_ids, temperature, with_entropy)
-    logprobs_N, entropy_N = model(**inputs, use_cache=False, scoring=request)
-    return Scores(logprobs_N, entropy_N if with_entropy else None)
+    request = ScoringRequest(layout, score_index, batch.target_ids, temperature, with_entropy, with_collision)
+    logprobs_N, entropy_N, correct_N, collision_N = model(**inputs, use_cache=False, scoring=request)
+    return Scores(logprobs_N, entropy_N if with_entropy else None, correct_N, collision_N if with_collision else None)

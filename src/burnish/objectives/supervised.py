@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
-__all__ = ["nll"]
+__all__ = ["SUPERVISED_LOSSES", "dft", "nll"]
 
 
 def nll(logprobs_N: torch.Tensor) -> torch.Tensor:
@@ -17,3 +19,24 @@ def nll(logprobs_N: torch.Tensor) -> torch.Tensor:
         [N] losses, not reduced.
     """
     return -logprobs_N
+
+
+def dft(logprobs_N: torch.Tensor) -> torch.Tensor:
+    r"""Dynamic fine-tuning (2508.05629): the negative log-likelihood, weighted by the token's own probability.
+
+    .. math:: -\mathrm{sg}[\pi(y_t \mid y_{<t})] \log \pi(y_t \mid y_{<t})
+
+    The weight has no gradient, so the gradient is :math:`-\nabla \pi(y_t)`: tokens that the model finds unlikely pull
+    less than they do in `nll`.
+
+    Args:
+        logprobs_N: [N] log-probabilities.
+
+    Returns:
+        [N] losses, not reduced.
+    """
+    return -logprobs_N.detach().exp() * logprobs_N
+
+
+SUPERVISED_LOSSES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"dft": dft, "nll": nll}
+"""`loss_type` -> per-token loss; every one is divided by the number of scored tokens."""

@@ -73,8 +73,12 @@ class SFTFields(CommonFields):
     kind: ClassVar[Kind] = "sft"
 
     learning_rate: float = _own(2e-5, "Peak learning rate.")
-    max_length: int | None = _own(1024, "Longest sequence in tokens; the rest is cut off. None: no limit.")
-    truncation_mode: str = _own("keep_start", "Which end of a sequence above max_length stays: keep_start.")
+    max_length: int | None = _own(1024, "Longest sequence in tokens; see truncation_mode. None: no limit.")
+    truncation_mode: str = _own(
+        "keep_start",
+        "What becomes of a sequence above max_length: keep_start, keep_end, drop (the row is left out) or split (a "
+        "text becomes several sequences).",
+    )
     packing: bool = _own(True, "Always on: rows are packed, padding does not exist, sequences do not see each other.")
     dataset_text_field: str = _own("text", "Column of plain text, for language modelling rows.")
     chat_template: str | None = _own(
@@ -85,7 +89,11 @@ class SFTFields(CommonFields):
         None, "Loss on the completion only. None: yes for prompt-completion rows, no for plain text."
     )
     assistant_only_loss: bool = _own(False, "Loss on the assistant's turns of a conversation only.")
-    loss_type: str = _own("nll", "The loss: nll, the mean over all scored tokens of the global batch.")
+    loss_type: str = _own(
+        "nll",
+        "The loss, a mean over all scored tokens of the global batch: nll, or dft (2508.05629), which weights each "
+        "token by its own probability.",
+    )
 
 
 @dataclass

@@ -12,6 +12,7 @@ Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "grpo"]
 _LOADER = "this trainer draws prompts itself and its data loader only counts steps; remove the field"
 _METRICS = "evaluation here yields sums of losses or solved problems, never logits of a batch; remove the field"
 _HEAD = "log-probabilities already come from a tiled head that holds no logits; remove the field"
+_NOISE = "noise on embeddings is part of supervised fine-tuning only; remove the field"
 _SHARDED = "sharded training is not supported yet; use one device, or several with torchrun (DDP)"
 
 REFUSED: dict[str, str] = {
@@ -37,8 +38,6 @@ REFUSED: dict[str, str] = {
     "liger_kernel_config": _HEAD,
     "local_rank": "transformers no longer reads it; the launcher sets LOCAL_RANK",
     "logging_nan_inf_filter": "it hides NaN and infinite losses; remove the field",
-    "neftune_noise_alpha": "its noise is scaled by the length of the row, which holds many sequences here; "
-    "remove the field",
     "parallelism_config": _SHARDED,
     "remove_unused_columns": "rewards and row formats need the data set's columns; remove the field",
     "torch_compile": "the attention layout of packed rows is not traced by the compiler; remove the field",
@@ -52,9 +51,9 @@ REFUSED: dict[str, str] = {
 
 REFUSED_FOR: dict[Kind, dict[str, str]] = {
     "sft": {},
-    "reward": {},
-    "dpo": {},
-    "kto": {},
+    "reward": {"neftune_noise_alpha": _NOISE},
+    "dpo": {"neftune_noise_alpha": _NOISE},
+    "kto": {"neftune_noise_alpha": _NOISE},
     "grpo": {
         "data_seed": "prompt order and every sample are drawn from seed; set seed",
         "dataloader_drop_last": _LOADER,
@@ -64,10 +63,11 @@ REFUSED_FOR: dict[Kind, dict[str, str]] = {
         "dataloader_persistent_workers": _LOADER,
         "dataloader_prefetch_factor": _LOADER,
         "ignore_data_skip": "the place in the prompts is part of each checkpoint, nothing is skipped; remove the field",
+        "neftune_noise_alpha": _NOISE,
         "train_sampling_strategy": "prompts are drawn by this trainer; use shuffle_dataset",
     },
 }
-"""The same, for one stage only."""
+"""The same, for some stages only."""
 
 
 def refused_fields(kind: Kind) -> dict[str, str]:

@@ -137,14 +137,23 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
     ),
     "sft": (
         _MAX_LENGTH,
-        ("truncation_mode", _one_of("keep_start"), "only keep_start is supported; it keeps the beginning"),
+        (
+            "truncation_mode",
+            _one_of("keep_start", "keep_end", "drop", "split"),
+            "use keep_start, keep_end, drop or split",
+        ),
+        ("neftune_noise_alpha", _optional(_above(0)), "use a number above 0, such as 5, or leave it out"),
         ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
         (
             "train_sampling_strategy",
             _one_of("random", "sequential"),
             "use random or sequential; packing already balances batches by length",
         ),
-        ("loss_type", _one_of("nll"), "use nll; its logits are tiled already, so it is also the chunked one"),
+        (
+            "loss_type",
+            _one_of("nll", "dft"),
+            "use nll or dft; logits are tiled already, so nll is also the chunked one",
+        ),
     ),
     "grpo": (
         ("num_generations", _count(2), "a group is compared with itself: use at least 2"),

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, sft_group
-from burnish.errors import DataError
-from burnish.model.scoring import eval_mode, score
+from burnish.data import as_rows, encode_rows, sft_groups
+from burnish.errors import ConfigError, DataError
+from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
-from burnish.objectives.supervised import nll
-from burnish.trainers.base import GroupTrainer, resolve_tokenizer
+from burnish.objectives.supervised import SUPERVISED_LOSSES
+from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.configs import SFTConfig
+from burnish.trainers.metrics import StepMetrics
+from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
 
 __all__ = ["SFTTrainer"]
+
+logger = logging.getLogger(__name__)
+
+_STATE = "sft.json"
+"""What a checkpoint holds of this trainer's own."""
 
 
 class SFTTrainer(GroupTrainer):
     r"""Supervised fine-tuning with the arguments of TRL's trainer; rows are always packed, never padded.
 
-    .. math:: \mathcal L = -\frac1N \sum_{t} \log \pi(y_t \mid y_{<t})
+    .. math:: \mathcal L = -\frac1N \sum_{t} w_t \log \pi(y_t \mid y_{<t})
 
-    with N the scored tokens of the whole optimizer step, over all micro-batches and ranks.
+    with N the scored tokens of the whole optimizer step, over all micro-batches and ranks, and w_t = 1 (`nll`) or the
+    token's own probability (`dft`). Logs hold `entropy` and `mean_token_accuracy`, means over scored tokens, and
+    `num_tokens`, all tokens trained on so far, each prompt counted once.
 
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
         args: `SFTConfig`.
-        train_dataset: rows with `text`, `messages`, or `prompt` and `completion`, plain or conversational.
-        eval_dataset: the same, held out.
+        train_dataset: rows with `text`, `messages`, or `prompt` and `completion`, plain or conversational. Without a
+            length (a `datasets.IterableDataset`, a generator) they are encoded as they come, in their own order.
+        eval_dataset: the same, held out; read whole.
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
         peft_config: train these adapters instead of the weights.
+        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would; needs
+            `peft_config`.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -54,50 +73,124 @@ class SFTTrainer(GroupTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any = None,
+        quantization_config: Any = None,
     ) -> None:
         args = args if args is not None else SFTConfig()
+        args = _with_quantization(args, model, quantization_config, peft_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
         self.args = args
         self.tokenizer = resolve_tokenizer(model, processing_class)
+        if args.eos_token is not None:
+            self.tokenizer.eos_token = args.eos_token
         super().__init__(
             model,
             args,
             processing_class=self.tokenizer,
-            train_dataset=self._encode(train_dataset),
+            train_dataset=self._training_groups(train_dataset),
             eval_dataset=None if eval_dataset is None else self._encode(eval_dataset),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # transformers would scale the noise by the length of the whole packed row.
+        self.neftune_noise_alpha = None
+        self._metrics = StepMetrics()
+        self._num_tokens = 0
+        """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
+
+    def _training_groups(self, dataset: Any) -> list[Group] | GroupStream:
+        rows = as_rows(dataset, "train_dataset")
+        if isinstance(rows, Sized):
+            return self._encode(rows)
+        GroupStream.check(self.args)
+        return GroupStream(rows, self._encode_row, self.tokenizer, self._encoding())
 
     def _encode(self, dataset: Any) -> list[Group]:
-        args = self.args
-        if args.eos_token is not None:
-            self.tokenizer.eos_token = args.eos_token
-        rows = as_rows(dataset)
-        if args.dataset_text_field != "text":
-            rows = [{**row, "text": row[args.dataset_text_field]} for row in rows]
-        return encode_rows(
-            sft_group,
-            rows,
-            self.tokenizer,
-            max_length=args.max_length,
-            completion_only_loss=args.completion_only_loss,
-            assistant_only_loss=args.assistant_only_loss,
-            chat_template=args.chat_template,
-        )
+        return encode_rows(self._encode_row, as_rows(dataset), self.tokenizer, **self._encoding())
+
+    def _encoding(self) -> dict[str, Any]:
+        names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template")
+        return {name: getattr(self.args, name) for name in names}
+
+    def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:
+        if (column := self.args.dataset_text_field) != "text":
+            if column not in row:
+                raise DataError(
+                    f"dataset_text_field = {column!r}: row {options['index']} has the columns {sorted(row)}; name the "
+                    "one with the text."
+                )
+            row = {**row, "text": row[column]}
+        return sft_groups(row, processing_class, **options)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Over the groups; each process reads its own share of a stream."""
+        stream = self.train_dataset
+        if not isinstance(stream, GroupStream):
+            return super().get_train_dataloader()
+        stream.rank, stream.world = self.accelerator.process_index, self.accelerator.num_processes
+        return DataLoader(stream, batch_size=self._train_batch_size, collate_fn=cast(Any, collate))
+
+    def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
+        """This rank's groups of one optimizer step; a stream that ends on one rank ends on all."""
+        groups = super().step_groups(epoch_iterator, num_batches)
+        if isinstance(self.train_dataset, GroupStream) and self.max_over_ranks(float(groups is None)):
+            return None
+        return groups
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; afterwards the log says what was skipped of a data set without a length."""
+        result = super().train(*args, **kwargs)
+        if isinstance(self.train_dataset, GroupStream):
+            self.train_dataset.report()
+        return result
+
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """Count the step's tokens."""
+        self._num_tokens += sum(group.num_tokens for group in groups)
 
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
-        """This batch's share of the mean negative log-likelihood."""
-        losses_N = nll(score(model, batch).logprobs)
+        """This batch's share of the loss."""
+        alpha = self.args.neftune_noise_alpha if model.training else None
+        with nullcontext() if alpha is None else noisy_embeddings(model, batch, alpha):
+            scores = score(model, batch, with_entropy=True)
+        assert scores.entropy is not None
+        self._metrics.add_tokens("entropy", scores.entropy)
+        self._metrics.add_tokens("mean_token_accuracy", scores.correct.float())
         return aggregate(
-            losses_N,
+            SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs),
             sequence_index_N=batch.sequence_index,
             num_sequences=batch.num_sequences,
             reduction="token",
             denominator=denominator,
         )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log of training."""
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.flush(self.sum_over_ranks), "num_tokens": self._total_tokens()}
+        super().log(logs, start_time)
+
+    def _total_tokens(self) -> float:
+        return self.sum_over_ranks(float(self._num_tokens))
+
+    def save_own_state(self, folder: Path) -> None:
+        """The tokens so far, of all processes."""
+        state = {"num_tokens": int(self._total_tokens())}
+        if self.is_world_process_zero():
+            (folder / _STATE).write_text(json.dumps(state))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._num_tokens = 0
+        if not self.is_world_process_zero():
+            return
+        if (file := Path(checkpoint) / _STATE).is_file():
+            self._num_tokens = int(json.loads(file.read_text())["num_tokens"])
+        else:
+            logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _STATE)
 
     def evaluation_loop(
         self,
@@ -107,24 +200,56 @@ class SFTTrainer(GroupTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean negative log-likelihood and entropy over all scored tokens of all ranks."""
-        loss, entropy, tokens, rows = 0.0, 0.0, 0, 0
+        """Means of the loss, the entropy and the accuracy over all scored tokens of all ranks."""
+        sums, tokens, rows = {"loss": 0.0, "entropy": 0.0, "mean_token_accuracy": 0.0}, 0, 0
         with torch.no_grad(), eval_mode(self.model):
             for groups in dataloader:
                 for part in self.split(groups):
                     scores = score(self.model, self.pack_groups(part).to(self.args.device), with_entropy=True)
                     assert scores.entropy is not None
-                    loss += float(nll(scores.logprobs).sum())
-                    entropy += float(scores.entropy.sum())
+                    sums["loss"] += float(SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs).sum())
+                    sums["entropy"] += float(scores.entropy.sum())
+                    sums["mean_token_accuracy"] += float(scores.correct.sum())
                     tokens += scores.logprobs.numel()
                     rows += len(part)
         total = max(self.sum_over_ranks(tokens), 1.0)
-        metrics = {
-            f"{metric_key_prefix}_loss": self.sum_over_ranks(loss) / total,
-            f"{metric_key_prefix}_entropy": self.sum_over_ranks(entropy) / total,
-            f"{metric_key_prefix}_num_tokens": total,
-        }
+        metrics = {f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / total for name, value in sums.items()}
+        metrics[f"{metric_key_prefix}_num_tokens"] = self._total_tokens()
         empty: Any = None
         return EvalLoopOutput(
             predictions=empty, label_ids=empty, metrics=metrics, num_samples=int(self.sum_over_ranks(rows))
         )
+
+
+def _with_quantization(args: SFTConfig, model: Any, quantization_config: Any, peft_config: Any) -> SFTConfig:
+    """Arguments whose `model_init_kwargs` hold the quantisation, checked before any weight is read."""
+    kwargs = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ConfigError(
+                "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
+            )
+        if not isinstance(model, str | Path):
+            raise ConfigError(
+                "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+            )
+        kwargs["quantization_config"] = quantization_config
+    config = kwargs.get("quantization_config")
+    if config is None:
+        return args
+    if peft_config is None:
+        raise ConfigError(
+            "peft_config = None: quantised weights cannot be trained; pass adapters, such as LoraConfig()."
+        )
+    if _uses_bitsandbytes(config) and find_spec("bitsandbytes") is None:
+        raise ConfigError("quantization_config needs the package bitsandbytes: pip install 'burnish[quant]'.")
+    args = copy.copy(args)
+    args.model_init_kwargs = kwargs
+    return args
+
+
+def _uses_bitsandbytes(config: Any) -> bool:
+    fields = cast("Mapping[str, Any]", config if isinstance(config, Mapping) else vars(config))
+    method = fields.get("quant_method")
+    named = str(getattr(method, "value", method)) == "bitsandbytes"
+    return named or any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))

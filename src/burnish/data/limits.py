@@ -1,0 +1,114 @@
+"""What encoding does to sequences above a limit, and the counters that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from burnish.errors import ConfigError
+from burnish.types import Completion, Group
+
+__all__ = ["TRUNCATIONS", "EncodeStats", "check_limit", "truncate"]
+
+
+@dataclass(slots=True)
+class EncodeStats:
+    """What encoding did to the rows.
+
+    Attributes:
+        num_rows: rows seen.
+        num_kept: groups made.
+        num_cut_rows: rows with a sequence cut at `max_length`.
+        num_cut_tokens: tokens cut away.
+        num_skipped_rows: rows without a scored token left, and prompts over `max_prompt_length`.
+        num_rerendered_turns: assistant turns whose rendering differs from the one served (see `ChatSpans`).
+        num_dropped_rows: rows left out because they exceed `max_length` (`truncation_mode` drop).
+        num_dropped_tokens: their tokens.
+        num_split_rows: rows over `max_length` that became several groups (`truncation_mode` split).
+        num_split_tokens: their tokens; none is cut, but the first of each part is not scored.
+    """
+
+    num_rows: int = 0
+    num_kept: int = 0
+    num_cut_rows: int = 0
+    num_cut_tokens: int = 0
+    num_skipped_rows: int = 0
+    num_rerendered_turns: int = 0
+    num_dropped_rows: int = 0
+    num_dropped_tokens: int = 0
+    num_split_rows: int = 0
+    num_split_tokens: int = 0
+
+
+def check_limit(name: str, value: int | None) -> None:
+    """Refuse a limit below 1."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} = {value}: use a positive number of tokens, or None for no limit.")
+
+
+def truncate(group: Group, max_length: int | None, stats: EncodeStats | None) -> None:
+    """Cut every sequence of a group at `max_length` tokens, and count."""
+    check_limit("max_length", max_length)
+    if max_length is None:
+        return
+    total = group.num_tokens
+    group.prompt_ids = group.prompt_ids[:max_length]
+    room = max_length - len(group.prompt_ids)
+    for completion in group.completions:
+        completion.token_ids = completion.token_ids[:room]
+        if completion.loss_mask is not None:
+            completion.loss_mask = completion.loss_mask[:room]
+    if stats is not None and group.num_tokens < total:
+        stats.num_cut_rows += 1
+        stats.num_cut_tokens += total - group.num_tokens
+
+
+def _keep_start(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
+    truncate(group, max_length, stats)
+    return [group]
+
+
+def _keep_end(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
+    num_cut = group.num_tokens - max_length
+    first = max(num_cut - len(group.prompt_ids), 0)
+    group.prompt_ids = group.prompt_ids[num_cut:]
+    group.completions = [_part(completion, first, None, bool(group.prompt_ids)) for completion in group.completions]
+    stats.num_cut_rows += 1
+    stats.num_cut_tokens += num_cut
+    return [group]
+
+
+def _drop(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
+    stats.num_dropped_rows += 1
+    stats.num_dropped_tokens += group.num_tokens
+    return []
+
+
+def _split(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
+    assert not group.prompt_ids
+    stats.num_split_rows += 1
+    stats.num_split_tokens += group.num_tokens
+    return [
+        dataclasses.replace(group, completions=[_part(completion, start, start + max_length, has_prompt=False)])
+        for completion in group.completions
+        for start in range(0, len(completion.token_ids), max_length)
+    ]
+
+
+def _part(completion: Completion, start: int, stop: int | None, has_prompt: bool) -> Completion:
+    """Some of a completion's tokens with their mask; nothing predicts the first of them where there is no prompt."""
+    ids = completion.token_ids[start:stop]
+    mask = None if completion.loss_mask is None else completion.loss_mask[start:stop]
+    if not has_prompt:
+        mask = [place > 0 and (mask is None or mask[place]) for place in range(len(ids))]
+    return dataclasses.replace(completion, token_ids=ids, loss_mask=mask)
+
+
+TRUNCATIONS: dict[str, Callable[[Group, int, EncodeStats], list[Group]]] = {
+    "drop": _drop,
+    "keep_end": _keep_end,
+    "keep_start": _keep_start,
+    "split": _split,
+}
+"""`truncation_mode` -> what becomes of a group above the limit: the groups that it becomes."""
