@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     )
     from burnish.evaluate import Evaluation, pass_at_k
     from burnish.report import write_report
-    from burnish.rewards import Criterion, Rubric
-    from burnish.trainers import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    from burnish.rewards import Criterion, RewardModel, Rubric
+    from burnish.trainers import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
     from burnish.types import Completion, Group, PackedBatch, Score, StopReason
 
 __all__ = [
@@ -38,7 +38,10 @@ __all__ = [
     "Group",
     "ModelError",
     "PackedBatch",
+    "RewardConfig",
     "RewardError",
+    "RewardModel",
+    "RewardTrainer",
     "Rubric",
     "SFTConfig",
     "SFTTrainer",
@@ -63,8 +66,8 @@ _HOMES = {
     ),
     "burnish.evaluate": ("Evaluation", "pass_at_k"),
     "burnish.report": ("write_report",),
-    "burnish.rewards": ("Criterion", "Rubric"),
-    "burnish.trainers": ("GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"),
+    "burnish.rewards": ("Criterion", "RewardModel", "Rubric"),
+    "burnish.trainers": ("GRPOConfig", "GRPOTrainer", "RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer"),
     "burnish.types": ("Completion", "Group", "PackedBatch", "Score", "StopReason"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

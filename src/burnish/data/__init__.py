@@ -10,6 +10,7 @@ from burnish.data.encode import (
     unpaired_group,
 )
 from burnish.data.formats import Format, Kind, detect_format, split_turns, unpair
+from burnish.data.rewards import RewardKind, answer_group, read_last, reward_group, reward_kind
 from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, load_rows
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "EncodeStats",
     "Format",
     "Kind",
+    "RewardKind",
+    "answer_group",
     "as_rows",
     "check_source",
     "detect_format",
@@ -26,7 +29,10 @@ __all__ = [
     "load_rows",
     "preference_group",
     "prompt_group",
+    "read_last",
     "resolve_chat_template",
+    "reward_group",
+    "reward_kind",
     "sft_group",
     "split_turns",
     "unpair",
