@@ -36,9 +36,10 @@ class RewardModel:
         token_budget: most tokens of one forward; a longer completion runs alone. None: all at once.
         chat_template: a file with a template, or a template's name; None: the tokenizer's own.
         device: where a model given by name runs; None: the GPU if there is one.
+        bf16: compute in bf16 a model given by name; None: where the device is fast at it.
 
     Raises:
-        ModelError: no reward model, or a model in memory without a tokenizer.
+        ModelError: no reward model, or a model in memory without a tokenizer or with a device or dtype.
     """
 
     def __init__(
@@ -49,18 +50,21 @@ class RewardModel:
         token_budget: int | None = 4096,
         chat_template: str | None = None,
         device: str | torch.device | None = None,
+        bf16: bool | None = None,
     ) -> None:
-        if tokenizer is None and not isinstance(model, str | Path):
-            raise ModelError("tokenizer = None: the reward model in memory names no tokenizer. Pass its tokenizer.")
+        if not isinstance(model, str | Path):
+            if tokenizer is None:
+                raise ModelError("tokenizer = None: the reward model in memory names no tokenizer. Pass its tokenizer.")
+            if device is not None or bf16 is not None:
+                raise ModelError(f"device = {device}, bf16 = {bf16}: a model in memory is used where and as it is.")
         self.tokenizer = tokenizer if tokenizer is not None else load_processing_class(str(model))
         self.token_budget = token_budget
         self.chat_template = chat_template
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, _ = load_reward_model(model, bf16=fast_bf16(place), seed=None)
+        self.model, _ = load_reward_model(model, bf16=fast_bf16(place) if bf16 is None else bf16, seed=None)
         if isinstance(model, str | Path):
             self.model.to(place)
         prepare_for_rewards(self.model)
-        self.model.requires_grad_(False)
         config = causal_lm(self.model).config.get_text_config()
         self._pad_token_id: int | None = config.pad_token_id
 

@@ -230,12 +230,11 @@ def _reward_forward(self: Any, *args: Any, scoring: RewardRequest | None = None,
     return scores_N1[:, 0].to(torch.promote_types(scores_N1.dtype, torch.float32))
 
 
-def pack_reads(groups: Sequence[Group], **tensors: Any) -> PackedBatch:
+def pack_reads(groups: Sequence[Group]) -> PackedBatch:
     """Lay groups into one row with N the places where scores are read, not the tokens that a loss predicts.
 
     Args:
         groups: `loss_mask` of every completion marks where scores are read.
-        tensors: `token` and `sequence` of the batch.
 
     Returns:
         A `PackedBatch` whose `score_index` [N] are those places and `target_ids` [N] the tokens there.
@@ -255,7 +254,6 @@ def pack_reads(groups: Sequence[Group], **tensors: Any) -> PackedBatch:
         score_index=index,
         target_ids=batch.input_ids[0, index],
         sequence_index=torch.tensor([sequence for sequence, _ in reads], dtype=torch.long),
-        **tensors,
     )
 
 

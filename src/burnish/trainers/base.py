@@ -282,6 +282,13 @@ class GroupTrainer(Trainer):
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # peft reads adapters into fp32, whatever they compute in; their masters are in the optimizer's state.
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A plain loader over groups."""
         return self._plain_loader(eval_dataset if eval_dataset is not None else self.eval_dataset)

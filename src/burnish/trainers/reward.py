@@ -233,7 +233,7 @@ class RewardStats:
         self._scores: list[torch.Tensor] = []
         self._ahead: list[torch.Tensor] = []
         self._outcomes: list[torch.Tensor] = []
-        self._pairs = True
+        self._steps = False
 
     def add(self, scores_N: torch.Tensor, batch: PackedBatch) -> None:
         """Scores of one batch; a list counts with all of its pairs."""
@@ -242,7 +242,7 @@ class RewardStats:
             return
         self._scores.append(scores_N.double().cpu())
         if "labels" in batch.token:
-            self._pairs = False
+            self._steps = True
             self._ahead.append(self._scores[-1])
             self._outcomes.append(batch.token["labels"].double().cpu())
             return
@@ -269,9 +269,12 @@ class RewardStats:
             "max_reward": trainer.max_over_ranks(most),
             "accuracy": trainer.sum_over_ranks(float(((ahead_M > 0) == (outcomes_M > 0)).sum())) / pairs,
         }
-        if self._pairs:
-            metrics["margin"] = trainer.sum_over_ranks(float(ahead_M.sum())) / pairs
-        return metrics
+        margin = trainer.sum_over_ranks(float(ahead_M.sum())) / pairs
+        return metrics if self._of_steps(trainer) else {**metrics, "margin": margin}
+
+    def _of_steps(self, trainer: GroupTrainer) -> bool:
+        """Whether any rank has seen steps: one without rows must take part in the same sums."""
+        return trainer.max_over_ranks(float(self._steps)) > 0
 
     def calibration(self, trainer: GroupTrainer) -> dict[str, float]:
         """Expected calibration error with 10 bins and Brier score of sigma(ahead), over all ranks."""
@@ -279,7 +282,7 @@ class RewardStats:
         probability_M = ahead_M.sigmoid()
         brier = trainer.sum_over_ranks(float(((probability_M - outcomes_M) ** 2).sum()))
         pairs = max(trainer.sum_over_ranks(float(ahead_M.numel())), 1.0)
-        if self._pairs:
+        if not self._of_steps(trainer):
             # In one order every outcome is 1, and the error would be one minus the mean probability.
             probability_M = torch.cat((probability_M, (-ahead_M).sigmoid()))
             outcomes_M = torch.cat((outcomes_M, 1 - outcomes_M))
