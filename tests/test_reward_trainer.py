@@ -1,4 +1,4 @@
-"""Reward models: packed scores equal plain forwards, splits change nothing, the saved loads in transformers and peft."""
+"""Reward models: packed scores equal plain ones, splits change nothing, transformers and peft load what is saved."""
 
 from __future__ import annotations
 
@@ -239,13 +239,13 @@ def test_the_step_by_an_independent_script(tmp_path: Path) -> None:
     loss = torch.stack(losses).mean()
     loss.backward()
     log = made.state.log_history[0]
-    assert log["loss"] == pytest.approx(float(loss), abs=1e-4)  # the log rounds
-    flat = [float(r) for pair in pairs for r in pair]
+    assert log["loss"] == pytest.approx(loss.item(), abs=1e-4)  # the log rounds
+    flat = [r.item() for pair in pairs for r in pair]
     assert log["min_reward"] == pytest.approx(min(flat), abs=1e-5)
     assert log["max_reward"] == pytest.approx(max(flat), abs=1e-5)
     assert log["mean_reward"] == pytest.approx(sum(flat) / 24, abs=1e-5)
     assert log["accuracy"] == pytest.approx(sum(float(w > r) for w, r in pairs) / 12)
-    assert log["margin"] == pytest.approx(sum(float(w - r) for w, r in pairs) / 12, abs=1e-5)
+    assert log["margin"] == pytest.approx(sum((w - r).item() for w, r in pairs) / 12, abs=1e-5)
     after = weights(made)
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
@@ -512,13 +512,13 @@ def test_a_reward_model_is_a_reward_function(token_budget: int | None) -> None:
     tok = tokenizer()
     for prompt, completion, value in zip(prompts, completions, got, strict=True):
         ids = tok(prompt + completion)["input_ids"] + [tok.eos_token_id]
-        assert value == pytest.approx(float(plain(torch.tensor([ids])).logits[0, 0]), abs=1e-5)
+        assert value == pytest.approx(plain(torch.tensor([ids])).logits[0, 0].item(), abs=1e-5)
     assert reward([], []) == []
     with pytest.raises(RewardError, match="2 prompts for 1 completions"):
         reward(["a", "b"], ["c"])
     chat = reward([[{"role": "user", "content": "1"}]], [[{"role": "assistant", "content": "2"}]], tools=[None])
     ids = tok("<user>1<eos><assistant>2<eos>")["input_ids"]
-    assert chat == pytest.approx([float(plain(torch.tensor([ids])).logits[0, 0])], abs=1e-5)
+    assert chat == pytest.approx([plain(torch.tensor([ids])).logits[0, 0].item()], abs=1e-5)
 
 
 def test_a_reward_model_works_in_a_rubric() -> None:

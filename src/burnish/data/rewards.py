@@ -33,7 +33,7 @@ def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
         DataError: columns missing, or those of two kinds.
     """
     present = {name for name, value in row.items() if value is not None}
-    kinds = [kind for kind, columns in _FORMATS if present.issuperset(columns)]
+    kinds: list[RewardKind] = [kind for kind, columns in _FORMATS if present.issuperset(columns)]
     if not kinds:
         needed = " | ".join(" + ".join(columns) for _, columns in _FORMATS)
         raise DataError(

@@ -146,11 +146,10 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
             f"model = {type(model).__name__}: {type(made).__name__} is not its decoder and a score: {fix}."
         )
     setattr(made, prefix, decoder)
-    weight = _new_head(head.weight.shape, seed)
-    made.score = torch.nn.Linear(head.in_features, 1, bias=head.bias is not None, device=model.device)
-    made.score.weight = torch.nn.Parameter(weight.to(device=model.device, dtype=model.dtype))
-    if made.score.bias is not None:
-        made.score.bias = torch.nn.Parameter(torch.zeros(1, device=model.device, dtype=model.dtype))
+    head.to_empty(device=model.device)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(_new_head(parameter.shape, seed) if name == "weight" else torch.zeros(parameter.shape))
     return made.train(model.training)
 
 

@@ -176,7 +176,7 @@ class RewardTrainer(GroupTrainer):
             scores_PG = scores_N[places_PG]
             if scores_PG.shape[1] == 2:
                 margin_P = batch.sequence["margins"][places_PG[:, 0]]
-                likelihood_P = bradley_terry(*scores_PG.unbind(-1), margin_P)
+                likelihood_P = bradley_terry(scores_PG[:, 0], scores_PG[:, 1], margin_P)
             else:
                 likelihood_P = plackett_luce(scores_PG)
             losses.append(likelihood_P + centering(scores_PG, coefficient=coefficient))
