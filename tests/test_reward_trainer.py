@@ -254,6 +254,29 @@ def test_the_step_by_an_independent_script(tmp_path: Path) -> None:
         torch.testing.assert_close(moved, parameter.grad, rtol=0, atol=1e-4 * scale, msg=name)
 
 
+def test_step_losses_are_means_over_steps_and_lists_over_lists(tmp_path: Path) -> None:
+    plain = classifier()
+
+    def score(text: str) -> float:
+        return plain(input_ids=torch.tensor([tokenizer()(text)["input_ids"]])).logits[0, 0].item()
+
+    steps = []
+    for row in STEPS:
+        ends = ["".join(f"{step}\n" for step in row["completions"][: n + 1]) for n in range(len(row["completions"]))]
+        signed = zip(map(score, (row["prompt"] + text for text in ends)), row["labels"], strict=True)
+        steps += [math.log1p(math.exp(-value if label else value)) for value, label in signed]
+    lists = []
+    for row in RANKED:
+        odds = [math.exp(score(row["prompt"] + text + "<eos>")) for text in row["completions"]]
+        lists.append(-sum(math.log(one / sum(odds[i:])) for i, one in enumerate(odds)))
+    for rows, losses in ((STEPS, steps), (RANKED, lists)):
+        made = trainer(tmp_path, rows, classifier(), rows, max_steps=1, per_device_train_batch_size=12)
+        expected = pytest.approx(sum(losses) / len(losses), abs=1e-4)  # the log rounds
+        assert made.evaluate()["eval_loss"] == expected
+        made.train()
+        assert made.state.log_history[0]["loss"] == expected
+
+
 def test_evaluation_is_over_the_whole_set(tmp_path: Path) -> None:
     made = trainer(tmp_path, PAIRS, classifier(), PAIRS[:7], per_device_eval_batch_size=2, token_budget=40)
     metrics = made.evaluate()
@@ -332,6 +355,7 @@ def test_where_eos_pads_scores_are_read_before_it(tmp_path: Path, caplog: pytest
 def test_saved_models_load_in_transformers_and_score_the_same(tmp_path: Path, pad_token: str | None) -> None:
     args = settings(tmp_path, pad_token=pad_token)
     made = RewardTrainer(tiny.model(), args, PAIRS, PAIRS, processing_class=tiny.tokenizer())
+    assert made.model.config.pad_token_id == made.tokenizer.pad_token_id == (PAD if pad_token else 0)
     made.train()
     made.save_model()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
