@@ -11,7 +11,8 @@ import torch
 from transformers import Trainer
 
 import tiny
-from burnish import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from burnish import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from test_reward_trainer import PAIRS
 from test_trainers import PROMPTS, TEXTS, digits, settings
 
 
@@ -26,6 +27,8 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     if stage in ("sft", "stream"):
         rows = TEXTS if stage == "sft" else iter(TEXTS[:19])
         trainer = SFTTrainer(model, SFTConfig(**shared), rows, processing_class=tokenizer)
+    elif stage == "reward":
+        trainer = RewardTrainer(model, RewardConfig(**shared), PAIRS, processing_class=tokenizer)
     else:
         args = GRPOConfig(
             **shared, num_generations=4, max_completion_length=8, loss_type=stage, beta=0.1, logprob_check_bound=1.0,
@@ -41,7 +44,8 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     if trainer.is_world_process_zero():
         masters = own.master_weights
         weights = list(own.model.parameters()) if masters is None else masters.masters
-        names = ("loss", "reward", *(("entropy", "num_tokens") if stage in ("sft", "stream") else ()))
+        names = ("loss", "reward", "min_reward", "mean_reward", "margin")
+        names += ("entropy", "num_tokens") if stage in ("sft", "stream") else ()
         logs = [{k: log[k] for k in names if k in log} for log in trainer.state.log_history]
         torch.save({"start": start, "weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from burnish.evaluate import Evaluation, pass_at_k
     from burnish.report import write_report
-    from burnish.rewards import Criterion, Rubric
+    from burnish.rewards import Criterion, RewardModel, Rubric
     from burnish.trainers import (
         DPOConfig,
         DPOTrainer,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         GRPOTrainer,
         KTOConfig,
         KTOTrainer,
+        RewardConfig,
+        RewardTrainer,
         SFTConfig,
         SFTTrainer,
     )
@@ -51,7 +53,10 @@ __all__ = [
     "KTOTrainer",
     "ModelError",
     "PackedBatch",
+    "RewardConfig",
     "RewardError",
+    "RewardModel",
+    "RewardTrainer",
     "Rubric",
     "SFTConfig",
     "SFTTrainer",
@@ -76,7 +81,7 @@ _HOMES = {
     ),
     "burnish.evaluate": ("Evaluation", "pass_at_k"),
     "burnish.report": ("write_report",),
-    "burnish.rewards": ("Criterion", "Rubric"),
+    "burnish.rewards": ("Criterion", "RewardModel", "Rubric"),
     "burnish.trainers": (
         "DPOConfig",
         "DPOTrainer",
@@ -84,6 +89,8 @@ _HOMES = {
         "GRPOTrainer",
         "KTOConfig",
         "KTOTrainer",
+        "RewardConfig",
+        "RewardTrainer",
         "SFTConfig",
         "SFTTrainer",
     ),

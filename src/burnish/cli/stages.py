@@ -30,6 +30,8 @@ from burnish.trainers import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -48,6 +50,7 @@ Rows = Sequence[dict[str, Any]]
 
 _TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
     "sft": (SFTConfig, SFTTrainer),
+    "reward": (RewardConfig, RewardTrainer),
     "dpo": (DPOConfig, DPOTrainer),
     "kto": (KTOConfig, KTOTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),

@@ -13,6 +13,7 @@ from burnish.data.encode import (
     unpaired_group,
 )
 from burnish.data.formats import Format, Kind, detect_format, split_turns, unpair
+from burnish.data.rewards import RewardKind, answer_group, read_last, reward_group, reward_kind
 from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, load_rows
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "EncodeStats",
     "Format",
     "Kind",
+    "RewardKind",
+    "answer_group",
     "as_rows",
     "check_source",
     "detect_format",
@@ -30,8 +33,11 @@ __all__ = [
     "load_rows",
     "preference_group",
     "prompt_group",
+    "read_last",
     "report_encoding",
     "resolve_chat_template",
+    "reward_group",
+    "reward_kind",
     "sft_group",
     "sft_groups",
     "split_turns",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from burnish.errors import ModelError
 
-__all__ = ["ModelSource", "compute_dtype", "disable_dropout", "find_model", "load_model", "load_processing_class"]
+__all__ = ["ModelSource", "compute_dtype", "find_model", "load_model", "load_processing_class"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,13 @@ def compute_dtype(*, bf16: bool) -> torch.dtype:
 
 
 def load_model(
-    model: str | Path | PreTrainedModel, *, bf16: bool, init_kwargs: Mapping[str, Any] | None = None
+    model: str | Path | PreTrainedModel,
+    *,
+    bf16: bool,
+    init_kwargs: Mapping[str, Any] | None = None,
+    auto_class: Any = AutoModelForCausalLM,
 ) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
-    """Load a causal language model in its compute dtype; a model in memory is used as it is.
+    """Load a model in its compute dtype; a model in memory is used as it is.
 
     Weights stored in fp32 (and GGUF's, dequantised) are read in fp32; where bf16 computes, the exact values are handed
     out so that masters start from them and not from rounded ones.
@@ -86,6 +90,7 @@ def load_model(
         model: name, folder, .gguf file, package, or a model.
         bf16: compute in bf16.
         init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` wins over `bf16`.
+        auto_class: what loads it; a causal language model by default.
 
     Returns:
         The model, and fp32 values by parameter for those rounded here.
@@ -103,7 +108,7 @@ def load_model(
     source = find_model(model)
     explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     quantised = "quantization_config" in kwargs
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = auto_class.from_pretrained(
         source.name, dtype=explicit or ("auto" if quantised else torch.float32), **source.kwargs, **kwargs
     )
     drop_gguf_config(loaded)
@@ -147,16 +152,6 @@ def drop_gguf_config(model: Any) -> None:
         for attribute in ("quantization_method", "_is_quantized_training_enabled"):
             if hasattr(model, attribute):
                 setattr(model, attribute, None)
-
-
-def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout of a model and its adapters to 0, those inside attention too."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def load_processing_class(model: str | Path) -> PreTrainedTokenizerBase:

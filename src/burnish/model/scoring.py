@@ -25,7 +25,17 @@ from burnish.model.support import supports_prefix
 from burnish.packing import to_row
 from burnish.types import PackedBatch
 
-__all__ = ["Scores", "ScoringRequest", "causal_lm", "eval_mode", "noisy_embeddings", "prepare_for_scoring", "score"]
+__all__ = [
+    "Scores",
+    "ScoringRequest",
+    "attention_layout",
+    "causal_lm",
+    "eval_mode",
+    "model_inputs",
+    "noisy_embeddings",
+    "prepare_for_scoring",
+    "score",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -178,13 +188,13 @@ def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = Non
     setup = cast(_Setup, self._burnish_scoring)
     if setup.fused:
         decoder = getattr(self, self.base_model_prefix)
-        with _attention(scoring.layout, self):
+        with attention_layout(scoring.layout, self):
             hidden = decoder(*args, **kwargs).last_hidden_state
         rows_NH = hidden.reshape(-1, hidden.shape[-1])[scoring.score_index]
         head = self.get_output_embeddings()
         with _head_scores(head):
             return head(rows_NH, scoring=scoring, spec=setup.spec)
-    with _attention(scoring.layout, self):
+    with attention_layout(scoring.layout, self):
         logits = type(self).forward(self, *args, **kwargs).logits
     logits_NV = logits.reshape(-1, logits.shape[-1])[scoring.score_index]
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
@@ -222,7 +232,8 @@ def _head_scores(head: Any) -> Generator[None]:
 
 
 @contextmanager
-def _attention(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
+def attention_layout(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
+    """Attend by a layout, or without one as the model does by itself (one row per completion)."""
     if layout is None:
         yield
         return
@@ -273,19 +284,31 @@ def score(
     setup = cast("_Setup | None", getattr(lm, "_burnish_scoring", None))
     if setup is None:
         raise CheckFailed(f"{type(lm).__name__} was not prepared for scoring: call prepare_for_scoring(model) first.")
-    if setup.prefix:
-        layout = PrefixLayout(batch.spans, batch.position_ids)
-        inputs: dict[str, torch.Tensor] = {
-            "input_ids": batch.input_ids,
-            "position_ids": batch.position_ids,
-            # All ones, not None: without a mask transformers would read the restarting positions as packed rows.
-            "attention_mask": torch.ones_like(batch.input_ids),
-        }
-        score_index = batch.score_index
-    else:
-        layout = None
-        input_ids, attention_mask, score_index = to_row(batch, pad_token_id=0)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs, layout, score_index = model_inputs(batch, prefix=setup.prefix)
     request = ScoringRequest(layout, score_index, batch.target_ids, temperature, with_entropy, with_collision)
     logprobs_N, entropy_N, correct_N, collision_N = model(**inputs, use_cache=False, scoring=request)
     return Scores(logprobs_N, entropy_N if with_entropy else None, correct_N, collision_N if with_collision else None)
+
+
+def model_inputs(
+    batch: PackedBatch, *, prefix: bool
+) -> tuple[dict[str, torch.Tensor], PrefixLayout | None, torch.Tensor]:
+    """The arguments of a model's forward for a packed batch.
+
+    Args:
+        batch: packed groups, on the model's device.
+        prefix: one row under prefix attention, else one padded row per completion.
+
+    Returns:
+        Arguments by name, the layout of the row if there is one, and `score_index` into the flattened rows.
+    """
+    if not prefix:
+        input_ids, attention_mask, score_index = to_row(batch, pad_token_id=0)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}, None, score_index
+    inputs: dict[str, torch.Tensor] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        # All ones, not None: without a mask transformers would read the restarting positions as packed rows.
+        "attention_mask": torch.ones_like(batch.input_ids),
+    }
+    return inputs, PrefixLayout(batch.spans, batch.position_ids), batch.score_index

@@ -1,4 +1,12 @@
-"""Rewards: named, weighted criteria and the verifiers that grade completions. Importing this loads no torch."""
+"""Rewards: named, weighted criteria and the verifiers that grade completions. Importing this loads no torch.
+
+`RewardModel` needs torch, so it lives in `burnish.model.reward_model` and loads on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from burnish.rewards.answers import extract_answer, parse_number
 from burnish.rewards.pool import WorkerPool
@@ -16,12 +24,16 @@ from burnish.rewards.verifiers import (
     soft_overlong,
 )
 
+if TYPE_CHECKING:
+    from burnish.model.reward_model import RewardModel
+
 __all__ = [
     "CRITERIA",
     "AnswerVerifier",
     "Criterion",
     "GoldFailure",
     "RewardFunction",
+    "RewardModel",
     "Rubric",
     "WorkerPool",
     "check_gold",
@@ -35,3 +47,9 @@ __all__ = [
     "rubric_from_config",
     "soft_overlong",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RewardModel":
+        raise AttributeError(f"module 'burnish.rewards' has no attribute {name!r}")
+    return import_module("burnish.model.reward_model").RewardModel

@@ -103,7 +103,15 @@ class RewardFields(CommonFields):
     kind: ClassVar[Kind] = "reward"
 
     learning_rate: float = _own(1e-4, "Peak learning rate.")
-    max_length: int | None = _own(1024, "Longest sequence in tokens; the rest is cut off. None: no limit.")
+    max_length: int | None = _own(
+        1024, "Longest sequence in tokens; rows with a longer one are left out, and counted. None: no limit."
+    )
+    pad_token: str | None = _own(
+        None,
+        "Token that pads when transformers runs the saved model; a score is read at the last token that is another "
+        "one, so before EOS where EOS pads. None: the tokenizer's own, else EOS.",
+    )
+    step_separator: str = _own("\n", "Text that ends every step of rows with step labels; their scores are read there.")
     chat_template: str | None = _own(
         None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
     )

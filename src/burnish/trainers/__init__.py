@@ -3,6 +3,7 @@
 from burnish.trainers.configs import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
 from burnish.trainers.online import GRPOTrainer
 from burnish.trainers.preference import DPOTrainer, KTOTrainer
+from burnish.trainers.reward import RewardTrainer
 from burnish.trainers.sft import SFTTrainer
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "KTOConfig",
     "KTOTrainer",
     "RewardConfig",
+    "RewardTrainer",
     "SFTConfig",
     "SFTTrainer",
 ]

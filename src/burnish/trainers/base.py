@@ -84,11 +84,11 @@ class GroupTrainer(Trainer):
     ) -> None:
         _refuse_data_parallel(args)
         self.tokenizer = processing_class
-        loaded, self._exact = load_model(model, bf16=bool(args.bf16), init_kwargs=args.model_init_kwargs)
+        loaded, self._exact = self.load(model, args)
         if peft_config is not None:
             loaded, self._exact = _add_adapters(loaded, peft_config), {}
         _use_non_reentrant_checkpointing(args)
-        prepare_for_scoring(loaded)
+        self.prepare_model(loaded)
         self._metrics = StepMetrics()
         super().__init__(
             model=loaded,
@@ -107,6 +107,16 @@ class GroupTrainer(Trainer):
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+
+    def load(
+        self, model: str | Path | PreTrainedModel, args: Any
+    ) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
+        """The model to train, without adapters, and exact values of the parameters that were rounded."""
+        return load_model(model, bf16=bool(args.bf16), init_kwargs=args.model_init_kwargs)
+
+    def prepare_model(self, model: torch.nn.Module) -> None:
+        """Teach the loaded model, adapters included, what `batch_loss` asks of its forward."""
+        prepare_for_scoring(model)
 
     def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
         """This rank's groups of one optimizer step, or None when the data ended."""
@@ -278,6 +288,13 @@ class GroupTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # peft reads adapters into fp32, whatever they compute in; their masters are in the optimizer's state.
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A plain loader over groups."""

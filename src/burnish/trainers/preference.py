@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, preference_group, unpair, unpaired_group
 from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.loading import disable_dropout
+from burnish.model.dropout import disable_dropout
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, PreferenceOptions, kto_losses
@@ -321,7 +321,7 @@ class DPOTrainer(ReferenceTrainer):
 
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
         """These pairs' share of the weighted losses."""
-        scores = score(model, batch, with_collision=True) if self.args.use_weighting else score(model, batch)
+        scores = score(model, batch, with_collision=self.args.use_weighting)
         if batch.num_scored_tokens == 0:
             return scores.logprobs.sum()
         sums_S = self.sums(batch, scores.logprobs)

@@ -23,7 +23,6 @@ from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.configs import SFTConfig
-from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
 
@@ -95,7 +94,6 @@ class SFTTrainer(GroupTrainer):
         )
         # transformers would scale the noise by the length of the whole packed row.
         self.neftune_noise_alpha = None
-        self._metrics = StepMetrics()
         self._num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
 
@@ -166,10 +164,8 @@ class SFTTrainer(GroupTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log of training."""
-        if "loss" in logs:
-            logs = {**logs, **self._metrics.flush(self.sum_over_ranks), "num_tokens": self._total_tokens()}
-        super().log(logs, start_time)
+        """Add the tokens so far to a log of training."""
+        super().log({**logs, "num_tokens": self._total_tokens()} if "loss" in logs else logs, start_time)
 
     def _total_tokens(self) -> float:
         return self.sum_over_ranks(float(self._num_tokens))

@@ -1,0 +1,114 @@
+"""A trained reward model as a reward function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from burnish.data import answer_group, read_last
+from burnish.errors import ModelError, RewardError
+from burnish.model.loading import load_processing_class
+from burnish.model.precision import fast_bf16
+from burnish.model.rewards import load_reward_model, pack_reads, prepare_for_rewards, reward_scores
+from burnish.model.scoring import causal_lm, eval_mode
+from burnish.packing import split_by_tokens
+from burnish.types import Group
+
+__all__ = ["RewardModel"]
+
+_ROW_COLUMNS = ("chat_template_kwargs", "tools")
+"""Columns that change how a conversation is rendered."""
+
+
+class RewardModel:
+    """Scores completions with a trained reward model; pass it as a `reward_funcs` entry or a `Criterion`'s function.
+
+    Completions of one prompt share its tokens and its computation. Texts are tokenized as in training: EOS ends every
+    plain completion, the chat template ends conversational ones.
+
+    Args:
+        model: what `RewardTrainer` saved (folder or hub name), or a sequence classifier with one label in memory.
+        tokenizer: the reward model's own, which may differ from the policy's; None: the one saved with it.
+        token_budget: most tokens of one forward; a longer completion runs alone. None: all at once.
+        chat_template: a file with a template, or a template's name; None: the tokenizer's own.
+        device: where a model given by name runs; None: the GPU if there is one.
+        bf16: compute in bf16 a model given by name; None: where the device is fast at it.
+
+    Raises:
+        ModelError: no reward model, or a model in memory without a tokenizer or with a device or dtype.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        token_budget: int | None = 4096,
+        chat_template: str | None = None,
+        device: str | torch.device | None = None,
+        bf16: bool | None = None,
+    ) -> None:
+        if not isinstance(model, str | Path):
+            if tokenizer is None:
+                raise ModelError("tokenizer = None: the reward model in memory names no tokenizer. Pass its tokenizer.")
+            if device is not None or bf16 is not None:
+                raise ModelError(f"device = {device}, bf16 = {bf16}: a model in memory is used where and as it is.")
+        self.tokenizer = tokenizer if tokenizer is not None else load_processing_class(str(model))
+        self.token_budget = token_budget
+        self.chat_template = chat_template
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, _ = load_reward_model(model, bf16=fast_bf16(place) if bf16 is None else bf16, seed=None)
+        if isinstance(model, str | Path):
+            self.model.to(place)
+        prepare_for_rewards(self.model)
+        config = causal_lm(self.model).config.get_text_config()
+        self._pad_token_id: int | None = config.pad_token_id
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        """One score a completion.
+
+        Args:
+            prompts: strings, or lists of messages.
+            completions: strings, or lists of messages; one for each prompt.
+            columns: columns of the data set; `tools` and `chat_template_kwargs` reach the chat template.
+
+        Returns:
+            Scores in the order of the completions; higher is better, 0 means nothing by itself.
+
+        Raises:
+            RewardError: not one prompt a completion.
+            DataError: a prompt or completion that cannot be tokenized.
+        """
+        if len(prompts) != len(completions):
+            raise RewardError(f"{len(prompts)} prompts for {len(completions)} completions: give each one its prompt.")
+        rows = [
+            {"prompt": prompt, "completion": completion}
+            | {name: columns[name][place] for name in _ROW_COLUMNS if columns.get(name) is not None}
+            for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        groups, place_of = self._groups(rows)
+        scores = [0.0] * len(rows)
+        device = self.model.device
+        with torch.no_grad(), eval_mode(self.model):
+            for part in split_by_tokens(groups, self.token_budget) if groups else []:
+                values = reward_scores(self.model, pack_reads(part).to(device)).tolist()
+                done = [completion for group in part for completion in group.completions]
+                for completion, value in zip(done, values, strict=True):
+                    scores[place_of[id(completion)]] = value
+        return scores
+
+    def _groups(self, rows: list[dict[str, Any]]) -> tuple[list[Group], dict[int, int]]:
+        """One group for each prompt, and the place of every completion object."""
+        by_prompt: dict[tuple[int, ...], Group] = {}
+        place_of: dict[int, int] = {}
+        for place, row in enumerate(rows):
+            single = answer_group(row, self.tokenizer, index=place, chat_template=self.chat_template)
+            read_last(single, self._pad_token_id)
+            group = by_prompt.setdefault(tuple(single.prompt_ids), Group(single.prompt_ids, []))
+            group.completions += single.completions
+            place_of[id(single.completions[0])] = place
+        return list(by_prompt.values()), place_of
