@@ -175,7 +175,8 @@ def test_what_was_not_asked_for_is_none() -> None:
     assert scores.entropy is None
     assert scores.log_collision is None
     assert scores.correct.dtype == torch.bool
-    logprobs, entropy = score(model, pack(groups()), with_entropy=True)
+    scores = score(model, pack(groups()), with_entropy=True)
+    logprobs, entropy = scores.logprobs, scores.entropy
     assert logprobs is not None
     assert entropy is not None
 

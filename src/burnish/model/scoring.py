@@ -9,7 +9,7 @@ wrapped) model, so data-parallel and sharding wrappers see an ordinary call.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What scoring returns; unpacks as (logprobs, entropy).
+    """What scoring returns.
 
     Attributes:
         logprobs: [N] log-probabilities in nats, fp32.
@@ -56,9 +56,6 @@ class Scores:
     entropy: torch.Tensor | None
     correct: torch.Tensor
     log_collision: torch.Tensor | None = None
-
-    def __iter__(self) -> Iterator[torch.Tensor | None]:
-        return iter((self.logprobs, self.entropy))
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,7 +293,8 @@ class GRPOTrainer(GroupTrainer):
         """Clipped surrogate plus KL, this batch's share."""
         args = self.args
         with_entropy = batch.num_scored_tokens > 0
-        logprobs_N, entropy_N = score(model, batch, temperature=args.temperature, with_entropy=with_entropy)
+        scores = score(model, batch, temperature=args.temperature, with_entropy=with_entropy)
+        logprobs_N, entropy_N = scores.logprobs, scores.entropy
         if not with_entropy:
             return logprobs_N.sum()
         if self._fresh:

@@ -430,7 +430,7 @@ class KTOTrainer(ReferenceTrainer):
             model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config,
             needs_reference=True,
         )  # fmt: skip
-        if args.loss_type == "kto" and len(self.train_dataset) < 2:
+        if args.loss_type == "kto" and len(cast("list[Group]", self.train_dataset)) < 2:
             raise DataError(
                 "train_dataset: one row has no other completion to estimate the KL with; use loss_type "
                 "apo_zero_unpaired, or more rows."
