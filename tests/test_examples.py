@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from burnish.cli.config import load_pipeline_file
+from burnish.cli.config import load_pipeline_file, load_run_file
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
 
@@ -23,3 +23,12 @@ def test_example(path: Path) -> None:
     assert file.data.eval["size"] >= 200
     assert file.grpo is not None
     assert file.grpo["max_steps"] == 100
+
+
+PREFERENCE = sorted((Path(__file__).parent.parent / "examples" / "preference").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PREFERENCE, ids=lambda path: path.stem)
+def test_preference_example(path: Path) -> None:
+    file = load_run_file(path, [], path.stem.partition("_")[2])  # type: ignore[arg-type]
+    assert file.model.startswith("outputs/")

@@ -75,6 +75,10 @@ class EvaluationSection:
     """Most tokens of one completion."""
     solved: str | None = None
     """The criterion that says whether a completion solved its prompt; None where the rubric has one criterion."""
+    output: str | None = None
+    """`burnish eval` only: JSON file for the whole evaluation, problem by problem."""
+    compare_with: str | None = None
+    """`burnish eval` only: such a file of another model; paired differences are printed too."""
 
     def __post_init__(self) -> None:
         for name, holds, fix in (

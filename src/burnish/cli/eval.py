@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from burnish.cli.config import load_run_file
 from burnish.data import load_rows
+from burnish.errors import ConfigError
+from burnish.evaluate import Evaluation, compare
 
 __all__ = ["run"]
 
@@ -16,7 +19,23 @@ def run(args: argparse.Namespace) -> None:
     file = load_run_file(args.file, args.overrides, "eval")
     assert file.data.eval is not None and file.rubric is not None and file.evaluation is not None
     rows = load_rows(file.data.eval, "data.eval")
-    from burnish.cli.stages import evaluate_model
+    from burnish.cli.stages import evaluate_model, write_json
 
-    result = evaluate_model(file.model, rows, file.rubric, file.evaluation, name=file.model, model_init=file.model_init)
-    print(json.dumps(result.summary(), indent=1))
+    section = file.evaluation
+    before = None if section.compare_with is None else _earlier(Path(section.compare_with))
+    result = evaluate_model(file.model, rows, file.rubric, section, name=file.model, model_init=file.model_init)
+    if section.output is not None:
+        write_json(Path(section.output), result.to_dict())
+    summary = result.summary()
+    if before is not None:
+        gains = {f"pass@{k}": str(compare(before, result, f"pass@{k}")) for k in result.pass_at_k}
+        summary["gain_paired"] = {"over": before.name, **gains}
+    print(json.dumps(summary, indent=1))
+
+
+def _earlier(file: Path) -> Evaluation:
+    if not file.is_file():
+        raise ConfigError(f"[evaluation] compare_with = {str(file)!r}: no such file; evaluation.output writes one.")
+    from burnish.cli.stages import read_json
+
+    return Evaluation.from_dict(read_json(file, {}))
