@@ -123,3 +123,37 @@ max_completion_length = 6
     assert (tmp_path / "out" / "best.jsonl").is_file()
     assert main(["pairs", str(tmp_path / "run.toml"), "--pairs.num_samples=1"]) == 2
     assert "a pair needs at least 2" in capsys.readouterr().err
+
+
+def test_held_out_prompts_make_no_pairs_and_evaluations_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    text = f"""
+model = "{tmp_path}/model"
+[data]
+train = {{ path = "{tmp_path}/rows.jsonl" }}
+eval = {{ path = "{tmp_path}/held.jsonl" }}
+[[rubric]]
+kind = "numeric"
+sources = ["last_number"]
+"""
+    (tmp_path / "pairs.toml").write_text(
+        f'{text}[pairs]\noutput_dir = "{tmp_path}/out"\nnum_samples = 2\nmax_completion_length = 4\n'
+    )
+    assert main(["pairs", str(tmp_path / "pairs.toml")]) == 0
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == len(ROWS) - 2
+    capsys.readouterr()
+    (tmp_path / "eval.toml").write_text(f"{text}[evaluation]\nnum_samples = 2\nmax_completion_length = 4\n")
+    words = ["eval", str(tmp_path / "eval.toml")]
+    assert main([*words, f"--evaluation.compare_with={tmp_path}/a.json"]) == 2
+    assert "no such file; evaluation.output writes one" in capsys.readouterr().err
+    assert main([*words, f"--evaluation.output={tmp_path}/a.json"]) == 0
+    capsys.readouterr()
+    assert main([*words, f"--evaluation.compare_with={tmp_path}/a.json"]) == 0
+    gain = json.loads(capsys.readouterr().out)["gain_paired"]
+    assert gain["over"] == f"{tmp_path}/model"
+    assert gain["pass@1"].startswith("0 [0, 0]")
