@@ -12,8 +12,7 @@ import torch
 
 import tiny
 from burnish import CheckFailed, ConfigError, DataError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from burnish.objectives.preference import PREFERENCE_LOSSES, PreferenceOptions, kto_losses
-from burnish.trainers.preference import _pairs
+from burnish.objectives.preference import PREFERENCE_LOSSES, PreferenceOptions, kto_losses, pairs_of
 from test_trainers import assert_same, settings, weights
 
 PAIRS = [
@@ -64,7 +63,7 @@ def test_loss_and_step_equal_plain_forwards(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         refs = [plain_sum(reference, row["prompt"], row[side]) for row in PAIRS for side in ("chosen", "rejected")]
     tokens = [float(len(row[side]) + 1) for row in PAIRS for side in ("chosen", "rejected")]
-    pairs = _pairs(torch.stack(sums), torch.stack(refs), torch.tensor(tokens))
+    pairs = pairs_of(torch.stack(sums), torch.stack(refs), torch.tensor(tokens))
     row = PREFERENCE_LOSSES[name]
     options = PreferenceOptions(beta=0.3, label_smoothing=0.1)
     loss = row.compute(pairs, options).sum() / (pairs.chosen_tokens.sum() if row.per_token else len(PAIRS))

@@ -196,6 +196,7 @@ _NEEDED: dict[FileKind, tuple[str, ...]] = {
     "dpo": ("data.train",),
     "kto": ("data.train",),
     "grpo": ("data.train", "rubric"),
+    "online_dpo": ("data.train", "rubric"),
     "pairs": ("data.train", "rubric"),
     "eval": ("data.eval", "rubric"),
 }

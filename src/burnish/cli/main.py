@@ -21,6 +21,7 @@ _STAGES: dict[Kind, str] = {
     "reward": "train a reward model on comparisons",
     "dpo": "train on preference pairs: DPO and its family",
     "kto": "train on completions labelled good or bad",
+    "online_dpo": "train on preferences between the model's own samples, judged by rewards",
     "grpo": "train on rewards: sample groups of completions, score them, follow the better ones",
 }
 _FILE_COMMANDS: dict[str, str] = {

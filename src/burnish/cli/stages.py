@@ -30,6 +30,8 @@ from burnish.trainers import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
@@ -53,6 +55,7 @@ _TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
     "reward": (RewardConfig, RewardTrainer),
     "dpo": (DPOConfig, DPOTrainer),
     "kto": (KTOConfig, KTOTrainer),
+    "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
 }
 
@@ -84,7 +87,7 @@ def train(
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
-    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind == "grpo" else {}
+    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in ("online_dpo", "grpo") else {}
     trainer = trainer_class(
         model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
     )

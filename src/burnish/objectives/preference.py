@@ -28,6 +28,8 @@ __all__ = [
     "PreferenceOptions",
     "divergence_score",
     "kto_losses",
+    "pair_metrics",
+    "pairs_of",
 ]
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -344,3 +346,32 @@ def kto_losses(
     signed_S = torch.where(desirable_S, log_ratio_S - kl.detach(), kl.detach() - log_ratio_S)
     weights_S = torch.where(desirable_S, desirable_weight, undesirable_weight)
     return weights_S * torch.sigmoid(-beta * signed_S)
+
+
+def pairs_of(policy_S: torch.Tensor, reference_S: torch.Tensor, tokens_S: torch.Tensor) -> Pairs:
+    """Pairs from the values of sequences in the order chosen, rejected, chosen, ..."""
+    return Pairs(policy_S[0::2], policy_S[1::2], reference_S[0::2], reference_S[1::2], tokens_S[0::2], tokens_S[1::2])
+
+
+def pair_metrics(pairs: Pairs, beta: float, *, normalised: bool) -> dict[str, torch.Tensor]:
+    """Implicit rewards beta rho (beta log pi without a reference) and what follows from them, by TRL's names.
+
+    Args:
+        pairs: P pairs.
+        beta: of the loss.
+        normalised: rewards are means over tokens.
+
+    Returns:
+        [P] each, without gradient.
+    """
+    chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
+    if normalised:
+        chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/chosen": pairs.chosen.detach(),
+        "logps/rejected": pairs.rejected.detach(),
+    }

@@ -19,6 +19,7 @@ __all__ = [
     "DPOFields",
     "GRPOFields",
     "KTOFields",
+    "OnlineDPOFields",
     "RewardFields",
     "SFTFields",
     "known_fields",
@@ -177,10 +178,8 @@ class KTOFields(_ReferenceFields):
 
 
 @dataclass
-class GRPOFields(CommonFields):
-    """Own fields of GRPO and its family."""
-
-    kind: ClassVar[Kind] = "grpo"
+class _OnlineFields(CommonFields):
+    """Fields of the stages that sample, score and learn from their own completions."""
 
     learning_rate: float = _own(1e-6, "Peak learning rate.")
     num_generations: int = _own(8, "Completions per prompt, G; at least 2.")
@@ -190,7 +189,6 @@ class GRPOFields(CommonFields):
         "Micro-batches that one round of sampling feeds. None: gradient_accumulation_steps, "
         "so every optimizer step samples afresh.",
     )
-    num_iterations: int = _own(1, "Passes over each round of samples.")
     max_prompt_length: int | None = _own(
         None, "Longest prompt in tokens; a row with a longer one is left out and counted, never cut. None: no limit."
     )
@@ -202,22 +200,7 @@ class GRPOFields(CommonFields):
     stop: list[str] | None = _own(None, "Strings that end a completion.")
     chat_template_kwargs: dict[str, Any] | None = _own(None, "Extra arguments of the chat template.")
     shuffle_dataset: bool = _own(True, "Draw prompts in a new order each epoch.")
-    loss_type: str = _own(
-        "dapo",
-        "How per-token losses are averaged: grpo (per sequence, then over sequences), bnpo and dapo (over all scored "
-        "tokens), dr_grpo (over num_completions x max_completion_length). Denominators are global.",
-    )
-    scale_rewards: str | bool = _own(
-        "group", "What centred rewards are divided by: the group's std, the batch's std (batch), or nothing (none)."
-    )
     reward_weights: list[float] | None = _own(None, "One weight per reward. None: 1 each, or the rubric's own.")
-    beta: float = _own(0.0, "Weight of the KL divergence from the reference model. 0: no reference is held.")
-    epsilon: float = _own(0.2, "Clip range below a ratio of 1.")
-    epsilon_high: float | None = _own(None, "Clip range above a ratio of 1. None: epsilon.")
-    delta: float | None = _own(
-        None, "Upper bound of the ratio where the advantage is negative (two-sided clipping). None: no bound."
-    )
-    importance_sampling_level: str = _own("token", "Ratio of each token, or of the whole sequence (sequence: GSPO).")
     mask_truncated_completions: bool = _own(False, "Leave completions that hit the token limit out of the loss.")
     logprob_check_bound: float | None = _own(
         None,
@@ -229,8 +212,45 @@ class GRPOFields(CommonFields):
     )
 
 
+@dataclass
+class GRPOFields(_OnlineFields):
+    """Own fields of GRPO and its family."""
+
+    kind: ClassVar[Kind] = "grpo"
+
+    num_iterations: int = _own(1, "Passes over each round of samples.")
+    loss_type: str = _own(
+        "dapo",
+        "How per-token losses are averaged: grpo (per sequence, then over sequences), bnpo and dapo (over all scored "
+        "tokens), dr_grpo (over num_completions x max_completion_length). Denominators are global.",
+    )
+    scale_rewards: str | bool = _own(
+        "group", "What centred rewards are divided by: the group's std, the batch's std (batch), or nothing (none)."
+    )
+    beta: float = _own(0.0, "Weight of the KL divergence from the reference model. 0: no reference is held.")
+    epsilon: float = _own(0.2, "Clip range below a ratio of 1.")
+    epsilon_high: float | None = _own(None, "Clip range above a ratio of 1. None: epsilon.")
+    delta: float | None = _own(
+        None, "Upper bound of the ratio where the advantage is negative (two-sided clipping). None: no bound."
+    )
+    importance_sampling_level: str = _own("token", "Ratio of each token, or of the whole sequence (sequence: GSPO).")
+
+
+@dataclass
+class OnlineDPOFields(_OnlineFields):
+    """Own fields of online DPO."""
+
+    kind: ClassVar[Kind] = "online_dpo"
+
+    learning_rate: float = _own(5e-7, "Peak learning rate.")
+    num_generations: int = _own(2, "Completions per prompt; the best and the worst of them make the pair.")
+    beta: float = _own(0.1, "Strength of the pull towards the reference.")
+    loss_type: str = _own("sigmoid", "A row of burnish.objectives.preference.PREFERENCE_LOSSES that couples no pairs.")
+    label_smoothing: float = _own(0.0, "Assumed share of pairs whose order is wrong, below 0.5.")
+
+
 _FIELDS: dict[Kind, type[CommonFields]] = {
-    fields.kind: fields for fields in (SFTFields, RewardFields, DPOFields, KTOFields, GRPOFields)
+    fields.kind: fields for fields in (SFTFields, RewardFields, DPOFields, KTOFields, OnlineDPOFields, GRPOFields)
 }
 
 

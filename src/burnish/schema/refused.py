@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["REFUSED", "REFUSED_FOR", "Kind", "refused_fields"]
 
-Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "grpo"]
+Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "online_dpo", "grpo"]
 """A stage that trains."""
 
 _LOADER = "this trainer draws prompts itself and its data loader only counts steps; remove the field"
@@ -49,23 +49,26 @@ REFUSED: dict[str, str] = {
 }
 """Inherited field -> why no trainer honours it, and what to do. Only a value other than the default is refused."""
 
+_ONLINE: dict[str, str] = {
+    "data_seed": "prompt order and every sample are drawn from seed; set seed",
+    "dataloader_drop_last": _LOADER,
+    "dataloader_in_order": _LOADER,
+    "dataloader_multiprocessing_context": _LOADER,
+    "dataloader_num_workers": _LOADER,
+    "dataloader_persistent_workers": _LOADER,
+    "dataloader_prefetch_factor": _LOADER,
+    "ignore_data_skip": "the place in the prompts is part of each checkpoint, nothing is skipped; remove the field",
+    "neftune_noise_alpha": _NOISE,
+    "train_sampling_strategy": "prompts are drawn by this trainer; use shuffle_dataset",
+}
+
 REFUSED_FOR: dict[Kind, dict[str, str]] = {
     "sft": {},
     "reward": {"neftune_noise_alpha": _NOISE},
     "dpo": {"neftune_noise_alpha": _NOISE},
     "kto": {"neftune_noise_alpha": _NOISE},
-    "grpo": {
-        "data_seed": "prompt order and every sample are drawn from seed; set seed",
-        "dataloader_drop_last": _LOADER,
-        "dataloader_in_order": _LOADER,
-        "dataloader_multiprocessing_context": _LOADER,
-        "dataloader_num_workers": _LOADER,
-        "dataloader_persistent_workers": _LOADER,
-        "dataloader_prefetch_factor": _LOADER,
-        "ignore_data_skip": "the place in the prompts is part of each checkpoint, nothing is skipped; remove the field",
-        "neftune_noise_alpha": _NOISE,
-        "train_sampling_strategy": "prompts are drawn by this trainer; use shuffle_dataset",
-    },
+    "online_dpo": _ONLINE,
+    "grpo": _ONLINE,
 }
 """The same, for some stages only."""
 

@@ -104,6 +104,28 @@ _REFERENCE: tuple[Rule, ...] = (
     ("ref_model_sync_steps", _count(1), "use at least 1"),
 )
 
+_ONLINE: tuple[Rule, ...] = (
+    ("num_generations", _count(2), "a group is compared with itself: use at least 2"),
+    ("num_generations_eval", _optional(_count(1)), "use at least 1, or leave it out"),
+    ("steps_per_generation", _optional(_count(1)), "use at least 1 micro-batch, or leave it out"),
+    ("max_prompt_length", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
+    ("max_completion_length", _count(1), "use a number of tokens of at least 1"),
+    ("temperature", _above(0), "training needs samples of a distribution: use a number above 0"),
+    ("top_p", lambda value: _fraction(value) and value > 0, "use a number in (0, 1]; 1 keeps every token"),
+    ("top_k", _count(0), "use 0 (keep all) or a positive integer"),
+    ("min_p", _optional(_fraction), "use a number in [0, 1], or leave it out"),
+    (
+        "stop",
+        _optional(_list_of(lambda item: isinstance(item, str) and item != "")),
+        "use a list of non-empty strings, or leave it out",
+    ),
+    ("reward_weights", _optional(_list_of(_number)), "use a list of numbers, one per reward, or leave it out"),
+    ("logprob_check_bound", _optional(_above(0)), "use a number of nats above 0, or leave it out"),
+)
+
+_UNCOUPLED = tuple(name for name in PREFERENCE_LOSS_NAMES if name not in ("aot", "aot_unpaired", "sft"))
+"""Losses of a pair by itself: online, pairs come and go with the samples."""
+
 _RULES: dict[Kind, tuple[Rule, ...]] = {
     "reward": (
         _MAX_LENGTH,
@@ -155,35 +177,26 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
             "use nll or dft; logits are tiled already, so nll is also the chunked one",
         ),
     ),
+    "online_dpo": (
+        *_ONLINE,
+        ("beta", _above(0), "use a number above 0, such as 0.1"),
+        ("loss_type", _one_of(*_UNCOUPLED), f"use one of {', '.join(_UNCOUPLED)}"),
+        ("label_smoothing", lambda value: _number(value) and 0 <= value < 0.5, "use a number in [0, 0.5)"),
+    ),
     "grpo": (
-        ("num_generations", _count(2), "a group is compared with itself: use at least 2"),
-        ("num_generations_eval", _optional(_count(1)), "use at least 1, or leave it out"),
-        ("steps_per_generation", _optional(_count(1)), "use at least 1 micro-batch, or leave it out"),
+        *_ONLINE,
         ("num_iterations", _count(1), "use at least 1"),
-        ("max_prompt_length", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
-        ("max_completion_length", _count(1), "use a number of tokens of at least 1"),
-        ("temperature", _above(0), "training needs samples of a distribution: use a number above 0"),
-        ("top_p", lambda value: _fraction(value) and value > 0, "use a number in (0, 1]; 1 keeps every token"),
-        ("top_k", _count(0), "use 0 (keep all) or a positive integer"),
-        ("min_p", _optional(_fraction), "use a number in [0, 1], or leave it out"),
-        (
-            "stop",
-            _optional(_list_of(lambda item: isinstance(item, str) and item != "")),
-            "use a list of non-empty strings, or leave it out",
-        ),
         ("loss_type", _one_of("grpo", "bnpo", "dr_grpo", "dapo"), "use one of grpo, bnpo, dr_grpo, dapo"),
         (
             "scale_rewards",
             _one_of("group", "batch", "none", True, False),
             "use group (or true), batch, or none (or false)",
         ),
-        ("reward_weights", _optional(_list_of(_number)), "use a list of numbers, one per reward, or leave it out"),
         ("beta", _at_least(0), "use a finite number of at least 0; 0 holds no reference model"),
         ("epsilon", lambda value: _fraction(value) and 0 < value < 1, "use a number in (0, 1), such as 0.2"),
         ("epsilon_high", _optional(_above(0)), "use a number above 0, such as 0.28, or leave it out"),
         ("delta", _optional(_above(1)), "it bounds a ratio: use a number above 1 + epsilon, or leave it out"),
         ("importance_sampling_level", _one_of("token", "sequence"), "use token or sequence"),
-        ("logprob_check_bound", _optional(_above(0)), "use a number of nats above 0, or leave it out"),
     ),
 }
 
@@ -257,10 +270,24 @@ def _incomplete_groups(values: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
+def _online_dpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    if values["loss_type"] == "exo_pair" and values["label_smoothing"] == 0:
+        yield "label_smoothing = 0.0 with loss_type exo_pair: its target has a logarithm of 0; use 1e-3, as TRL does."
+    size, group = values.get("per_device_train_batch_size"), values["num_generations"]
+    if size is not None and size % group:
+        yield (
+            f"per_device_train_batch_size = {size}: a pair is chosen among all num_generations = {group} completions "
+            f"of a prompt, so each process needs whole groups; use a multiple of {group}."
+        )
+    if "per_device_train_batch_size" in values:
+        yield from _incomplete_groups(values)
+
+
 _CONTRADICTIONS: dict[Kind, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "sft": _sft_contradictions,
     "reward": _none,
     "dpo": _dpo_contradictions,
     "kto": _moving_reference,
+    "online_dpo": _online_dpo_contradictions,
     "grpo": _grpo_contradictions,
 }

@@ -1,7 +1,8 @@
 """Trainers: thin subclasses of `transformers.Trainer`, with their configs."""
 
-from burnish.trainers.configs import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
-from burnish.trainers.online import GRPOTrainer
+from burnish.trainers.configs import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, RewardConfig, SFTConfig
+from burnish.trainers.grpo import GRPOTrainer
+from burnish.trainers.online_dpo import OnlineDPOTrainer
 from burnish.trainers.preference import DPOTrainer, KTOTrainer
 from burnish.trainers.reward import RewardTrainer
 from burnish.trainers.sft import SFTTrainer
@@ -13,6 +14,8 @@ __all__ = [
     "GRPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from burnish.model.precision import fast_bf16
-from burnish.schema import DPOFields, GRPOFields, KTOFields, RewardFields, SFTFields
+from burnish.schema import DPOFields, GRPOFields, KTOFields, OnlineDPOFields, RewardFields, SFTFields
 
-__all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "RewardConfig", "SFTConfig"]
+__all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RewardConfig", "SFTConfig"]
 
 
 def _finish(config: Any) -> None:
@@ -51,6 +51,14 @@ class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompat
 @dataclass
 class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)
+
+
+@dataclass
+class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.schema.OnlineDPOFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)

@@ -18,7 +18,15 @@ from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.dropout import disable_dropout
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
-from burnish.objectives.preference import PREFERENCE_LOSSES, Pairs, PreferenceLoss, PreferenceOptions, kto_losses
+from burnish.objectives.preference import (
+    PREFERENCE_LOSSES,
+    Pairs,
+    PreferenceLoss,
+    PreferenceOptions,
+    kto_losses,
+    pair_metrics,
+    pairs_of,
+)
 from burnish.packing import pack
 from burnish.trainers.base import GroupTrainer, resolve_tokenizer
 from burnish.trainers.configs import DPOConfig, KTOConfig
@@ -304,7 +312,7 @@ class DPOTrainer(ReferenceTrainer):
         policy_S = torch.tensor([p for p, _, _ in everywhere], dtype=torch.float64).flatten().requires_grad_()
         reference_S = torch.tensor([r for _, r, _ in everywhere], dtype=torch.float64).flatten()
         tokens_S = torch.tensor([t for _, _, t in everywhere], dtype=torch.float64).flatten()
-        pairs = _pairs(policy_S, reference_S, tokens_S)
+        pairs = pairs_of(policy_S, reference_S, tokens_S)
         total = torch.stack([w * loss.compute(pairs, self.options).mean() for loss, w in self.losses if loss.coupled])
         (gradient_S,) = torch.autograd.grad(total.sum(), policy_S)
         mine = gradient_S.view(-1, 2)[first : first + len(groups)].tolist()
@@ -327,7 +335,7 @@ class DPOTrainer(ReferenceTrainer):
         sums_S = self.sums(batch, scores.logprobs)
         self.check_start(sums_S.detach(), batch)
         tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences).to(sums_S.dtype)
-        pairs = _pairs(sums_S, batch.sequence["reference"], tokens_S)
+        pairs = pairs_of(sums_S, batch.sequence["reference"], tokens_S)
         weights_P = self._weights(batch, scores, tokens_S) if self.args.use_weighting else 1.0
         total = sums_S.new_zeros(())
         for loss, weight in self.losses:
@@ -349,26 +357,15 @@ class DPOTrainer(ReferenceTrainer):
         return means_S.exp().view(-1, 2).prod(1)
 
     def _pair_metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
-        """[P] each: implicit rewards beta rho (beta log pi without a reference), by TRL's names."""
-        beta = self.options.beta
-        chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
-        if all(loss.length_normalised for loss, _ in self.losses):
-            chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
-        return {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": pairs.chosen.detach(),
-            "logps/rejected": pairs.rejected.detach(),
-        }
+        normalised = all(loss.length_normalised for loss, _ in self.losses)
+        return pair_metrics(pairs, self.options.beta, normalised=normalised)
 
     def evaluate_records(
         self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
     ) -> dict[str, float]:
         """Loss (without WPO's weights) and metrics over all held-out pairs."""
         tokens = [[c.num_scored_tokens for c in group.completions] for group in groups]
-        pairs = _pairs(*(torch.tensor(rows, dtype=torch.float64).flatten() for rows in (policy, reference, tokens)))
+        pairs = pairs_of(*(torch.tensor(rows, dtype=torch.float64).flatten() for rows in (policy, reference, tokens)))
         loss = sum(
             weight
             * loss.compute(pairs, self.options).sum()
@@ -377,11 +374,6 @@ class DPOTrainer(ReferenceTrainer):
         )
         means = {name: float(values.mean()) for name, values in self._pair_metrics(pairs).items()}
         return {"loss": float(loss), **means}
-
-
-def _pairs(policy_S: torch.Tensor, reference_S: torch.Tensor, tokens_S: torch.Tensor) -> Pairs:
-    """Pairs from sequences in the order chosen, rejected, chosen, ..."""
-    return Pairs(policy_S[0::2], policy_S[1::2], reference_S[0::2], reference_S[1::2], tokens_S[0::2], tokens_S[1::2])
 
 
 class KTOTrainer(ReferenceTrainer):

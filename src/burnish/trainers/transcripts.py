@@ -49,7 +49,7 @@ class TranscriptLog(JsonLines):
     """Writes groups as one record per completion: prompt, text, reward, criteria, advantage."""
 
     @classmethod
-    def of(cls, args: Any, is_main: bool, stage: str = "grpo") -> TranscriptLog:
+    def of(cls, args: Any, is_main: bool, stage: str) -> TranscriptLog:
         """The log that `log_completions` asks for; it writes nothing on other ranks or where it is off."""
         if not args.log_completions or not is_main:
             return cls(None, stage)

@@ -1,0 +1,123 @@
+"""Online DPO: preference pairs from the policy's own samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from burnish.model.scoring import score
+from burnish.objectives.aggregate import sequence_sums
+from burnish.objectives.preference import PREFERENCE_LOSSES, PreferenceOptions, pair_metrics, pairs_of
+from burnish.packing import pack
+from burnish.rewards import Rubric
+from burnish.rollout import Engine
+from burnish.trainers.configs import OnlineDPOConfig
+from burnish.trainers.metrics import total
+from burnish.trainers.online import OnlineTrainer, RewardFunction
+from burnish.types import Completion, Group, PackedBatch
+
+__all__ = ["OnlineDPOTrainer"]
+
+
+class OnlineDPOTrainer(OnlineTrainer):
+    r"""Online DPO (2402.04792): sample, judge, prefer the best of a prompt's completions to the worst.
+
+    .. math:: \mathcal L = \frac1P \sum_p \ell(y_w^{(p)}, y_l^{(p)})
+
+    with a loss of `burnish.objectives.preference.PREFERENCE_LOSSES`, over the P pairs of the whole optimizer step. A
+    prompt whose rewards are all equal makes no pair and costs no update.
+
+    Args:
+        model: path, hub name, package that carries a model, or a model in memory.
+        reward_funcs: a `Rubric`, or functions `f(prompts, completions, **columns) -> list[float | None]`.
+        args: `OnlineDPOConfig`.
+        train_dataset: rows with a `prompt` column (plain or conversational); other columns reach the rewards.
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; the model's own if None.
+        callbacks: transformers callbacks.
+        optimizers: an optimizer and a scheduler instead of the configured ones.
+        peft_config: train these adapters instead of the weights.
+        engine: samples completions; the native in-process engine if None.
+        ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
+
+    Raises:
+        ConfigError, DataError, ModelError, RewardError: before any weight is loaded where that can be known.
+        CheckFailed: sampler and trainer disagree, or a gradient is not finite.
+    """
+
+    args: OnlineDPOConfig
+    whole_groups = True
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction],
+        args: OnlineDPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: Any = None,
+        *,
+        engine: Engine | None = None,
+        ref_model: PreTrainedModel | None = None,
+    ) -> None:
+        args = args if args is not None else OnlineDPOConfig()
+        super().__init__(
+            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers,
+            peft_config, engine=engine, ref_model=ref_model,
+        )  # fmt: skip
+
+        self.loss = PREFERENCE_LOSSES[args.loss_type]
+        self.options = PreferenceOptions(beta=args.beta, label_smoothing=args.label_smoothing)
+
+    def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """The best and the worst completion of every prompt whose rewards differ."""
+        pairs: list[Group] = []
+        for group in groups:
+            judged = [(reward, c) for c in group.completions if self.in_loss(c) and (reward := total(c)) is not None]
+            if judged:
+                best, worst = max(judged, key=_reward), min(judged, key=_reward)
+                if best[0] > worst[0]:
+                    pairs.append(dataclasses.replace(group, completions=[best[1], worst[1]]))
+        return pairs
+
+    def step_denominator(self, groups: Sequence[Group]) -> float:
+        """This rank's pairs."""
+        return float(len(self.trainable_groups(groups)))
+
+    def pack_groups(self, groups: Sequence[Group]) -> PackedBatch:
+        """Pairs with the log-probabilities of sampler and reference."""
+        token: dict[str, Callable[[Completion], Sequence[float]]] = {}
+        if groups[0].completions[0].ref_logprobs is not None:
+            token = {
+                "policy_logprobs": lambda completion: completion.policy_logprobs or [],
+                "ref_logprobs": lambda completion: completion.ref_logprobs or [],
+            }
+        return pack(groups, token=token)
+
+    def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
+        """These pairs' share of the mean loss."""
+        logprobs_N = score(model, batch, temperature=self.args.temperature).logprobs
+        if batch.num_scored_tokens == 0:
+            return logprobs_N.sum()
+        if self._fresh:
+            self.compare(batch, logprobs_N.detach())
+        policy_S, reference_S, tokens_S = (
+            sequence_sums(values_N, batch.sequence_index, batch.num_sequences)
+            for values_N in (logprobs_N, batch.token["ref_logprobs"], torch.ones_like(logprobs_N))
+        )
+        pairs = pairs_of(policy_S, reference_S, tokens_S)
+        for name, values in pair_metrics(pairs, self.options.beta, normalised=self.loss.length_normalised).items():
+            self._metrics.add_tokens(name, values)
+        return self.loss.compute(pairs, self.options).sum() / denominator
+
+
+def _reward(judged: tuple[float, Completion]) -> float:
+    return judged[0]
