@@ -8,7 +8,7 @@ TRL_STAMP := .venv-trl/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: bench check clean demo help install mutations slow test
+.PHONY: bench check clean demo help install mutations slow test trl
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: $(STAMP)  ## the fast suite
 	$(PYTEST)
 
-slow: $(STAMP)  ## the tests on the real model
+slow: $(STAMP) $(TRL_STAMP)  ## the tests on the real model, on two ranks, and against TRL
 	$(BIN)/python -m pytest -q -m slow
 
 mutations: $(STAMP)  ## break the code on purpose and see the tests fail
@@ -40,6 +40,8 @@ demo: $(STAMP)  ## raw model -> SFT -> GRPO -> pass@k -> report, on one CPU
 
 bench: $(STAMP) $(TRL_STAMP)  ## one GRPO step against TRL's
 	$(BIN)/python benchmarks/grpo_step.py
+
+trl: $(TRL_STAMP)  ## build .venv-trl, which the comparisons with TRL need
 
 $(TRL_STAMP): benchmarks/requirements-trl.txt
 	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
