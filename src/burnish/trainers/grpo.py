@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.advantages import group_advantages
 from burnish.model.scoring import score
@@ -18,12 +16,10 @@ from burnish.objectives.aggregate import Reduction, aggregate
 from burnish.objectives.kl import kl_k3
 from burnish.objectives.policy import clipped_surrogate, log_ratio
 from burnish.packing import pack
-from burnish.rewards import Rubric
-from burnish.rollout import Engine
 from burnish.trainers.base import scored_tokens
 from burnish.trainers.configs import GRPOConfig
 from burnish.trainers.metrics import total
-from burnish.trainers.online import OnlineTrainer, RewardFunction
+from burnish.trainers.online import OnlineTrainer
 from burnish.trainers.prompts import Share
 from burnish.types import Completion, Group, PackedBatch
 
@@ -61,27 +57,7 @@ class GRPOTrainer(OnlineTrainer):
     """
 
     args: GRPOConfig
-
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction],
-        args: GRPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        peft_config: Any = None,
-        *,
-        engine: Engine | None = None,
-        ref_model: PreTrainedModel | None = None,
-    ) -> None:
-        args = args if args is not None else GRPOConfig()
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers,
-            peft_config, engine=engine, ref_model=ref_model,
-        )  # fmt: skip
+    config_class = GRPOConfig
 
     @property
     def passes(self) -> int:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
@@ -45,6 +45,7 @@ class OnlineTrainer(GroupTrainer):
     """
 
     args: Any
+    config_class: ClassVar[type[Any]]
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class OnlineTrainer(GroupTrainer):
         engine: Engine | None = None,
         ref_model: PreTrainedModel | None = None,
     ) -> None:
+        args = args if args is not None else self.config_class()
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with a `prompt` column.")
         self.rubric = _rubric(reward_funcs, args.reward_weights)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.model.scoring import score
 from burnish.objectives.aggregate import sequence_sums
-from burnish.objectives.preference import PREFERENCE_LOSSES, PreferenceOptions, pair_metrics, pairs_of
+from burnish.objectives.preference import (
+    PREFERENCE_LOSSES,
+    PreferenceLoss,
+    PreferenceOptions,
+    pair_metrics,
+    pairs_of,
+)
 from burnish.packing import pack
-from burnish.rewards import Rubric
-from burnish.rollout import Engine
 from burnish.trainers.configs import OnlineDPOConfig
 from burnish.trainers.metrics import total
-from burnish.trainers.online import OnlineTrainer, RewardFunction
+from burnish.trainers.online import OnlineTrainer
 from burnish.types import Completion, Group, PackedBatch
 
 __all__ = ["OnlineDPOTrainer"]
@@ -51,31 +52,18 @@ class OnlineDPOTrainer(OnlineTrainer):
     """
 
     args: OnlineDPOConfig
+    config_class = OnlineDPOConfig
     whole_groups = True
 
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction],
-        args: OnlineDPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        peft_config: Any = None,
-        *,
-        engine: Engine | None = None,
-        ref_model: PreTrainedModel | None = None,
-    ) -> None:
-        args = args if args is not None else OnlineDPOConfig()
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers,
-            peft_config, engine=engine, ref_model=ref_model,
-        )  # fmt: skip
+    @property
+    def loss(self) -> PreferenceLoss:
+        """The row of the table."""
+        return PREFERENCE_LOSSES[self.args.loss_type]
 
-        self.loss = PREFERENCE_LOSSES[args.loss_type]
-        self.options = PreferenceOptions(beta=args.beta, label_smoothing=args.label_smoothing)
+    @property
+    def options(self) -> PreferenceOptions:
+        """Its numbers."""
+        return PreferenceOptions(beta=self.args.beta, label_smoothing=self.args.label_smoothing)
 
     def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The best and the worst completion of every prompt whose rewards differ."""

@@ -46,23 +46,24 @@ class ReferenceTrainer(GroupTrainer):
     whole_groups = True
     encoder: ClassVar[Callable[..., Group]]
     columns: ClassVar[str]
+    config_class: ClassVar[type[Any]]
 
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        ref_model: PreTrainedModel | None,
-        args: Any,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: PreTrainedTokenizerBase | None,
-        callbacks: list[TrainerCallback] | None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any],
-        peft_config: Any,
-        *,
-        needs_reference: bool,
+        ref_model: PreTrainedModel | None = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        peft_config: Any = None,
     ) -> None:
+        args = args if args is not None else self.config_class()
         if train_dataset is None:
             raise DataError(f"train_dataset = None: pass rows with {self.columns}.")
+        needs_reference = self.needs_reference(args)
         if ref_model is not None and not needs_reference:
             raise ConfigError(f"loss_type = {args.loss_type!r} reads no reference: remove ref_model.")
         self.args = args
@@ -92,6 +93,15 @@ class ReferenceTrainer(GroupTrainer):
                     moved=lambda: [known.clear() for known in self._known.values()],
                 )
             )
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Hook: what the loss keeps between steps."""
+
+    @classmethod
+    def needs_reference(cls, args: Any) -> bool:
+        """Whether the configured loss reads a reference."""
+        return True
 
     def _encode(self, dataset: Any) -> list[Group]:
         args = self.args
@@ -251,37 +261,24 @@ class DPOTrainer(ReferenceTrainer):
     """
 
     args: DPOConfig
+    config_class = DPOConfig
     encoder = staticmethod(preference_group)
     columns = "`chosen` and `rejected`"
 
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        ref_model: PreTrainedModel | None = None,
-        args: DPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        peft_config: Any = None,
-    ) -> None:
-        args = args if args is not None else DPOConfig()
-        names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-        weights = args.loss_weights if args.loss_weights is not None else [1.0] * len(names)
-        self.losses: list[tuple[PreferenceLoss, float]] = [
-            (PREFERENCE_LOSSES[name], weight) for name, weight in zip(names, weights, strict=True)
-        ]
+    def set_up(self) -> None:
+        """The losses and their numbers."""
+        self.losses = _weighted_losses(self.args)
         self.options = PreferenceOptions(
-            **{field.name: getattr(args, field.name) for field in dataclasses.fields(PreferenceOptions)}
+            **{field.name: getattr(self.args, field.name) for field in dataclasses.fields(PreferenceOptions)}
         )
         self._chosen_tokens = 1.0
         self._coefficients: dict[int, float] = {}
         self._coupled_loss = 0.0
-        super().__init__(
-            model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config,
-            needs_reference=any(loss.needs_reference for loss, _ in self.losses),
-        )  # fmt: skip
+
+    @classmethod
+    def needs_reference(cls, args: Any) -> bool:
+        """Whether one of the configured losses reads a reference."""
+        return any(loss.needs_reference for loss, _ in _weighted_losses(args))
 
     def token_weights(self, batch: PackedBatch) -> torch.Tensor | None:
         """LD-DPO (2409.06411): tokens beyond the pair's shorter completion weigh `ld_alpha`."""
@@ -376,6 +373,12 @@ class DPOTrainer(ReferenceTrainer):
         return {"loss": float(loss), **means}
 
 
+def _weighted_losses(args: Any) -> list[tuple[PreferenceLoss, float]]:
+    names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    weights = args.loss_weights if args.loss_weights is not None else [1.0] * len(names)
+    return [(PREFERENCE_LOSSES[name], weight) for name, weight in zip(names, weights, strict=True)]
+
+
 class KTOTrainer(ReferenceTrainer):
     r"""Kahneman-Tversky Optimisation (2402.01306): completions labelled desirable or not, with TRL's arguments.
 
@@ -401,28 +404,14 @@ class KTOTrainer(ReferenceTrainer):
     """
 
     args: KTOConfig
+    config_class = KTOConfig
     encoder = staticmethod(unpaired_group)
     columns = "`prompt`, `completion` and `label`"
 
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        ref_model: PreTrainedModel | None = None,
-        args: KTOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        peft_config: Any = None,
-    ) -> None:
-        args = args if args is not None else KTOConfig()
+    def set_up(self) -> None:
+        """No estimate of the KL before the first step."""
         self._kl = torch.zeros(())
-        super().__init__(
-            model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, peft_config,
-            needs_reference=True,
-        )  # fmt: skip
-        if args.loss_type == "kto" and len(cast("list[Group]", self.train_dataset)) < 2:
+        if self.args.loss_type == "kto" and len(cast("list[Group]", self.train_dataset)) < 2:
             raise DataError(
                 "train_dataset: one row has no other completion to estimate the KL with; use loss_type "
                 "apo_zero_unpaired, or more rows."
