@@ -38,8 +38,10 @@ check: $(STAMP)  ## what CI runs: format, lint, types, layers, tests
 demo: $(STAMP)  ## raw model -> SFT -> GRPO -> pass@k -> report, on one CPU
 	$(BIN)/burnish pipeline examples/chain_sum.toml
 
-bench: $(STAMP) $(TRL_STAMP)  ## one GRPO step against TRL's
+bench: $(STAMP) $(TRL_STAMP)  ## one step of GRPO, SFT and DPO against TRL's
 	$(BIN)/python benchmarks/grpo_step.py
+	$(BIN)/python benchmarks/offline_step.py sft
+	$(BIN)/python benchmarks/offline_step.py dpo
 
 trl: $(TRL_STAMP)  ## build .venv-trl, which the comparisons with TRL need
 

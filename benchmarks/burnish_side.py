@@ -6,15 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import WORKLOADS, Recorder, Scorer, rows, serve
+from common import WORKLOADS, RolloutRecorder, Scorer, rows, serve
+from texts import Text, TextRecorder, text_rows
 from transformers import AutoTokenizer
 
-from burnish import Completion, Group, GRPOConfig, GRPOTrainer, __version__
+from burnish import (
+    Completion,
+    DPOConfig,
+    DPOTrainer,
+    Group,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+    __version__,
+)
 from burnish.model.scoring import score as score_batch
 from burnish.packing import pack
 
 
-def _scorer(trainer: GRPOTrainer) -> Scorer:
+def _scorer(trainer: Any) -> Scorer:
     """Logprobs as burnish's loss computes them: one packed row, prompts once, tiled head."""
 
     def score(pairs: Sequence[Mapping[str, Any]]) -> list[list[float]]:
@@ -31,32 +42,80 @@ def _scorer(trainer: GRPOTrainer) -> Scorer:
     return score
 
 
-def build(settings: Mapping[str, Any], recorder: Recorder) -> tuple[GRPOTrainer, Scorer]:
-    """A GRPOTrainer with burnish's defaults: what the two sides have in common is set, nothing else."""
-    workload = WORKLOADS[settings["workload"]]
+def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of every stage: what the two sides have in common is set, nothing else."""
+    return {
+        "output_dir": settings["output_dir"],
+        "learning_rate": settings["learning_rate"],
+        "max_steps": settings["max_steps"],
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def build_grpo(settings: Mapping[str, Any]) -> tuple[GRPOTrainer, RolloutRecorder, Scorer]:
+    """A GRPOTrainer with burnish's defaults."""
+    workload, tokenizer = WORKLOADS[settings["workload"]], AutoTokenizer.from_pretrained(settings["model"])
+    recorder = RolloutRecorder(tokenizer, settings["num_generations"])
     args = GRPOConfig(
-        output_dir=settings["output_dir"],
+        **_shared(settings),
         per_device_train_batch_size=settings["completions"],
         num_generations=settings["num_generations"],
         max_completion_length=workload.max_new_tokens,
-        learning_rate=settings["learning_rate"],
         shuffle_dataset=False,
-        max_steps=settings["max_steps"],
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
     )
     trainer = GRPOTrainer(
         model=settings["model"],
         reward_funcs=recorder.reward,
         args=args,
         train_dataset=rows(workload),
-        processing_class=AutoTokenizer.from_pretrained(settings["model"]),
+        processing_class=tokenizer,
     )
-    return trainer, _scorer(trainer)
+    return trainer, recorder, _scorer(trainer)
+
+
+def _read(batch: Any) -> list[Text]:
+    """Rows of a micro-batch, from its packed row and the places of the groups in it."""
+    texts: list[Text] = []
+    for part in batch.parts:
+        ids = part.input_ids[0].tolist()
+        for span in part.spans:
+            prompt, *completions = [ids[start : start + length] for start, length in (span.prompt, *span.completions)]
+            texts.append((prompt, completions))
+    return texts
+
+
+def _build_texts(
+    settings: Mapping[str, Any], make: type[Any], config: type[Any], **own: Any
+) -> tuple[Any, TextRecorder, Scorer]:
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    args = config(
+        **_shared(settings),
+        per_device_train_batch_size=settings["rows"],
+        train_sampling_strategy="sequential",
+        **own,
+    )
+    trainer = make(
+        model=settings["model"],
+        args=args,
+        train_dataset=text_rows(settings, tokenizer),
+        processing_class=tokenizer,
+    )
+    return trainer, TextRecorder(trainer, _read), _scorer(trainer)
+
+
+def build_sft(settings: Mapping[str, Any]) -> tuple[SFTTrainer, TextRecorder, Scorer]:
+    """An SFTTrainer with burnish's defaults."""
+    return _build_texts(settings, SFTTrainer, SFTConfig)
+
+
+def build_dpo(settings: Mapping[str, Any]) -> tuple[DPOTrainer, TextRecorder, Scorer]:
+    """A DPOTrainer with burnish's defaults; the reference is known before the first step where it is on TRL's side."""
+    return _build_texts(settings, DPOTrainer, DPOConfig, precompute_ref_log_probs=settings["precompute"])
 
 
 if __name__ == "__main__":
-    serve(build, versions={"burnish": __version__})
+    serve({"grpo": build_grpo, "sft": build_sft, "dpo": build_dpo}, versions={"burnish": __version__})

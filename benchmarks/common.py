@@ -1,4 +1,4 @@
-"""What both sides of the benchmark share: prompts, reward, measuring of one optimizer step, and the worker protocol.
+"""What both sides of the benchmarks share: GRPO's prompts and reward, measuring of one step, and the worker protocol.
 
 A worker talks JSON lines: commands on stdin, replies on stdout, everything else on stderr. Both sides run the code of
 this file, so a step is cut out of `transformers.Trainer`'s loop at the same place and measured by the same clock.
@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,19 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["WORKLOADS", "Channel", "Recorder", "Workload", "conversation_ids", "rows", "serve"]
+__all__ = [
+    "WORKLOADS",
+    "Builder",
+    "Channel",
+    "Recorder",
+    "RolloutRecorder",
+    "Scorer",
+    "StepGate",
+    "Workload",
+    "conversation_ids",
+    "rows",
+    "serve",
+]
 
 PROMPTS_PER_EPOCH = 800
 """Rows of the data set: more than any run uses, so no step crosses the end of an epoch."""
@@ -105,34 +117,57 @@ def _status_bytes(name: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {name}: the benchmark measures memory on Linux only.")
 
 
-@dataclass(slots=True)
 class Recorder:
-    """Measures one optimizer step at a time; its `reward` is the reward function of both sides.
+    """Measures one optimizer step at a time; a subclass adds what the step was made of."""
+
+    def __init__(self) -> None:
+        self.started = self.cpu_started = 0.0
+
+    def start(self) -> None:
+        """Begin a step: let the kernel forget the peak memory of the last one."""
+        Path("/proc/self/clear_refs").write_text("5")
+        self.cpu_started = time.process_time()
+        self.started = time.perf_counter()
+
+    def details(self, now: float) -> dict[str, Any]:
+        """What the step that ended at `now` was made of."""
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, Any]:
+        """End the step: what it took and what it was made of."""
+        now, cpu_now = time.perf_counter(), time.process_time()
+        return {
+            "seconds": now - self.started,
+            "cpu_seconds": cpu_now - self.cpu_started,
+            **self.details(now),
+            "peak_rss_bytes": _status_bytes("VmHWM"),
+            "rss_bytes": _status_bytes("VmRSS"),
+        }
+
+
+class RolloutRecorder(Recorder):
+    """Measures GRPO steps; its `reward` is the reward function of both sides.
 
     The first reward call ends the rollout and the last one starts the update, so the split needs no hook inside a
     trainer.
     """
 
-    tokenizer: Any
-    num_generations: int
-    started: float = 0.0
-    cpu_started: float = 0.0
-    reward_began: float = 0.0
-    reward_ended: float = 0.0
-    lengths: list[int] = field(default_factory=list[int])
-    ended: list[bool] = field(default_factory=list[bool])
-    prompts: list[str] = field(default_factory=list[str])
-    prompt_lengths: list[int] = field(default_factory=list[int])
-    rewards: list[float] = field(default_factory=list[float])
+    def __init__(self, tokenizer: Any, num_generations: int) -> None:
+        super().__init__()
+        self.tokenizer, self.num_generations = tokenizer, num_generations
+        self.reward_began = self.reward_ended = 0.0
+        self.lengths: list[int] = []
+        self.ended: list[bool] = []
+        self.prompts: list[str] = []
+        self.prompt_lengths: list[int] = []
+        self.rewards: list[float] = []
 
     def start(self) -> None:
-        """Begin a step: forget the last one and let the kernel forget its peak memory."""
+        """Begin a step: forget the last one."""
         for values in (self.lengths, self.ended, self.prompts, self.prompt_lengths, self.rewards):
             values.clear()
         self.reward_began = self.reward_ended = 0.0
-        Path("/proc/self/clear_refs").write_text("5")
-        self.cpu_started = time.process_time()
-        self.started = time.perf_counter()
+        super().start()
 
     def reward(self, prompts: Any, completions: Any, completion_ids: Any, answer: Any, **_: Any) -> list[float]:
         """The reward function, by TRL's calling convention; takes down what it sees."""
@@ -147,14 +182,11 @@ class Recorder:
         self.reward_ended = time.perf_counter()
         return rewards
 
-    def finish(self) -> dict[str, Any]:
-        """End the step: what it took and what it made."""
-        now = time.perf_counter()
+    def details(self, now: float) -> dict[str, Any]:
+        """Parts of the step, its completions and its prompts."""
         g = self.num_generations
         groups = [self.rewards[i : i + g] for i in range(0, len(self.rewards), g)]
         return {
-            "seconds": now - self.started,
-            "cpu_seconds": time.process_time() - self.cpu_started,
             "rollout_seconds": self.reward_began - self.started,
             "reward_seconds": self.reward_ended - self.reward_began,
             "update_seconds": now - self.reward_ended,
@@ -169,9 +201,11 @@ class Recorder:
             "groups_with_equal_rewards": sum(len(set(group)) == 1 for group in groups),
             "mean_reward": sum(self.rewards) / len(self.rewards),
             "prompts": sha256("".join(sorted(set(self.prompts))).encode()).hexdigest()[:16],
-            "peak_rss_bytes": _status_bytes("VmHWM"),
-            "rss_bytes": _status_bytes("VmRSS"),
         }
+
+
+Builder = Callable[[Mapping[str, Any]], tuple[Any, Recorder, Scorer]]
+"""settings -> (trainer, recorder, scorer)"""
 
 
 class Channel:
@@ -225,21 +259,21 @@ class StepGate(TrainerCallback):
         self._hold()
 
 
-def serve(build: Callable[[Mapping[str, Any], Recorder], tuple[Any, Scorer]], *, versions: Mapping[str, str]) -> None:
+def serve(builders: Mapping[str, Builder], *, versions: Mapping[str, str]) -> None:
     """Run a worker: read its settings, build its trainer, then train one step for each command.
 
     Args:
-        build: (settings, recorder) -> (trainer, scorer); the trainer's reward function is `recorder.reward`.
+        builders: by stage: settings -> (trainer, recorder, scorer).
         versions: of what only this side uses, by name.
     """
     import torch
-    from transformers import AutoTokenizer
 
+    # Of all that runs on the machine, a worker that outgrows its memory is what the kernel should end.
+    Path("/proc/self/oom_score_adj").write_text("1000")
     channel = Channel()
     settings = channel.receive()
     torch.set_num_threads(settings["threads"])
-    recorder = Recorder(AutoTokenizer.from_pretrained(settings["model"]), settings["num_generations"])
-    trainer, score = build(settings, recorder)
+    trainer, recorder, score = builders[settings["stage"]](settings)
     trainer.add_callback(StepGate(channel, recorder, score))
     shared = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     found = {"python": sys.version.split()[0]} | shared | dict(versions)
