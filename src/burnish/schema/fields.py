@@ -42,10 +42,10 @@ class CommonFields:
         None, "Arguments of from_pretrained, used when the model is given by name or path."
     )
     token_budget: int | None = _own(
-        4096,
+        None,
         "Most tokens of one forward and backward, prompts counted once per group. A micro-batch above it runs in "
         "several parts with the same gradient; a group that is larger is cut between completions, a longer completion "
-        "runs alone. None: whole micro-batches.",
+        "runs alone. None: 2,048 on a CPU, 16,384 elsewhere.",
     )
     bf16: bool | None = _own(
         None, "Compute in bf16 with fp32 master weights. None: yes where the hardware is fast at it."

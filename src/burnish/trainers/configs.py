@@ -14,13 +14,15 @@ __all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RewardCon
 
 
 def _finish(config: Any) -> None:
-    """Check the fields, resolve `bf16`, and switch off what would hide errors or wrap the model twice."""
+    """Check the fields, resolve `bf16` and `token_budget`, and switch off what would hide errors or wrap the model twice."""
     config.check()
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False
     TrainingArguments.__post_init__(config)
     config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
+    if config.token_budget is None:
+        config.token_budget = 2048 if config.device.type == "cpu" else 16384
     config.dataloader_pin_memory = False
 
 
