@@ -14,7 +14,7 @@ __all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RewardCon
 
 
 def _finish(config: Any) -> None:
-    """Check the fields, resolve `bf16` and `token_budget`, and switch off what would hide errors or wrap the model twice."""
+    """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
     config.check()
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
