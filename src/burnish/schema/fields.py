@@ -205,7 +205,8 @@ class _OnlineFields(CommonFields):
     logprob_check_bound: float | None = _own(
         None,
         "Largest KL(sampler || trainer) of fresh samples, in nats a token over the last 2,048 tokens; the run stops "
-        "above it. None: 1e-6, or 0.01 where the model computes in bf16.",
+        "above it, and where log-probabilities of a step differ by more than its square root on average. None: 1e-6, "
+        "or 0.01 where the model computes in bf16.",
     )
     log_completions: bool | str = _own(
         False, "Write every completion with its scores as JSON lines: into output_dir, or into the folder named here."
