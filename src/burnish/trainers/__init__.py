@@ -1,7 +1,15 @@
 """Trainers: thin subclasses of `transformers.Trainer`, with their configs."""
 
-from burnish.trainers.configs import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, RewardConfig, SFTConfig
-from burnish.trainers.grpo import GRPOTrainer
+from burnish.trainers.configs import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+)
+from burnish.trainers.grpo import GRPOTrainer, RLOOTrainer
 from burnish.trainers.online_dpo import OnlineDPOTrainer
 from burnish.trainers.preference import DPOTrainer, KTOTrainer
 from burnish.trainers.reward import RewardTrainer
@@ -16,6 +24,8 @@ __all__ = [
     "KTOTrainer",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",
