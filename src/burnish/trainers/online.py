@@ -283,8 +283,9 @@ class OnlineTrainer(GroupTrainer):
         """Hook: turn the rewards of a batch into what the loss reads."""
 
     def _generate(self, shares: Sequence[Share], params: SamplingParams, *, seed: int, step: int) -> None:
+        # Keyed by place: a prompt may come twice in a round, at the end of one epoch and the start of the next.
         requests = [
-            Request(s.group.prompt_ids, len(s.group.completions), params, index=s.group.index, first_sample=s.first)
+            Request(s.group.prompt_ids, len(s.group.completions), params, index=s.place, first_sample=s.first)
             for s in shares
         ]
         for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):

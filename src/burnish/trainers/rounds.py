@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import stdev
@@ -56,18 +57,22 @@ class Replay:
     def take(self, number: int) -> dict[int, Group]:
         """Up to `number` groups, those of widest spread, which are then forgotten."""
         best = sorted(self.groups, key=lambda place: (-_spread(self.groups[place]), -place))[:number]
-        taken = {place: self.groups.pop(place) for place in best}
-        for group in taken.values():
-            for completion in group.completions:
-                if completion.policy_logprobs is not None:
-                    completion.old_logprobs, completion.policy_logprobs = completion.policy_logprobs, None
-        return taken
+        return {place: _as_replayed(self.groups.pop(place)) for place in best}
 
     def keep(self, groups: dict[int, Group]) -> None:
         """Remember fresh groups with spread."""
         self.groups |= {place: group for place, group in groups.items() if has_spread(group)}
         for place in sorted(self.groups)[: max(len(self.groups) - self.size, 0)]:
             del self.groups[place]
+
+
+def _as_replayed(group: Group) -> Group:
+    """A copy whose log-probabilities at sampling are its old ones."""
+    completions = [
+        dataclasses.replace(c, old_logprobs=c.policy_logprobs or c.old_logprobs, policy_logprobs=None)
+        for c in group.completions
+    ]
+    return dataclasses.replace(group, completions=completions)
 
 
 def _spread(group: Group) -> float:
