@@ -283,6 +283,7 @@ def test_defaults_are_not_shared_between_checks():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"algorithm": "ppo"}, r"algorithm = 'ppo': PPOTrainer runs it"),
         ({"algorithm": "gpro"}, r"algorithm = 'gpro': use one of grpo"),
         ({"algorithm": "gspo", "importance_sampling_level": "token"}, r"importance_sampling_level = 'token' with alg"),
         ({"algorithm": "dapo", "loss_type": "grpo"}, r"loss_type = 'grpo' with algorithm = 'dapo'"),
@@ -297,21 +298,21 @@ def test_a_file_that_contradicts_its_algorithm(given: dict[str, Any], message: s
 
 def test_an_algorithm_sets_its_fields_and_leaves_given_numbers():
     values = {name: info.default for name, info in known_fields("grpo").items()}
-    applied = apply_algorithm({**values, "algorithm": "dapo", "epsilon_high": 0.5}, {"algorithm", "epsilon_high"})
+    applied = apply_algorithm("grpo", {**values, "algorithm": "dapo", "epsilon_high": 0.5}, {"algorithm", "epsilon_high"})
     assert applied["dynamic_sampling"] is True
     assert applied["epsilon_high"] == 0.5
     assert applied["overlong_buffer"] == 0.2
-    assert apply_algorithm(values, ()) == values
+    assert apply_algorithm("grpo", values, ()) == values
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_row_of_the_table_is_a_valid_config(name: str):
     row = ALGORITHMS[name]
     assert row.summary
-    assert set(row.parts) | set(row.defaults) <= set(known_fields("grpo"))
+    assert set(row.parts) | set(row.defaults) <= set(known_fields(row.stage))
     assert not set(row.parts) & set(row.defaults)
-    check_fields("grpo", {"algorithm": name})
-    check_fields("grpo", {"algorithm": name, **row.parts, **row.defaults})
+    check_fields(row.stage, {"algorithm": name})
+    check_fields(row.stage, {"algorithm": name, **row.parts, **row.defaults})
 
 
 def test_ppo_understands_the_names_of_trl():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from burnish.errors import ConfigError
+from burnish.schema.refused import Kind
 
 __all__ = ["ADVANTAGE_NAMES", "ALGORITHMS", "LOSS_NAMES", "Algorithm", "apply_algorithm"]
 
@@ -30,12 +31,14 @@ class Algorithm:
         paper: arXiv number.
         parts: field -> value that makes it this algorithm; a config that sets another value is refused.
         defaults: field -> value to start from; a config may set another.
+        stage: the trainer that runs it.
     """
 
     summary: str
     paper: str = ""
     parts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    stage: Literal["grpo", "ppo"] = "grpo"
 
 
 _GROUP = {"advantage_estimator": "group", "importance_sampling_level": "token", "kl_in": "loss"}
@@ -138,14 +141,21 @@ ALGORITHMS: dict[str, Algorithm] = {
             "loss_type": "dr_grpo",
         },
     ),
+    "ppo": Algorithm(
+        "advantages of tokens from a critic (GAE), token ratio and clip, k1 in each token's reward",
+        "1707.06347",
+        parts={"importance_sampling_level": "token"},
+        stage="ppo",
+    ),
 }
 """Name -> row; `burnish.algorithms.register` adds to it. PPO has a trainer of its own, for its critic."""
 
 
-def apply_algorithm(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+def apply_algorithm(kind: Kind, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The values of all fields of a config after its `algorithm` has had its say.
 
     Args:
+        kind: the stage that the config is of.
         values: field -> value, all fields.
         given: names of the fields that somebody set.
 
@@ -158,6 +168,9 @@ def apply_algorithm(values: Mapping[str, Any], given: Collection[str]) -> dict[s
     if name not in ALGORITHMS:
         raise ConfigError(f"algorithm = {name!r}: use one of {', '.join(ALGORITHMS)}, or leave it out.")
     row = ALGORITHMS[name]
+    if row.stage != ("ppo" if kind == "ppo" else "grpo"):
+        trainer = {"ppo": "PPOTrainer", "grpo": "GRPOTrainer"}[row.stage]
+        raise ConfigError(f"algorithm = {name!r}: {trainer} runs it (`burnish {row.stage}`), not this trainer.")
     for problem in _contradictions(name, row, values, given):
         raise ConfigError(problem)
     return {**values, **{k: v for k, v in row.defaults.items() if k not in given}, **row.parts}

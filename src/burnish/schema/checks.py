@@ -63,7 +63,7 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
     values = check_mapping(fields, mapping, where)
     everything = {name: copy.copy(info.default) for name, info in fields.items()} | values
     try:
-        check_values(kind, apply_algorithm(everything, values))
+        check_values(kind, apply_algorithm(kind, everything, values))
     except ConfigError as error:
         raise ConfigError(f"[{where}] {error}") from None
     return values

@@ -337,6 +337,7 @@ class PPOFields(_PolicyFields):
 
     kind: ClassVar[Kind] = "ppo"
 
+    algorithm: str | None = _own("ppo", "ppo: a row of the algorithm table.")
     num_generations: int = _own(1, "Completions per prompt.")
     num_iterations: int = _own(4, "Passes over each round of samples (num_ppo_epochs).")
     beta: float = _own(0.05, "Weight of the KL divergence from the reference in the reward (kl_coef). 0: none is held.")

@@ -56,7 +56,7 @@ class _PolicyConfig:
 
     def __post_init__(self) -> None:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(cast(Any, self))}
-        for name, value in apply_algorithm(values, self.__dict__.pop("_given", ())).items():
+        for name, value in apply_algorithm(self.kind, values, self.__dict__.pop("_given", ())).items():
             setattr(self, name, value)
         _finish(self)
 

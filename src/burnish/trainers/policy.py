@@ -88,9 +88,7 @@ class PolicyTrainer(OnlineTrainer):
 
     def judge(self, shares: Sequence[Share]) -> None:
         """Advantages from the rewards of all ranks: a group may lie on several."""
-        kls = {id(c): kl for s in shares for c in s.group.completions if (kl := self._kl_of(c)) is not None}
-        if kls:
-            self._adapt_beta([sum(kl) for kl in kls.values()], tokens=sum(map(len, kls.values())))
+        kls = self.divergences([c for share in shares for c in share.group.completions])
         records = [
             (share.place, share.first, [self.record(c, kls.get(id(c))) for c in share.group.completions])
             for share in shares
@@ -115,8 +113,15 @@ class PolicyTrainer(OnlineTrainer):
         penalties = [self._beta * v for v in kl] if kl is not None and self.args.kl_in == "reward" else None
         return Record(reward, len(completion.token_ids), [criteria.get(name) for name in self.rubric.names], penalties)
 
+    def divergences(self, completions: Sequence[Completion]) -> dict[int, list[float]]:
+        """Divergence from the reference at each token, by id of the completion; an adaptive coefficient follows it."""
+        kls = {id(c): kl for c in completions if (kl := self._kl_of(c)) is not None}
+        if self.reference is not None:
+            self._adapt_beta([sum(kl) for kl in kls.values()], tokens=sum(map(len, kls.values())))
+        return kls
+
     def _kl_of(self, completion: Completion) -> list[float] | None:
-        """Divergence from the reference at each token, from the log-probabilities before the first update."""
+        """From the log-probabilities before the first update."""
         sampled = completion.old_logprobs or completion.policy_logprobs
         if completion.ref_logprobs is None or sampled is None:
             return None
