@@ -13,7 +13,6 @@ from burnish.advantages import (
     leave_one_out_advantages,
     mean_normalized_advantages,
     per_criterion_advantages,
-    soft_overlong_punishment,
     token_advantages,
     whitened_advantages,
 )
@@ -127,11 +126,6 @@ def test_without_penalties_tokens_have_the_whitened_reward() -> None:
     for tokens, values in zip(by_token, by_completion, strict=True):
         for token, value in zip(tokens, values, strict=True):
             assert token == pytest.approx([value] * len(token))
-
-
-@pytest.mark.parametrize(("length", "value"), [(80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (120, -1.0), (3, 0.0)])
-def test_overlong_punishment_by_hand(length: int, value: float) -> None:
-    assert soft_overlong_punishment(length, limit=100, buffer=20) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("name", list(ADVANTAGES))

@@ -298,7 +298,9 @@ def test_a_file_that_contradicts_its_algorithm(given: dict[str, Any], message: s
 
 def test_an_algorithm_sets_its_fields_and_leaves_given_numbers():
     values = {name: info.default for name, info in known_fields("grpo").items()}
-    applied = apply_algorithm("grpo", {**values, "algorithm": "dapo", "epsilon_high": 0.5}, {"algorithm", "epsilon_high"})
+    applied = apply_algorithm(
+        "grpo", {**values, "algorithm": "dapo", "epsilon_high": 0.5}, {"algorithm", "epsilon_high"}
+    )
     assert applied["dynamic_sampling"] is True
     assert applied["epsilon_high"] == 0.5
     assert applied["overlong_buffer"] == 0.2

@@ -20,7 +20,6 @@ __all__ = [
     "leave_one_out_advantages",
     "mean_normalized_advantages",
     "per_criterion_advantages",
-    "soft_overlong_punishment",
     "token_advantages",
     "whitened_advantages",
 ]
@@ -151,19 +150,6 @@ def token_advantages(
     flat = whitened_advantages([tokens for row in sums for tokens in row], eps=eps)
     found = iter(flat)
     return [[next(found) for _ in row] for row in sums]
-
-
-def soft_overlong_punishment(length: int, *, limit: int, buffer: int) -> float:
-    r"""DAPO's punishment of long completions (2503.14476), which grows over the last tokens before the limit.
-
-    .. math:: -\min\Big(1, \max\Big(0, \frac{|y| - (L - b)}{b}\Big)\Big)
-
-    Args:
-        length: |y| in tokens.
-        limit: L, the token limit.
-        buffer: b, tokens before the limit, at least 1.
-    """
-    return -min(1.0, max(0.0, (length - (limit - buffer)) / buffer))
 
 
 @dataclass(frozen=True, slots=True)

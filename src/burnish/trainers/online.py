@@ -18,7 +18,6 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.advantages import soft_overlong_punishment
 from burnish.data import as_rows, encode_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.reward_model import RewardModel
@@ -26,6 +25,7 @@ from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition
 from burnish.rewards import Rubric
+from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
@@ -102,6 +102,8 @@ class OnlineTrainer(GroupTrainer):
         self._rollouts = 0
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
+        self._num_tokens = 0
+        """Tokens sampled by this process, with each prompt counted once."""
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
@@ -233,6 +235,7 @@ class OnlineTrainer(GroupTrainer):
         groups = [share.group for share in shares]
         self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
         self._rounds += 1
+        self._num_tokens += sum(group.num_tokens for group in groups)
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
@@ -267,17 +270,21 @@ class OnlineTrainer(GroupTrainer):
         if buffer is None:
             return
         tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
-        values: list[float] = []
-        for completion in (c for group in groups for c in group.completions):
-            found, length = completion.score, len(completion.token_ids)
-            if found is None or "overlong" in found.criteria:
-                continue  # a replayed one has been punished
-            value = self.args.overlong_penalty * soft_overlong_punishment(length, limit=limit, buffer=tokens)
-            found.criteria["overlong"] = value
-            found.total = None if found.total is None else found.total + value
-            values.append(value)
+        judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
+        fresh = [(own, ids) for own, ids in judged if "overlong" not in own.criteria]  # not replayed ones
+        punish = soft_overlong(max_completion_length=limit, cache=tokens)
+        values = [self.args.overlong_penalty * value for value in punish(completion_ids=[ids for _, ids in fresh])]
+        for (own, _), value in zip(fresh, values, strict=True):
+            own.criteria["overlong"] = value
+            own.total = None if own.total is None else own.total + value
         if values:
             self._metrics.add("rewards/overlong/mean", fmean(values))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens so far to a log of training."""
+        if "loss" in logs:
+            logs = {**logs, "num_tokens": self.sum_over_ranks(float(self._num_tokens))}
+        super().log(logs, start_time)
 
     def judge(self, shares: Sequence[Share]) -> None:
         """Hook: turn the rewards of a batch into what the loss reads."""
@@ -385,6 +392,7 @@ class OnlineTrainer(GroupTrainer):
         state = {
             "rollouts": self._rollouts,
             "rounds": self._rounds,
+            "num_tokens": self._num_tokens,
             "place": self.source.place,
             "level": self.source.level,
             "buffer": [[dataclasses.asdict(group) for group in groups] for groups in self._buffer],
@@ -413,6 +421,7 @@ class OnlineTrainer(GroupTrainer):
             )
         state = json.loads(file.read_text())
         self._rollouts, self._rounds = int(state["rollouts"]), int(state["rounds"])
+        self._num_tokens = int(state["num_tokens"])
         self.source.place, self.source.level = int(state["place"]), float(state["level"])
         self._buffer = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
         self.replay.groups = {int(place): _group_from_dict(group) for place, group in state["replay"].items()}

@@ -161,7 +161,9 @@ class PPOTrainer(PolicyTrainer):
         cut = completion.stop_reason is StopReason.LENGTH
         return reward - args.missing_eos_penalty if cut and args.missing_eos_penalty is not None else reward
 
-    def _estimate(self, completions: Sequence[Completion], rewards: Sequence[float], kls: dict[int, list[float]]) -> None:
+    def _estimate(
+        self, completions: Sequence[Completion], rewards: Sequence[float], kls: dict[int, list[float]]
+    ) -> None:
         """Token rewards, generalised advantages, returns; whitening over the tokens of all ranks."""
         args = self.args
         lengths = [len(c.token_ids) for c in completions]
@@ -235,7 +237,9 @@ class PPOTrainer(PolicyTrainer):
             return
         file = Path(checkpoint) / _STATE
         if not file.is_file():
-            raise ConfigError(f"resume_from_checkpoint = {checkpoint!r}: {_STATE} is missing, so the critic is unknown.")
+            raise ConfigError(
+                f"resume_from_checkpoint = {checkpoint!r}: {_STATE} is missing, so the critic is unknown."
+            )
         self.critic.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
 
 
