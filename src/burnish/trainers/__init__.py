@@ -5,12 +5,14 @@ from burnish.trainers.configs import (
     GRPOConfig,
     KTOConfig,
     OnlineDPOConfig,
+    PPOConfig,
     RewardConfig,
     RLOOConfig,
     SFTConfig,
 )
 from burnish.trainers.grpo import GRPOTrainer, RLOOTrainer
 from burnish.trainers.online_dpo import OnlineDPOTrainer
+from burnish.trainers.ppo import PPOTrainer
 from burnish.trainers.preference import DPOTrainer, KTOTrainer
 from burnish.trainers.reward import RewardTrainer
 from burnish.trainers.sft import SFTTrainer
@@ -24,6 +26,8 @@ __all__ = [
     "KTOTrainer",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
     "RLOOConfig",
     "RLOOTrainer",
     "RewardConfig",
