@@ -78,7 +78,8 @@ def test_both_losses_by_an_independent_float64_script(tmp_path: Path) -> None:
     trainer = ppo(
         tmp_path, tiny.model(dtype=torch.float64), ref_model=tiny.model(seed=3, dtype=torch.float64), optim="sgd",
         max_grad_norm=0.0, max_steps=2, num_iterations=2, learning_rate=0.2, value_learning_rate=0.5, gamma=0.9,
-        lam=0.8, lr_scheduler_type="constant", epsilon=0.1, cliprange_value=0.05, beta=0.2, vf_coef=0.3, weight_decay=0.0,
+        lam=0.8, lr_scheduler_type="constant", epsilon=0.1, cliprange_value=0.05, beta=0.2, vf_coef=0.3,
+        weight_decay=0.0,
     )  # fmt: skip
     start, critic = copy.deepcopy(trainer.model), copy.deepcopy(trainer.critic.model)
     snapshots: list[tuple[Weights, Weights]] = []
@@ -113,9 +114,7 @@ def test_both_losses_by_an_independent_float64_script(tmp_path: Path) -> None:
             assert parameter.grad is not None, name
             # RMS norms and the recorded log-probabilities are fp32 whatever the dtype, and whitened terms cancel.
             scale = float(parameter.grad.abs().max()) + 5e-3
-            torch.testing.assert_close(
-                step, parameter.grad, rtol=0, atol=1e-4 * scale, msg=lambda text, name=name: f"{place} {name}: {text}"
-            )
+            torch.testing.assert_close(step, parameter.grad, rtol=0, atol=1e-4 * scale, msg=f"{place} {name}")
 
 
 @pytest.mark.parametrize("adapters", [False, True])
