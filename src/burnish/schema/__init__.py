@@ -6,7 +6,8 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 
 from __future__ import annotations
 
-from burnish.schema.checks import check_fields, check_mapping
+from burnish.schema.checks import check_fields, check_mapping, check_names
+from burnish.schema.elsewhere import Elsewhere, elsewhere
 from burnish.schema.fields import (
     CommonFields,
     DPOFields,
@@ -27,6 +28,7 @@ __all__ = [
     "REFUSED_FOR",
     "CommonFields",
     "DPOFields",
+    "Elsewhere",
     "FieldInfo",
     "GRPOFields",
     "KTOFields",
@@ -36,7 +38,9 @@ __all__ = [
     "SFTFields",
     "check_fields",
     "check_mapping",
+    "check_names",
     "check_values",
+    "elsewhere",
     "known_fields",
     "lora_fields",
     "refused_fields",

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 
 from burnish.model.precision import fast_bf16
-from burnish.schema import DPOFields, GRPOFields, KTOFields, OnlineDPOFields, RewardFields, SFTFields
+from burnish.schema import DPOFields, GRPOFields, KTOFields, OnlineDPOFields, RewardFields, SFTFields, check_names
 
 __all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RewardConfig", "SFTConfig"]
+
+T = TypeVar("T", bound=type[Any])
+
+
+def _with_checked_names(config: T) -> T:
+    """Let an unknown keyword raise a ConfigError that says what to do instead of dataclass' bare TypeError."""
+    own_init: Any = config.__init__
+
+    @wraps(own_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own_init(self, *args, **check_names(config.kind, kwargs))
+
+    config.__init__ = init
+    return config
 
 
 def _finish(config: Any) -> None:
@@ -26,6 +41,7 @@ def _finish(config: Any) -> None:
     config.dataloader_pin_memory = False
 
 
+@_with_checked_names
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
@@ -34,6 +50,7 @@ class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.schema.RewardFields`."""
@@ -42,6 +59,7 @@ class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIn
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.schema.DPOFields`."""
@@ -50,6 +68,7 @@ class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
@@ -58,6 +77,7 @@ class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.schema.OnlineDPOFields`."""
@@ -66,6 +86,7 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class GRPOConfig(GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
