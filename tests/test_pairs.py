@@ -95,7 +95,7 @@ def test_rows_train_the_stages_they_are_for(tmp_path: Path) -> None:
     shared = settings(tmp_path, max_steps=1, per_device_train_batch_size=1)
     DPOTrainer(tiny.model(), args=DPOConfig(**shared), train_dataset=pairs, processing_class=tiny.tokenizer()).train()
     best = [row for one in records if (row := best_row(one)) is not None]
-    SFTTrainer(tiny.model(), SFTConfig(**shared), best, processing_class=tiny.tokenizer()).train()
+    SFTTrainer(tiny.model(), SFTConfig(**shared), train_dataset=best, processing_class=tiny.tokenizer()).train()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

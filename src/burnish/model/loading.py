@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,9 @@ from burnish.errors import ModelError
 __all__ = ["ModelSource", "compute_dtype", "find_model", "load_model", "load_processing_class"]
 
 logger = logging.getLogger(__name__)
+
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+"""Arguments of `from_pretrained` that say where and how to read, for a tokenizer as for a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +112,27 @@ def load_model(
     source = find_model(model)
     explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     quantised = "quantization_config" in kwargs
-    loaded = auto_class.from_pretrained(
-        source.name, dtype=explicit or ("auto" if quantised else torch.float32), **source.kwargs, **kwargs
-    )
+    dtype = explicit or ("auto" if quantised else torch.float32)
+    with _reading(model, "model", "Name a folder written by save_pretrained, a .gguf file, or a hub name"):
+        loaded, info = auto_class.from_pretrained(
+            source.name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
+        )
+    _refuse_missing(model, loaded, info["missing_keys"])
     drop_gguf_config(loaded)
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
     if explicit is None and bf16 and not quantised:
         exact = _round_parameters(loaded, compute_dtype(bf16=True))
     return loaded, exact
+
+
+def _refuse_missing(model: str | Path, loaded: Any, missing: Collection[str]) -> None:
+    """Weights that the files lack would be random: a reward model or a bare decoder taken for a language model."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), which "
+            "would start random. Name a model that was saved as one, or load it yourself and pass it."
+        )
 
 
 def _round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -154,10 +171,32 @@ def drop_gguf_config(model: Any) -> None:
                 setattr(model, attribute, None)
 
 
-def load_processing_class(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token."""
+def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token.
+
+    Args:
+        model: name, folder, .gguf file or package.
+        init_kwargs: of the model; the tokenizer is read from the same place and revision.
+
+    Raises:
+        ModelError: there is none.
+    """
     source = find_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs)
+    where = {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
+    with _reading(model, "tokenizer", "Save it beside the model, or pass processing_class"):
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def _reading(model: str | Path, what: str, fix: str) -> Generator[None]:
+    """Say which model could not be read, and what to do, in place of the first thing that broke."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model = {str(model)!r}: no {what} could be read from it. {fix}. ({reason})") from error

@@ -123,6 +123,11 @@ _ONLINE: tuple[Rule, ...] = (
         _optional(_list_of(lambda item: isinstance(item, str) and item != "")),
         "use a list of non-empty strings, or leave it out",
     ),
+    (
+        "disable_dropout",
+        _one_of(True),
+        "samples are drawn without dropout, and with it another policy would be trained; remove the field",
+    ),
     ("reward_weights", _optional(_list_of(_number)), "use a list of numbers, one per reward, or leave it out"),
     ("logprob_check_bound", _optional(_above(0)), "use a number of nats above 0, or leave it out"),
     (
@@ -240,7 +245,6 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
             "use keep_start, keep_end, drop or split",
         ),
         ("neftune_noise_alpha", _optional(_above(0)), "use a number above 0, such as 5, or leave it out"),
-        ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
         (
             "train_sampling_strategy",
             _one_of("random", "sequential"),

@@ -21,7 +21,7 @@ from burnish.schema import (
     RLOOFields,
     SFTFields,
     apply_algorithm,
-    without_aliases,
+    check_names,
 )
 
 __all__ = [
@@ -34,6 +34,24 @@ __all__ = [
     "RewardConfig",
     "SFTConfig",
 ]
+
+T = TypeVar("T", bound=type[Any])
+
+
+def _with_checked_names(config: T) -> T:
+    """Let an unknown keyword raise a ConfigError that says what to do, and remember which fields were given."""
+    own_init: Any = config.__init__
+    names = [item.name for item in dataclasses.fields(config)]
+
+    @functools.wraps(own_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = check_names(config.kind, kwargs)
+        self._given = {*names[: len(args)], *kwargs}
+        own_init(self, *args, **kwargs)
+        del self._given
+
+    config.__init__ = init
+    return config
 
 
 def _finish(config: Any) -> None:
@@ -50,35 +68,18 @@ def _finish(config: Any) -> None:
 
 
 class _PolicyConfig:
-    """What configs of policy gradients share: they know which fields somebody set, so an algorithm sets the others."""
+    """What configs of policy gradients share: an algorithm sets the fields that nobody else has set."""
 
     kind: ClassVar[Kind]
 
     def __post_init__(self) -> None:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(cast(Any, self))}
-        for name, value in apply_algorithm(self.kind, values, self.__dict__.pop("_given", ())).items():
+        for name, value in apply_algorithm(self.kind, values, self.__dict__.get("_given", ())).items():
             setattr(self, name, value)
         _finish(self)
 
 
-T = TypeVar("T")
-
-
-def _remember(cls: type[T]) -> type[T]:
-    """Let a config's constructor understand aliases and remember which fields it was given."""
-    original = cast(Any, cls).__init__
-    names = [item.name for item in dataclasses.fields(cast(Any, cls))]
-
-    @functools.wraps(original)
-    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs = without_aliases(cast(Any, cls).kind, kwargs)
-        self._given = {*names[: len(args)], *kwargs}
-        original(self, *args, **kwargs)
-
-    cast(Any, cls).__init__ = construct
-    return cls
-
-
+@_with_checked_names
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
@@ -87,6 +88,7 @@ class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.schema.RewardFields`."""
@@ -95,6 +97,7 @@ class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIn
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.schema.DPOFields`."""
@@ -103,6 +106,7 @@ class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
@@ -111,6 +115,7 @@ class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.schema.OnlineDPOFields`."""
@@ -119,13 +124,13 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
         _finish(self)
 
 
-@_remember
+@_with_checked_names
 @dataclass
 class GRPOConfig(_PolicyConfig, GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
 
 
-@_remember
+@_with_checked_names
 @dataclass
 class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.schema.RLOOFields`."""
@@ -136,7 +141,7 @@ class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: igno
             self.scale_rewards = "batch"
 
 
-@_remember
+@_with_checked_names
 @dataclass
 class PPOConfig(_PolicyConfig, PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.schema.PPOFields`."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from burnish.data import as_rows, encode_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.model.dropout import disable_dropout
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
@@ -28,6 +29,7 @@ from burnish.rewards import Rubric
 from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
+from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
@@ -63,22 +65,27 @@ class OnlineTrainer(GroupTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
         *,
         engine: Engine | None = None,
         ref_model: PreTrainedModel | None = None,
-        reward_processing_classes: Any = None,
         compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
     ) -> None:
-        args = args if args is not None else self.config_class()
+        refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config, peft_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with a `prompt` column.")
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.args = args
         self.metrics_of_groups = compute_metrics
-        self.tokenizer = resolve_tokenizer(model, processing_class)
+        self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self.prompts = self._encode(train_dataset)
         self.eval_prompts = [] if eval_dataset is None else self._encode(eval_dataset)
         super().__init__(
@@ -91,6 +98,7 @@ class OnlineTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
