@@ -141,7 +141,6 @@ def test_bad_grpo_values(changes: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"packing": False}, r"^packing = False: rows are always packed"),
         ({"loss_type": "chunked_nll"}, r"^loss_type = 'chunked_nll': use nll or dft"),
         (
             {"truncation_mode": "keep_middle"},
