@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,8 +52,8 @@ class SFTTrainer(GroupTrainer):
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
         peft_config: train these adapters instead of the weights.
-        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would; needs
-            `peft_config`.
+        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would;
+            "nf4", or a configuration of transformers; needs `peft_config`.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -75,7 +74,7 @@ class SFTTrainer(GroupTrainer):
         quantization_config: Any = None,
     ) -> None:
         args = args if args is not None else SFTConfig()
-        args = _with_quantization(args, model, quantization_config, peft_config)
+        args = _with_quantization(args, model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
         self.args = args
@@ -217,35 +216,19 @@ class SFTTrainer(GroupTrainer):
         )
 
 
-def _with_quantization(args: SFTConfig, model: Any, quantization_config: Any, peft_config: Any) -> SFTConfig:
-    """Arguments whose `model_init_kwargs` hold the quantisation, checked before any weight is read."""
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ConfigError(
-                "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
-            )
-        if not isinstance(model, str | Path):
-            raise ConfigError(
-                "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
-            )
-        kwargs["quantization_config"] = quantization_config
-    config = kwargs.get("quantization_config")
-    if config is None:
+def _with_quantization(args: SFTConfig, model: Any, quantization_config: Any) -> SFTConfig:
+    """Arguments whose `model_init_kwargs` hold the quantisation."""
+    if quantization_config is None:
         return args
-    if peft_config is None:
+    kwargs = dict(args.model_init_kwargs or {})
+    if "quantization_config" in kwargs:
         raise ConfigError(
-            "peft_config = None: quantised weights cannot be trained; pass adapters, such as LoraConfig()."
+            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
         )
-    if _uses_bitsandbytes(config) and find_spec("bitsandbytes") is None:
-        raise ConfigError("quantization_config needs the package bitsandbytes: pip install 'burnish[quant]'.")
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+        )
     args = copy.copy(args)
-    args.model_init_kwargs = kwargs
+    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
     return args
-
-
-def _uses_bitsandbytes(config: Any) -> bool:
-    fields = cast("Mapping[str, Any]", config if isinstance(config, Mapping) else vars(config))
-    method = fields.get("quant_method")
-    named = str(getattr(method, "value", method)) == "bitsandbytes"
-    return named or any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))
