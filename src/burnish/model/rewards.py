@@ -86,7 +86,7 @@ def load_reward_model(
     if adapters is not None:
         if adapters.task_type != "SEQ_CLS":
             raise ModelError(
-                f"model = {_name(model)}: adapters of task_type {adapters.task_type!r}, and a reward model's are SEQ_CLS."
+                f"model = {_name(model)}: adapters of task_type {adapters.task_type!r}, a reward model's are SEQ_CLS."
                 " Merge them into their base first (peft: merge_and_unload), and pass the merged model."
             )
         # The adapters bring their own score, so a new one of the base is never read.
