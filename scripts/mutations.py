@@ -43,7 +43,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/online.py", "total(completion) is not None and not masked", "not masked", TRAINERS),
     ("trainers/online.py", "score(model, batch, temperature=self.args.temperature).logprobs", "score(model, batch).logprobs", TRAINERS),
     ("trainers/agreement.py", "(logprobs_N - sampled_logprobs_N).double()", "(sampled_logprobs_N - logprobs_N).double()", TRAINERS),
-    ("trainers/agreement.py", "if not apart <= self.bound", "if apart > self.bound", TRAINERS),
+    ("trainers/agreement.py", "and difference / count <= self.mean_bound", "", TRAINERS),
     ("trainers/agreement.py", "clamp(-_CLIP_NATS, _CLIP_NATS)", "clamp(-9, 9)", TRAINERS),
     ("trainers/agreement.py", "self._window.popleft()", "break", TRAINERS),
     # numbers

@@ -14,7 +14,7 @@ import torch
 
 from burnish.types import Completion, Group, GroupSpan, PackedBatch
 
-__all__ = ["group_cost", "pack", "partition", "split_by_tokens", "to_row", "zero_weight_group"]
+__all__ = ["group_cost", "pack", "partition", "split_by_tokens", "to_row", "unpack", "zero_weight_group"]
 
 
 def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
@@ -164,6 +164,29 @@ def pack(
             for name, value_of in (sequence or {}).items()
         },
     )
+
+
+def unpack(groups: Sequence[Group], values_N: Sequence[float], *, fill: float = 0.0) -> list[list[float]]:
+    """Give numbers of scored tokens back to their completions: the way back from `pack`.
+
+    Args:
+        groups: what was packed.
+        values_N: [N] numbers in the order of the packed row.
+        fill: number of the tokens that are not scored.
+
+    Returns:
+        [C] numbers for each completion, in the order of the groups.
+    """
+    rest = iter(values_N)
+    result: list[list[float]] = []
+    for group in groups:
+        for completion in group.completions:
+            values = [fill] * len(completion.token_ids)
+            for j in _scored_tokens(completion, has_prompt=bool(group.prompt_ids)):
+                values[j] = next(rest)
+            result.append(values)
+    assert next(rest, None) is None
+    return result
 
 
 def _scored_tokens(completion: Completion, *, has_prompt: bool) -> list[int]:

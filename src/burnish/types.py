@@ -74,6 +74,9 @@ class Completion:
         ref_logprobs: [C] log-probability under the reference policy, where the loss has a KL term.
         score: rewards, once a rubric has seen the completion.
         advantage: the number the policy gradient weights this completion with; None before it is known.
+        token_advantages: [C] a number for each token instead, where rewards or values are per token.
+        values: [C] the critic's value of the state before each token, from before the first update on this rollout.
+        returns: [C] what the critic's values should have been.
     """
 
     token_ids: list[int]
@@ -86,6 +89,9 @@ class Completion:
     ref_logprobs: list[float] | None = None
     score: Score | None = None
     advantage: float | None = None
+    token_advantages: list[float] | None = None
+    values: list[float] | None = None
+    returns: list[float] | None = None
 
     @property
     def num_scored_tokens(self) -> int:

@@ -197,6 +197,8 @@ _NEEDED: dict[FileKind, tuple[str, ...]] = {
     "dpo": ("data.train",),
     "kto": ("data.train",),
     "grpo": ("data.train", "rubric"),
+    "rloo": ("data.train", "rubric"),
+    "ppo": ("data.train", "rubric"),
     "online_dpo": ("data.train", "rubric"),
     "pairs": ("data.train", "rubric"),
     "eval": ("data.eval", "rubric"),

@@ -23,6 +23,8 @@ _STAGES: dict[Kind, str] = {
     "kto": "train on completions labelled good or bad",
     "online_dpo": "train on preferences between the model's own samples, judged by rewards",
     "grpo": "train on rewards: sample groups of completions, score them, follow the better ones",
+    "rloo": "the same with the mean of the other samples as baseline",
+    "ppo": "the same with a critic that says how good each token was",
 }
 _FILE_COMMANDS: dict[str, str] = {
     **_STAGES,

@@ -32,8 +32,12 @@ from burnish.trainers import (
     KTOTrainer,
     OnlineDPOConfig,
     OnlineDPOTrainer,
+    PPOConfig,
+    PPOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -57,7 +61,11 @@ _TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
     "kto": (KTOConfig, KTOTrainer),
     "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
+    "rloo": (RLOOConfig, RLOOTrainer),
+    "ppo": (PPOConfig, PPOTrainer),
 }
+_ONLINE = ("online_dpo", "grpo", "rloo", "ppo")
+"""Stages whose trainers take a rubric."""
 
 
 def train(
@@ -87,9 +95,9 @@ def train(
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
-    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in ("online_dpo", "grpo") else {}
+    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}
     trainer = trainer_class(
-        model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
+        model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
     )
     return _train(trainer, metrics)
 

@@ -20,7 +20,7 @@ import torch
 
 from burnish.errors import CheckFailed
 
-__all__ = ["MasterWeights", "fast_bf16"]
+__all__ = ["MasterWeights", "average_gradients", "fast_bf16"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,20 @@ def fast_bf16(device: torch.device) -> bool:
         capabilities = read()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
     return False
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Average gradients over the ranks, for parameters that no wrapper does it for; every rank must call it.
+
+    Args:
+        parameters: the same on every rank, in the same order; one without a gradient counts with zeros.
+    """
+    size = torch.distributed.get_world_size()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= size
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -103,12 +117,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     def all_reduce_gradients(self) -> None:
         """Average the fp32 gradients over the ranks; every rank must call it."""
-        size = torch.distributed.get_world_size()
-        for master in self.masters:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            torch.distributed.all_reduce(master.grad)
-            master.grad /= size
+        average_gradients(self.masters)
 
     def clip_gradients(self, max_norm: float) -> torch.Tensor:
         """Scale the accumulated gradients to at most `max_norm`; returns the norm before."""

@@ -7,6 +7,7 @@ states are gathered where scores are read, and `score` turns them into numbers.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from burnish.types import Group, PackedBatch
 
 __all__ = [
     "RewardRequest",
+    "classifier_adapters",
     "group_places",
     "is_reward_model",
     "load_reward_model",
@@ -162,6 +164,26 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
     return made.train(model.training)
 
 
+def classifier_adapters(peft_config: Any) -> Any:
+    """The adapters' configuration for a sequence classifier: peft then trains and saves the score layer too.
+
+    Raises:
+        ModelError: adapters of another task.
+    """
+    from peft import TaskType
+
+    task = cast("TaskType | str | None", getattr(peft_config, "task_type", None))
+    if task not in (None, TaskType.SEQ_CLS):
+        raise ModelError(
+            f"peft_config.task_type = {str(getattr(task, 'value', task))!r}: a reward model is a sequence classifier; "
+            "use 'SEQ_CLS', or leave it out."
+        )
+    # peft adds the score layer to the list it is given.
+    config = copy.deepcopy(peft_config)
+    config.task_type = TaskType.SEQ_CLS
+    return config
+
+
 def _new_head(shape: torch.Size, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / (shape[-1] + 1)
 
@@ -269,11 +291,14 @@ def pack_reads(groups: Sequence[Group]) -> PackedBatch:
 def reward_scores(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
     r"""The score at every place that a batch reads.
 
+    A batch of `pack_reads` is read at the marked tokens: rewards of completions or steps. A batch of `pack` is read at
+    the token before each scored one: values of the states in which the scored tokens were chosen.
+
     .. math:: r = w \cdot h_t, \quad h_t \text{ the last hidden state at the place, given all tokens before it}
 
     Args:
         model: prepared by `prepare_for_rewards`; may be wrapped.
-        batch: of `pack_reads`, on the model's device.
+        batch: of `pack_reads` or `pack`, on the model's device.
 
     Returns:
         [N] scores, fp32 (float64 for a float64 model), differentiable where grad mode is on.

@@ -10,12 +10,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from burnish.errors import ConfigError
+from burnish.schema.algorithms import apply_algorithm
 from burnish.schema.fields import known_fields
 from burnish.schema.inherited import FieldInfo
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
-__all__ = ["check_fields", "check_mapping", "did_you_mean"]
+__all__ = ["ALIASES", "check_fields", "check_mapping", "did_you_mean", "without_aliases"]
+
+ALIASES: dict[Kind, dict[str, str]] = {
+    "ppo": {
+        "cliprange": "epsilon",
+        "kl_coef": "beta",
+        "num_ppo_epochs": "num_iterations",
+        "response_length": "max_completion_length",
+    },
+}
+"""Names that TRL gave to fields of a stage -> the names here."""
 
 _ELSEWHERE = {
     "dataset_kwargs": "burnish reads rows as they are; describe them in [data]",
@@ -45,16 +56,30 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
         ConfigError: an unknown name, a wrong type, a bad value, a contradiction, or a field no trainer honours.
     """
     fields = known_fields(kind)
+    mapping = without_aliases(kind, mapping)
     for name in mapping:
         if name not in fields and name in _ELSEWHERE:
             raise ConfigError(f"[{where}] {name}: not a field of burnish; {_ELSEWHERE[name]}.")
     values = check_mapping(fields, mapping, where)
     everything = {name: copy.copy(info.default) for name, info in fields.items()} | values
     try:
-        check_values(kind, everything)
+        check_values(kind, apply_algorithm(kind, everything, values))
     except ConfigError as error:
         raise ConfigError(f"[{where}] {error}") from None
     return values
+
+
+def without_aliases(kind: Kind, mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields by the names that they have here.
+
+    Raises:
+        ConfigError: one field by two names.
+    """
+    aliases = ALIASES.get(kind, {})
+    for alias, name in aliases.items():
+        if alias in mapping and name in mapping:
+            raise ConfigError(f"{alias} and {name} are one field: set {name} alone.")
+    return {aliases.get(name, name): value for name, value in mapping.items()}
 
 
 def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -33,25 +34,34 @@ def default_bound(dtype: torch.dtype) -> float:
 class Agreement:
     """Compares the log-probabilities of sampler and trainer on fresh samples.
 
-    The statistic is the mean over tokens of the k3 estimate of KL(sampler || trainer), over as many of the last steps
-    as hold 2,048 tokens: at the first update on fresh samples both are one distribution, and only rounding is left.
+    At the first update on fresh samples both are one distribution, and only rounding is left. Two statistics say
+    whether it is: the mean |difference| of each step, and the mean over tokens of the k3 estimate of
+    KL(sampler || trainer) over as many of the last steps as hold 2,048 tokens. In both a token counts with 1 nat at
+    most.
 
     Args:
-        bound: in nats a token.
+        bound: of the KL, in nats a token.
+        mean_bound: of the mean |difference| of a step, in nats; the square root of `bound` if None.
     """
 
-    def __init__(self, bound: float) -> None:
+    def __init__(self, bound: float, mean_bound: float | None = None) -> None:
         self.bound = bound
+        self.mean_bound = math.sqrt(bound) if mean_bound is None else mean_bound
         self._sums = torch.zeros(3, dtype=torch.float64)  # of k3, of |difference|, of tokens
         self._largest = 0.0
         self._window: deque[tuple[float, float]] = deque()
+
+    def report_only(self) -> None:
+        """Stop no run any more, but for what is not a number: somebody else accounts for the difference."""
+        self.bound = self.mean_bound = math.inf
 
     def add(self, logprobs_N: torch.Tensor, sampled_logprobs_N: torch.Tensor) -> None:
         """[N] trainer's and [N] sampler's log-probabilities of fresh samples."""
         difference_N = (logprobs_N - sampled_logprobs_N).double()
         divergence = float(kl_k3(torch.zeros_like(difference_N), difference_N.clamp(-_CLIP_NATS, _CLIP_NATS)).sum())
         apart = difference_N.abs()
-        self._sums += torch.tensor([divergence, float(apart.sum()), apart.numel()], dtype=torch.float64)
+        clipped = float(apart.clamp(max=_CLIP_NATS).sum())
+        self._sums += torch.tensor([divergence, clipped, apart.numel()], dtype=torch.float64)
         self._largest = max(self._largest, float(apart.max()))
 
     def flush(
@@ -73,12 +83,13 @@ class Agreement:
             self._window.popleft()
         tokens = sum(tokens for _, tokens in self._window)
         apart = sum(value for value, _ in self._window) / max(tokens, _WINDOW_TOKENS)
-        if not apart <= self.bound:
+        if not (apart <= self.bound and difference / count <= self.mean_bound):
             raise CheckFailed(
                 f"step {step}: samples and trainer are {apart:.3g} nats a token apart in KL over the last {tokens:.0f} "
-                f"tokens (bound {self.bound:g}; in this step log-probabilities differ by {difference / count:.3g} on "
-                f"average, {largest:.3g} at most); the step is not taken. The engine samples from other weights, "
-                "another temperature or another dtype; set logprob_check_bound only where you know why."
+                f"tokens (bound {self.bound:g}), and in this step log-probabilities differ by {difference / count:.3g} "
+                f"on average (bound {self.mean_bound:g}), {largest:.3g} at most; the step is not taken. The engine "
+                "samples from other weights, another temperature or another dtype; set logprob_check_bound only where "
+                "you know why."
             )
         return {
             "sampling/kl": divergence / count,

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar, cast
 
 from transformers import TrainingArguments
 
 from burnish.model.precision import fast_bf16
-from burnish.schema import DPOFields, GRPOFields, KTOFields, OnlineDPOFields, RewardFields, SFTFields
+from burnish.schema import (
+    DPOFields,
+    GRPOFields,
+    Kind,
+    KTOFields,
+    OnlineDPOFields,
+    PPOFields,
+    RewardFields,
+    RLOOFields,
+    SFTFields,
+    apply_algorithm,
+    without_aliases,
+)
 
-__all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RewardConfig", "SFTConfig"]
+__all__ = [
+    "DPOConfig",
+    "GRPOConfig",
+    "KTOConfig",
+    "OnlineDPOConfig",
+    "PPOConfig",
+    "RLOOConfig",
+    "RewardConfig",
+    "SFTConfig",
+]
 
 
 def _finish(config: Any) -> None:
@@ -24,6 +47,36 @@ def _finish(config: Any) -> None:
     if config.token_budget is None:
         config.token_budget = 2048 if config.device.type == "cpu" else 16384
     config.dataloader_pin_memory = False
+
+
+class _PolicyConfig:
+    """What configs of policy gradients share: they know which fields somebody set, so an algorithm sets the others."""
+
+    kind: ClassVar[Kind]
+
+    def __post_init__(self) -> None:
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(cast(Any, self))}
+        for name, value in apply_algorithm(self.kind, values, self.__dict__.pop("_given", ())).items():
+            setattr(self, name, value)
+        _finish(self)
+
+
+T = TypeVar("T")
+
+
+def _remember(cls: type[T]) -> type[T]:
+    """Let a config's constructor understand aliases and remember which fields it was given."""
+    original = cast(Any, cls).__init__
+    names = [item.name for item in dataclasses.fields(cast(Any, cls))]
+
+    @functools.wraps(original)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = without_aliases(cast(Any, cls).kind, kwargs)
+        self._given = {*names[: len(args)], *kwargs}
+        original(self, *args, **kwargs)
+
+    cast(Any, cls).__init__ = construct
+    return cls
 
 
 @dataclass
@@ -66,9 +119,24 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
         _finish(self)
 
 
+@_remember
 @dataclass
-class GRPOConfig(GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class GRPOConfig(_PolicyConfig, GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
 
+
+@_remember
+@dataclass
+class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.schema.RLOOFields`."""
+
     def __post_init__(self) -> None:
-        _finish(self)
+        super().__post_init__()
+        if self.normalize_advantages:
+            self.scale_rewards = "batch"
+
+
+@_remember
+@dataclass
+class PPOConfig(_PolicyConfig, PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.schema.PPOFields`."""

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, reward_group, reward_kind
-from burnish.errors import ConfigError, DataError, ModelError
+from burnish.errors import ConfigError, DataError
 from burnish.model.dropout import disable_dropout
-from burnish.model.rewards import group_places, load_reward_model, pack_reads, prepare_for_rewards, reward_scores
+from burnish.model.rewards import (
+    classifier_adapters,
+    group_places,
+    load_reward_model,
+    pack_reads,
+    prepare_for_rewards,
+    reward_scores,
+)
 from burnish.model.scoring import causal_lm, eval_mode
 from burnish.objectives.reward import (
     bradley_terry,
@@ -90,7 +96,7 @@ class RewardTrainer(GroupTrainer):
             processing_class=self.tokenizer,
             train_dataset=self._encode(train_dataset, "train_dataset"),
             eval_dataset=None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset"),
-            peft_config=None if peft_config is None else _classifier_adapters(peft_config),
+            peft_config=None if peft_config is None else classifier_adapters(peft_config),
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -319,19 +325,3 @@ def _labels(group: Group) -> list[bool]:
 
 def _longest(group: Group) -> int:
     return len(group.prompt_ids) + max(len(completion.token_ids) for completion in group.completions)
-
-
-def _classifier_adapters(peft_config: Any) -> Any:
-    """The adapters' configuration for a sequence classifier: peft then trains and saves the score layer too."""
-    from peft import TaskType
-
-    task = cast("TaskType | str | None", getattr(peft_config, "task_type", None))
-    if task not in (None, TaskType.SEQ_CLS):
-        raise ModelError(
-            f"peft_config.task_type = {str(getattr(task, 'value', task))!r}: a reward model is a sequence classifier; "
-            "use 'SEQ_CLS', or leave it out."
-        )
-    # peft adds the score layer to the list it is given.
-    config = copy.deepcopy(peft_config)
-    config.task_type = TaskType.SEQ_CLS
-    return config
