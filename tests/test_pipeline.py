@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 
 import tiny
@@ -119,3 +120,22 @@ def test_a_folder_holds_one_run(file: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["pipeline", str(file)]) == 0
     assert main(["pipeline", str(file), "--grpo.max_steps=5"]) == 2
     assert "holds a run with another [grpo]" in capsys.readouterr().err
+
+
+def test_later_stages_train_the_adapters_of_the_first(file: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny.model(hidden_size=64, head_dim=16, intermediate_size=64).save_pretrained(file.parent / "model")
+    words = ["--peft={r = 4, target_modules = 'all-linear'}", "--model_init={quantization_config = 'nf4'}"]
+    assert main(["pipeline", str(file), *words, "--grpo.beta=0.1", "--grpo.learning_rate=0"]) == 0
+    run = file.parent / "run"
+    imitated, reinforced = (load_file(run / name / "adapter_model.safetensors") for name in ("sft", "grpo"))
+    assert max(float(value.abs().max()) for name, value in imitated.items() if "lora_B" in name) > 1e-3
+    assert imitated.keys() == reinforced.keys()
+    for name, value in imitated.items():
+        assert torch.equal(value, reinforced[name]), "at a learning rate of 0 they are the ones of the stage before"
+    saved = json.loads((run / "grpo" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(file.parent / "model")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["kl"] for m in metrics if m["stage"] == "grpo"] == [0.0] * 4, "the reference is the SFT policy"
+    summary = json.loads((run / "evaluations.json").read_text())
+    assert [e["name"] for e in summary["evaluations"]] == ["raw", "sft", "grpo"]

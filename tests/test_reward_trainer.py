@@ -397,7 +397,7 @@ def test_adapters_are_saved_with_the_score(tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
     with pytest.raises(ModelError, match="task_type = 'CAUSAL_LM'"):
         trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ModelError, match="adapters without their base"):
+    with pytest.raises(ModelError, match="adapters that do not name their base"):
         RewardModel(tmp_path)
 
 

@@ -330,6 +330,8 @@ def quantised(folder: Path, where: str, model: Any = None, peft_config: Any = No
 
 
 def test_quantisation_that_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    tiny.model().config.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="in model_init_kwargs: remove it from one"):
         quantised(tmp_path, "both", peft_config=lora())
     with pytest.raises(ConfigError, match="beside a model in memory"):
@@ -337,7 +339,7 @@ def test_quantisation_that_cannot_work_is_refused(tmp_path: Path, monkeypatch: p
     for where in ("argument", "init"):
         with pytest.raises(ConfigError, match="quantised weights cannot be trained"):
             quantised(tmp_path, where)
-    monkeypatch.setattr("burnish.trainers.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("burnish.model.quantization.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes: pip install 'burnish\[quant\]'"):
         quantised(tmp_path, "argument", peft_config=lora())
     init = {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}
@@ -361,11 +363,11 @@ def test_quantisation_reaches_from_pretrained(tmp_path: Path, where: str, monkey
         return tiny.model(), {"missing_keys": set()}
 
     tiny.model().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("burnish.trainers.arguments.find_spec", lambda name: object())
+    monkeypatch.setattr("burnish.model.quantization.find_spec", lambda name: object())
     monkeypatch.setattr("burnish.model.loading.AutoModelForCausalLM.from_pretrained", load)
     trainer = quantised(tmp_path, where, peft_config=lora())
     assert [kwargs["quantization_config"].bnb_4bit_quant_type for kwargs in seen] == ["nf4"]
-    assert seen[0]["dtype"] == "auto"
+    assert seen[0]["dtype"] == torch.float32
     before = weights(trainer)
     trainer.train()
     changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}

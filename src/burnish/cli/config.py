@@ -15,6 +15,7 @@ from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
 from burnish.schema import Kind, check_fields, check_mapping, lora_fields
 from burnish.schema.inherited import FieldInfo
+from burnish.schema.quantization import check_quantization
 
 __all__ = [
     "DataSection",
@@ -36,7 +37,7 @@ _MODEL_INIT = {
     "device_map": "str | dict[str, Any]",
     "dtype": "str",
     "local_files_only": "bool",
-    "quantization_config": "dict[str, Any]",
+    "quantization_config": "str | dict[str, Any]",
     "revision": "str",
     "subfolder": "str",
     "trust_remote_code": "bool",
@@ -240,6 +241,8 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     _need({name: given[name] for name in sorted(needed)}, path)
     _check_solved(run.evaluation, run.rubric)
     _check_places(run.training, "training")
+    if trains:
+        _check_quantised(run)
     return run
 
 
@@ -275,6 +278,7 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
         document=document,
     )
     _check_solved(run.evaluation, run.rubric)
+    _check_quantised(run)
     for kind, stage in stages.items():
         _check_places(stage, kind)
     return run
@@ -287,7 +291,7 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     evaluation = tables.get("evaluation")
     return {
         "model": _model(tables["model"]),
-        "model_init": check_mapping(_infos(_MODEL_INIT), tables.get("model_init", {}), "model_init"),
+        "model_init": _model_init(tables.get("model_init", {})),
         "peft": check_mapping(lora_fields(), tables["peft"], "peft") if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
         "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
@@ -304,6 +308,23 @@ def _model(value: str | dict[str, Any]) -> str:
     if "path" not in table:
         raise ConfigError("[model] path is missing; give a folder, a .gguf file, a hub name or a package's name.")
     return str(Path(table["path"], table["gguf_file"])) if "gguf_file" in table else table["path"]
+
+
+def _model_init(table: Mapping[str, Any]) -> dict[str, Any]:
+    values = check_mapping(_infos(_MODEL_INIT), table, "model_init")
+    if (given := values.get("quantization_config")) is not None:
+        values["quantization_config"] = check_quantization(given, "model_init.quantization_config")
+    return values
+
+
+def _check_quantised(run: RunFile | PipelineFile) -> None:
+    """Quantised weights train through adapters: those of [peft], or the model's own."""
+    adapters = (Path(run.model).expanduser() / "adapter_config.json").is_file()
+    if "quantization_config" in run.model_init and run.peft is None and not adapters:
+        raise ConfigError(
+            f"{run.path}: [model_init] quantization_config without [peft]: quantised weights cannot be trained; add "
+            '`[peft] target_modules = "all-linear"`.'
+        )
 
 
 def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:

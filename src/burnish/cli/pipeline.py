@@ -94,22 +94,26 @@ class Pipeline:
         given: dict[str, Any] = getattr(self.file, name)
         training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **given}
         training |= {"output_dir": str(folder), "resume_from_checkpoint": True}
-        shared: dict[str, Any] = {"peft": self.file.peft, "metrics": self.folder / "metrics.jsonl"}
-        if model == self.file.model:
-            shared["model_init"] = self.file.model_init
+        shared: dict[str, Any] = {"model_init": self._model_init(model), "metrics": self.folder / "metrics.jsonl"}
+        # A later stage trains the adapters of the one before it.
+        shared["peft"] = self.file.peft if model == self.file.model else None
         if name == "grpo":
             training.setdefault("log_completions", str(self.folder))
         stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)
         (folder / "done").touch()
         return str(folder)
 
+    def _model_init(self, model: str) -> dict[str, Any]:
+        """Arguments of from_pretrained; a stage's adapters are put on the base, read as it was for training."""
+        return self.file.model_init if model == self.file.model or self.file.peft is not None else {}
+
     def _evaluate(self, name: str, model: str, rows: list[dict[str, Any]]) -> None:
         from burnish.cli import stages
 
         target = self.folder / "evaluations" / f"{name}.json"
         if not target.is_file():
-            shared: dict[str, Any] = {"model_init": self.file.model_init} if model == self.file.model else {}
-            result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, name=name, **shared)
+            shared: dict[str, Any] = {"name": name, "model_init": self._model_init(model)}
+            result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, **shared)
             stages.write_json(target, result.to_dict())
         result = self._evaluation(name)
         passes = "  ".join(f"pass@{k} {interval}" for k, interval in result.pass_at_k.items())

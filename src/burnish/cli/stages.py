@@ -123,8 +123,7 @@ def _lora(fields: dict[str, Any] | None) -> Any:
         return None
     from peft import LoraConfig
 
-    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
-    return LoraConfig(**arguments)
+    return LoraConfig(**fields)
 
 
 def evaluate_model(

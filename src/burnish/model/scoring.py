@@ -21,6 +21,7 @@ from burnish.errors import CheckFailed, ModelError
 from burnish.model.attention import install, use_layout
 from burnish.model.head import HeadOutput, HeadSpec, head_logprobs, head_spec
 from burnish.model.prefix import PrefixLayout
+from burnish.model.quantization import keep_layout
 from burnish.model.support import supports_prefix
 from burnish.packing import to_row
 from burnish.types import PackedBatch
@@ -141,6 +142,7 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
     lm = causal_lm(model)
     if lm.get_output_embeddings() is None or not hasattr(lm, lm.base_model_prefix):
         raise ModelError(f"{type(lm).__name__} has no output embedding: pass a causal language model.")
+    keep_layout(lm)
     support = supports_prefix(lm)
     if support.ok:
         install(lm)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from burnish.errors import ConfigError
 
@@ -65,39 +64,23 @@ def _short(value: Any) -> str:
     return name if isinstance(name, str) else f"{value!r:.60}"
 
 
-def with_quantization(args: Any, model: Any, quantization_config: Any, peft_config: Any) -> Any:
-    """Arguments whose `model_init_kwargs` hold the quantisation, checked before any weight is read.
+def with_quantization(args: Any, model: Any, quantization_config: Any) -> Any:
+    """Arguments whose `model_init_kwargs` hold the quantisation.
 
     Raises:
-        ConfigError: given twice, beside a model in memory, without adapters, or without the package it needs.
+        ConfigError: given twice, or beside a model in memory.
     """
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ConfigError(
-                "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
-            )
-        if not isinstance(model, str | Path):
-            raise ConfigError(
-                "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
-            )
-        kwargs["quantization_config"] = quantization_config
-    config = kwargs.get("quantization_config")
-    if config is None:
+    if quantization_config is None:
         return args
-    if peft_config is None:
+    kwargs = dict(args.model_init_kwargs or {})
+    if "quantization_config" in kwargs:
         raise ConfigError(
-            "peft_config = None: quantised weights cannot be trained; pass adapters, such as LoraConfig()."
+            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
         )
-    if _uses_bitsandbytes(config) and find_spec("bitsandbytes") is None:
-        raise ConfigError("quantization_config needs the package bitsandbytes: pip install 'burnish[quant]'.")
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+        )
     args = copy.copy(args)
-    args.model_init_kwargs = kwargs
+    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
     return args
-
-
-def _uses_bitsandbytes(config: Any) -> bool:
-    fields = cast("Mapping[str, Any]", config if isinstance(config, Mapping) else vars(config))
-    method = fields.get("quant_method")
-    named = str(getattr(method, "value", method)) == "bitsandbytes"
-    return named or any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))

@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.training_args import ParallelMode
 
 from burnish.errors import CheckFailed, ConfigError, ModelError
+from burnish.model.adapters import add_adapters, saved_adapters
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import MasterWeights
-from burnish.model.scoring import prepare_for_scoring
+from burnish.model.quantization import is_quantized
+from burnish.model.scoring import causal_lm, prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.metrics import StepMetrics
@@ -91,9 +93,11 @@ class GroupTrainer(Trainer):
         if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
             raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
         self.tokenizer = processing_class
+        _check_quantised(model, args, peft_config)
         loaded, self._exact = self.load(model, args)
         if peft_config is not None:
-            loaded, self._exact = _add_adapters(loaded, peft_config), {}
+            loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
+        _check_trains(loaded)
         _use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
@@ -329,7 +333,8 @@ class GroupTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # peft reads adapters into fp32, whatever they compute in; their masters are in the optimizer's state.
         for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A plain loader over groups."""
@@ -400,10 +405,21 @@ def _use_non_reentrant_checkpointing(args: Any) -> None:
         setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
 
 
-def _add_adapters(model: Any, peft_config: Any) -> Any:
-    from peft import PeftModel, get_peft_model
+_ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as LoraConfig()"
 
-    if isinstance(model, PeftModel):
-        raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
-    # Adapters compute in the base's dtype; the optimizer keeps their fp32 masters.
-    return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+
+def _check_quantised(model: Any, args: Any, peft_config: Any) -> None:
+    """Quantised weights have adapters; known before any is read."""
+    if peft_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is None:
+        return
+    if not isinstance(model, str | Path) or saved_adapters(model) is None:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+
+
+def _check_trains(model: torch.nn.Module) -> None:
+    has_adapters = hasattr(model, "peft_config")
+    if is_quantized(causal_lm(model)) and not has_adapters:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fix = "load the adapters with is_trainable=True" if has_adapters else "let some of them require gradients"
+        raise ModelError(f"model = {type(model).__name__}: all of its parameters are frozen; {fix}.")

@@ -79,7 +79,7 @@ class OnlineTrainer(GroupTrainer):
         compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
     ) -> None:
         refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
-        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config, peft_config)
+        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with a `prompt` column.")
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)

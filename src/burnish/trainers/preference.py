@@ -65,7 +65,7 @@ class ReferenceTrainer(GroupTrainer):
         peft_config: Any = None,
     ) -> None:
         refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
-        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config, peft_config)
+        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
         if train_dataset is None:
             raise DataError(f"train_dataset = None: pass rows with {self.columns}.")
         needs_reference = self.needs_reference(args)

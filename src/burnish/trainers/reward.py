@@ -98,7 +98,7 @@ class RewardTrainer(GroupTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        args = with_quantization(resolve_args(args, RewardConfig), model, quantization_config, peft_config)
+        args = with_quantization(resolve_args(args, RewardConfig), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with chosen and rejected, or with prompt and completions.")
         self.args = args

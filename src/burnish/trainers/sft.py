@@ -45,8 +45,8 @@ class SFTTrainer(GroupTrainer):
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
         optimizer_cls_and_kwargs: a class and its arguments instead of the configured optimizer.
-        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would; needs
-            `peft_config`.
+        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would;
+            "nf4", or a configuration of transformers; needs `peft_config`.
         peft_config: train these adapters instead of the weights.
         formatting_func: turns a row into one plain text, which is then a language modelling row.
         data_collator, compute_loss_func, compute_metrics, preprocess_logits_for_metrics: TRL's; refused.
@@ -81,7 +81,7 @@ class SFTTrainer(GroupTrainer):
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        args = with_quantization(resolve_args(args, SFTConfig), model, quantization_config, peft_config)
+        args = with_quantization(resolve_args(args, SFTConfig), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
         self.args = args
