@@ -18,6 +18,7 @@ from burnish.errors import ConfigError, RewardError
 from burnish.evaluate import (
     Evaluation,
     Interval,
+    _key,
     compare,
     evaluate,
     mean_interval,
@@ -218,6 +219,12 @@ def test_one_more_criterion_is_paired_like_the_others() -> None:
         "a problem without a value is left out"
     )
     assert Evaluation.from_dict(after.to_dict()) == after
+
+
+def test_a_demonstration_is_no_part_of_the_problem() -> None:
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": "1", "completion": "c"}, {"prompt": "p"}]
+    keys = [_key(row) for row in rows]
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize("budget", [None, 12])

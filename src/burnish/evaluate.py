@@ -410,8 +410,12 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    """The problem as its row gives it, so that models with different tokenizers can be compared."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """The problem as its row gives it, so that models with different tokenizers can be compared.
+
+    A demonstration is no part of the problem.
+    """
+    asked = {name: value for name, value in row.items() if name != "completion"}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _pass_at(k: int) -> Callable[[Problem], float | None]:
