@@ -297,7 +297,7 @@ def test_pipeline_file(pipeline_file: Path):
 
 def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
     assert load_pipeline_file(pipeline_file, ["--sft=null"]).sft is None
-    with pytest.raises(ConfigError, match=r"neither \[sft\] nor \[grpo\]"):
+    with pytest.raises(ConfigError, match=r"no stage; add the table of at least one of \[sft\], \[pairs\]"):
         load_pipeline_file(pipeline_file, ["--sft=null", "--grpo=null"])
 
 
@@ -310,6 +310,9 @@ def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
         ("--grpo.beta=-1", r"\[grpo\] beta = -1\.0: "),
         ("--grpo.output_dir=x", r"\[grpo\] output_dir = 'x': .* set output_dir at the top"),
         ("--sft.resume_from_checkpoint=true", r"\[sft\] resume_from_checkpoint = True: "),
+        ("--dpo={}", r"\[dpo\] without \[pairs\], which makes its rows"),
+        ("--pairs.output_dir=x", r"\[pairs\] output_dir = 'x': .* set output_dir at the top"),
+        ("--pairs.num_samples=1", r"\[pairs\] num_samples = 1: a pair needs at least 2"),
         ("--report.title=x", r"\[report\] title = 'x': unknown field; known are max_transcripts, path"),
         ("--data.eval=null", r"data\.eval is missing"),
         ("--data.train=null", r"data\.train is missing"),
