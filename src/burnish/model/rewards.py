@@ -28,6 +28,7 @@ from transformers import (
 from burnish.errors import CheckFailed, ModelError
 from burnish.model.adapters import put_adapters, saved_adapters
 from burnish.model.attention import install
+from burnish.model.lean import save_less
 from burnish.model.loading import find_model, load_model
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout, mark_quantized
@@ -223,6 +224,7 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
         install(classifier)
     else:
         logger.warning("%s runs one row per completion: %s", type(classifier).__name__, support.reason)
+    save_less(classifier)
     classifier.forward = MethodType(_reward_forward, classifier)
     classifier._burnish_prefix = support.ok
     _probe_score(classifier)
