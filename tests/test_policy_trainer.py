@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import tiny
 from burnish import CheckFailed, ConfigError, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from burnish.algorithms import register
 from burnish.rollout import Request
+from burnish.trainers.policy import Record, estimate
 from burnish.types import Completion, Group
 from test_trainers import PROMPTS, Elsewhere, assert_same, digits, grpo, settings, weights
 
@@ -65,7 +66,23 @@ CASES: dict[str, dict[str, Any]] = {
     "top-entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.3, "entropy_coef": 0.3, "beta": 0.2},
     "reinforce++": {"loss_type": "dapo", "advantage_estimator": "batch", "kl_in": "reward", "beta": 0.2,
                     "kl_estimator": "k1"},
+    # A truncated distribution is sampled from, so that its log-probabilities are not the policy's.
+    "token_truncate": {"loss_type": "dapo", "top_p": 0.6, "sampling_correction": "token_truncate",
+                       "sampling_correction_max": 0.7},
+    "sequence_mask": {"loss_type": "grpo", "top_p": 0.6, "sampling_correction": "sequence_mask",
+                      "sampling_correction_min": 0.02, "beta": 0.2},
 }  # fmt: skip
+
+
+def correction(config: Any, old: torch.Tensor, completion: Completion) -> torch.Tensor:
+    """Truncated weights of tokens, or masked ones of the sequence."""
+    if config.sampling_correction is None:
+        return torch.ones_like(old)
+    difference = old - torch.tensor(completion.sampler_logprobs)
+    if config.sampling_correction == "token_truncate":
+        return difference.exp().clamp(max=config.sampling_correction_max)
+    weight = difference.sum().exp()
+    return weight * (weight >= config.sampling_correction_min) * torch.ones_like(old)
 
 
 def reference_loss(sequences: Sequence[Sequence_], entropies: Sequence[torch.Tensor], config: Any) -> torch.Tensor:
@@ -79,7 +96,7 @@ def reference_loss(sequences: Sequence[Sequence_], entropies: Sequence[torch.Ten
         if completion.token_advantages is not None:
             advantage = torch.tensor(completion.token_advantages)
         ratio = ratio_of(config.importance_sampling_level, new, old)
-        loss = surrogate(config.loss_type, ratio, new, advantage, high) * keep
+        loss = surrogate(config.loss_type, ratio, new, advantage, high) * keep * correction(config, old, completion)
         if config.beta and config.kl_in == "loss":
             plain = config.use_bias_correction_kl is False or config.kl_estimator == "k2"
             loss = loss + config.beta * kl(config.kl_estimator, new, ref) * (1.0 if plain else ratio)
@@ -289,6 +306,76 @@ def test_overlong_completions_lose_reward_after_the_filter(tmp_path: Path) -> No
     assert "rewards/overlong/mean" in trainer.state.log_history[0]
 
 
+def test_records_become_advantages_by_hand() -> None:
+    table = [[Record(3.0, 2, [3.0], [0.5, 0.25]), Record(1.0, 1, [1.0], [-0.25]), Record(None, 1, [None], [9.0])]]
+    changes: dict[str, Any] = {"weights": [1.0], "scale": "none", "by_criterion": False}
+    assert estimate(table, "leave_one_out", **changes) == [[1.0, -1.0, 0.0]]
+    # Tokens get what follows them: 3 - 0.75, 3 - 0.25, 1 + 0.25, whitened.
+    (first, second, failed), *_ = cast("list[list[list[float]]]", estimate(table, "batch", **changes))
+    assert (first[1] - first[0]) / (first[0] - second[0]) == pytest.approx(0.5)
+    assert sum(first + second) == pytest.approx(0.0)
+    assert failed == [0.0]
+
+
+def test_rloo_s_advantages_by_hand(tmp_path: Path) -> None:
+    """Clipped rewards, less beta times the log-ratio to the reference, less the mean of the others."""
+    trainer = grpo(
+        tmp_path, algorithm="rloo", beta=0.5, ref_model=tiny.model(seed=5), reward_clip_range=[0.1, 0.3], max_steps=1
+    )
+    steps = recorded(trainer)
+    trainer.train()
+    for group in steps[0]:
+        values = []
+        for c in group.completions:
+            assert c.score is not None
+            assert c.score.total is not None
+            assert c.policy_logprobs is not None
+            assert c.ref_logprobs is not None
+            kl = sum(a - b for a, b in zip(c.policy_logprobs, c.ref_logprobs, strict=True))
+            values.append(min(max(c.score.total, 0.1), 0.3) - 0.5 * kl)
+        for c, value in zip(group.completions, values, strict=True):
+            others = (sum(values) - value) / (len(values) - 1)
+            assert c.advantage == pytest.approx(value - others, abs=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "same"), [(True, "group"), (False, "none")])
+def test_trl_s_booleans_of_scale_rewards(tmp_path: Path, scale: bool, same: str) -> None:
+    table = [[Record(r, 1, [r], None) for r in (1.0, 0.0, 0.0)], [Record(r, 1, [r], None) for r in (5.0, 1.0, 0.0)]]
+    rows = [grpo(tmp_path, scale_rewards=value).advantages(table) for value in (scale, same)]
+    assert rows[0] == rows[1]
+    assert rows[0] != grpo(tmp_path, scale_rewards="batch").advantages(table)
+
+
+class Tightlipped:
+    """An engine that samples as the trainer's own, and says nothing of the policy's log-probabilities."""
+
+    def __init__(self, engine: Any) -> None:
+        self.own = engine
+
+    def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
+        made = self.own.generate(requests, seed=seed, step=step)
+        for completion in (c for row in made for c in row):
+            completion.policy_logprobs = None
+        return made
+
+    def sync(self, version: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_the_divergence_in_the_reward_does_not_depend_on_what_an_engine_tells(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"algorithm": "rloo", "beta": 0.5, "ref_model": tiny.model(seed=5), "optim": "sgd"}
+    told, silent = (grpo(tmp_path / name, **changes) for name in ("a", "b"))
+    silent.engine = Tightlipped(silent.engine)
+    for trainer in (told, silent):
+        trainer.train()
+    kl = [[log["kl"] for log in t.state.log_history if "kl" in log] for t in (told, silent)]
+    assert kl[0] == pytest.approx(kl[1], abs=1e-5)
+    assert abs(kl[0][0]) > 0.01
+    # The rewards differ by rounding of the two ways to compute a log-probability.
+    assert_same(weights(told), weights(silent), 1e-5)
+
+
 class Stale:
     """An engine that samples from a copy of the weights which is renewed every `every` syncs."""
 
@@ -367,6 +454,14 @@ def test_metrics_of_ones_own_in_evaluation(tmp_path: Path) -> None:
         tiny.model(), digits, args, PROMPTS, PROMPTS[:3], processing_class=tiny.tokenizer(), compute_metrics=longest
     )
     assert trainer.evaluate()["eval_longest"] == 8.0
+
+
+def test_a_group_without_spread_keeps_its_entropy_bonus(tmp_path: Path) -> None:
+    """No advantage, yet a gradient: it must not be dropped before the forward."""
+    trainer = grpo(tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), entropy_coef=0.1, max_steps=1)
+    before = weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, []), (2, [("old_logprobs", 3)])])

@@ -84,6 +84,27 @@ def test_remembered_groups_stand_in_once_with_their_old_logprobs() -> None:
     assert not replay.groups
 
 
+def test_what_a_rank_does_to_scores_does_not_change_what_is_remembered() -> None:
+    """Each rank punishes the completions of its own share only; all must choose the same groups later."""
+    replay = Replay(4)
+    batch = fill_batch(Rounds((1.0, 0.0), (2.0, 0.0)), 2, max_rounds=1, replay=replay)
+    for completion in batch.groups[1].completions:
+        assert completion.score is not None
+        completion.score.criteria["overlong"] = -1.0
+        completion.score.total = 0.5
+    again = replay.take(1)
+    assert list(again) == [1]
+    assert [c.score for c in again[1].completions] == [Score(2.0), Score(0.0)]
+
+
+def test_a_replayed_completion_is_never_on_policy() -> None:
+    """Whatever log-probabilities the engine gave: without old ones the ratio would be 1."""
+    replay = Replay(1)
+    completions = [Completion([2], sampler_logprobs=[-2.0], score=Score(r)) for r in (0.0, 1.0)]
+    replay.keep({0: Group([1], completions)})
+    assert [c.old_logprobs for c in replay.take(1)[0].completions] == [[-2.0], [-2.0]]
+
+
 @pytest.mark.parametrize("wanted", [1, 2, 7])
 def test_a_batch_has_exactly_the_groups_wanted(wanted: int) -> None:
     batch = fill_batch(Rounds(GOOD, FLAT, FLAT), wanted, max_rounds=3, replay=Replay(0))

@@ -123,6 +123,18 @@ def test_defaults_pass_their_own_check(fields: CommonFields):
         ({"top_entropy_quantile": 0.0}, r"^top_entropy_quantile = 0\.0: "),
         ({"reward_clip_range": [1.0, -1.0]}, r"^reward_clip_range = "),
         ({"multi_objective_aggregation": "normalize_then_sum", "advantage_estimator": "batch"}, r"use group"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "overlong_buffer": 8.0},
+            r"^overlong_buffer = 8\.0 with multi_objective_aggregation",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "reward_clip_range": [0.0, 1.0]},
+            r"^reward_clip_range = \[0\.0, 1\.0\] with multi_objective_aggregation",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "kl_in": "reward", "beta": 0.1},
+            r"^kl_in = 'reward' with multi_objective_aggregation",
+        ),
         ({"scale_rewards": "std"}, r"^scale_rewards = 'std': "),
         ({"scale_rewards": 1}, r"^scale_rewards = 1: "),
         ({"epsilon": 1.0}, r"^epsilon = 1\.0: "),

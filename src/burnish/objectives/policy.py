@@ -144,7 +144,7 @@ def sapo(
     """
     assert log_ratio_N.shape == advantages_N.shape
     advantages_N = advantages_N.detach()
-    tau_N = torch.where(advantages_N > 0, temperature_pos, temperature_neg)
+    tau_N = torch.full_like(advantages_N, temperature_neg).masked_fill(advantages_N > 0, temperature_pos)
     return -4 / tau_N * torch.sigmoid(tau_N * (log_ratio_N.exp() - 1)) * advantages_N
 
 
@@ -263,7 +263,7 @@ def correction_weights(
     if level == "sequence":
         difference_N = sequence_sums(difference_N, sequence_index_N, num_sequences)[sequence_index_N]
     weights_N = difference_N.exp()
-    if way == "truncate":
-        return weights_N.clamp(max=maximum)
     low, high = minimum or 0.0, float("inf") if maximum is None else maximum
+    if way == "truncate":
+        return weights_N.clamp(max=high)
     return torch.where((weights_N >= low) & (weights_N <= high), weights_N, 0.0)

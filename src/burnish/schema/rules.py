@@ -380,6 +380,18 @@ def _grpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
     scale, estimator = values["scale_rewards"], values["advantage_estimator"]
     if values["multi_objective_aggregation"] == "normalize_then_sum" and estimator != "group":
         yield f"multi_objective_aggregation = 'normalize_then_sum' with advantage_estimator {estimator}: use group."
+    if values["multi_objective_aggregation"] == "normalize_then_sum":
+        of_the_sum = {
+            "kl_in": values["kl_in"] == "reward" and values["beta"] > 0,
+            "reward_clip_range": values["reward_clip_range"] is not None,
+            "overlong_buffer": values["overlong_buffer"] is not None,
+        }
+        yield from (
+            f"{name} = {values[name]!r} with multi_objective_aggregation = 'normalize_then_sum': it changes the sum of "
+            "the rewards, which that scale does not read; remove one of the two."
+            for name, is_set in of_the_sum.items()
+            if is_set
+        )
     if values.get("normalize_advantages") and scale not in ("none", "batch"):
         yield f"normalize_advantages = True with scale_rewards = {scale!r}: set one of them."
     yield from _policy_contradictions(values)

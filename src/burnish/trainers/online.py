@@ -197,8 +197,10 @@ class OnlineTrainer(GroupTrainer):
         steps = partition(groups, self._reuse // self.passes, whole=self.whole_groups)
         with torch.no_grad(), eval_mode(self.model):
             # The first step on fresh samples is on-policy: its old log-probabilities are its own.
-            later = groups if self.passes > 1 else [group for step in steps[1:] for group in step]
-            self._fill([group for group in later if _is_fresh(group)], "old_logprobs", self.model)
+            later = [group for step in steps[1:] for group in step]
+            later += [group for group in steps[0] if self.needs_old_logprobs(group)]
+            unknown = groups if self.passes > 1 else later
+            self._fill([group for group in unknown if _is_fresh(group)], "old_logprobs", self.model)
             if self.reference is not None:
                 with self.reference.active(self.model) as reference:
                     self._fill(groups, "ref_logprobs", reference)
@@ -279,10 +281,9 @@ class OnlineTrainer(GroupTrainer):
             return
         tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
         judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
-        fresh = [(own, ids) for own, ids in judged if "overlong" not in own.criteria]  # not replayed ones
         punish = soft_overlong(max_completion_length=limit, cache=tokens)
-        values = [self.args.overlong_penalty * value for value in punish(completion_ids=[ids for _, ids in fresh])]
-        for (own, _), value in zip(fresh, values, strict=True):
+        values = [self.args.overlong_penalty * value for value in punish(completion_ids=[ids for _, ids in judged])]
+        for (own, _), value in zip(judged, values, strict=True):
             own.criteria["overlong"] = value
             own.total = None if own.total is None else own.total + value
         if values:
@@ -293,6 +294,10 @@ class OnlineTrainer(GroupTrainer):
         if "loss" in logs:
             logs = {**logs, "num_tokens": self.sum_over_ranks(float(self._num_tokens))}
         super().log(logs, start_time)
+
+    def needs_old_logprobs(self, group: Group) -> bool:
+        """Hook: whether `judge` reads the trainer's log-probabilities of a group that is on-policy."""
+        return False
 
     def judge(self, shares: Sequence[Share]) -> None:
         """Hook: turn the rewards of a batch into what the loss reads."""

@@ -86,6 +86,13 @@ class PolicyTrainer(OnlineTrainer):
         names = [field.name for field in dataclasses.fields(PolicyOptions) if hasattr(self.args, field.name)]
         return PolicyOptions(**{name: getattr(self.args, name) for name in names})
 
+    def needs_old_logprobs(self, group: Group) -> bool:
+        """Whether a divergence that is no part of the loss cannot take the sampler's word for the policy's."""
+        args = self.args
+        wanted = self.reference is not None and (args.kl_in == "reward" or args.kl_target is not None)
+        apart = args.sampling_correction is not None or any(c.policy_logprobs is None for c in group.completions)
+        return wanted and apart
+
     def judge(self, shares: Sequence[Share]) -> None:
         """Advantages from the rewards of all ranks: a group may lie on several."""
         kls = self.divergences([c for share in shares for c in share.group.completions])

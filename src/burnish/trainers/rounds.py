@@ -61,15 +61,26 @@ class Replay:
 
     def keep(self, groups: dict[int, Group]) -> None:
         """Remember fresh groups with spread."""
-        self.groups |= {place: group for place, group in groups.items() if has_spread(group)}
+        self.groups |= {place: _copy(group) for place, group in groups.items() if has_spread(group)}
         for place in sorted(self.groups)[: max(len(self.groups) - self.size, 0)]:
             del self.groups[place]
+
+
+def _copy(group: Group) -> Group:
+    """A copy with scores of its own: each rank changes those of its share, and all must remember the same."""
+    completions = [
+        dataclasses.replace(c, score=c.score and dataclasses.replace(c.score, criteria=dict(c.score.criteria)))
+        for c in group.completions
+    ]
+    return dataclasses.replace(group, completions=completions)
 
 
 def _as_replayed(group: Group) -> Group:
     """A copy whose log-probabilities at sampling are its old ones."""
     completions = [
-        dataclasses.replace(c, old_logprobs=c.policy_logprobs or c.old_logprobs, policy_logprobs=None)
+        dataclasses.replace(
+            c, old_logprobs=c.policy_logprobs or c.old_logprobs or c.sampler_logprobs, policy_logprobs=None
+        )
         for c in group.completions
     ]
     return dataclasses.replace(group, completions=completions)
