@@ -155,6 +155,15 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/stream.py", "if once:", "if True:", SFT),
     ("data/limits.py", "num_cut - len(group.prompt_ids)", "num_cut", "test_data.py"),
     ("data/limits.py", "place > 0 and (mask is None or mask[place])", "mask is None or mask[place]", "test_data.py"),
+    # pairs, held-out losses and pipelines
+    ("pairs.py", "value != worst[\"criteria\"].get(name)", "value == worst[\"criteria\"].get(name)", "test_pairs.py"),
+    ("pairs.py", "right[problem].append(float(value > 0))", "right[problem].append(float(value >= 0))", "test_pairs.py"),
+    ("pairs.py", "(1 - wins_M) ** 2", "wins_M ** 2", "test_pairs.py"),
+    ("evaluate.py", "(-sums_S / tokens_S)", "(-sums_S)", "test_evaluate.py"),
+    ("evaluate.py", "if name != \"completion\"}", "if name}", "test_evaluate.py"),
+    ("cli/pipeline.py", "if name == \"reward\":", "if name == \"none\":", "test_pipeline.py"),
+    ("cli/pipeline.py", "disjoint(data.train, data.held_out)[0])", "data.train + data.held_out)", "test_pipeline.py"),
+    ("report/page.py", "up != (comparison", "up == (comparison", "test_report.py"),
     # rollouts
     ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
     ("rollout/stepping.py", "request.first_sample + sample)", "sample)", NATIVE),
