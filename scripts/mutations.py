@@ -19,7 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
-ADVANTAGES, ROUNDS, PROMPTS, VALUE = "test_advantages.py", "test_rounds.py", "test_prompts.py", "test_objectives_value.py"
+ADVANTAGES, ROUNDS, PROMPTS, VALUE = (
+    "test_advantages.py",
+    "test_rounds.py",
+    "test_prompts.py",
+    "test_objectives_value.py",
+)
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
 RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"

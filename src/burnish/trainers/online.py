@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -19,9 +18,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import CheckFailed, DataError
 from burnish.model.dropout import disable_dropout
-from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition
@@ -34,17 +32,18 @@ from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
 from burnish.trainers.reference import Reference
+from burnish.trainers.reward_funcs import RewardFunction, as_rubric
+from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
 from burnish.trainers.transcripts import TranscriptLog
-from burnish.types import Completion, Group, PackedBatch, Score, StopReason
+from burnish.types import Completion, Group, PackedBatch, StopReason
 
-__all__ = ["OnlineTrainer", "RewardFunction", "as_rubric"]
+__all__ = ["OnlineTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
-RewardFunction = Callable[..., Any]
 
 
 class OnlineTrainer(GroupTrainer):
@@ -401,19 +400,18 @@ class OnlineTrainer(GroupTrainer):
         return metrics
 
     def save_own_state(self, folder: Path) -> None:
-        """What has been sampled and what is in flight: with the seed, all that decides what comes next."""
-        state = {
-            "rollouts": self._rollouts,
-            "rounds": self._rounds,
-            "num_tokens": self._num_tokens,
-            "place": self.source.place,
-            "level": self.source.level,
-            "buffer": [[dataclasses.asdict(group) for group in groups] for groups in self._buffer],
-            "replay": {place: dataclasses.asdict(group) for place, group in self.replay.groups.items()},
-            "rank": self.accelerator.process_index,
-            **self.own_state(),
-        }
-        (folder / f"rollout_{self.accelerator.process_index}.json").write_text(json.dumps(state, default=str))
+        """What has been sampled and what is in flight."""
+        state = RolloutState(
+            rollouts=self._rollouts,
+            rounds=self._rounds,
+            num_tokens=self._num_tokens,
+            place=self.source.place,
+            level=self.source.level,
+            buffer=self._buffer,
+            replay=self.replay.groups,
+            own=self.own_state(),
+        )
+        state.save(folder, self.accelerator.process_index)
 
     def own_state(self) -> dict[str, Any]:
         """Hook: numbers that a checkpoint keeps for `load_state`."""
@@ -426,19 +424,11 @@ class OnlineTrainer(GroupTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint) / f"rollout_{self.accelerator.process_index}.json"
-        if not file.is_file():
-            raise ConfigError(
-                f"resume_from_checkpoint = {checkpoint!r}: {file.name} is missing, so the prompts and samples in "
-                "flight are unknown. Resume with as many processes as wrote the checkpoint."
-            )
-        state = json.loads(file.read_text())
-        self._rollouts, self._rounds = int(state["rollouts"]), int(state["rounds"])
-        self._num_tokens = int(state["num_tokens"])
-        self.source.place, self.source.level = int(state["place"]), float(state["level"])
-        self._buffer = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
-        self.replay.groups = {int(place): _group_from_dict(group) for place, group in state["replay"].items()}
-        self.load_state(state)
+        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+        self._rollouts, self._rounds, self._num_tokens = state.rollouts, state.rounds, state.num_tokens
+        self.source.place, self.source.level = state.place, state.level
+        self._buffer, self.replay.groups = state.buffer, state.replay
+        self.load_state(state.own)
         self.transcripts.truncate_after(self.state.global_step)
 
 
@@ -448,41 +438,3 @@ def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:
 
 def _is_fresh(group: Group) -> bool:
     return all(completion.old_logprobs is None for completion in group.completions)
-
-
-def _group_from_dict(values: dict[str, Any]) -> Group:
-    completions: list[Completion] = []
-    for entry in cast("list[dict[str, Any]]", values["completions"]):
-        reason, scores = entry["stop_reason"], entry["score"]
-        entry["stop_reason"] = StopReason(reason) if reason else None
-        entry["score"] = Score(**scores) if scores else None
-        completions.append(Completion(**entry))
-    return Group(values["prompt_ids"], completions, values["row"], values["index"])
-
-
-def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes: Any = None) -> Rubric:
-    """A rubric of what TRL calls `reward_funcs`: functions, and reward models by name or in memory.
-
-    Args:
-        rewards: a Rubric, or one or several functions, names of reward models, or sequence classifiers.
-        weights: one for each; None for 1.
-        processing_classes: tokenizers of the reward models, one or a list; None: their own.
-
-    Raises:
-        ConfigError: weights beside a Rubric, or lists of different lengths.
-    """
-    if isinstance(rewards, Rubric):
-        if weights is not None:
-            raise ConfigError(f"reward_weights = {list(weights)!r} beside a Rubric: set the weights in its criteria.")
-        return rewards
-    listed: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
-    tokenizers: list[Any] = (
-        list(processing_classes) if isinstance(processing_classes, list | tuple) else [processing_classes] * len(listed)
-    )
-    if len(tokenizers) != len(listed):
-        raise ConfigError(
-            f"reward_processing_classes has {len(tokenizers)} entries for {len(listed)} reward_funcs: give one each."
-        )
-    models = (str, Path, PreTrainedModel)
-    functions = [RewardModel(f, t) if isinstance(f, models) else f for f, t in zip(listed, tokenizers, strict=True)]
-    return Rubric.from_functions(functions, weights)
