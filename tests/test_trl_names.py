@@ -17,7 +17,7 @@ from burnish import ConfigError, DataError, SFTConfig, SFTTrainer
 from burnish.schema import Kind, check_fields, elsewhere, known_fields
 from test_preference_trainer import LABELLED, PAIRS, dpo, kto
 from test_reward_trainer import trainer as reward
-from test_trainers import PROMPTS, TEXTS, digits, grpo, settings, sft
+from test_trainers import PROMPTS, TEXTS, digits, grpo, settings
 
 ROOT = Path(__file__).parent.parent
 TRL = ROOT / ".venv-trl" / "bin" / "python"

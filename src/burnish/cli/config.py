@@ -238,6 +238,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     _need({name: given[name] for name in sorted(needed)}, path)
     _check_solved(run.evaluation, run.rubric)
     _check_places(run.training, "training")
+    checkpoint = run.training.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not Path(checkpoint).is_dir():
+        raise ConfigError(f"[training] resume_from_checkpoint = {checkpoint!r}: no such folder; name a checkpoint.")
     return run
 
 

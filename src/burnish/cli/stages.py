@@ -89,7 +89,7 @@ def train(
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
     rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in ("online_dpo", "grpo") else {}
     trainer = trainer_class(
-        model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
+        model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft, kind), **rewards
     )
     return _train(trainer, metrics)
 
@@ -110,12 +110,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in found if (path / COMPLETE).is_file()), None)
 
 
-def _lora(fields: dict[str, Any] | None) -> Any:
+def _lora(fields: dict[str, Any] | None, kind: str) -> Any:
     if fields is None:
         return None
     from peft import LoraConfig
 
-    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
+    arguments: dict[str, Any] = {"task_type": "SEQ_CLS" if kind == "reward" else "CAUSAL_LM", **fields}
     return LoraConfig(**arguments)
 
 
@@ -124,7 +124,7 @@ def evaluate_model(
 ) -> Evaluation:
     """pass@k of a saved model on rows; `shared` is `model_init`, may be left out."""
     tokenizer = load_processing_class(model)
-    groups = encode_rows(prompt_group, rows, tokenizer)
+    groups = encode_rows(prompt_group, rows, tokenizer, name="data.eval")
     loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
     with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
         return evaluate(
@@ -149,7 +149,7 @@ def make_pairs(
 ) -> dict[str, int]:
     """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
     tokenizer, folder = load_processing_class(model), Path(section.output_dir)
-    groups = encode_rows(prompt_group, rows, tokenizer)
+    groups = encode_rows(prompt_group, rows, tokenizer, name="data.train")
     loaded, engine = _engine(model, tokenizer, model_init)
     records = sample_rows(
         engine,

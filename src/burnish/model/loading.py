@@ -45,6 +45,8 @@ def find_model(name: str | Path) -> ModelSource:
     Raises:
         ModelError: nothing of that name, or a folder or package without a model.
     """
+    if not str(name):
+        raise ModelError("model = '': name a folder, a .gguf file, a hub name or a package.")
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(str(path.parent), path.name)
@@ -108,6 +110,12 @@ def load_model(
             raise ModelError(
                 f"model_init_kwargs = {kwargs!r} beside a model in memory: load the model with them, or pass its path."
             )
+        given: Any = model
+        if not isinstance(given.get_base_model() if hasattr(given, "get_base_model") else given, PreTrainedModel):
+            raise ModelError(
+                f"model = {type(model).__name__}: use a model of transformers, with or without adapters, or the name "
+                "or folder of one."
+            )
         return model, {}
     source = find_model(model)
     explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
@@ -130,8 +138,8 @@ def _refuse_missing(model: str | Path, loaded: Any, missing: Collection[str]) ->
     if missing:
         names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(
-            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), which "
-            "would start random. Name a model that was saved as one, or load it yourself and pass it."
+            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), "
+            "which would start random. Name a model that was saved as one, or load it yourself and pass it."
         )
 
 
@@ -171,9 +179,7 @@ def drop_gguf_config(model: Any) -> None:
                 setattr(model, attribute, None)
 
 
-def load_processing_class(
-    model: str | Path, init_kwargs: Mapping[str, Any] | None = None
-) -> PreTrainedTokenizerBase:
+def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token.
 
     Args:

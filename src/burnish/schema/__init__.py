@@ -6,7 +6,7 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 
 from __future__ import annotations
 
-from burnish.schema.checks import check_fields, check_mapping, check_names
+from burnish.schema.checks import check_fields, check_keywords, check_mapping
 from burnish.schema.elsewhere import Elsewhere, elsewhere
 from burnish.schema.fields import (
     CommonFields,
@@ -37,8 +37,8 @@ __all__ = [
     "RewardFields",
     "SFTFields",
     "check_fields",
+    "check_keywords",
     "check_mapping",
-    "check_names",
     "check_values",
     "elsewhere",
     "known_fields",

@@ -59,6 +59,7 @@ _COMMON: dict[str, Elsewhere] = {
     "use_liger_loss": Elsewhere(
         False, "log-probabilities already come from a tiled head that holds no logits; remove the field"
     ),
+    "warmup_ratio": Elsewhere(0.0, "set warmup_steps to the share itself, such as 0.1"),
 }
 
 _PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")
@@ -131,7 +132,9 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "dpo": {
         **_REFERENCE,
         "cpo_alpha": Elsewhere(0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, cpo_alpha]'),
-        "reference_free": Elsewhere(False, "losses without a reference are cpo, simpo, alphapo and orpo; set loss_type"),
+        "reference_free": Elsewhere(
+            False, "losses without a reference are cpo, simpo, alphapo and orpo; set loss_type"
+        ),
         "rpo_alpha": Elsewhere(None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, rpo_alpha]'),
     },
     "kto": _REFERENCE,
