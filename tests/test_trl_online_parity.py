@@ -488,7 +488,7 @@ def main() -> None:
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         for name, case in OTHERS.items():
             found = [theirs[name]]
-            if "cispo by default" != name and "half of" not in name:
+            if name != "cispo by default" and "half of" not in name:
                 found.append(by_burnish(case, folder))
             print(name, [(one.losses[0], float(one.update.norm())) for one in found], flush=True)
 

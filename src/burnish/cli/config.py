@@ -262,6 +262,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     _check_places(run.training, "training")
     if trains:
         _check_quantised(run)
+    checkpoint = run.training.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not Path(checkpoint).is_dir():
+        raise ConfigError(f"[training] resume_from_checkpoint = {checkpoint!r}: no such folder; name a checkpoint.")
     return run
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from burnish.errors import ModelError
+from burnish.errors import ConfigError, ModelError
 
 __all__ = ["SavedAdapters", "add_adapters", "put_adapters", "saved_adapters"]
 
@@ -73,6 +73,7 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
         The `PeftModel`, and fp32 values of the adapters' weights that were rounded.
 
     Raises:
+        ConfigError: adapters that do not fit the model.
         ModelError: the model has adapters already.
     """
     from peft import PeftModel, get_peft_model
@@ -84,7 +85,10 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
     with torch.random.fork_rng(devices=[]):
         # peft draws on the CPU. Ranks that drew their own would keep masters of their own.
         torch.default_generator.manual_seed(seed)
-        made = get_peft_model(model, config, autocast_adapter_dtype=False)
+        try:
+            made = get_peft_model(model, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ConfigError(f"peft_config does not fit {type(model).__name__}: {error}") from error
     return made, _round_trained(made)
 
 

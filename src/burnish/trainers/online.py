@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, DataError
+from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.dropout import disable_dropout
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
@@ -28,10 +28,10 @@ from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer, check_vocabulary, collate, resolve_tokenizer
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
-from burnish.trainers.reference import Reference
+from burnish.trainers.reference import Reference, check_reference
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
@@ -79,14 +79,18 @@ class OnlineTrainer(GroupTrainer):
     ) -> None:
         refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
         args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
+        check_reference(ref_model)
+        if ref_model is not None and not args.beta > 0:
+            raise ConfigError("beta = 0.0 reads no reference: remove ref_model, or set beta.")
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with a `prompt` column.")
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.args = args
         self.metrics_of_groups = compute_metrics
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
-        self.prompts = self._encode(train_dataset)
-        self.eval_prompts = [] if eval_dataset is None else self._encode(eval_dataset)
+        self.prompts = self.encode(train_dataset, "train_dataset")
+        self.eval_prompts = [] if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
+        self._check_sizes()
         super().__init__(
             model,
             args,
@@ -99,6 +103,8 @@ class OnlineTrainer(GroupTrainer):
         )
         disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
+        if ref_model is not None:
+            check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
         self.params = self._sampling_params()
@@ -114,19 +120,26 @@ class OnlineTrainer(GroupTrainer):
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
-        self._check_sizes()
 
-    def _encode(self, dataset: Any) -> list[Group]:
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
         return encode_rows(
             prompt_group,
-            as_rows(dataset),
+            as_rows(dataset, name),
             self.tokenizer,
+            name=name,
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
 
     def _sampling_params(self) -> SamplingParams:
         args = self.args
+        ends = eos_token_ids(causal_lm(self.model), self.tokenizer)
+        if not ends and not args.stop:
+            raise ConfigError(
+                "neither the tokenizer nor the model's generation_config has an eos_token, so every completion would "
+                "run to max_completion_length: set tokenizer.eos_token, or stop."
+            )
         return SamplingParams(
             max_new_tokens=args.max_completion_length,
             temperature=args.temperature,
@@ -134,7 +147,7 @@ class OnlineTrainer(GroupTrainer):
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
             stop=tuple(args.stop or ()),
-            eos_token_ids=eos_token_ids(causal_lm(self.model), self.tokenizer),
+            eos_token_ids=ends,
         )
 
     @property
@@ -153,9 +166,7 @@ class OnlineTrainer(GroupTrainer):
 
     @property
     def _prompts_per_rollout(self) -> int:
-        completions = (
-            self.args.per_device_train_batch_size * self.accelerator.num_processes * self._micro_batches_per_rollout
-        )
+        completions = self.args.per_device_train_batch_size * self.args.world_size * self._micro_batches_per_rollout
         return completions // self.args.num_generations
 
     def _check_sizes(self) -> None:
@@ -369,7 +380,7 @@ class OnlineTrainer(GroupTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample on held-out prompts and report the mean reward and each criterion."""
-        prompts = self.eval_prompts if eval_dataset is None else self._encode(eval_dataset)
+        prompts = self.eval_prompts if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
         if not prompts:
             raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
         samples = self.args.num_generations_eval or self.args.num_generations
