@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 
 from burnish.errors import ConfigError, ModelError
 
-__all__ = ["SavedAdapters", "add_adapters", "put_adapters", "saved_adapters"]
+__all__ = ["SavedAdapters", "add_adapters", "put_adapters", "saved_adapters", "without_base_config"]
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
 """fp32 values of parameters that were rounded."""
@@ -106,6 +109,17 @@ def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
 
     made = PeftModel.from_pretrained(model, str(saved.folder), is_trainable=True, autocast_adapter_dtype=False)
     return made, _round_trained(made)
+
+
+@contextmanager
+def without_base_config() -> Generator[None]:
+    """Save adapters without a warning that their base has no config.json: one in a GGUF file has none.
+
+    peft looks there for another size of the vocabulary, which would make it save the embeddings; burnish resizes none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        yield
 
 
 def _round_trained(model: Any) -> Exact:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.training_args import ParallelMode
 
 from burnish.errors import CheckFailed, ConfigError, DataError, ModelError
-from burnish.model.adapters import add_adapters, saved_adapters
+from burnish.model.adapters import add_adapters, saved_adapters, without_base_config
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import MasterWeights
 from burnish.model.quantization import is_quantized
@@ -344,6 +344,10 @@ class GroupTrainer(Trainer):
 
     def save_own_state(self, folder: Path) -> None:
         """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with without_base_config():
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
