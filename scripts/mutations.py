@@ -1,7 +1,8 @@
 """Break the code on purpose, one place at a time, and see a test fail: `make mutations`.
 
 A mutation is a line of MUTATIONS: file, what stands there, what is put there, the tests that must notice. Each runs on
-a copy of the sources; one that survives is printed and makes the command fail.
+a copy of the sources; one that survives is printed and makes the command fail. With words as arguments only those run
+whose line holds one of them: `scripts/mutations.py objectives/kl.py test_rounds`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
 VALUE, CRITIC = "test_objectives_value.py", "test_critic.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
+ADVANTAGES, ROUNDS, PROMPTS, VALUE = "test_advantages.py", "test_rounds.py", "test_prompts.py", "test_objectives_value.py"
+GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
+RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
+RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
 
 MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # objectives
@@ -28,19 +33,90 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/policy.py", "advantages_N > 0, ratio_N > 1 + epsilon_high", "advantages_N < 0, ratio_N > 1 + epsilon_high", OBJECTIVES),
     ("objectives/policy.py", "logprobs_N - old_logprobs_N.detach()", "logprobs_N.detach() - old_logprobs_N", OBJECTIVES),
     ("objectives/supervised.py", "-logprobs_N.detach().exp()", "-logprobs_N.exp()", OBJECTIVES),
-    ("objectives/kl.py", "ref_logprobs_N.detach() - logprobs_N", "logprobs_N - ref_logprobs_N.detach()", OBJECTIVES),
+    ("objectives/policy.py", "if level == \"product\":", "if level == \"none\":", OBJECTIVES),
+    ("objectives/policy.py", "(sums_S / lengths_S)[sequence_index_N]", "sums_S[sequence_index_N]", OBJECTIVES),
+    ("objectives/policy.py", "means_N.detach() + difference_N", "means_N + difference_N", OBJECTIVES),
+    ("objectives/policy.py", "difference_N - difference_N.detach()", "difference_N.detach() - difference_N.detach()", OBJECTIVES),
+    ("objectives/policy.py", "ratio_N.clamp(max=delta)", "ratio_N.clamp(min=delta)", OBJECTIVES),
+    ("objectives/policy.py", "ratio_N = log_ratio_N.detach().exp()", "ratio_N = log_ratio_N.exp()", OBJECTIVES),
+    ("objectives/policy.py", "-ratio_N.clamp(max=bound)", "-ratio_N", OBJECTIVES),
+    ("objectives/policy.py", "(ratio_N > bound) & (advantages_N > 0)", "(ratio_N > bound)", OBJECTIVES),
+    ("objectives/policy.py", "masked_fill(advantages_N > 0, temperature_pos)", "masked_fill(advantages_N < 0, temperature_pos)", OBJECTIVES),
+    ("objectives/policy.py", "-4 / tau_N", "-4", OBJECTIVES),
+    ("objectives/policy.py", "PolicyLoss(_clip, \"sum\")", "PolicyLoss(_clip, \"token\")", OBJECTIVES),
+    ("objectives/policy.py", "return self.epsilon if self.epsilon_high is None else self.epsilon_high", "return self.epsilon", OBJECTIVES),
+    ("objectives/policy.py", "(old_logprobs_N - sampler_logprobs_N).detach()", "(sampler_logprobs_N - old_logprobs_N).detach()", OBJECTIVES),
+    ("objectives/policy.py", "(old_logprobs_N - sampler_logprobs_N).detach()", "(old_logprobs_N - sampler_logprobs_N)", OBJECTIVES),
+    ("objectives/policy.py", "if level == \"sequence\":", "if level == \"token\":", OBJECTIVES),
+    ("objectives/policy.py", "(weights_N >= low) & (weights_N <= high)", "(weights_N >= low) | (weights_N <= high)", OBJECTIVES),
+    ("objectives/policy.py", "if way == \"truncate\":", "if way == \"mask\":", OBJECTIVES),
+    ("objectives/kl.py", "return logprobs_N - ref_logprobs_N.detach()", "return ref_logprobs_N.detach() - logprobs_N", OBJECTIVES),
+    ("objectives/kl.py", "return logprobs_N - ref_logprobs_N.detach()", "return logprobs_N - ref_logprobs_N", OBJECTIVES),
+    ("objectives/kl.py", "difference_N = -kl_k1", "difference_N = kl_k1", OBJECTIVES),
+    ("objectives/kl.py", "\"k1\": kl_k1,", "\"k1\": kl_k3,", OBJECTIVES),
+    ("objectives/kl.py", "return 0.5 * kl_k1", "return kl_k1", OBJECTIVES),
+    ("objectives/kl.py", "(1 + error * num_completions / horizon)", "(1 - error * num_completions / horizon)", OBJECTIVES),
+    ("objectives/kl.py", "min(max(kl / target - 1, -0.2), 0.2)", "kl / target - 1", OBJECTIVES),
+    ("objectives/aggregate.py", "if reduction != \"sequence\":", "if reduction not in (\"sequence\", \"sum\"):", OBJECTIVES),
+    ("objectives/value.py", "gamma * lam * sums_TS[time + 1]", "gamma * sums_TS[time + 1]", VALUE),
+    ("objectives/value.py", "gamma * next_values_N - values", "gamma * next_values_N + values", VALUE),
+    ("objectives/value.py", "return rewards_N - beta * kl_N.detach()", "return rewards_N + beta * kl_N.detach()", VALUE),
+    ("objectives/value.py", "is_clipped_N = near_losses_N > losses_N", "is_clipped_N = near_losses_N < losses_N", VALUE),
     ("objectives/aggregate.py", "/ lengths_S.clamp(min=1)).sum()", ").sum()", OBJECTIVES),
-    ("advantages.py", "(r - mean) / divisor", "(mean - r) / divisor", "test_advantages.py"),
-    ("advantages.py", "/ (len(values) - 1))", "/ len(values))", "test_advantages.py"),
+    ("advantages.py", "(r - mean) / by", "(mean - r) / by", ADVANTAGES),
+    ("advantages.py", "/ (len(values) - 1))", "/ len(values))", ADVANTAGES),
+    ("advantages.py", "(len(values) - 1) / len(values) *", "len(values) / (len(values) - 1) *", ADVANTAGES),
+    ("advantages.py", "math.fsum(values) / len(values) + eps", "math.fsum(values) + eps", ADVANTAGES),
+    ("advantages.py", "count = sum(n for _, n in known)", "count = len(known)", ADVANTAGES),
+    ("advantages.py", "None if r is None else r - x", "None if r is None else r + x", ADVANTAGES),
+    ("advantages.py", "accumulate(reversed(tokens)))[::-1]", "accumulate(tokens))", ADVANTAGES),
+    ("advantages.py", "[group_advantages(rows, eps=eps) for rows in criteria]", "[group_advantages(rows, scale=\"none\") for rows in criteria]", ADVANTAGES),
+    ("advantages.py", "if scale == \"group\" else batch_std) + eps", "if scale == \"group\" else _std(values)) + eps", ADVANTAGES),
+    ("advantages.py", "_known(r.totals, group_advantages(r.totals, scale=\"none\"))", "r.totals", ADVANTAGES),
     # trainers
     ("trainers/base.py", "denominator = self.sum_over_ranks(self.step_denominator(groups))", "denominator = 7.0", TRAINERS),
     ("trainers/base.py", "total -= 1", "pass", TRAINERS),
-    ("trainers/grpo.py", "batch.sequence[\"advantages\"][batch.sequence_index]", "-batch.sequence[\"advantages\"][batch.sequence_index]", TRAINERS),
-    ("trainers/grpo.py", "losses_N = losses_N + args.beta * kl_N", "losses_N = losses_N - args.beta * kl_N", TRAINERS),
-    ("trainers/grpo.py", "return float(sequences * self.args.max_completion_length)", "return float(sequences)", TRAINERS),
+    ("trainers/policy.py", "PolicyTerms(ratios_N, batch.token[\"advantages\"]", "PolicyTerms(ratios_N, -batch.token[\"advantages\"]", GRADIENT),
+    ("trainers/policy.py", "losses_N = losses_N + self._beta * self._kl_in_loss", "losses_N = losses_N - self._beta * self._kl_in_loss", GRADIENT),
+    ("trainers/policy.py", "corrected = self.args.kl_estimator != \"k2\"", "corrected = self.args.kl_estimator == \"k2\"", GRADIENT),
+    ("trainers/policy.py", "return float(sequences * self.args.max_completion_length)", "return float(sequences)", GRADIENT),
+    ("trainers/policy.py", "loss = loss - args.entropy_coef", "loss = loss + args.entropy_coef", GRADIENT),
+    ("trainers/policy.py", "(entropy_N * kept_N).sum()", "entropy_N.sum()", GRADIENT),
+    ("trainers/policy.py", "self._tokens_in_step = max(self.sum_over_ranks(float(sum(map(scored_tokens, kept)))), 1.0)", "pass", GRADIENT),
+    ("trainers/policy.py", "losses_N * kept_N * self._correction", "losses_N * self._correction", GRADIENT),
+    ("trainers/policy.py", "quantile = 1 - self.args.top_entropy_quantile", "quantile = self.args.top_entropy_quantile", GRADIENT),
+    ("trainers/policy.py", "kept_N * self._correction(batch, old_N)", "kept_N", GRADIENT),
+    ("trainers/policy.py", "minimum=args.sampling_correction_min", "minimum=None", GRADIENT),
+    ("trainers/policy.py", "logprobs_N.detach() if old_N is None else torch.where(old_N.isnan(), logprobs_N.detach(), old_N)", "logprobs_N.detach()", GRADIENT),
+    ("trainers/policy.py", "level=args.importance_sampling_level", "level=\"token\"", GRADIENT),
+    ("trainers/policy.py", "return None if self.reward is None else self.reward - sum", "return None if self.reward is None else self.reward + sum", RECORDS),
+    ("trainers/policy.py", "if estimator == \"batch\" and any(", "if any(", RECORDS),
+    ("trainers/policy.py", "totals=[[r.total for r in row] for row in table]", "totals=[[r.reward for r in row] for row in table]", RECORDS),
+    ("trainers/policy.py", "reward = min(max(reward, clip[0]), clip[1])", "pass", RLOO),
+    ("trainers/policy.py", "[self._beta * v for v in kl]", "[-self._beta * v for v in kl]", RLOO),
+    ("trainers/policy.py", "KL_ESTIMATORS[self.args.kl_estimator](*wide)", "KL_ESTIMATORS[\"k3\"](*wide)", RLOO),
+    ("trainers/policy.py", "return wanted and apart", "return False", "test_policy_trainer.py::test_the_divergence_in_the_reward_does_not_depend_on_what_an_engine_tells"),
+    ("trainers/policy.py", "or self.args.entropy_coef != 0", "", "test_policy_trainer.py::test_a_group_without_spread_keeps_its_entropy_bonus"),
+    ("trainers/grpo.py", "{True: \"group\", False: \"none\"}", "{True: \"none\", False: \"group\"}", "test_policy_trainer.py::test_trl_s_booleans_of_scale_rewards"),
+    ("trainers/online.py", "self.args.overlong_penalty * value", "-self.args.overlong_penalty * value", "test_policy_trainer.py::test_overlong_completions_lose_reward_after_the_filter"),
+    ("trainers/online.py", "index=s.place", "index=s.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
+    ("trainers/online.py", "later = [group for step in steps[1:] for group in step]", "later = list(groups)", "test_policy_trainer.py::test_fresh_samples_cost_no_forward_of_their_own"),
+    ("trainers/online.py", "        self.load_state(state)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
+    ("trainers/online.py", "self._rollouts, self._rounds = int(state[\"rollouts\"]), int(state[\"rounds\"])", "pass", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
+    ("trainers/rounds.py", "(self.good if has_spread(group) else self.flat)", "(self.flat if has_spread(group) else self.good)", ROUNDS),
+    ("trainers/rounds.py", "max(known) > min(known)", "max(known) >= min(known)", ROUNDS),
+    ("trainers/rounds.py", "old_logprobs=c.policy_logprobs or c.old_logprobs or c.sampler_logprobs", "old_logprobs=None", ROUNDS),
+    ("trainers/rounds.py", "key=lambda place: (-_spread(", "key=lambda place: (_spread(", ROUNDS),
+    ("trainers/rounds.py", "self.groups.pop(place)", "self.groups[place]", ROUNDS),
+    ("trainers/rounds.py", "sorted(self.groups)[: max(", "sorted(self.groups, reverse=True)[: max(", ROUNDS),
+    ("trainers/rounds.py", "_copy(group) for place", "group for place", ROUNDS),
+    ("trainers/rounds.py", "int(-(-number // multiple) * multiple)", "int(number)", ROUNDS),
+    ("trainers/prompts.py", "if mean_reward > self._target else", "if mean_reward < self._target else", PROMPTS),
+    ("trainers/prompts.py", "key=lambda i: difficulties[i]", "key=lambda i: -difficulties[i]", PROMPTS),
+    ("trainers/prompts.py", "random.Random(f\"{self._seed} {place}\")", "random.Random(f\"{self._seed}\")", PROMPTS),
+    ("trainers/prompts.py", "manual_seed(self._seed + epoch)", "manual_seed(self._seed)", PROMPTS),
+    ("trainers/prompts.py", "Share(place, low, own)", "Share(place, 0, own)", PROMPTS),
     ("trainers/online.py", "masked = self.args.mask_truncated_completions and", "masked = self.args.mask_truncated_completions and not", TRAINERS),
-    ("trainers/online.py", "if self._reuse > 1:", "if self._reuse > 100:", TRAINERS),
-    ("trainers/online.py", "self._rollouts = int(state[\"rollouts\"])", "self._rollouts = 0", TRAINERS),
     ("trainers/online.py", "total(completion) is not None and not masked", "not masked", TRAINERS),
     ("trainers/online.py", "score(model, batch, temperature=self.args.temperature).logprobs", "score(model, batch).logprobs", TRAINERS),
     ("trainers/agreement.py", "(logprobs_N - sampled_logprobs_N).double()", "(sampled_logprobs_N - logprobs_N).double()", TRAINERS),
@@ -105,6 +181,15 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/stream.py", "if once:", "if True:", SFT),
     ("data/limits.py", "num_cut - len(group.prompt_ids)", "num_cut", "test_data.py"),
     ("data/limits.py", "place > 0 and (mask is None or mask[place])", "mask is None or mask[place]", "test_data.py"),
+    # pairs, held-out losses and pipelines
+    ("pairs.py", "value != worst[\"criteria\"].get(name)", "value == worst[\"criteria\"].get(name)", "test_pairs.py"),
+    ("pairs.py", "right[problem].append(float(value > 0))", "right[problem].append(float(value >= 0))", "test_pairs.py"),
+    ("pairs.py", "(1 - wins_M) ** 2", "wins_M ** 2", "test_pairs.py"),
+    ("evaluate.py", "(-sums_S / tokens_S)", "(-sums_S)", "test_evaluate.py"),
+    ("evaluate.py", "if name != \"completion\"}", "if name}", "test_evaluate.py"),
+    ("cli/pipeline.py", "if name == \"reward\":", "if name == \"none\":", "test_pipeline.py"),
+    ("cli/pipeline.py", "disjoint(data.train, data.held_out)[0])", "data.train + data.held_out)", "test_pipeline.py"),
+    ("report/page.py", "up != (comparison", "up == (comparison", "test_report.py"),
     # rollouts
     ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
     ("rollout/stepping.py", "request.first_sample + sample)", "sample)", NATIVE),
@@ -130,11 +215,13 @@ def survives(mutation: tuple[str, str, str, str]) -> str | None:
 
 
 def main() -> None:
-    """All of them, two at a time."""
+    """All of them, or those that the words on the command line pick, two at a time."""
+    words = sys.argv[1:]
+    chosen = [m for m in MUTATIONS if not words or any(word in text for word in words for text in m)]
     survivors: list[str | None] = []
     with ThreadPoolExecutor(2) as pool:
-        for number, survivor in enumerate(pool.map(survives, MUTATIONS), 1):
-            print(f"{number}/{len(MUTATIONS)} {survivor or 'caught'}", flush=True)
+        for number, survivor in enumerate(pool.map(survives, chosen), 1):
+            print(f"{number}/{len(chosen)} {survivor or 'caught'}", flush=True)
             survivors.append(survivor)
     if any(survivors):
         raise SystemExit(f"{sum(s is not None for s in survivors)} mutations survive")

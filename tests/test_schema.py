@@ -8,12 +8,14 @@ import pytest
 
 from burnish.errors import ConfigError
 from burnish.schema import (
+    ALGORITHMS,
     REFUSED,
     REFUSED_FOR,
     CommonFields,
     GRPOFields,
     Kind,
     SFTFields,
+    apply_algorithm,
     check_fields,
     check_mapping,
     known_fields,
@@ -104,12 +106,40 @@ def test_defaults_pass_their_own_check(fields: CommonFields):
         ({"min_p": 1.5}, r"^min_p = 1\.5: "),
         ({"stop": ["a", ""]}, r"^stop = \['a', ''\]: .*non-empty"),
         ({"stop": "</answer>"}, r"^stop = '</answer>': .*list"),
-        ({"loss_type": "cispo"}, r"^loss_type = 'cispo': use one of grpo, bnpo, dr_grpo, dapo"),
+        ({"loss_type": "ppo"}, r"^loss_type = 'ppo': use one of grpo, bnpo, dapo, dr_grpo"),
+        ({"loss_type": "cispo"}, r"^epsilon_high = 0\.2 with loss_type cispo: .*5\.0"),
+        ({"epsilon_high": 5.0}, r"^epsilon_high = 5\.0: "),
+        ({"loss_type": "luspo"}, r"use sequence"),
+        ({"kl_estimator": "k4"}, r"^kl_estimator = 'k4': "),
+        ({"kl_estimator": "k1", "use_bias_correction_kl": False}, r"the gradient of k1 alone is 0"),
+        ({"kl_in": "reward", "use_bias_correction_kl": True}, r"^use_bias_correction_kl"),
+        ({"kl_target": 5.0}, r"^kl_target with beta = 0"),
+        ({"sampling_correction": "icepop"}, r"^sampling_correction = 'icepop': use token_truncate"),
+        ({"sampling_correction": "token_truncate", "sampling_correction_max": None}, r"nothing is truncated"),
+        ({"sampling_correction": "token_truncate", "sampling_correction_min": 0.5}, r"only masks have a lower"),
+        ({"sampling_correction": "token_mask", "sampling_correction_min": 4.0}, r"not below sampling_correction_max"),
+        ({"overlong_buffer": 600.0}, r"^overlong_buffer = 600\.0: longer than max_completion_length = 512"),
+        ({"prompt_sampling": "random"}, r"^prompt_sampling = 'random': "),
+        ({"top_entropy_quantile": 0.0}, r"^top_entropy_quantile = 0\.0: "),
+        ({"reward_clip_range": [1.0, -1.0]}, r"^reward_clip_range = "),
+        ({"multi_objective_aggregation": "normalize_then_sum", "advantage_estimator": "batch"}, r"use group"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "overlong_buffer": 8.0},
+            r"^overlong_buffer = 8\.0 with multi_objective_aggregation",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "reward_clip_range": [0.0, 1.0]},
+            r"^reward_clip_range = \[0\.0, 1\.0\] with multi_objective_aggregation",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "kl_in": "reward", "beta": 0.1},
+            r"^kl_in = 'reward' with multi_objective_aggregation",
+        ),
         ({"scale_rewards": "std"}, r"^scale_rewards = 'std': "),
         ({"scale_rewards": 1}, r"^scale_rewards = 1: "),
         ({"epsilon": 1.0}, r"^epsilon = 1\.0: "),
         ({"delta": 1.2, "epsilon_high": 0.28}, r"^delta = 1\.2: .* epsilon_high = 1\.28"),
-        ({"importance_sampling_level": "sentence"}, r"use token or sequence"),
+        ({"importance_sampling_level": "sentence"}, r"use token, sequence"),
         ({"reward_weights": []}, r"^reward_weights = \[\]: "),
         ({"token_budget": 0}, r"^token_budget = 0: "),
         ({"logprob_check_bound": -1.0}, r"^logprob_check_bound = -1\.0: "),
@@ -123,7 +153,6 @@ def test_bad_grpo_values(changes: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"packing": False}, r"^packing = False: rows are always packed"),
         ({"loss_type": "chunked_nll"}, r"^loss_type = 'chunked_nll': use nll or dft"),
         (
             {"truncation_mode": "keep_middle"},
@@ -260,3 +289,50 @@ def test_defaults_are_not_shared_between_checks():
     first["include_for_metrics"] = ["loss"]
     assert check_fields("sft", {}) == {}
     assert known_fields("sft")["include_for_metrics"].default == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"algorithm": "ppo"}, r"algorithm = 'ppo': PPOTrainer runs it"),
+        ({"algorithm": "gpro"}, r"algorithm = 'gpro': use one of grpo"),
+        ({"algorithm": "gspo", "importance_sampling_level": "token"}, r"importance_sampling_level = 'token' with alg"),
+        ({"algorithm": "dapo", "loss_type": "grpo"}, r"loss_type = 'grpo' with algorithm = 'dapo'"),
+        ({"algorithm": "cispo", "epsilon_high": 0.28}, r"epsilon_high = 0.28 with loss_type cispo"),
+        ({"algorithm": "dapo", "max_completion_length": 1, "overlong_buffer": 2}, r"overlong_buffer = 2"),
+    ],
+)
+def test_a_file_that_contradicts_its_algorithm(given: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_fields("grpo", given)
+
+
+def test_an_algorithm_sets_its_fields_and_leaves_given_numbers():
+    values = {name: info.default for name, info in known_fields("grpo").items()}
+    applied = apply_algorithm(
+        "grpo", {**values, "algorithm": "dapo", "epsilon_high": 0.5}, {"algorithm", "epsilon_high"}
+    )
+    assert applied["dynamic_sampling"] is True
+    assert applied["epsilon_high"] == 0.5
+    assert applied["overlong_buffer"] == 0.2
+    assert apply_algorithm("grpo", values, ()) == values
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_row_of_the_table_is_a_valid_config(name: str):
+    row = ALGORITHMS[name]
+    assert row.summary
+    assert set(row.parts) | set(row.defaults) <= set(known_fields(row.stage))
+    assert not set(row.parts) & set(row.defaults)
+    check_fields(row.stage, {"algorithm": name})
+    check_fields(row.stage, {"algorithm": name, **row.parts, **row.defaults})
+
+
+def test_ppo_understands_the_names_of_trl():
+    assert check_fields("ppo", {"kl_coef": 0.1, "cliprange": 0.3, "num_ppo_epochs": 2}) == {
+        "beta": 0.1,
+        "epsilon": 0.3,
+        "num_iterations": 2,
+    }
+    with pytest.raises(ConfigError, match="kl_coef and beta are one field"):
+        check_fields("ppo", {"kl_coef": 0.1, "beta": 0.1})

@@ -23,12 +23,14 @@ _STAGES: dict[Kind, str] = {
     "kto": "train on completions labelled good or bad",
     "online_dpo": "train on preferences between the model's own samples, judged by rewards",
     "grpo": "train on rewards: sample groups of completions, score them, follow the better ones",
+    "rloo": "the same with the mean of the other samples as baseline",
+    "ppo": "the same with a critic that says how good each token was",
 }
 _FILE_COMMANDS: dict[str, str] = {
     **_STAGES,
     "pairs": "sample, score with a rubric, and write preference pairs and best-of-n rows",
     "eval": "measure pass@k on held-out prompts",
-    "pipeline": "run the stages of one file: SFT, GRPO, evaluation, report",
+    "pipeline": "run the stages of one file, measure each, report",
 }
 _FLAGS = frozenset({"--debug", "--help"})
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"

@@ -15,12 +15,14 @@ import torch
 import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
-from burnish.data import encode_rows, prompt_group
+from burnish.data import encode_rows, prompt_group, sft_groups
 from burnish.errors import ConfigError
-from burnish.evaluate import Evaluation, evaluate
+from burnish.evaluate import Evaluation, evaluate, mean_nll
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import fast_bf16
-from burnish.pairs import best_row, preference_rows, sample_rows, write_rows
+from burnish.model.reward_model import RewardModel
+from burnish.model.scoring import prepare_for_scoring
+from burnish.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
 from burnish.trainers import (
@@ -32,15 +34,19 @@ from burnish.trainers import (
     KTOTrainer,
     OnlineDPOConfig,
     OnlineDPOTrainer,
+    PPOConfig,
+    PPOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
 from burnish.trainers.base import COMPLETE
 from burnish.trainers.callbacks import EngineProgress, MetricsCallback
 
-__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "train"]
+__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +63,11 @@ _TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
     "kto": (KTOConfig, KTOTrainer),
     "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
     "grpo": (GRPOConfig, GRPOTrainer),
+    "rloo": (RLOOConfig, RLOOTrainer),
+    "ppo": (PPOConfig, PPOTrainer),
 }
+_ONLINE = ("online_dpo", "grpo", "rloo", "ppo")
+"""Stages whose trainers take a rubric."""
 
 
 def train(
@@ -87,9 +97,9 @@ def train(
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
-    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in ("online_dpo", "grpo") else {}
+    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}
     trainer = trainer_class(
-        model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
+        model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
     )
     return _train(trainer, metrics)
 
@@ -115,19 +125,18 @@ def _lora(fields: dict[str, Any] | None) -> Any:
         return None
     from peft import LoraConfig
 
-    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
-    return LoraConfig(**arguments)
+    return LoraConfig(**fields)
 
 
 def evaluate_model(
     model: str, rows: Rows, rubric: Rubric, section: EvaluationSection, *, name: str, seed: int = 0, **shared: Any
 ) -> Evaluation:
-    """pass@k of a saved model on rows; `shared` is `model_init`, may be left out."""
+    """pass@k of a saved model on rows, and `nll` where they have completions; `shared` is `model_init`."""
     tokenizer = load_processing_class(model)
     groups = encode_rows(prompt_group, rows, tokenizer)
     loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
     with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
-        return evaluate(
+        result = evaluate(
             shown,
             groups,
             rubric,
@@ -142,6 +151,12 @@ def evaluate_model(
             solved=section.solved,
             name=name,
         )
+    if any("completion" not in row for row in rows):
+        return result
+    prepare_for_scoring(loaded)
+    shown_groups = encode_rows(sft_groups, rows, tokenizer)
+    nll = {group.index: value for group, value in zip(shown_groups, mean_nll(loaded, shown_groups), strict=True)}
+    return result.with_criterion("nll", [nll.get(index) for index in range(len(rows))])
 
 
 def make_pairs(
@@ -175,6 +190,11 @@ def make_pairs(
     best = [best_row(record, min_reward=section.min_reward, seed=section.seed) for record in records]
     made = {"pairs.jsonl": pairs, "best.jsonl": [row for row in best if row is not None]}
     return {str(folder / name): write_rows(folder / name, own) for name, own in made.items()}
+
+
+def rank_with(model: str, rows: Rows) -> PairRanking:
+    """How a saved reward model ranks preference rows."""
+    return rank_pairs(RewardModel(model), rows)
 
 
 def _engine(model: str, tokenizer: Any, model_init: dict[str, Any] | None) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["Reduction", "aggregate", "sequence_sums"]
 
-Reduction = Literal["token", "sequence", "constant"]
+Reduction = Literal["token", "sequence", "sum", "constant"]
 
 
 def sequence_sums(values_N: torch.Tensor, sequence_index_N: torch.Tensor, num_sequences: int) -> torch.Tensor:
@@ -36,12 +36,13 @@ def aggregate(
     r"""Reduce per-token values with a global denominator D.
 
     .. math::
-        \text{token, constant: } \frac1D \sum_t v_t \qquad
+        \text{token, sum, constant: } \frac1D \sum_t v_t \qquad
         \text{sequence: } \frac1D \sum_s \frac1{|s|} \sum_{t \in s} v_t
 
     D counts over the whole optimizer step, all micro-batches and ranks: scored tokens (token; BNPO, DAPO
-    2503.14476), sequences (sequence; GRPO 2402.03300), or sequences times the length limit (constant; Dr. GRPO
-    2503.20783). So the result is independent of how the step was split, and micro-batch results add up.
+    2503.14476), sequences (sequence; GRPO 2402.03300; sum: LUSPO 2602.05261), or sequences times the length limit
+    (constant; Dr. GRPO 2503.20783). So the result is independent of how the step was split, and micro-batch results
+    add up.
 
     Args:
         values_N: [N] per-token values.

@@ -6,14 +6,18 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 
 from __future__ import annotations
 
-from burnish.schema.checks import check_fields, check_mapping
+from burnish.schema.algorithms import ADVANTAGE_NAMES, ALGORITHMS, LOSS_NAMES, Algorithm, apply_algorithm
+from burnish.schema.checks import check_fields, check_mapping, check_names
+from burnish.schema.elsewhere import Elsewhere, elsewhere
 from burnish.schema.fields import (
     CommonFields,
     DPOFields,
     GRPOFields,
     KTOFields,
     OnlineDPOFields,
+    PPOFields,
     RewardFields,
+    RLOOFields,
     SFTFields,
     known_fields,
 )
@@ -22,21 +26,31 @@ from burnish.schema.refused import REFUSED, REFUSED_FOR, Kind, refused_fields
 from burnish.schema.rules import PREFERENCE_LOSS_NAMES, check_values
 
 __all__ = [
+    "ADVANTAGE_NAMES",
+    "ALGORITHMS",
+    "LOSS_NAMES",
     "PREFERENCE_LOSS_NAMES",
     "REFUSED",
     "REFUSED_FOR",
+    "Algorithm",
     "CommonFields",
     "DPOFields",
+    "Elsewhere",
     "FieldInfo",
     "GRPOFields",
     "KTOFields",
     "Kind",
     "OnlineDPOFields",
+    "PPOFields",
+    "RLOOFields",
     "RewardFields",
     "SFTFields",
+    "apply_algorithm",
     "check_fields",
     "check_mapping",
+    "check_names",
     "check_values",
+    "elsewhere",
     "known_fields",
     "lora_fields",
     "refused_fields",

@@ -10,24 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from burnish.errors import ConfigError
+from burnish.schema.algorithms import apply_algorithm
+from burnish.schema.elsewhere import drop_elsewhere
 from burnish.schema.fields import known_fields
 from burnish.schema.inherited import FieldInfo
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
-__all__ = ["check_fields", "check_mapping", "did_you_mean"]
-
-_ELSEWHERE = {
-    "dataset_kwargs": "burnish reads rows as they are; describe them in [data]",
-    "generation_batch_size": "set steps_per_generation",
-    "generation_kwargs": "set temperature, top_p, top_k, min_p or stop",
-    "max_seq_length": "its name is max_length",
-    "pad_to_multiple_of": "rows are packed, there is no padding",
-    "padding_free": "rows are always packed, there is no padding",
-    "trust_remote_code": "set it in [model_init]",
-    "use_vllm": "completions are sampled in process, from the weights being trained",
-}
-"""Names of TRL's that mean nothing here -> what to do instead."""
+__all__ = ["check_fields", "check_mapping", "check_names", "did_you_mean"]
 
 
 def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
@@ -45,16 +35,31 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
         ConfigError: an unknown name, a wrong type, a bad value, a contradiction, or a field no trainer honours.
     """
     fields = known_fields(kind)
-    for name in mapping:
-        if name not in fields and name in _ELSEWHERE:
-            raise ConfigError(f"[{where}] {name}: not a field of burnish; {_ELSEWHERE[name]}.")
-    values = check_mapping(fields, mapping, where)
+    try:
+        own = drop_elsewhere(kind, fields, mapping)
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from None
+    values = check_mapping(fields, own, where)
     everything = {name: copy.copy(info.default) for name, info in fields.items()} | values
     try:
-        check_values(kind, everything)
+        check_values(kind, apply_algorithm(kind, everything, values))
     except ConfigError as error:
         raise ConfigError(f"[{where}] {error}") from None
     return values
+
+
+def check_names(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a stage's config without those of TRL's that ask for nothing here.
+
+    Raises:
+        ConfigError: a name that the config does not have, with what to do instead.
+    """
+    fields = known_fields(kind)
+    own = drop_elsewhere(kind, fields, values)
+    for name, value in own.items():
+        if name not in fields:
+            raise ConfigError(f"{name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
+    return own
 
 
 def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:

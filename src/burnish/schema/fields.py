@@ -20,6 +20,8 @@ __all__ = [
     "GRPOFields",
     "KTOFields",
     "OnlineDPOFields",
+    "PPOFields",
+    "RLOOFields",
     "RewardFields",
     "SFTFields",
     "known_fields",
@@ -80,7 +82,6 @@ class SFTFields(CommonFields):
         "What becomes of a sequence above max_length: keep_start, keep_end, drop (the row is left out) or split (a "
         "text becomes several sequences).",
     )
-    packing: bool = _own(True, "Always on: rows are packed, padding does not exist, sequences do not see each other.")
     dataset_text_field: str = _own("text", "Column of plain text, for language modelling rows.")
     chat_template: str | None = _own(
         None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
@@ -107,6 +108,7 @@ class RewardFields(CommonFields):
     max_length: int | None = _own(
         1024, "Longest sequence in tokens; rows with a longer one are left out, and counted. None: no limit."
     )
+    eos_token: str | None = _own(None, "Token that ends a turn, where it is not the tokenizer's own.")
     pad_token: str | None = _own(
         None,
         "Token that pads when transformers runs the saved model; a score is read at the last token that is another "
@@ -199,9 +201,34 @@ class _OnlineFields(CommonFields):
     min_p: float | None = _own(None, "Sample from tokens at least this fraction as likely as the likeliest. None: all.")
     stop: list[str] | None = _own(None, "Strings that end a completion.")
     chat_template_kwargs: dict[str, Any] | None = _own(None, "Extra arguments of the chat template.")
+    disable_dropout: bool = _own(True, "Always on: samples are drawn without dropout, so they are trained on so too.")
     shuffle_dataset: bool = _own(True, "Draw prompts in a new order each epoch.")
     reward_weights: list[float] | None = _own(None, "One weight per reward. None: 1 each, or the rubric's own.")
     mask_truncated_completions: bool = _own(False, "Leave completions that hit the token limit out of the loss.")
+    overlong_buffer: float | None = _own(
+        None,
+        "Tokens before max_completion_length, or below 1 a share of it, over which a punishment grows (DAPO, "
+        "2503.14476). None: no punishment.",
+    )
+    overlong_penalty: float = _own(1.0, "The punishment at max_completion_length.")
+    dynamic_sampling: bool = _own(
+        False, "Replace groups whose rewards are all equal by new ones, so that every group of a step has a gradient."
+    )
+    max_sampling_rounds: int = _own(
+        10, "Rounds of sampling for one batch with dynamic_sampling; then groups without spread fill it."
+    )
+    replay_size: int = _own(
+        0,
+        "Groups with spread that are remembered, to stand in for new ones without; their ratios are clipped. 0: none.",
+    )
+    prompt_sampling: str = _own(
+        "permutation",
+        "How prompts are drawn: permutation (each once an epoch), weighted (by the column weight), or curriculum (near "
+        "a difficulty, of the column difficulty, that follows the mean reward).",
+    )
+    curriculum_target: float = _own(
+        0.5, "Mean reward at which the curriculum's difficulty stays; above it rises, below it falls."
+    )
     logprob_check_bound: float | None = _own(
         None,
         "Largest KL(sampler || trainer) of fresh samples, in nats a token over the last 2,048 tokens; the run stops "
@@ -214,27 +241,120 @@ class _OnlineFields(CommonFields):
 
 
 @dataclass
-class GRPOFields(_OnlineFields):
+class _PolicyFields(_OnlineFields):
+    """Fields of the stages that follow a policy gradient."""
+
+    algorithm: str | None = _own(
+        None,
+        "A row of the algorithm table: it sets the fields that define it, and starting values of others. None: the "
+        "fields as they are.",
+    )
+    num_iterations: int = _own(1, "Passes over each round of samples.")
+    loss_type: str = _own(
+        "dapo",
+        "The surrogate and how its per-token values are averaged: the clipped one by grpo (per sequence, then over "
+        "sequences), bnpo and dapo (over all scored tokens), dr_grpo (over num_completions x max_completion_length) or "
+        "luspo (sums of sequences, over sequences); cispo and sapo. Denominators are global.",
+    )
+    beta: float = _own(0.0, "Weight of the KL divergence from the reference model. 0: no reference is held.")
+    kl_estimator: str = _own("k3", "Estimate of the KL divergence from a token: k1, k2 or k3.")
+    kl_in: str = _own("loss", "Where the KL divergence counts: in the loss, or in the reward.")
+    use_bias_correction_kl: bool | None = _own(
+        None,
+        "Multiply the estimate in the loss by the importance ratio, so that its gradient is that of the divergence "
+        "(2512.02556). None: yes for k1 and k3; k2's own gradient is right already.",
+    )
+    kl_target: float | None = _own(
+        None, "Divergence in nats a completion that beta is adapted to reach (1909.08593). None: beta stays."
+    )
+    kl_horizon: int = _own(10000, "Completions over which an adaptive beta changes by a factor.")
+    epsilon: float = _own(0.2, "Clip range below a ratio of 1.")
+    epsilon_high: float | None = _own(
+        None, "Clip range above a ratio of 1; of cispo the bound of the ratio itself, such as 5. None: epsilon."
+    )
+    delta: float | None = _own(
+        None,
+        "Upper bound of the ratio where the advantage is negative: two-sided, or dual, clipping. None: no bound.",
+    )
+    importance_sampling_level: str = _own(
+        "token",
+        "Ratio of each token, of the whole sequence as geometric mean (sequence: GSPO; sequence_token: with each "
+        "token's own gradient) or as product (product: RLOO).",
+    )
+    entropy_coef: float = _own(0.0, "Weight of an entropy bonus, the mean over the step's tokens. 0: none.")
+    top_entropy_quantile: float = _own(
+        1.0, "Share of the step's tokens, those of highest entropy, that the policy loss keeps (2506.01939). 1: all."
+    )
+    reward_clip_range: list[float] | None = _own(None, "Lowest and highest reward; others are clipped. None: no clip.")
+    sampling_correction: str | None = _own(
+        None,
+        "Weight of samples by the ratio of trainer to sampler: token_truncate, token_mask (IcePop, with bounds 0.5 and "
+        "5), sequence_truncate, sequence_mask. With it, the check of sampler against trainer reports and does not "
+        "stop. None: no weight; the check stops the run.",
+    )
+    sampling_correction_max: float | None = _own(3.0, "Largest weight; above it truncated or masked. None: no bound.")
+    sampling_correction_min: float | None = _own(None, "Smallest weight, of the masks. None: no bound.")
+
+
+@dataclass
+class GRPOFields(_PolicyFields):
     """Own fields of GRPO and its family."""
 
     kind: ClassVar[Kind] = "grpo"
 
-    num_iterations: int = _own(1, "Passes over each round of samples.")
-    loss_type: str = _own(
-        "dapo",
-        "How per-token losses are averaged: grpo (per sequence, then over sequences), bnpo and dapo (over all scored "
-        "tokens), dr_grpo (over num_completions x max_completion_length). Denominators are global.",
+    advantage_estimator: str = _own(
+        "group",
+        "How rewards become advantages: group (minus the group's mean), leave_one_out (minus the mean of the others), "
+        "batch (whitened over the batch), group_batch (minus the group's mean, then whitened), mean_normalized (minus "
+        "and over the group's mean).",
     )
     scale_rewards: str | bool = _own(
         "group", "What centred rewards are divided by: the group's std, the batch's std (batch), or nothing (none)."
     )
-    beta: float = _own(0.0, "Weight of the KL divergence from the reference model. 0: no reference is held.")
-    epsilon: float = _own(0.2, "Clip range below a ratio of 1.")
-    epsilon_high: float | None = _own(None, "Clip range above a ratio of 1. None: epsilon.")
-    delta: float | None = _own(
-        None, "Upper bound of the ratio where the advantage is negative (two-sided clipping). None: no bound."
+    multi_objective_aggregation: str = _own(
+        "sum_then_normalize",
+        "With several rewards: sum_then_normalize, or normalize_then_sum, which scales each within its group and "
+        "whitens the sum over the batch (GDPO, 2601.05242).",
     )
-    importance_sampling_level: str = _own("token", "Ratio of each token, or of the whole sequence (sequence: GSPO).")
+    sapo_temperature_neg: float = _own(1.05, "Steepness of sapo's gate where the advantage is not positive.")
+    sapo_temperature_pos: float = _own(1.0, "Steepness of sapo's gate where the advantage is positive.")
+
+
+@dataclass
+class RLOOFields(GRPOFields):
+    """Own fields of RLOO: GRPO's with other defaults."""
+
+    kind: ClassVar[Kind] = "rloo"
+
+    algorithm: str | None = _own("rloo", "rloo: a row of the algorithm table.")
+    num_generations: int = _own(2, "Completions per prompt, G; at least 2.")
+    beta: float = _own(0.05, "Weight of the KL divergence from the reference in the reward. 0: no reference is held.")
+    normalize_advantages: bool = _own(False, "Whiten the advantages over the batch.")
+
+
+@dataclass
+class PPOFields(_PolicyFields):
+    """Own fields of PPO. Names of TRL's PPOConfig that differ are understood: see ALIASES."""
+
+    kind: ClassVar[Kind] = "ppo"
+
+    algorithm: str | None = _own("ppo", "ppo: a row of the algorithm table.")
+    num_generations: int = _own(1, "Completions per prompt.")
+    num_iterations: int = _own(4, "Passes over each round of samples (num_ppo_epochs).")
+    beta: float = _own(0.05, "Weight of the KL divergence from the reference in the reward (kl_coef). 0: none is held.")
+    kl_estimator: str = _own("k1", "Estimate of the KL divergence from a token: k1, k2 or k3.")
+    kl_in: str = _own("reward", "Where the KL divergence counts: in each token's reward, or in the loss.")
+    gamma: float = _own(1.0, "Discount of later rewards.")
+    lam: float = _own(0.95, "lambda of generalised advantage estimation: 1 sums rewards, 0 trusts the critic.")
+    vf_coef: float = _own(0.1, "Weight of the critic's loss.")
+    cliprange_value: float | None = _own(0.2, "Clip range of the critic's values around their old ones. None: no clip.")
+    value_learning_rate: float | None = _own(None, "Learning rate of the critic. None: learning_rate.")
+    value_prefit_steps: int = _own(0, "Optimizer steps, first of all, in which only the critic learns.")
+    whiten_rewards: bool = _own(False, "Scale the rewards of tokens to a standard deviation of 1, keeping their mean.")
+    whiten_advantages: bool = _own(True, "Whiten the advantages over all tokens of a round of samples.")
+    missing_eos_penalty: float | None = _own(
+        None, "Subtracted from the reward of a completion without end. None: nothing is."
+    )
 
 
 @dataclass
@@ -250,9 +370,8 @@ class OnlineDPOFields(_OnlineFields):
     label_smoothing: float = _own(0.0, "Assumed share of pairs whose order is wrong, below 0.5.")
 
 
-_FIELDS: dict[Kind, type[CommonFields]] = {
-    fields.kind: fields for fields in (SFTFields, RewardFields, DPOFields, KTOFields, OnlineDPOFields, GRPOFields)
-}
+_STAGES = (SFTFields, RewardFields, DPOFields, KTOFields, OnlineDPOFields, GRPOFields, RLOOFields, PPOFields)
+_FIELDS: dict[Kind, type[CommonFields]] = {fields.kind: fields for fields in _STAGES}
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["REFUSED", "REFUSED_FOR", "Kind", "refused_fields"]
 
-Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "online_dpo", "grpo"]
+Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "online_dpo", "grpo", "rloo", "ppo"]
 """A stage that trains."""
 
 _LOADER = "this trainer draws prompts itself and its data loader only counts steps; remove the field"
@@ -69,6 +69,8 @@ REFUSED_FOR: dict[Kind, dict[str, str]] = {
     "kto": {"neftune_noise_alpha": _NOISE},
     "online_dpo": _ONLINE,
     "grpo": _ONLINE,
+    "rloo": _ONLINE,
+    "ppo": _ONLINE,
 }
 """The same, for some stages only."""
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
 from burnish.errors import ConfigError
+from burnish.schema.algorithms import ADVANTAGE_NAMES, LOSS_NAMES
 from burnish.schema.inherited import training_argument_fields
 from burnish.schema.refused import Kind, refused_fields
 
 __all__ = ["PREFERENCE_LOSS_NAMES", "check_values"]
 
-Rule: TypeAlias = tuple[str, Callable[[Any], bool], str]
-"""A field, what its value must satisfy, and the fix."""
+Rule: TypeAlias = tuple[str, Callable[[Any], bool], str | Callable[[], str]]
+"""A field, what its value must satisfy, and the fix (called where names may have been added)."""
 
 
 def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
@@ -28,7 +29,7 @@ def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} = {values[name]!r}: {reason}.")
     for name, holds, fix in (*_COMMON, *_RULES[kind]):
         if name in values and not holds(values[name]):
-            raise ConfigError(f"{name} = {values[name]!r}: {fix}.")
+            raise ConfigError(f"{name} = {values[name]!r}: {fix if isinstance(fix, str) else fix()}.")
     for contradiction in _CONTRADICTIONS[kind](values):
         raise ConfigError(contradiction)
 
@@ -68,6 +69,10 @@ def _one_of(*allowed: object) -> Callable[[Any], bool]:
     return lambda value: any(value is one or (isinstance(value, str) and value == one) for one in allowed)
 
 
+def _in(names: Collection[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in names
+
+
 def _list_of(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(rule(item) for item in value)
 
@@ -105,7 +110,6 @@ _REFERENCE: tuple[Rule, ...] = (
 )
 
 _ONLINE: tuple[Rule, ...] = (
-    ("num_generations", _count(2), "a group is compared with itself: use at least 2"),
     ("num_generations_eval", _optional(_count(1)), "use at least 1, or leave it out"),
     ("steps_per_generation", _optional(_count(1)), "use at least 1 micro-batch, or leave it out"),
     ("max_prompt_length", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
@@ -119,8 +123,84 @@ _ONLINE: tuple[Rule, ...] = (
         _optional(_list_of(lambda item: isinstance(item, str) and item != "")),
         "use a list of non-empty strings, or leave it out",
     ),
+    (
+        "disable_dropout",
+        _one_of(True),
+        "samples are drawn without dropout, and with it another policy would be trained; remove the field",
+    ),
     ("reward_weights", _optional(_list_of(_number)), "use a list of numbers, one per reward, or leave it out"),
     ("logprob_check_bound", _optional(_above(0)), "use a number of nats above 0, or leave it out"),
+    (
+        "overlong_buffer",
+        _optional(_above(0)),
+        "use a number of tokens, or a share below 1 of the limit, or leave it out",
+    ),
+    ("overlong_penalty", _at_least(0), "use a number of at least 0"),
+    ("max_sampling_rounds", _count(1), "use at least 1"),
+    ("replay_size", _count(0), "use a number of groups of at least 0"),
+    (
+        "prompt_sampling",
+        _one_of("permutation", "weighted", "curriculum"),
+        "use permutation, weighted or curriculum",
+    ),
+    ("curriculum_target", _number, "use a finite number"),
+)
+
+_GROUPS: Rule = ("num_generations", _count(2), "a group is compared with itself: use at least 2")
+
+_POLICY: tuple[Rule, ...] = (
+    ("num_iterations", _count(1), "use at least 1"),
+    ("loss_type", _in(LOSS_NAMES), lambda: f"use one of {', '.join(LOSS_NAMES)}"),
+    ("beta", _at_least(0), "use a finite number of at least 0; 0 holds no reference model"),
+    ("kl_estimator", _one_of("k1", "k2", "k3"), "use k1, k2 or k3"),
+    ("kl_in", _one_of("loss", "reward"), "use loss or reward"),
+    ("kl_target", _optional(_above(0)), "use a number of nats above 0, or leave it out"),
+    ("kl_horizon", _count(1), "use at least 1 completion"),
+    ("epsilon", lambda value: _fraction(value) and 0 < value < 1, "use a number in (0, 1), such as 0.2"),
+    ("epsilon_high", _optional(_above(0)), "use a number above 0, such as 0.28, or leave it out"),
+    ("delta", _optional(_above(1)), "it bounds a ratio: use a number above 1 + epsilon, or leave it out"),
+    (
+        "importance_sampling_level",
+        _one_of("token", "sequence", "sequence_token", "product"),
+        "use token, sequence, sequence_token or product",
+    ),
+    ("entropy_coef", _number, "use a finite number; 0 is no bonus"),
+    (
+        "top_entropy_quantile",
+        lambda value: _fraction(value) and value > 0,
+        "use a number in (0, 1]; 1 keeps every token",
+    ),
+    (
+        "reward_clip_range",
+        _optional(lambda value: _list_of(_number)(value) and len(value) == 2 and value[0] < value[1]),
+        "use [lowest, highest], or leave it out",
+    ),
+    (
+        "sampling_correction",
+        _optional(_one_of("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")),
+        "use token_truncate, token_mask, sequence_truncate or sequence_mask, or leave it out",
+    ),
+    ("sampling_correction_max", _optional(_above(0)), "use a number above 0, such as 3, or leave it out"),
+    ("sampling_correction_min", _optional(_above(0)), "use a number above 0, such as 0.5, or leave it out"),
+)
+
+_GRPO: tuple[Rule, ...] = (
+    *_ONLINE,
+    _GROUPS,
+    *_POLICY,
+    ("advantage_estimator", _in(ADVANTAGE_NAMES), lambda: f"use one of {', '.join(ADVANTAGE_NAMES)}"),
+    (
+        "scale_rewards",
+        _one_of("group", "batch", "none", True, False),
+        "use group (or true), batch, or none (or false)",
+    ),
+    (
+        "multi_objective_aggregation",
+        _one_of("sum_then_normalize", "normalize_then_sum"),
+        "use sum_then_normalize or normalize_then_sum",
+    ),
+    ("sapo_temperature_neg", _above(0), "use a number above 0"),
+    ("sapo_temperature_pos", _above(0), "use a number above 0"),
 )
 
 _UNCOUPLED = tuple(name for name in PREFERENCE_LOSS_NAMES if name not in ("aot", "aot_unpaired", "sft"))
@@ -165,7 +245,6 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
             "use keep_start, keep_end, drop or split",
         ),
         ("neftune_noise_alpha", _optional(_above(0)), "use a number above 0, such as 5, or leave it out"),
-        ("packing", _one_of(True), "rows are always packed, exactly and without padding; remove the field"),
         (
             "train_sampling_strategy",
             _one_of("random", "sequential"),
@@ -179,24 +258,24 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
     ),
     "online_dpo": (
         *_ONLINE,
+        _GROUPS,
         ("beta", _above(0), "use a number above 0, such as 0.1"),
         ("loss_type", _one_of(*_UNCOUPLED), f"use one of {', '.join(_UNCOUPLED)}"),
         ("label_smoothing", lambda value: _number(value) and 0 <= value < 0.5, "use a number in [0, 0.5)"),
     ),
-    "grpo": (
+    "grpo": _GRPO,
+    "rloo": _GRPO,
+    "ppo": (
         *_ONLINE,
-        ("num_iterations", _count(1), "use at least 1"),
-        ("loss_type", _one_of("grpo", "bnpo", "dr_grpo", "dapo"), "use one of grpo, bnpo, dr_grpo, dapo"),
-        (
-            "scale_rewards",
-            _one_of("group", "batch", "none", True, False),
-            "use group (or true), batch, or none (or false)",
-        ),
-        ("beta", _at_least(0), "use a finite number of at least 0; 0 holds no reference model"),
-        ("epsilon", lambda value: _fraction(value) and 0 < value < 1, "use a number in (0, 1), such as 0.2"),
-        ("epsilon_high", _optional(_above(0)), "use a number above 0, such as 0.28, or leave it out"),
-        ("delta", _optional(_above(1)), "it bounds a ratio: use a number above 1 + epsilon, or leave it out"),
-        ("importance_sampling_level", _one_of("token", "sequence"), "use token or sequence"),
+        ("num_generations", _count(1), "use at least 1"),
+        *_POLICY,
+        ("gamma", _fraction, "use a number in [0, 1]"),
+        ("lam", _fraction, "use a number in [0, 1]"),
+        ("vf_coef", _above(0), "use a number above 0"),
+        ("cliprange_value", _optional(_above(0)), "use a number above 0, or leave it out"),
+        ("value_learning_rate", _optional(_at_least(0)), "use a finite number of at least 0, or leave it out"),
+        ("value_prefit_steps", _count(0), "use at least 0"),
+        ("missing_eos_penalty", _optional(_at_least(0)), "use a number of at least 0, or leave it out"),
     ),
 }
 
@@ -242,12 +321,80 @@ def _none(values: Mapping[str, Any]) -> Iterable[str]:
     return ()
 
 
-def _grpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
-    high = values["epsilon"] if values["epsilon_high"] is None else values["epsilon_high"]
-    if values["delta"] is not None and values["delta"] <= 1 + high:
-        yield f"delta = {values['delta']!r}: inside the clip range; use more than 1 + epsilon_high = {1 + high:g}."
+def _online_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    buffer, limit = values["overlong_buffer"], values["max_completion_length"]
+    if buffer is not None and buffer >= limit:
+        yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."
+    if values["dynamic_sampling"] and values["num_generations"] < 2:
+        yield "dynamic_sampling = True: one completion has no spread; use num_generations of at least 2."
     if "per_device_train_batch_size" in values:
         yield from _incomplete_groups(values)
+
+
+def _policy_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    high = values["epsilon"] if values["epsilon_high"] is None else values["epsilon_high"]
+    if values["loss_type"] == "cispo" and high <= 1:
+        yield (
+            f"epsilon_high = {high!r} with loss_type cispo: it bounds the ratio itself, and below 1 scales every "
+            "gradient down; use 5.0, as the paper does."
+        )
+    if values["loss_type"] != "cispo" and high >= 1:
+        yield f"epsilon_high = {high!r}: the ratio could double; use a number below 1 (5.0 is cispo's bound)."
+    if values["delta"] is not None and values["delta"] <= 1 + high:
+        yield f"delta = {values['delta']!r}: inside the clip range; use more than 1 + epsilon_high = {1 + high:g}."
+    if values["delta"] is not None and values["loss_type"] in ("cispo", "sapo"):
+        yield f"delta = {values['delta']!r} with loss_type {values['loss_type']}: it has no clip to bound; remove it."
+    if values["loss_type"] == "luspo" and values["importance_sampling_level"] != "sequence":
+        yield "importance_sampling_level with loss_type luspo: its ratio is the sequence's; use sequence."
+    yield from _kl_contradictions(values)
+    yield from _correction_contradictions(values)
+    yield from _online_contradictions(values)
+
+
+def _kl_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    corrected = values["use_bias_correction_kl"]
+    if values["kl_in"] == "reward" and corrected:
+        yield "use_bias_correction_kl = True with kl_in = 'reward': a reward has no gradient to correct; remove it."
+    if values["kl_in"] == "loss" and values["kl_estimator"] == "k1" and corrected is False:
+        yield (
+            "kl_estimator = 'k1' with use_bias_correction_kl = False: the gradient of k1 alone is 0 on average, so "
+            "nothing pulls towards the reference; use k2 or k3, or kl_in = 'reward'."
+        )
+    if values["kl_target"] is not None and values["beta"] == 0:
+        yield "kl_target with beta = 0: an adaptive beta needs a value to start from, such as 0.05."
+
+
+def _correction_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    kind, low, high = (values[f"sampling_correction{end}"] for end in ("", "_min", "_max"))
+    if kind is None:
+        return
+    if kind.endswith("truncate") and high is None:
+        yield f"sampling_correction_max = None with {kind}: nothing is truncated; use a number such as 3."
+    if kind.endswith("truncate") and low is not None:
+        yield f"sampling_correction_min = {low!r} with {kind}: only masks have a lower bound; remove it."
+    if low is not None and high is not None and low >= high:
+        yield f"sampling_correction_min = {low!r}: not below sampling_correction_max = {high!r}; use a smaller one."
+
+
+def _grpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
+    scale, estimator = values["scale_rewards"], values["advantage_estimator"]
+    if values["multi_objective_aggregation"] == "normalize_then_sum" and estimator != "group":
+        yield f"multi_objective_aggregation = 'normalize_then_sum' with advantage_estimator {estimator}: use group."
+    if values["multi_objective_aggregation"] == "normalize_then_sum":
+        of_the_sum = {
+            "kl_in": values["kl_in"] == "reward" and values["beta"] > 0,
+            "reward_clip_range": values["reward_clip_range"] is not None,
+            "overlong_buffer": values["overlong_buffer"] is not None,
+        }
+        yield from (
+            f"{name} = {values[name]!r} with multi_objective_aggregation = 'normalize_then_sum': it changes the sum of "
+            "the rewards, which that scale does not read; remove one of the two."
+            for name, is_set in of_the_sum.items()
+            if is_set
+        )
+    if values.get("normalize_advantages") and scale not in ("none", "batch"):
+        yield f"normalize_advantages = True with scale_rewards = {scale!r}: set one of them."
+    yield from _policy_contradictions(values)
 
 
 def _incomplete_groups(values: Mapping[str, Any]) -> Iterable[str]:
@@ -279,8 +426,7 @@ def _online_dpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
             f"per_device_train_batch_size = {size}: a pair is chosen among all num_generations = {group} completions "
             f"of a prompt, so each process needs whole groups; use a multiple of {group}."
         )
-    if "per_device_train_batch_size" in values:
-        yield from _incomplete_groups(values)
+    yield from _online_contradictions(values)
 
 
 _CONTRADICTIONS: dict[Kind, Callable[[Mapping[str, Any]], Iterable[str]]] = {
@@ -290,4 +436,6 @@ _CONTRADICTIONS: dict[Kind, Callable[[Mapping[str, Any]], Iterable[str]]] = {
     "kto": _moving_reference,
     "online_dpo": _online_dpo_contradictions,
     "grpo": _grpo_contradictions,
+    "rloo": _grpo_contradictions,
+    "ppo": _policy_contradictions,
 }

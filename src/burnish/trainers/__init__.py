@@ -1,8 +1,18 @@
 """Trainers: thin subclasses of `transformers.Trainer`, with their configs."""
 
-from burnish.trainers.configs import DPOConfig, GRPOConfig, KTOConfig, OnlineDPOConfig, RewardConfig, SFTConfig
-from burnish.trainers.grpo import GRPOTrainer
+from burnish.trainers.configs import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+)
+from burnish.trainers.grpo import GRPOTrainer, RLOOTrainer
 from burnish.trainers.online_dpo import OnlineDPOTrainer
+from burnish.trainers.ppo import PPOTrainer
 from burnish.trainers.preference import DPOTrainer, KTOTrainer
 from burnish.trainers.reward import RewardTrainer
 from burnish.trainers.sft import SFTTrainer
@@ -16,6 +26,10 @@ __all__ = [
     "KTOTrainer",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RLOOConfig",
+    "RLOOTrainer",
     "RewardConfig",
     "RewardTrainer",
     "SFTConfig",

@@ -51,6 +51,10 @@ class Agreement:
         self._largest = 0.0
         self._window: deque[tuple[float, float]] = deque()
 
+    def report_only(self) -> None:
+        """Stop no run any more, but for what is not a number: somebody else accounts for the difference."""
+        self.bound = self.mean_bound = math.inf
+
     def add(self, logprobs_N: torch.Tensor, sampled_logprobs_N: torch.Tensor) -> None:
         """[N] trainer's and [N] sampler's log-probabilities of fresh samples."""
         difference_N = (logprobs_N - sampled_logprobs_N).double()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.training_args import ParallelMode
 
 from burnish.errors import CheckFailed, ConfigError, ModelError
+from burnish.model.adapters import add_adapters, saved_adapters
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import MasterWeights
-from burnish.model.scoring import prepare_for_scoring
+from burnish.model.quantization import is_quantized
+from burnish.model.scoring import causal_lm, prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.metrics import StepMetrics
@@ -28,6 +33,9 @@ from burnish.types import Group, PackedBatch
 __all__ = ["COMPLETE", "GroupTrainer", "MicroBatch", "collate", "resolve_tokenizer", "scored_tokens"]
 
 logger = logging.getLogger(__name__)
+
+_STATE = "trainer.json"
+"""What a checkpoint holds of every trainer's own."""
 
 COMPLETE = "complete"
 """File that is written last into a checkpoint: a killed run may leave a folder without it."""
@@ -81,15 +89,22 @@ class GroupTrainer(Trainer):
         peft_config: Any,
         callbacks: list[TrainerCallback] | None,
         optimizers: tuple[torch.optim.Optimizer | None, Any],
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         _refuse_data_parallel(args)
+        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
         self.tokenizer = processing_class
+        _check_quantised(model, args, peft_config)
         loaded, self._exact = self.load(model, args)
         if peft_config is not None:
-            loaded, self._exact = _add_adapters(loaded, peft_config), {}
+            loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
+        _check_trains(loaded)
         _use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self._num_tokens = 0
+        """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
             model=loaded,
             args=args,
@@ -99,6 +114,7 @@ class GroupTrainer(Trainer):
             processing_class=self.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
             self.remove_callback(shown)
@@ -158,6 +174,7 @@ class GroupTrainer(Trainer):
         groups = self.step_groups(epoch_iterator, num_batches)
         if groups is None:
             return [], None
+        self._num_tokens += sum(group.num_tokens for group in groups)
         self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         trainable = self.trainable_groups(groups)
@@ -176,6 +193,8 @@ class GroupTrainer(Trainer):
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Backward through each part of a micro-batch; gradients are synchronised with the last part only."""
+        if self.args.device.type == "cpu":
+            _return_freed_memory()
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
@@ -271,9 +290,18 @@ class GroupTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log of a training step."""
-        metrics = self._metrics.flush(self.sum_over_ranks) if "loss" in logs else {}
-        super().log({**logs, **metrics}, start_time)
+        """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
+        if "loss" in logs:
+            logs = {**logs, **self.step_metrics(), "num_tokens": self.total_tokens()}
+        super().log(logs, start_time)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics of the training steps since the last log, over all ranks."""
+        return self._metrics.flush(self.sum_over_ranks)
+
+    def total_tokens(self) -> float:
+        """Tokens trained on so far by all ranks, each prompt counted once for its group."""
+        return self.sum_over_ranks(float(self._num_tokens))
 
     def before_optimizer_step(self) -> None:
         """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""
@@ -285,16 +313,32 @@ class GroupTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.save_own_state(folder)
+        state = {"num_tokens": int(self.total_tokens())}
+        if self.is_world_process_zero():
+            (folder / _STATE).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._num_tokens = 0
+        if not self.is_world_process_zero():
+            return
+        if (file := Path(checkpoint) / _STATE).is_file():
+            self._num_tokens = int(json.loads(file.read_text())["num_tokens"])
+        else:
+            logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # peft reads adapters into fp32, whatever they compute in; their masters are in the optimizer's state.
         for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A plain loader over groups."""
@@ -319,6 +363,21 @@ def scored_tokens(group: Group) -> int:
     return total
 
 
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The function of glibc; other C libraries have none."""
+    try:
+        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back: glibc keeps the holes that a step left, and the next one's tensors may not fit them."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
 def _refuse_data_parallel(args: Any) -> None:
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
         raise ConfigError(
@@ -327,15 +386,31 @@ def _refuse_data_parallel(args: Any) -> None:
         )
 
 
-def resolve_tokenizer(model: Any, processing_class: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one that belongs to the model; it has a pad token afterwards."""
+def resolve_tokenizer(
+    model: Any, processing_class: PreTrainedTokenizerBase | None, args: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that belongs to the model; it has `args.eos_token` and a pad token afterwards.
+
+    Raises:
+        ModelError: no tokenizer is known.
+        ConfigError: `eos_token` is not in the vocabulary.
+    """
     if processing_class is not None:
         tokenizer = processing_class
     else:
-        name = model if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
+        name = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
         if not name:
-            raise ModelError("processing_class = None: the model in memory names no tokenizer. Pass processing_class.")
-        tokenizer = load_processing_class(name)
+            raise ModelError(
+                f"model = {type(model).__name__}, processing_class = None: nothing names a tokenizer. Pass the model's "
+                "name or folder, or its tokenizer as processing_class."
+            )
+        tokenizer = load_processing_class(name, args.model_init_kwargs)
+    if (eos_token := getattr(args, "eos_token", None)) is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token = {eos_token!r}: not in the vocabulary of the tokenizer; use a token that is."
+            )
+        tokenizer.eos_token = eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -349,10 +424,21 @@ def _use_non_reentrant_checkpointing(args: Any) -> None:
         setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
 
 
-def _add_adapters(model: Any, peft_config: Any) -> Any:
-    from peft import PeftModel, get_peft_model
+_ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as LoraConfig()"
 
-    if isinstance(model, PeftModel):
-        raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
-    # Adapters compute in the base's dtype; the optimizer keeps their fp32 masters.
-    return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+
+def _check_quantised(model: Any, args: Any, peft_config: Any) -> None:
+    """Quantised weights have adapters; known before any is read."""
+    if peft_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is None:
+        return
+    if not isinstance(model, str | Path) or saved_adapters(model) is None:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+
+
+def _check_trains(model: torch.nn.Module) -> None:
+    has_adapters = hasattr(model, "peft_config")
+    if is_quantized(causal_lm(model)) and not has_adapters:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fix = "load the adapters with is_trainable=True" if has_adapters else "let some of them require gradients"
+        raise ModelError(f"model = {type(model).__name__}: all of its parameters are frozen; {fix}.")

@@ -2,15 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar, cast
 
 from transformers import TrainingArguments
 
 from burnish.model.precision import fast_bf16
-from burnish.schema import DPOFields, GRPOFields, KTOFields, OnlineDPOFields, RewardFields, SFTFields
+from burnish.schema import (
+    DPOFields,
+    GRPOFields,
+    Kind,
+    KTOFields,
+    OnlineDPOFields,
+    PPOFields,
+    RewardFields,
+    RLOOFields,
+    SFTFields,
+    apply_algorithm,
+    check_names,
+)
 
-__all__ = ["DPOConfig", "GRPOConfig", "KTOConfig", "OnlineDPOConfig", "RewardConfig", "SFTConfig"]
+__all__ = [
+    "DPOConfig",
+    "GRPOConfig",
+    "KTOConfig",
+    "OnlineDPOConfig",
+    "PPOConfig",
+    "RLOOConfig",
+    "RewardConfig",
+    "SFTConfig",
+]
+
+T = TypeVar("T", bound=type[Any])
+
+
+def _with_checked_names(config: T) -> T:
+    """Let an unknown keyword raise a ConfigError that says what to do, and remember which fields were given."""
+    own_init: Any = config.__init__
+    names = [item.name for item in dataclasses.fields(config)]
+
+    @functools.wraps(own_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs = check_names(config.kind, kwargs)
+        self._given = {*names[: len(args)], *kwargs}
+        own_init(self, *args, **kwargs)
+        del self._given
+
+    config.__init__ = init
+    return config
 
 
 def _finish(config: Any) -> None:
@@ -26,6 +67,19 @@ def _finish(config: Any) -> None:
     config.dataloader_pin_memory = False
 
 
+class _PolicyConfig:
+    """What configs of policy gradients share: an algorithm sets the fields that nobody else has set."""
+
+    kind: ClassVar[Kind]
+
+    def __post_init__(self) -> None:
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(cast(Any, self))}
+        for name, value in apply_algorithm(self.kind, values, self.__dict__.get("_given", ())).items():
+            setattr(self, name, value)
+        _finish(self)
+
+
+@_with_checked_names
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
@@ -34,6 +88,7 @@ class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.schema.RewardFields`."""
@@ -42,6 +97,7 @@ class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIn
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.schema.DPOFields`."""
@@ -50,6 +106,7 @@ class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
@@ -58,6 +115,7 @@ class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
 class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.schema.OnlineDPOFields`."""
@@ -66,9 +124,24 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
         _finish(self)
 
 
+@_with_checked_names
 @dataclass
-class GRPOConfig(GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class GRPOConfig(_PolicyConfig, GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
 
+
+@_with_checked_names
+@dataclass
+class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.schema.RLOOFields`."""
+
     def __post_init__(self) -> None:
-        _finish(self)
+        super().__post_init__()
+        if self.normalize_advantages:
+            self.scale_rewards = "batch"
+
+
+@_with_checked_names
+@dataclass
+class PPOConfig(_PolicyConfig, PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.schema.PPOFields`."""

@@ -5,35 +5,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from statistics import fmean
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.model.dropout import disable_dropout
+from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition
 from burnish.rewards import Rubric
+from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
+from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.metrics import criterion_values, total
-from burnish.trainers.prompts import PromptSource, Share, share_of
+from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
 from burnish.trainers.reference import Reference
+from burnish.trainers.rounds import Replay, fill_batch
 from burnish.trainers.transcripts import TranscriptLog
 from burnish.types import Completion, Group, PackedBatch, Score, StopReason
 
-__all__ = ["OnlineTrainer", "RewardFunction"]
+__all__ = ["OnlineTrainer", "RewardFunction", "as_rubric"]
 
 logger = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
 RewardFunction = Callable[..., Any]
 
 
@@ -55,19 +65,27 @@ class OnlineTrainer(GroupTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
         *,
         engine: Engine | None = None,
         ref_model: PreTrainedModel | None = None,
+        compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
     ) -> None:
-        args = args if args is not None else self.config_class()
+        refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with a `prompt` column.")
-        self.rubric = _rubric(reward_funcs, args.reward_weights)
+        self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.args = args
-        self.tokenizer = resolve_tokenizer(model, processing_class)
+        self.metrics_of_groups = compute_metrics
+        self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self.prompts = self._encode(train_dataset)
         self.eval_prompts = [] if eval_dataset is None else self._encode(eval_dataset)
         super().__init__(
@@ -80,13 +98,20 @@ class OnlineTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
         self.params = self._sampling_params()
         self._buffer: list[list[Group]] = []
-        self.source = PromptSource(self.prompts, seed=args.seed, shuffle=args.shuffle_dataset)
+        order = args.prompt_sampling if args.shuffle_dataset else "given"
+        self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
+        self.replay = Replay(args.replay_size)
         self._rollouts = 0
+        self._rounds = 0
+        """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
+        self._num_tokens = 0
+        """Tokens sampled by this process, with each prompt counted once."""
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
@@ -164,41 +189,123 @@ class OnlineTrainer(GroupTrainer):
 
     def _rollout(self) -> list[list[Group]]:
         started = time.perf_counter()
-        shares = self.source.shares(
-            self._rollouts,
-            num_prompts=self._prompts_per_rollout,
+        self.engine.sync(self.state.global_step)
+        shares = self._collect()
+        sampled = time.perf_counter()
+        groups = [share.group for share in shares]
+        self._punish_overlong(groups)
+        steps = partition(groups, self._reuse // self.passes, whole=self.whole_groups)
+        with torch.no_grad(), eval_mode(self.model):
+            # The first step on fresh samples is on-policy: its old log-probabilities are its own.
+            later = [group for step in steps[1:] for group in step]
+            later += [group for group in steps[0] if self.needs_old_logprobs(group)]
+            unknown = groups if self.passes > 1 else later
+            self._fill([group for group in unknown if _is_fresh(group)], "old_logprobs", self.model)
+            if self.reference is not None:
+                with self.reference.active(self.model) as reference:
+                    self._fill(groups, "ref_logprobs", reference)
+        self.judge(shares)
+        self._rollouts += 1
+        self._metrics.add("seconds/rollout", sampled - started)
+        self._metrics.add("seconds/reference", time.perf_counter() - sampled)
+        return steps * self.passes
+
+    def _collect(self) -> list[Share]:
+        """Scored groups of a batch, this rank's part of them."""
+        args, wanted = self.args, self._prompts_per_rollout
+        if not (args.dynamic_sampling or args.replay_size):
+            return self._round(wanted)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        batch = fill_batch(
+            lambda number: self._everywhere(self._round(number)),
+            wanted,
+            max_rounds=args.max_sampling_rounds if args.dynamic_sampling else 1,
+            replay=self.replay,
+            multiple=world // math.gcd(world, args.num_generations),
+        )
+        self._metrics.add("sampling/rounds", batch.num_rounds)
+        self._metrics.add("sampling/extra_completions", (batch.num_sampled - wanted) * args.num_generations)
+        self._metrics.add("sampling/replayed_groups", batch.num_replayed)
+        if batch.num_flat and args.dynamic_sampling:
+            logger.warning(
+                "%d of %d groups have equal rewards after %d rounds of sampling: raise max_sampling_rounds, or give "
+                "prompts that are neither always nor never solved.",
+                batch.num_flat, wanted, batch.num_rounds,
+            )  # fmt: skip
+        return shares_of(batch.groups, rank=rank, world=world)
+
+    def _round(self, num_prompts: int) -> list[Share]:
+        """Sample the next prompts and score their completions."""
+        shares = self.source.take(
+            num_prompts=num_prompts,
             num_samples=self.args.num_generations,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
         )
         groups = [share.group for share in shares]
-        self.engine.sync(self.state.global_step)
-        self._generate(shares, self.params, seed=self.args.seed, step=self._rollouts)
-        sampled = time.perf_counter()
+        self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
+        self._rounds += 1
+        self._num_tokens += sum(group.num_tokens for group in groups)
+        started = time.perf_counter()
         self.rubric.score(groups)
-        scored = time.perf_counter()
-        self.judge(shares)
-        self._log_rollout(groups)
-        with torch.no_grad(), eval_mode(self.model):
-            if self._reuse > 1:
-                self._fill(groups, "old_logprobs", self.model)
-            if self.reference is not None:
-                with self.reference.active(self.model) as reference:
-                    self._fill(groups, "ref_logprobs", reference)
-        self._rollouts += 1
-        self._metrics.add("seconds/rollout", sampled - started)
-        self._metrics.add("seconds/rewards", scored - sampled)
-        self._metrics.add("seconds/reference", time.perf_counter() - scored)
-        steps = self._reuse // self.passes
-        return partition(groups, steps, whole=self.whole_groups) * self.passes
+        self._metrics.add("seconds/rewards", time.perf_counter() - started)
+        self._log_round(groups)
+        rewards: dict[int, list[float | None]] = defaultdict(list)
+        for place, _, values in sorted(self.gathered([_rewards_of(share) for share in shares])):
+            rewards[place] += values
+        self._metrics.add_rewards(list(rewards.values()))
+        known = [r for row in rewards.values() for r in row if r is not None]
+        if known and self.args.prompt_sampling == "curriculum":
+            self.source.learn(fmean(known))
+            self._metrics.add("curriculum/level", self.source.level)
+        return shares
+
+    def gathered(self, rows: Sequence[T]) -> list[T]:
+        """The same of all ranks, in the order of the ranks."""
+        return list(cast("list[T]", gather_object(list(rows)) if self.accelerator.num_processes > 1 else rows))
+
+    def _everywhere(self, shares: Sequence[Share]) -> dict[int, Group]:
+        """The whole groups of all ranks, by place, on every rank."""
+        groups: dict[int, Group] = {}
+        for share in sorted(self.gathered(shares), key=lambda share: (share.place, share.first)):
+            if share.place in groups:
+                groups[share.place].completions += share.group.completions
+            else:
+                groups[share.place] = dataclasses.replace(share.group, completions=list(share.group.completions))
+        return groups
+
+    def _punish_overlong(self, groups: Sequence[Group]) -> None:
+        """DAPO's punishment, as one more criterion: after the filter, so that it does not make spread by itself."""
+        buffer, limit = self.args.overlong_buffer, self.args.max_completion_length
+        if buffer is None:
+            return
+        tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
+        judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
+        punish = soft_overlong(max_completion_length=limit, cache=tokens)
+        values = [self.args.overlong_penalty * value for value in punish(completion_ids=[ids for _, ids in judged])]
+        for (own, _), value in zip(judged, values, strict=True):
+            own.criteria["overlong"] = value
+            own.total = None if own.total is None else own.total + value
+        if values:
+            self._metrics.add("rewards/overlong/mean", fmean(values))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens so far to a log of training."""
+        if "loss" in logs:
+            logs = {**logs, "num_tokens": self.sum_over_ranks(float(self._num_tokens))}
+        super().log(logs, start_time)
+
+    def needs_old_logprobs(self, group: Group) -> bool:
+        """Hook: whether `judge` reads the trainer's log-probabilities of a group that is on-policy."""
+        return False
 
     def judge(self, shares: Sequence[Share]) -> None:
-        """Hook: turn the rewards of a rollout into what the loss reads."""
-        self._metrics.add_rewards([[total(c) for c in share.group.completions] for share in shares])
+        """Hook: turn the rewards of a batch into what the loss reads."""
 
     def _generate(self, shares: Sequence[Share], params: SamplingParams, *, seed: int, step: int) -> None:
+        # Keyed by place: a prompt may come twice in a round, at the end of one epoch and the start of the next.
         requests = [
-            Request(s.group.prompt_ids, len(s.group.completions), params, index=s.group.index, first_sample=s.first)
+            Request(s.group.prompt_ids, len(s.group.completions), params, index=s.place, first_sample=s.first)
             for s in shares
         ]
         for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
@@ -207,7 +314,7 @@ class OnlineTrainer(GroupTrainer):
     @torch.no_grad()
     def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
         """Write the log-probability of every token under a model into the completions."""
-        for part in self.split(groups):
+        for part in self.split(groups) if groups else []:
             batch = pack(part).to(self.args.device)
             values = score(model, batch, temperature=self.args.temperature).logprobs.tolist()
             completions = [c for group in part for c in group.completions]
@@ -223,14 +330,19 @@ class OnlineTrainer(GroupTrainer):
 
     def compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
         """Remember how far trainer and sampler are apart; first of all, check the reference."""
-        self.agreement.add(logprobs_N, batch.token["policy_logprobs"])
+        sampled_N = batch.token.get("policy_logprobs")
+        if sampled_N is None:  # replayed, all of them
+            return
+        fresh_N = ~sampled_N.isnan()
+        self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         own_reference = self.reference is not None and self.reference.is_initial_policy
         if own_reference and self.state.global_step == 0:
-            apart = float(kl_k3(logprobs_N, batch.token["ref_logprobs"]).mean())
-            if not apart <= self.agreement.bound:
+            apart = float(kl_k3(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N]).mean())
+            bound = default_bound(self.model.dtype)
+            if not apart <= max(bound, self.args.logprob_check_bound or 0.0):
                 raise CheckFailed(
                     f"before the first update the reference differs from the policy by {apart:.3g} nats a token "
-                    f"(bound {self.agreement.bound:g}), so the KL term pulls towards another model. Pass the intended "
+                    f"(bound {bound:g}), so the KL term pulls towards another model. Pass the intended "
                     "ref_model, or the unmodified policy."
                 )
 
@@ -240,12 +352,12 @@ class OnlineTrainer(GroupTrainer):
         for name, value in metrics.items():
             self._metrics.add(name, value)
 
-    def _log_rollout(self, groups: Sequence[Group]) -> None:
+    def _log_round(self, groups: Sequence[Group]) -> None:
         clipped = self._metrics.add_completions(groups, self.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
             logger.warning("%d completions leave the loss: %s", len(failed), "; ".join(failed[0].errors.values()))
-        if clipped > 0.5 and self._rollouts == 0:
+        if clipped > 0.5 and self._rounds == 1:
             logger.warning(
                 "%.0f%% of the completions hit max_completion_length = %d: rewards that look at the end will miss. "
                 "Raise it, or shorten what the prompt asks for.",
@@ -280,15 +392,35 @@ class OnlineTrainer(GroupTrainer):
             f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
             for name, (value, count) in sums.items()
         }
+        if self.metrics_of_groups is not None:
+            groups = list(self._everywhere(shares).values())
+            own = self.metrics_of_groups(groups)
+            metrics |= {f"{metric_key_prefix}_{name}": float(value) for name, value in own.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_own_state(self, folder: Path) -> None:
-        """The rollouts so far and the samples in flight: with the seed, all that decides what comes next."""
-        buffer = [[dataclasses.asdict(group) for group in groups] for groups in self._buffer]
-        state = {"rollouts": self._rollouts, "buffer": buffer, "rank": self.accelerator.process_index}
+        """What has been sampled and what is in flight: with the seed, all that decides what comes next."""
+        state = {
+            "rollouts": self._rollouts,
+            "rounds": self._rounds,
+            "num_tokens": self._num_tokens,
+            "place": self.source.place,
+            "level": self.source.level,
+            "buffer": [[dataclasses.asdict(group) for group in groups] for groups in self._buffer],
+            "replay": {place: dataclasses.asdict(group) for place, group in self.replay.groups.items()},
+            "rank": self.accelerator.process_index,
+            **self.own_state(),
+        }
         (folder / f"rollout_{self.accelerator.process_index}.json").write_text(json.dumps(state, default=str))
+
+    def own_state(self) -> dict[str, Any]:
+        """Hook: numbers that a checkpoint keeps for `load_state`."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Hook: what `own_state` gave."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -301,9 +433,21 @@ class OnlineTrainer(GroupTrainer):
                 "flight are unknown. Resume with as many processes as wrote the checkpoint."
             )
         state = json.loads(file.read_text())
-        self._rollouts = int(state["rollouts"])
+        self._rollouts, self._rounds = int(state["rollouts"]), int(state["rounds"])
+        self._num_tokens = int(state["num_tokens"])
+        self.source.place, self.source.level = int(state["place"]), float(state["level"])
         self._buffer = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
+        self.replay.groups = {int(place): _group_from_dict(group) for place, group in state["replay"].items()}
+        self.load_state(state)
         self.transcripts.truncate_after(self.state.global_step)
+
+
+def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:
+    return share.place, share.first, [total(c) for c in share.group.completions]
+
+
+def _is_fresh(group: Group) -> bool:
+    return all(completion.old_logprobs is None for completion in group.completions)
 
 
 def _group_from_dict(values: dict[str, Any]) -> Group:
@@ -316,9 +460,29 @@ def _group_from_dict(values: dict[str, Any]) -> Group:
     return Group(values["prompt_ids"], completions, values["row"], values["index"])
 
 
-def _rubric(rewards: Any, weights: Sequence[float] | None) -> Rubric:
+def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes: Any = None) -> Rubric:
+    """A rubric of what TRL calls `reward_funcs`: functions, and reward models by name or in memory.
+
+    Args:
+        rewards: a Rubric, or one or several functions, names of reward models, or sequence classifiers.
+        weights: one for each; None for 1.
+        processing_classes: tokenizers of the reward models, one or a list; None: their own.
+
+    Raises:
+        ConfigError: weights beside a Rubric, or lists of different lengths.
+    """
     if isinstance(rewards, Rubric):
         if weights is not None:
             raise ConfigError(f"reward_weights = {list(weights)!r} beside a Rubric: set the weights in its criteria.")
         return rewards
-    return Rubric.from_functions(rewards, weights)
+    listed: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    tokenizers: list[Any] = (
+        list(processing_classes) if isinstance(processing_classes, list | tuple) else [processing_classes] * len(listed)
+    )
+    if len(tokenizers) != len(listed):
+        raise ConfigError(
+            f"reward_processing_classes has {len(tokenizers)} entries for {len(listed)} reward_funcs: give one each."
+        )
+    models = (str, Path, PreTrainedModel)
+    functions = [RewardModel(f, t) if isinstance(f, models) else f for f, t in zip(listed, tokenizers, strict=True)]
+    return Rubric.from_functions(functions, weights)

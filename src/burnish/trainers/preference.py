@@ -28,6 +28,7 @@ from burnish.objectives.preference import (
     pairs_of,
 )
 from burnish.packing import pack
+from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, resolve_tokenizer
 from burnish.trainers.configs import DPOConfig, KTOConfig
 from burnish.trainers.reference import MovingReference, Reference
@@ -53,21 +54,25 @@ class ReferenceTrainer(GroupTrainer):
         model: str | Path | PreTrainedModel,
         ref_model: PreTrainedModel | None = None,
         args: Any = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        args = args if args is not None else self.config_class()
+        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
+        args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
         if train_dataset is None:
             raise DataError(f"train_dataset = None: pass rows with {self.columns}.")
         needs_reference = self.needs_reference(args)
         if ref_model is not None and not needs_reference:
             raise ConfigError(f"loss_type = {args.loss_type!r} reads no reference: remove ref_model.")
         self.args = args
-        self.tokenizer = resolve_tokenizer(model, processing_class)
+        self.tokenizer = resolve_tokenizer(model, processing_class, args)
         super().__init__(
             model,
             args,
@@ -253,7 +258,9 @@ class DPOTrainer(ReferenceTrainer):
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
+        quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
+        data_collator, compute_metrics: TRL's; refused.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -343,6 +350,8 @@ class DPOTrainer(ReferenceTrainer):
             surrogate = (batch.sequence["coefficient"] * sums_S).sum()
             # The gradient is the surrogate's, the value the pairs' share of the loss.
             total = total + surrogate - surrogate.detach() + self._coupled_loss * pairs.chosen.numel()
+        chosen_N = batch.sequence_index % 2 == 0
+        self._metrics.add_tokens("mean_token_accuracy", scores.correct[chosen_N].float())
         for name, values in self._pair_metrics(pairs).items():
             self._metrics.add_tokens(name, values)
         return total
@@ -396,7 +405,9 @@ class KTOTrainer(ReferenceTrainer):
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
+        quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
+        data_collator, compute_metrics: TRL's; refused.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -483,6 +494,10 @@ class KTOTrainer(ReferenceTrainer):
             "logps/rejected": sums_S[~desirable_S],
         }
 
+    def step_metrics(self) -> dict[str, float]:
+        """Those of the steps, and how far apart desirable and other completions are rewarded."""
+        return _with_margin(super().step_metrics())
+
     def evaluate_records(
         self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
     ) -> dict[str, float]:
@@ -495,4 +510,10 @@ class KTOTrainer(ReferenceTrainer):
         losses_S = self._losses(policy_S - reference_S, desirable_S, torch.tensor(kl, dtype=torch.float64))
         values = self._metrics_of(policy_S, policy_S - reference_S, desirable_S)
         means = {name: float(found.mean()) for name, found in values.items() if found.numel()}
-        return {"loss": float(losses_S.mean()), "kl": kl, **means}
+        return {"loss": float(losses_S.mean()), "kl": kl, **_with_margin(means)}
+
+
+def _with_margin(means: dict[str, float]) -> dict[str, float]:
+    if not {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        return means
+    return {**means, "rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}

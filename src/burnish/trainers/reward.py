@@ -30,6 +30,7 @@ from burnish.objectives.reward import (
     plackett_luce,
     step_cross_entropy,
 )
+from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, resolve_tokenizer
 from burnish.trainers.configs import RewardConfig
 from burnish.types import Group, PackedBatch
@@ -64,7 +65,10 @@ class RewardTrainer(GroupTrainer):
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
+        optimizer_cls_and_kwargs: a class and its arguments instead of the configured optimizer.
+        quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters, and the score layer, instead of the weights; task_type SEQ_CLS.
+        data_collator, compute_metrics, preprocess_logits_for_metrics: TRL's; refused.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -77,18 +81,28 @@ class RewardTrainer(GroupTrainer):
         self,
         model: str | Path | PreTrainedModel,
         args: RewardConfig | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        args = args if args is not None else RewardConfig()
+        refuse_arguments(
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        args = with_quantization(resolve_args(args, RewardConfig), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with chosen and rejected, or with prompt and completions.")
         self.args = args
-        self.tokenizer = resolve_tokenizer(model, processing_class)
+        self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self._set_pad_token()
         super().__init__(
             model,
@@ -99,6 +113,7 @@ class RewardTrainer(GroupTrainer):
             peft_config=None if peft_config is None else classifier_adapters(peft_config),
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self._stats = RewardStats()
 
@@ -188,12 +203,11 @@ class RewardTrainer(GroupTrainer):
             losses.append(likelihood_P + centering(scores_PG, coefficient=coefficient))
         return torch.cat(losses)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The logs with the metrics of all completions trained on since the last log."""
-        if "loss" in logs:
-            logs.update(self._stats.summary(self))
-            self._stats = RewardStats()
-        super().log(logs, start_time)
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics of all completions trained on since the last log."""
+        metrics = super().step_metrics() | self._stats.summary(self)
+        self._stats = RewardStats()
+        return metrics
 
     def evaluation_loop(
         self,

