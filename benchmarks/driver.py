@@ -245,7 +245,10 @@ class Run:
         """Medians and ratios of paired steps."""
         tokens, found = self.benchmark.tokens, {side: self.benchmark.summary(rows) for side, rows in steps.items()}
         both = list(zip(steps["trl"], steps["burnish"], strict=True))
-        ratios = {"speedup": [t["seconds"] / b["seconds"] for t, b in both]}
+        ratios = {
+            "speedup": [t["seconds"] / b["seconds"] for t, b in both],
+            "speedup_cpu": [t["cpu_seconds"] / b["cpu_seconds"] for t, b in both],
+        }
         if self.benchmark.sampled:
             ratios[f"speedup_per_{tokens.removesuffix('s')}"] = [
                 (t["seconds"] / t[tokens]) / (b["seconds"] / b[tokens]) for t, b in both
@@ -271,6 +274,8 @@ class Run:
             wanted = self.benchmark.comparisons[name].wanted
             target = "" if wanted is None else f" (wanted: {wanted:g}x)"
             lines.append(f"  faster  {_spread(found['speedup'])}{target}")
+            if "speedup_cpu" in found:
+                lines.append(f"          {_spread(found['speedup_cpu'])} in CPU seconds")
             if self.benchmark.sampled:
                 token = self.benchmark.tokens.removesuffix("s")
                 lines.append(f"          {_spread(found[f'speedup_per_{token}'])} per {token.replace('_', ' ')}")

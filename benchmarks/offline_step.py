@@ -99,7 +99,8 @@ BENCHMARKS = {
         "sft",
         {
             "sft_uneven": Comparison("sft_uneven", _UNPADDED, 1.5),
-            "sft_uneven_padded": Comparison("sft_uneven", _PADDED, 3.0),
+            "sft_uneven_padded": Comparison("sft_uneven", _PADDED),
+            "sft_uneven_default": Comparison("sft_uneven", ("default",), 3.0),
         },
         settings=SFT_SETTINGS,
         default_size=32,

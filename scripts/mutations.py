@@ -18,8 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
+VALUE, CRITIC = "test_objectives_value.py", "test_critic.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
-ADVANTAGES, ROUNDS, PROMPTS, VALUE = "test_advantages.py", "test_rounds.py", "test_prompts.py", "test_objectives_value.py"
+ADVANTAGES, ROUNDS, PROMPTS, VALUE = (
+    "test_advantages.py",
+    "test_rounds.py",
+    "test_prompts.py",
+    "test_objectives_value.py",
+)
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
 RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
@@ -122,6 +128,31 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/agreement.py", "and difference / count <= self.mean_bound", "", TRAINERS),
     ("trainers/agreement.py", "clamp(-_CLIP_NATS, _CLIP_NATS)", "clamp(-9, 9)", TRAINERS),
     ("trainers/agreement.py", "self._window.popleft()", "break", TRAINERS),
+    # the critic
+    ("objectives/value.py", "rewards + gamma * next_values_N - values", "rewards + next_values_N - values", VALUE),
+    ("objectives/value.py", "gamma * lam * sums_TS[time + 1]", "lam * sums_TS[time + 1]", VALUE),
+    ("objectives/value.py", "torch.where(is_last_N, after_S[sequence_index_N], values.roll(-1))", "values.roll(-1)", VALUE),
+    ("objectives/value.py", "(advantages_N + values).to", "(advantages_N - values).to", VALUE),
+    ("objectives/value.py", "return rewards_N - beta * kl_N.detach()", "return rewards_N + beta * kl_N.detach()", VALUE),
+    ("objectives/value.py", "torch.where(is_clipped_N, near_losses_N, losses_N)", "torch.where(is_clipped_N, losses_N, near_losses_N)", VALUE),
+    ("objectives/value.py", "old_values_N + clip), old_values_N - clip)", "old_values_N + clip), old_values_N - 2 * clip)", VALUE),
+    ("objectives/value.py", "0.0) / (count - 1)", "0.0) / count", VALUE),
+    ("objectives/value.py", "- (total / count) ** 2", "", VALUE),
+    ("packing.py", "values[j] = next(rest)", "values[j - 1] = next(rest)", "test_packing.py"),
+    ("model/values.py", "        model = copy.deepcopy(model)\n", "", CRITIC),
+    ("model/values.py", "copy.deepcopy(policy, shared).unload()", "copy.deepcopy(policy).unload()", CRITIC),
+    ("model/values.py", "    if trained:\n", "    if False:\n", CRITIC),
+    ("model/values.py", "value = exact.pop(parameter, parameter.data)", "value = parameter.data", CRITIC),
+    ("model/values.py", "torch.default_generator.manual_seed(seed)", "pass", CRITIC),
+    ("trainers/critic.py", "scale = vf_coef * self._ranks / max(count, 1.0)", "scale = vf_coef / max(count, 1.0)", CRITIC),
+    ("trainers/critic.py", "scale = vf_coef * self._ranks", "scale = self._ranks", CRITIC),
+    ("trainers/critic.py", "moments(returns_N - old_N)", "moments(returns_N - values_N)", CRITIC),
+    ("trainers/critic.py", "self.learning_rate * lr_factor", "self.learning_rate", CRITIC),
+    ("trainers/critic.py", "            parameter.copy_(weights[name])\n", "            pass\n", CRITIC),
+    ("trainers/critic.py", "            self.optimizer.zero_grad(set_to_none=True)\n", "", CRITIC),
+    ("trainers/critic.py", "self.optimizer.load_state_dict(dict(state[\"optimizer\"]))", "pass", CRITIC),
+    ("trainers/critic.py", "        self.model.train()\n", "", CRITIC),
+    ("trainers/critic.py", "if not math.isfinite(norm):", "if False:", CRITIC),
     # numbers
     ("model/precision.py", "_spread_over_rounding_cells(exact)", "pass", PRECISION),
     ("model/precision.py", "noise *= (values != 0)", "noise *= (values == values)", PRECISION),
@@ -155,6 +186,15 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/stream.py", "if once:", "if True:", SFT),
     ("data/limits.py", "num_cut - len(group.prompt_ids)", "num_cut", "test_data.py"),
     ("data/limits.py", "place > 0 and (mask is None or mask[place])", "mask is None or mask[place]", "test_data.py"),
+    # pairs, held-out losses and pipelines
+    ("pairs.py", "value != worst[\"criteria\"].get(name)", "value == worst[\"criteria\"].get(name)", "test_pairs.py"),
+    ("pairs.py", "right[problem].append(float(value > 0))", "right[problem].append(float(value >= 0))", "test_pairs.py"),
+    ("pairs.py", "(1 - wins_M) ** 2", "wins_M ** 2", "test_pairs.py"),
+    ("evaluate.py", "(-sums_S / tokens_S)", "(-sums_S)", "test_evaluate.py"),
+    ("evaluate.py", "if name != \"completion\"}", "if name}", "test_evaluate.py"),
+    ("cli/pipeline.py", "if name == \"reward\":", "if name == \"none\":", "test_pipeline.py"),
+    ("cli/pipeline.py", "disjoint(data.train, data.held_out)[0])", "data.train + data.held_out)", "test_pipeline.py"),
+    ("report/page.py", "up != (comparison", "up == (comparison", "test_report.py"),
     # rollouts
     ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
     ("rollout/stepping.py", "request.first_sample + sample)", "sample)", NATIVE),

@@ -26,9 +26,9 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     trainer: Trainer
     if stage in ("sft", "stream"):
         rows = TEXTS if stage == "sft" else iter(TEXTS[:19])
-        trainer = SFTTrainer(model, SFTConfig(**shared), rows, processing_class=tokenizer)
+        trainer = SFTTrainer(model, SFTConfig(**shared), train_dataset=rows, processing_class=tokenizer)
     elif stage == "reward":
-        trainer = RewardTrainer(model, RewardConfig(**shared), PAIRS, processing_class=tokenizer)
+        trainer = RewardTrainer(model, RewardConfig(**shared), train_dataset=PAIRS, processing_class=tokenizer)
     else:
         args = GRPOConfig(
             **shared, num_generations=4, max_completion_length=8, loss_type=stage, beta=0.1, logprob_check_bound=1.0,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from burnish.cli.config import EvaluationSection, load_pipeline_file, load_run_file
 from burnish.cli.files import apply_overrides, parse_overrides, parse_value, read_file
 from burnish.cli.main import main, split_overrides
@@ -181,6 +183,31 @@ def test_run_file(run_file: Path):
     assert run.document["rubric"][1]["weight"] == 2
 
 
+def test_quantisation(run_file: Path, tmp_path: Path):
+    run = load_run_file(run_file, ["--model_init.quantization_config=nf4"], "grpo")
+    assert run.model_init["quantization_config"] == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    words = ["--model_init.quantization_config={load_in_8bit = true}", "--peft=null"]
+    with pytest.raises(ConfigError, match=r"quantization_config without \[peft\]: quantised weights cannot be trained"):
+        load_run_file(run_file, words, "grpo")
+    assert load_run_file(run_file, [*words, "--training=null"], "eval").model_init["quantization_config"]
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert load_run_file(run_file, [*words, f"--model={tmp_path}"], "grpo").peft is None
+
+
+def test_quantisation_fields_are_those_of_transformers():
+    import inspect
+
+    from transformers import BitsAndBytesConfig
+
+    from burnish.schema.quantization import _FIELDS
+
+    assert set(_FIELDS) - {"quant_method"} == set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
+
+
 def test_model_as_a_table(run_file: Path):
     words = ["--model={path = 'weights', gguf_file = 'model.gguf'}"]
     assert load_run_file(run_file, words, "grpo").model == str(Path("weights", "model.gguf"))
@@ -214,6 +241,24 @@ def test_eval_file_takes_no_training(run_file: Path):
         ),
         ("--model=null", r"model is missing"),
         ("--model_init.dtyp=x", r"\[model_init\] dtyp = 'x': unknown field; did you mean dtype"),
+        ("--model_init.quantization_config=nf5", r"quantization_config = 'nf5': did you mean nf4"),
+        (
+            "--model_init.quantization_config={load_in_4bits = true}",
+            r"load_in_4bits = True: unknown field; did you mean",
+        ),
+        ("--model_init.quantization_config={load_in_4bit = 1}", r"load_in_4bit = 1: expected bool, got int"),
+        (
+            "--model_init.quantization_config={load_in_4bit = false}",
+            r"set one of load_in_4bit and load_in_8bit to true",
+        ),
+        (
+            "--model_init.quantization_config={load_in_4bit = true, bnb_4bit_quant_type = 'nf5'}",
+            r"bnb_4bit_quant_type = 'nf5': expected Literal\['nf4', 'fp4'\]",
+        ),
+        (
+            "--model_init.quantization_config={load_in_4bit = true, bnb_4bit_compute_dtype = 'bf16'}",
+            r"bnb_4bit_compute_dtype = 'bf16': use one of bfloat16, float16, float32",
+        ),
         ("--peft.rank=8", r"\[peft\] rank = 8: unknown field"),
         ("--peft.r=big", r"\[peft\] r = 'big': expected int, got str"),
         ("--data.test={path = 'x'}", r"\[data\] test = .*unknown field"),
@@ -252,7 +297,7 @@ def test_pipeline_file(pipeline_file: Path):
 
 def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
     assert load_pipeline_file(pipeline_file, ["--sft=null"]).sft is None
-    with pytest.raises(ConfigError, match=r"neither \[sft\] nor \[grpo\]"):
+    with pytest.raises(ConfigError, match=r"no stage; add the table of at least one of \[sft\], \[pairs\]"):
         load_pipeline_file(pipeline_file, ["--sft=null", "--grpo=null"])
 
 
@@ -265,6 +310,9 @@ def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
         ("--grpo.beta=-1", r"\[grpo\] beta = -1\.0: "),
         ("--grpo.output_dir=x", r"\[grpo\] output_dir = 'x': .* set output_dir at the top"),
         ("--sft.resume_from_checkpoint=true", r"\[sft\] resume_from_checkpoint = True: "),
+        ("--dpo={}", r"\[dpo\] without \[pairs\], which makes its rows"),
+        ("--pairs.output_dir=x", r"\[pairs\] output_dir = 'x': .* set output_dir at the top"),
+        ("--pairs.num_samples=1", r"\[pairs\] num_samples = 1: a pair needs at least 2"),
         ("--report.title=x", r"\[report\] title = 'x': unknown field; known are max_transcripts, path"),
         ("--data.eval=null", r"data\.eval is missing"),
         ("--data.train=null", r"data\.train is missing"),
@@ -361,6 +409,33 @@ def test_bad_command_lines_stop(words: list[str], capsys: pytest.CaptureFixture[
         main(words)
     assert stopped.value.code == 2
     assert "usage: burnish" in capsys.readouterr().err
+
+
+def test_qlora_from_a_file(tmp_path: Path):
+    """Train quantised, evaluate the adapters on the quantised base, train a reward model's adapters."""
+    pytest.importorskip("bitsandbytes")
+    tiny.model(hidden_size=64, head_dim=16, intermediate_size=64).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1), "answer": str(i + 1)} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": row["prompt"], "chosen": row["answer"], "rejected": "x"} for row in rows]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    head = f'model = "{tmp_path / "model"}"\n[model_init]\nquantization_config = "nf4"\n'
+    train = f'[peft]\nr = 4\ntarget_modules = "all-linear"\n[training]\nmax_steps = 1\noutput_dir = "{tmp_path}/KIND"\n'
+    for kind, data in (("sft", "rows"), ("reward", "pairs")):
+        path = tmp_path / f"{kind}.toml"
+        path.write_text(f'{head}[data]\ntrain = {{ path = "{tmp_path / data}.jsonl" }}\n' + train.replace("KIND", kind))
+        assert main([kind, str(path)]) == 0
+        saved = json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        assert saved["task_type"] == {"sft": "CAUSAL_LM", "reward": "SEQ_CLS"}[kind]
+    path = tmp_path / "eval.toml"
+    output = tmp_path / "eval.json"
+    path.write_text(
+        f'{head}[data]\neval = {{ path = "{tmp_path}/rows.jsonl" }}\n[[rubric]]\nkind = "exact"\n'
+        f'[evaluation]\nnum_samples = 1\nmax_completion_length = 4\noutput = "{output}"\n'
+    )
+    assert main(["eval", str(path), f"--model={tmp_path / 'sft'}"]) == 0
+    assert output.is_file()
 
 
 def test_report_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
@@ -218,17 +219,18 @@ def test_an_update_is_independent_of_the_split(form: str, split: dict[str, int])
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-6)
 
 
-def test_the_sum_over_ranks_is_the_denominator() -> None:
-    """Another rank with as many tokens halves this one's share of the loss; the averaging then counts both ranks."""
+def test_denominators_and_averages_of_two_ranks_cancel() -> None:
+    """Two ranks with the same tokens count twice as many, and average two gradients instead of adding them."""
     first, second = made("model")[0], made("model")[0]
-    start = trained(first)
-    critic(first).update(with_returns(), clip=None)
-    other = critic(second)
-    other._sum = lambda value: 2 * value
-    other.update(with_returns(), clip=None)
+    alone = critic(first).update(with_returns(), clip=None)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        both = critic(second, sum_over_ranks=lambda value: 2 * value).update(with_returns(), clip=None)
+    finally:
+        distributed.destroy_process_group()
+    assert alone == pytest.approx(both, rel=1e-5)
     for name, value in trained(second).items():
-        step, share = start[name] - trained(first)[name], start[name] - value
-        torch.testing.assert_close(2 * share, step, rtol=0, atol=1e-5)
+        torch.testing.assert_close(trained(first)[name], value, rtol=0, atol=1e-6, msg=name)
 
 
 def test_the_policy_never_notices() -> None:

@@ -11,9 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import tiny
 from burnish.errors import ConfigError, RewardError
-from burnish.evaluate import Evaluation, Interval, compare, evaluate, mean_interval, paired_difference, pass_at_k
+from burnish.evaluate import (
+    Evaluation,
+    Interval,
+    _key,
+    compare,
+    evaluate,
+    mean_interval,
+    mean_nll,
+    paired_difference,
+    pass_at_k,
+)
+from burnish.model.scoring import prepare_for_scoring
 from burnish.rewards import Criterion, Rubric, exact_answer
 from burnish.rollout.engine import Request, SamplingParams
 from burnish.types import Completion, Group, StopReason
@@ -196,6 +209,42 @@ def test_compare_is_paired() -> None:
     assert compare(after, before, "right").mean == pytest.approx(-1 / 3)
     assert compare(before, after, "completion_tokens").mean == 0.0
     assert compare(before, after, "truncated_fraction").mean == 0.0
+
+
+def test_one_more_criterion_is_paired_like_the_others() -> None:
+    before, after = run(BASE), run(BASE)
+    before, after = before.with_criterion("nll", [2.0, 1.0, None]), after.with_criterion("nll", [1.0, 0.5, 3.0])
+    assert before.criteria["nll"].mean == 1.5
+    assert compare(before, after, "nll").mean == pytest.approx((-1.0 - 0.5) / 2), (
+        "a problem without a value is left out"
+    )
+    assert Evaluation.from_dict(after.to_dict()) == after
+
+
+def test_a_demonstration_is_no_part_of_the_problem() -> None:
+    rows = [{"prompt": "p", "answer": "1"}, {"prompt": "p", "answer": "1", "completion": "c"}, {"prompt": "p"}]
+    keys = [_key(row) for row in rows]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("budget", [None, 12])
+def test_nll_equals_plain_forwards(budget: int | None) -> None:
+    """Rows of many lengths, some with unscored tokens, whatever the split."""
+    model = tiny.model()
+    rng = np.random.default_rng(0)
+    groups: list[Group] = []
+    expected: list[float] = []
+    for index in range(7):
+        prompt, ids = (rng.integers(2, 96, size=n).tolist() for n in (1 + index % 3, 2 + index))
+        mask = [bool(i % 3 != 1) for i in range(len(ids))]
+        groups.append(Group(prompt, [Completion(ids, mask, "")], {}, index))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="none")
+        expected.append(float(losses[torch.tensor(mask)].mean()))
+    prepare_for_scoring(model)
+    # fp32, another order of the sums.
+    assert mean_nll(model, groups, token_budget=budget) == pytest.approx(expected, abs=1e-5)
 
 
 def test_compare_refuses() -> None:

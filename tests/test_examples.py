@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from burnish.cli.config import load_pipeline_file, load_run_file
+from burnish.data import load_rows
+from burnish.rewards import check_gold
+from burnish.rewards.answers import extract_answer
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
 
@@ -23,6 +26,23 @@ def test_example(path: Path) -> None:
     assert file.data.eval["size"] >= 200
     assert file.grpo is not None
     assert file.grpo["max_steps"] == 100
+
+
+OFFLINE = sorted((Path(__file__).parent.parent / "examples" / "offline").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", OFFLINE, ids=lambda path: path.stem)
+def test_offline_example(path: Path) -> None:
+    """Its own answers pass its rubric, and its demonstrations encode what they say."""
+    file = load_pipeline_file(path, [])
+    assert file.data.eval is not None
+    held_out = load_rows(file.data.eval)
+    assert not check_gold(file.rubric, held_out)
+    for row in held_out:
+        (message,) = row["completion"]
+        answer = extract_answer(message["content"], sources=("tag", "last_number"))
+        assert answer is not None
+        assert float(answer) == float(row["answer"])
 
 
 PREFERENCE = sorted((Path(__file__).parent.parent / "examples" / "preference").glob("*.toml"))

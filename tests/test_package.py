@@ -78,3 +78,12 @@ def test_every_module_declares_its_names():
         module = import_module(".".join(("burnish", *path.relative_to(root).with_suffix("").parts)))
         assert len(set(module.__all__)) == len(module.__all__)
         assert all(hasattr(module, name) for name in module.__all__), module.__name__
+
+
+def test_the_docs_list_every_algorithm() -> None:
+    from burnish.schema import ALGORITHMS
+
+    text = (Path(__file__).parent.parent / "docs" / "algorithms.md").read_text()
+    for name, row in ALGORITHMS.items():
+        line = next((line for line in text.splitlines() if line.startswith(f"| `{name}` |")), "")
+        assert line.endswith(f"| {row.paper} |"), name

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from burnish.packing import group_cost, pack, partition, split_by_tokens, to_row, zero_weight_group
+from burnish.packing import group_cost, pack, partition, split_by_tokens, to_row, unpack, zero_weight_group
 from burnish.types import Completion, Group
 
 
@@ -34,6 +34,16 @@ def test_pack_honours_loss_masks_and_never_scores_what_nothing_predicts() -> Non
     batch = pack([text, masked], token={"x": lambda c: [float(t) * 10 for t in c.token_ids]})
     assert batch.target_ids.tolist() == [8, 9, 3]
     assert batch.token["x"].tolist() == [80.0, 90.0, 30.0]
+
+
+def test_unpack_is_the_way_back() -> None:
+    rows = [
+        Group([], [Completion([7, 8, 9])]),
+        Group([1], [Completion([2, 3, 4], loss_mask=[False, True, False]), Completion([5, 6])]),
+    ]
+    batch = pack(rows, token={"x": lambda c: [float(t) for t in c.token_ids]})
+    assert unpack(rows, batch.token["x"].tolist(), fill=-1.0) == [[-1, 8, 9], [-1, 3, -1], [5, 6]]
+    assert unpack([], []) == []
 
 
 def test_rows_hold_the_same_scored_tokens() -> None:

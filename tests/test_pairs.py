@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
-from burnish import ConfigError, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from burnish import ConfigError, DataError, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from burnish.cli.main import main
 from burnish.data import encode_rows, prompt_group
-from burnish.pairs import best_row, preference_rows, sample_rows, write_rows
+from burnish.pairs import best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, make_engine
 from test_trainers import settings
@@ -39,14 +40,44 @@ def test_best_over_worst() -> None:
     assert [(r["chosen"], r["rejected"]) for r in rows] == [("b", "c"), ("a", "d")]
     assert rows[0] == {
         "prompt": "p", "answer": "7", "chosen": "b", "rejected": "c", "score_chosen": 1.0, "score_rejected": 0.0,
+        "differs_in": [],
     }  # fmt: skip
     assert len(preference_rows(made, pairs_per_prompt=2, min_margin=0.5)) == 1
+
+
+def test_a_pair_says_what_it_differs_in() -> None:
+    criteria = ({"form": 1.0, "right": 1.0, "odd": None}, {"form": 1.0, "right": 0.0, "odd": 2.0})
+    made = record(*({**sample(t, r), "criteria": c} for t, r, c in zip("ab", (1.0, 0.0), criteria, strict=True)))
+    assert preference_rows(made)[0]["differs_in"] == ["right", "odd"]
+
+
+def test_ranking_of_pairs() -> None:
+    """Three pairs of two problems: scores are lengths of the texts."""
+    rows = [
+        {"prompt": "p", "chosen": "aaa", "rejected": "a", "differs_in": ["right"]},
+        {"prompt": "p", "chosen": "a", "rejected": "a", "differs_in": ["form"]},
+        {"prompt": "q", "chosen": "aa", "rejected": "aaaa", "differs_in": ["right"]},
+    ]
+    found = rank_pairs(lambda prompts, completions: [float(len(c)) for c in completions], rows)
+    assert found.ahead == (2.0, 0.0, -2.0)
+    assert (found.num_pairs, found.num_problems) == (3, 2)
+    assert found.accuracy.mean == pytest.approx((0.5 + 0.0) / 2), "equal scores are wrong; problems count once"
+    assert found.accuracy_by_kind["right"].mean == pytest.approx(0.5)
+    assert found.accuracy_by_kind["form"].mean == 0.0
+    assert found.pairs_by_kind == {"form": 1, "right": 2}
+    win = 1 / (1 + math.exp(-2))
+    assert found.brier_score == pytest.approx(((1 - win) ** 2 + 0.25 + win**2) / 3)
+    # Bins of both orders: two at win (one right), two at 1 - win (one right), two at 0.5 (one right).
+    assert found.calibration_error == pytest.approx((2 * (win - 0.5) + 2 * (0.5 - (1 - win))) / 6)
+    with pytest.raises(DataError, match="at least one pair"):
+        rank_pairs(lambda prompts, completions: [], [])
 
 
 def test_what_makes_no_pair() -> None:
     assert preference_rows(record(sample("a", 1.0), sample("b", 1.0))) == []
     assert preference_rows(record(sample("a", 1.0), sample("a", 0.0))) == [], "equal texts"
     assert preference_rows(record(sample("a", 1.0), sample("b", None))) == [], "a failed reward is no 0"
+    assert preference_rows(record(sample("a", 1.0), sample("", 0.0))) == [], "empty"
     assert preference_rows(record(sample("a", 1.0), sample("b", 0.0, "length"))) == [], "cut off"
     assert best_row(record(sample("a", None))) is None
     assert best_row(record(sample("a", 0.4)), min_reward=0.5) is None
@@ -95,7 +126,7 @@ def test_rows_train_the_stages_they_are_for(tmp_path: Path) -> None:
     shared = settings(tmp_path, max_steps=1, per_device_train_batch_size=1)
     DPOTrainer(tiny.model(), args=DPOConfig(**shared), train_dataset=pairs, processing_class=tiny.tokenizer()).train()
     best = [row for one in records if (row := best_row(one)) is not None]
-    SFTTrainer(tiny.model(), SFTConfig(**shared), best, processing_class=tiny.tokenizer()).train()
+    SFTTrainer(tiny.model(), SFTConfig(**shared), train_dataset=best, processing_class=tiny.tokenizer()).train()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

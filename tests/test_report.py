@@ -102,6 +102,25 @@ def run_dir(tmp_path: Path) -> Path:
     return path
 
 
+def test_offline_run(run_dir: Path) -> None:
+    """No transcripts are missed, a lower loss is better, a reward model has figures without pass@k."""
+    write_lines(run_dir / "metrics.jsonl", [metric("sft", 0, eval_loss=2.0), metric("reward", 1, eval_accuracy=0.8)])
+    (run_dir / "transcripts.jsonl").unlink()
+    judge = {"name": "reward", "criteria": {"pairs ranked right": {"mean": 0.8, "low": 0.7, "high": 0.9}}}
+    nll = {"before": "raw", "after": "sft", "metric": "nll"}
+    comparisons = [
+        {**nll, "mean": -0.3, "low": -0.4, "high": -0.2},
+        {**nll, "mean": 0.2, "low": 0.1, "high": 0.3},
+    ]
+    document = {"evaluations": [evaluation("raw", 0.2), judge], "comparisons": comparisons}
+    (run_dir / "evaluations.json").write_text(json.dumps(document), encoding="utf-8")
+    source = write_report(run_dir).read_text(encoding="utf-8")
+    assert "transcripts.jsonl" not in source.split("<script")[0]
+    assert [source.count(f'<li class="{kind}">') for kind in ("better", "worse")] == [1, 1]
+    assert source.index('<li class="better">') < source.index('<li class="worse">')
+    assert "pairs ranked right" in source
+
+
 def test_complete_run(run_dir: Path) -> None:
     path = write_report(run_dir)
     page = Page(path)

@@ -65,7 +65,9 @@ def trainer(folder: Path, rows: Any = PAIRS, model: Any = None, evaluated: Any =
     peft_config = changes.pop("peft_config", None)
     start = tiny.model() if model is None else model
     args = settings(folder, **changes)
-    return RewardTrainer(start, args, rows, evaluated, processing_class=tokenizer(), peft_config=peft_config)
+    return RewardTrainer(
+        start, args, train_dataset=rows, eval_dataset=evaluated, processing_class=tokenizer(), peft_config=peft_config
+    )
 
 
 def weights(made: Any) -> dict[str, torch.Tensor]:
@@ -347,14 +349,14 @@ def test_where_eos_pads_scores_are_read_before_it(tmp_path: Path, caplog: pytest
     continued = reward_group({"chosen": "ab", "rejected": "abc"}, tok, pad_token_id=tok.pad_token_id)
     assert sequences([continued]) == [[*tok("ab")["input_ids"], 0], [*tok("abc")["input_ids"], 0]]
     assert [c.loss_mask for c in continued.completions] == [[True, False], [False, True, False]]
-    RewardTrainer(tiny.model(), settings(tmp_path), PAIRS, processing_class=tok)
+    RewardTrainer(tiny.model(), settings(tmp_path), train_dataset=PAIRS, processing_class=tok)
     assert any("read before EOS" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("pad_token", ["<unk>", None])
 def test_saved_models_load_in_transformers_and_score_the_same(tmp_path: Path, pad_token: str | None) -> None:
     args = settings(tmp_path, pad_token=pad_token)
-    made = RewardTrainer(tiny.model(), args, PAIRS, PAIRS, processing_class=tiny.tokenizer())
+    made = RewardTrainer(tiny.model(), args, train_dataset=PAIRS, eval_dataset=PAIRS, processing_class=tiny.tokenizer())
     assert made.model.config.pad_token_id == made.tokenizer.pad_token_id == (PAD if pad_token else 0)
     made.train()
     made.save_model()
@@ -372,7 +374,7 @@ def test_saved_models_load_in_transformers_and_score_the_same(tmp_path: Path, pa
         torch.tensor(RewardModel(made.model, tok)([row["prompt"] for row in PAIRS], [row["chosen"] for row in PAIRS])),
         plain.detach(), rtol=0, atol=1e-5,
     )  # fmt: skip
-    more = RewardTrainer(str(tmp_path), settings(tmp_path / "more", pad_token=pad_token), PAIRS)
+    more = RewardTrainer(str(tmp_path), settings(tmp_path / "more", pad_token=pad_token), train_dataset=PAIRS)
     assert torch.equal(more.model.score.weight, made.model.score.weight), "a trained score is kept"
 
 
@@ -395,7 +397,7 @@ def test_adapters_are_saved_with_the_score(tmp_path: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
     with pytest.raises(ModelError, match="task_type = 'CAUSAL_LM'"):
         trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ModelError, match="adapters without their base"):
+    with pytest.raises(ModelError, match="adapters that do not name their base"):
         RewardModel(tmp_path)
 
 
@@ -421,7 +423,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path, bf16: bool, adapters: bool) ->
 def test_bf16_keeps_fp32_masters_of_the_new_score_too(tmp_path: Path) -> None:
     tiny.model().save_pretrained(tmp_path / "lm")
     tokenizer().save_pretrained(tmp_path / "lm")
-    made = RewardTrainer(tmp_path / "lm", settings(tmp_path, bf16=True, learning_rate=1e-6), PAIRS)
+    made = RewardTrainer(tmp_path / "lm", settings(tmp_path, bf16=True, learning_rate=1e-6), train_dataset=PAIRS)
     head = made.model.score.weight
     assert head.dtype == torch.bfloat16
     start = head.detach().clone()

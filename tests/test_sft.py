@@ -67,7 +67,9 @@ def test_evaluation_in_between_leaves_the_training_metrics_alone(tmp_path: Path)
         args = SFTConfig(
             **settings(tmp_path, logging_steps=3, eval_strategy="steps" if evaluate else "no", eval_steps=1)
         )
-        trainer = SFTTrainer(tiny.model(), args, TEXTS, TEXTS[:5], processing_class=tiny.tokenizer())
+        trainer = SFTTrainer(
+            tiny.model(), args, train_dataset=TEXTS, eval_dataset=TEXTS[:5], processing_class=tiny.tokenizer()
+        )
         trainer.train()
         history = trainer.state.log_history
         logs.append(next(log for log in history if "loss" in log))
@@ -78,7 +80,9 @@ def test_evaluation_in_between_leaves_the_training_metrics_alone(tmp_path: Path)
 
 def test_evaluation_is_the_mean_over_the_rows(tmp_path: Path, skilled: Any) -> None:
     args = SFTConfig(**settings(tmp_path, per_device_eval_batch_size=5, token_budget=40))
-    trainer = SFTTrainer(copy.deepcopy(skilled), args, TEXTS, TEXTS, processing_class=tiny.tokenizer())
+    trainer = SFTTrainer(
+        copy.deepcopy(skilled), args, train_dataset=TEXTS, eval_dataset=TEXTS, processing_class=tiny.tokenizer()
+    )
     metrics = trainer.evaluate()
     with torch.no_grad():
         expected = by_hand(TEXTS, skilled)
@@ -133,7 +137,9 @@ def test_loss_and_gradient_by_hand(tmp_path: Path, loss_type: str, split: dict[s
 
 def test_evaluation_reports_the_loss_that_trains(tmp_path: Path) -> None:
     args = SFTConfig(**settings(tmp_path, loss_type="dft"))
-    metrics = SFTTrainer(tiny.model(), args, TEXTS, TEXTS, processing_class=tiny.tokenizer()).evaluate()
+    metrics = SFTTrainer(
+        tiny.model(), args, train_dataset=TEXTS, eval_dataset=TEXTS, processing_class=tiny.tokenizer()
+    ).evaluate()
     with torch.no_grad():
         logprobs = by_hand(TEXTS, tiny.model())["logprobs"]
     assert metrics["eval_loss"] == pytest.approx(-float((logprobs.exp() * logprobs).mean()), abs=1e-5)
@@ -147,7 +153,9 @@ def test_noise_changes_training_by_the_seed_and_never_evaluation(tmp_path: Path)
         "again": {"neftune_noise_alpha": 5.0},
     }.items():
         args = SFTConfig(**settings(tmp_path / name, **changes))
-        trainer = SFTTrainer(tiny.model(), args, TEXTS, TEXTS, processing_class=tiny.tokenizer())
+        trainer = SFTTrainer(
+            tiny.model(), args, train_dataset=TEXTS, eval_dataset=TEXTS, processing_class=tiny.tokenizer()
+        )
         before = trainer.evaluate()
         trainer.train()
         runs[name] = (before["eval_loss"], weights(trainer))
@@ -187,7 +195,7 @@ def test_truncation_mode_reaches_the_rows(tmp_path: Path) -> None:
     sizes = {}
     for mode in ("keep_start", "keep_end", "drop", "split"):
         args = SFTConfig(**settings(tmp_path, truncation_mode=mode, max_length=8))
-        trainer = SFTTrainer(tiny.model(), args, rows, processing_class=tiny.tokenizer())
+        trainer = SFTTrainer(tiny.model(), args, train_dataset=rows, processing_class=tiny.tokenizer())
         sizes[mode] = [group.num_tokens for group in trainer.train_dataset]
     assert sizes == {"keep_start": [8, 4], "keep_end": [8, 4], "drop": [4], "split": [8, 8, 8, 7, 4]}
 
@@ -206,7 +214,7 @@ class Endless:
 
 def streamed(folder: Path, rows: Any, **changes: Any) -> SFTTrainer:
     args = SFTConfig(**settings(folder, **{"per_device_train_batch_size": 4, "max_steps": 4, **changes}))
-    return SFTTrainer(tiny.model(), args, rows, processing_class=tiny.tokenizer())
+    return SFTTrainer(tiny.model(), args, train_dataset=rows, processing_class=tiny.tokenizer())
 
 
 UNUSABLE = [{"prompt": "0" * 30, "completion": "1"}]
@@ -316,10 +324,14 @@ def quantised(folder: Path, where: str, model: Any = None, peft_config: Any = No
     args = SFTConfig(**settings(folder / "run", **{**init, **changes}))
     given = {"quantization_config": nf4()} if where != "init" else {}
     path = str(folder / "model") if model is None else model
-    return SFTTrainer(path, args, TEXTS, processing_class=tiny.tokenizer(), peft_config=peft_config, **given)
+    return SFTTrainer(
+        path, args, train_dataset=TEXTS, processing_class=tiny.tokenizer(), peft_config=peft_config, **given
+    )
 
 
 def test_quantisation_that_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    tiny.model().config.save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match="in model_init_kwargs: remove it from one"):
         quantised(tmp_path, "both", peft_config=lora())
     with pytest.raises(ConfigError, match="beside a model in memory"):
@@ -327,13 +339,17 @@ def test_quantisation_that_cannot_work_is_refused(tmp_path: Path, monkeypatch: p
     for where in ("argument", "init"):
         with pytest.raises(ConfigError, match="quantised weights cannot be trained"):
             quantised(tmp_path, where)
-    monkeypatch.setattr("burnish.trainers.sft.find_spec", lambda name: None)
+    monkeypatch.setattr("burnish.model.quantization.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes: pip install 'burnish\[quant\]'"):
         quantised(tmp_path, "argument", peft_config=lora())
     init = {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}
     with pytest.raises(ConfigError, match="needs the package bitsandbytes"):
         SFTTrainer(
-            "x", SFTConfig(**settings(tmp_path, **init)), TEXTS, processing_class=tiny.tokenizer(), peft_config=lora()
+            "x",
+            SFTConfig(**settings(tmp_path, **init)),
+            train_dataset=TEXTS,
+            processing_class=tiny.tokenizer(),
+            peft_config=lora(),
         )
 
 
@@ -344,14 +360,14 @@ def test_quantisation_reaches_from_pretrained(tmp_path: Path, where: str, monkey
 
     def load(name: str, **kwargs: Any) -> Any:
         seen.append(kwargs)
-        return tiny.model()
+        return tiny.model(), {"missing_keys": set()}
 
     tiny.model().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("burnish.trainers.sft.find_spec", lambda name: object())
+    monkeypatch.setattr("burnish.model.quantization.find_spec", lambda name: object())
     monkeypatch.setattr("burnish.model.loading.AutoModelForCausalLM.from_pretrained", load)
     trainer = quantised(tmp_path, where, peft_config=lora())
     assert [kwargs["quantization_config"].bnb_4bit_quant_type for kwargs in seen] == ["nf4"]
-    assert seen[0]["dtype"] == "auto"
+    assert seen[0]["dtype"] == torch.float32
     before = weights(trainer)
     trainer.train()
     changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}

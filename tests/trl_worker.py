@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -18,19 +27,26 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "kto": (KTOConfig, KTOTrainer),
     "cpo": (CPOConfig, CPOTrainer),
     "orpo": (ORPOConfig, ORPOTrainer),
+    "reward": (RewardConfig, RewardTrainer),
+    "sft": (SFTConfig, SFTTrainer),
 }
 
 
 def loss(folder: Path, case: dict[str, Any], rows: list[dict[str, Any]]) -> float:
     """The first step's loss, at a learning rate of 0."""
     config, trainer = CLASSES[case["trainer"]]
-    args = config(
-        output_dir=str(folder / "out"), max_steps=1, learning_rate=0.0, per_device_train_batch_size=len(rows),
-        use_cpu=True, bf16=False, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=False, **case["config"],
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "output_dir": str(folder / "out"), "max_steps": 1, "learning_rate": 0.0, "use_cpu": True, "bf16": False,
+        "per_device_train_batch_size": len(rows), "report_to": "none", "logging_steps": 1, "save_strategy": "no",
+        "disable_tqdm": True, "gradient_checkpointing": False,
+    }  # fmt: skip
+    args = config(**{**shared, **case["config"]})
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    models = {"model": AutoModelForCausalLM.from_pretrained(folder / "policy")}
+    models: dict[str, Any] = {}
+    if case["trainer"] == "reward":
+        models["model"] = AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    else:
+        models["model"] = AutoModelForCausalLM.from_pretrained(folder / "policy")
     if case["trainer"] in ("dpo", "kto"):
         models["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "reference")
     made = trainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)

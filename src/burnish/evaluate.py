@@ -6,12 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from burnish.errors import ConfigError, RewardError
+from burnish.model.scoring import eval_mode, score
+from burnish.objectives.aggregate import sequence_sums
+from burnish.packing import pack, split_by_tokens
 from burnish.rewards import Rubric
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
@@ -24,6 +28,7 @@ __all__ = [
     "compare",
     "evaluate",
     "mean_interval",
+    "mean_nll",
     "paired_difference",
     "pass_at_k",
 ]
@@ -196,6 +201,15 @@ class Evaluation:
     num_failed: int
     errors: tuple[str, ...]
 
+    def with_criterion(self, name: str, values: Sequence[float | None]) -> Evaluation:
+        """The same with one more criterion, a value (or None) a problem; `compare` pairs it like any other."""
+        problems = tuple(
+            replace(problem, criteria={**problem.criteria, name: value})
+            for problem, value in zip(self.problems, values, strict=True)
+        )
+        interval = mean_interval([value for value in values if value is not None])
+        return replace(self, problems=problems, criteria={**self.criteria, name: interval})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values only; :meth:`from_dict` gives an equal object back."""
         return json.loads(json.dumps(asdict(self)))
@@ -296,6 +310,32 @@ def evaluate(
     )
 
 
+@torch.no_grad()
+def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: int | None = 4096) -> list[float]:
+    r"""Negative log-likelihood of each group's completion, per scored token.
+
+    .. math:: -\frac{1}{|y|} \sum_t \log \pi(y_t \mid x, y_{<t})
+
+    Args:
+        model: prepared by `prepare_for_scoring`.
+        groups: demonstrations, one completion each.
+        token_budget: most tokens of one forward; None: all at once.
+
+    Returns:
+        Nats a token, in the order of the groups.
+    """
+    found: dict[int, float] = {}
+    device = next(model.parameters()).device
+    with eval_mode(model):
+        for part in split_by_tokens(groups, token_budget):
+            batch = pack(part).to(device)
+            tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+            sums_S = sequence_sums(score(model, batch).logprobs, batch.sequence_index, batch.num_sequences)
+            values = (-sums_S / tokens_S).tolist()
+            found |= {id(group.completions[0]): value for group, value in zip(part, values, strict=True)}
+    return [found[id(group.completions[0])] for group in groups]
+
+
 def compare(before: Evaluation, after: Evaluation, metric: str = "pass@1", *, level: float = 0.95) -> Interval:
     """Paired interval of `after - before` over the problems that both evaluations hold.
 
@@ -370,8 +410,12 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    """The problem as its row gives it, so that models with different tokenizers can be compared."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """The problem as its row gives it, so that models with different tokenizers can be compared.
+
+    A demonstration is no part of the problem.
+    """
+    asked = {name: value for name, value in row.items() if name != "completion"}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _pass_at(k: int) -> Callable[[Problem], float | None]:

@@ -1,4 +1,5 @@
-"""Preference pairs and demonstrations from a model's own samples and a rubric: `burnish pairs`.
+"""Preference pairs and demonstrations from a model's own samples and a rubric: `burnish pairs`; and how a reward model
+ranks such pairs.
 
 Every sampled completion goes to `samples.jsonl` with its rewards, so a killed run goes on where it was, and the rows
 can be chosen anew without sampling. `pairs.jsonl` holds preference rows, `best.jsonl` prompt-completion rows.
@@ -10,18 +11,25 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from burnish.errors import ConfigError
+import torch
+
+from burnish.errors import ConfigError, DataError
+from burnish.evaluate import Interval, mean_interval
+from burnish.objectives.reward import calibration_bins, calibration_error
 from burnish.progress import format_seconds, say
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, SamplingParams
 from burnish.rollout.collect import collect
 from burnish.types import Group
 
-__all__ = ["best_row", "preference_rows", "sample_rows", "write_rows"]
+__all__ = ["PairRanking", "best_row", "preference_rows", "rank_pairs", "sample_rows", "write_rows"]
 
 Row = Mapping[str, Any]
 
@@ -83,8 +91,8 @@ def preference_rows(
 ) -> list[dict[str, Any]]:
     """The i-th best sample over the i-th worst, while their rewards differ by more than `min_margin`.
 
-    Equal rewards are ordered by a random number of (seed, prompt), equal texts count once, and samples without a reward
-    not at all.
+    Equal rewards are ordered by a random number of (seed, prompt), equal texts count once, and empty or cut texts and
+    samples without a reward not at all.
 
     Args:
         record: of `sample_rows`.
@@ -93,7 +101,8 @@ def preference_rows(
         seed: of the order of ties.
 
     Returns:
-        Rows with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, and the prompt's own columns.
+        Rows with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, `differs_in` (the criteria whose
+        values differ), and the prompt's own columns.
     """
     ranked = _ranked(record, seed)
     rows: list[dict[str, Any]] = []
@@ -101,8 +110,12 @@ def preference_rows(
         if len(rows) == pairs_per_prompt or not best["reward"] - worst["reward"] > min_margin:
             break
         chosen, rejected = (_said(record["prompt"], sample["text"]) for sample in (best, worst))
-        scores = {"score_chosen": best["reward"], "score_rejected": worst["reward"]}
-        rows.append({**record["row"], "prompt": record["prompt"], "chosen": chosen, "rejected": rejected, **scores})
+        judged = {
+            "score_chosen": best["reward"],
+            "score_rejected": worst["reward"],
+            "differs_in": [name for name, value in best["criteria"].items() if value != worst["criteria"].get(name)],
+        }
+        rows.append({**record["row"], "prompt": record["prompt"], "chosen": chosen, "rejected": rejected, **judged})
     return rows
 
 
@@ -114,6 +127,87 @@ def best_row(record: Row, *, min_reward: float | None = None, seed: int = 0) -> 
     best = ranked[0]
     said = _said(record["prompt"], best["text"])
     return {**record["row"], "prompt": record["prompt"], "completion": said, "score": best["reward"]}
+
+
+@dataclass(frozen=True, slots=True)
+class PairRanking:
+    """How a reward model ranks pairs whose order is known.
+
+    Attributes:
+        num_pairs: pairs.
+        num_problems: prompts that they belong to.
+        accuracy: share of a problem's pairs with the higher score on the chosen side, over problems.
+        accuracy_by_kind: the same over the pairs that differ in one set of criteria, `correct` or `format+correct`.
+        pairs_by_kind: their numbers.
+        calibration_error: of sigma(r_chosen - r_rejected) as a probability, each pair in both orders, 10 bins.
+        brier_score: mean of (1 - sigma(r_chosen - r_rejected))^2.
+        ahead: r_chosen - r_rejected of each pair, in the order of the rows.
+    """
+
+    num_pairs: int
+    num_problems: int
+    accuracy: Interval
+    accuracy_by_kind: dict[str, Interval]
+    pairs_by_kind: dict[str, int]
+    calibration_error: float
+    brier_score: float
+    ahead: tuple[float, ...]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The numbers without those of each pair: what a report shows."""
+        kinds = {f"ranked right, {kind}": asdict(interval) for kind, interval in self.accuracy_by_kind.items()}
+        figures = {"calibration error": self.calibration_error, "Brier score": self.brier_score}
+        return {
+            "name": name,
+            "num_problems": self.num_problems,
+            "criteria": {"pairs ranked right": asdict(self.accuracy), **(kinds if len(kinds) > 1 else {})}
+            | {figure: {"mean": value} for figure, value in figures.items()},
+        }
+
+
+def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:
+    """Score both sides of every pair and compare.
+
+    Args:
+        judge: `judge(prompts, completions)` gives one score a completion; a `burnish.RewardModel` is one.
+        rows: of `preference_rows`, or any with `prompt`, `chosen` and `rejected`.
+
+    Returns:
+        The ranking. Equal scores are ranked wrong.
+
+    Raises:
+        DataError: no rows.
+    """
+    if not rows:
+        raise DataError("rows = []: a ranking needs at least one pair.")
+    prompts = [row["prompt"] for row in rows]
+    chosen, rejected = (judge(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    ahead = [float(better - worse) for better, worse in zip(chosen, rejected, strict=True)]
+    kinds = ["+".join(row.get("differs_in") or ()) or "unknown" for row in rows]
+    problems = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
+
+    def accuracy(kind: str | None) -> Interval:
+        right: dict[str, list[float]] = defaultdict(list)
+        for problem, own, value in zip(problems, kinds, ahead, strict=True):
+            if kind in (None, own):
+                right[problem].append(float(value > 0))
+        return mean_interval([fmean(values) for values in right.values()], bounds=(0.0, 1.0))
+
+    wins_M = torch.tensor(ahead, dtype=torch.float64).sigmoid()
+    both = calibration_bins(
+        torch.cat((wins_M, 1 - wins_M)), torch.cat((torch.ones_like(wins_M), torch.zeros_like(wins_M)))
+    )
+    counts = Counter(kinds)
+    return PairRanking(
+        num_pairs=len(rows),
+        num_problems=len(set(problems)),
+        accuracy=accuracy(None),
+        accuracy_by_kind={kind: accuracy(kind) for kind in sorted(counts)},
+        pairs_by_kind=dict(sorted(counts.items())),
+        calibration_error=calibration_error(both),
+        brier_score=float(((1 - wins_M) ** 2).mean()),
+        ahead=tuple(ahead),
+    )
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> int:
@@ -129,7 +223,8 @@ def write_rows(file: Path, rows: Iterable[Row]) -> int:
 
 def _ranked(record: Row, seed: int) -> list[Row]:
     rng = random.Random(f"{seed}-{record['index']}")
-    samples: dict[str, Row] = {s["text"]: s for s in record["samples"] if s["reward"] is not None}
+    # Nothing but EOS has no token that a reward model could be read at.
+    samples: dict[str, Row] = {s["text"]: s for s in record["samples"] if s["reward"] is not None and s["text"]}
     # A truncated text would teach the model to stop in the middle, or that stopping there is bad for its content.
     whole = [s for s in samples.values() if s["stop_reason"] != "length"]
     return sorted(whole, key=lambda s: (-s["reward"], rng.random()))

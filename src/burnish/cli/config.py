@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,14 @@ from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
 from burnish.schema import Kind, check_fields, check_mapping, lora_fields
 from burnish.schema.inherited import FieldInfo
+from burnish.schema.quantization import check_quantization
 
 __all__ = [
+    "PIPELINE_STAGES",
     "DataSection",
     "EvaluationSection",
     "FileKind",
+    "PairsSection",
     "PipelineFile",
     "ReportSection",
     "RunFile",
@@ -30,13 +34,19 @@ __all__ = [
 FileKind: TypeAlias = Kind | Literal["eval", "pairs"]
 """A command that takes a run file of one stage."""
 
+PIPELINE_STAGES = ("sft", "pairs", "reward", "dpo", "kto", "online_dpo", "grpo", "rloo", "ppo")
+"""What a pipeline can do, in the order in which it does it."""
+
+_FROM_PAIRS = ("reward", "dpo", "kto")
+"""Stages that read what `[pairs]` sampled."""
+
 _MODEL_INIT = {
     "attn_implementation": "str",
     "cache_dir": "str",
     "device_map": "str | dict[str, Any]",
     "dtype": "str",
     "local_files_only": "bool",
-    "quantization_config": "dict[str, Any]",
+    "quantization_config": "str | dict[str, Any]",
     "revision": "str",
     "subfolder": "str",
     "trust_remote_code": "bool",
@@ -98,7 +108,7 @@ class PairsSection:
     """`[pairs]`: preference pairs and best-of-n rows from samples of the model on `data.train`."""
 
     output_dir: str = "outputs/pairs"
-    """Folder of samples.jsonl, pairs.jsonl and best.jsonl."""
+    """`burnish pairs` only: folder of samples.jsonl, pairs.jsonl and best.jsonl."""
     num_samples: int = 8
     """Completions per prompt."""
     temperature: float = 1.0
@@ -156,7 +166,7 @@ class RunFile:
 
 @dataclass(frozen=True)
 class PipelineFile:
-    """A checked file of several stages: those of `sft` and `grpo` that it has, then evaluation and report."""
+    """A checked file of several stages: those of `PIPELINE_STAGES` that it has; evaluation after each, then report."""
 
     path: Path
     model: str
@@ -168,10 +178,22 @@ class PipelineFile:
     model_init: dict[str, Any] = field(default_factory=dict[str, Any])
     peft: dict[str, Any] | None = None
     sft: dict[str, Any] | None = None
+    pairs: PairsSection | None = None
+    reward: dict[str, Any] | None = None
+    dpo: dict[str, Any] | None = None
+    kto: dict[str, Any] | None = None
+    online_dpo: dict[str, Any] | None = None
     grpo: dict[str, Any] | None = None
+    rloo: dict[str, Any] | None = None
+    ppo: dict[str, Any] | None = None
     report: ReportSection = field(default_factory=ReportSection)
     document: dict[str, Any] = field(default_factory=dict[str, Any])
     """The file as written, with the overrides: what a run records."""
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the file has, in order."""
+        return [name for name in PIPELINE_STAGES if getattr(self, name) is not None]
 
 
 _TABLES = {
@@ -184,12 +206,11 @@ _TABLES = {
     "evaluation": "dict[str, Any]",
     "pairs": "dict[str, Any]",
 }
-_PIPELINE_TABLES = {name: type_ for name, type_ in _TABLES.items() if name not in ("training", "pairs")} | {
-    "sft": "dict[str, Any]",
-    "grpo": "dict[str, Any]",
-    "report": "dict[str, Any]",
-    "output_dir": "str",
-}
+_PIPELINE_TABLES = (
+    {name: type_ for name, type_ in _TABLES.items() if name != "training"}
+    | dict.fromkeys(PIPELINE_STAGES, "dict[str, Any]")
+    | {"report": "dict[str, Any]", "output_dir": "str"}
+)
 _NEEDED: dict[FileKind, tuple[str, ...]] = {
     "sft": ("data.train",),
     "reward": ("data.train",),
@@ -224,13 +245,12 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
         )
     if kind != "pairs" and "pairs" in tables:
         raise ConfigError(f"{path}: [pairs] has no place in `burnish {kind}`; remove it, or run `burnish pairs`.")
-    pairs = check_mapping(_infos_of(PairsSection), tables.get("pairs", {}), "pairs")
     run = RunFile(
         path=Path(path),
         kind=kind,
         training=check_fields(cast("Kind", kind), tables.get("training", {})) if trains else {},
         **_shared(tables, path, pipeline=False),
-        pairs=PairsSection(**pairs) if kind == "pairs" else None,
+        pairs=_pairs(tables.get("pairs", {})) if kind == "pairs" else None,
         document=document,
     )
     if kind == "eval" and run.evaluation is None:
@@ -240,6 +260,11 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     _need({name: given[name] for name in sorted(needed)}, path)
     _check_solved(run.evaluation, run.rubric)
     _check_places(run.training, "training")
+    if trains:
+        _check_quantised(run)
+    checkpoint = run.training.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not Path(checkpoint).is_dir():
+        raise ConfigError(f"[training] resume_from_checkpoint = {checkpoint!r}: no such folder; name a checkpoint.")
     return run
 
 
@@ -247,22 +272,23 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     """Read and check the file of a pipeline; arguments and errors are those of `load_run_file`."""
     document = apply_overrides(read_file(path), overrides)
     tables = check_mapping(_infos(_PIPELINE_TABLES), document, str(path))
-    stages: dict[str, dict[str, Any]] = {
-        kind: check_fields(kind, tables[kind], kind) for kind in ("sft", "grpo") if kind in tables
-    }
-    for kind, name in ((kind, name) for kind in stages for name in ("output_dir", "resume_from_checkpoint")):
-        if name in stages[kind]:
+    for kind, name in itertools.product(PIPELINE_STAGES, ("output_dir", "resume_from_checkpoint")):
+        if name in tables.get(kind, {}):
             raise ConfigError(
-                f"[{kind}] {name} = {stages[kind][name]!r}: stages live in the pipeline's folder and continue there by "
+                f"[{kind}] {name} = {tables[kind][name]!r}: stages live in the pipeline's folder and continue there by "
                 "themselves; set output_dir at the top of the file instead."
             )
-    if not stages:
-        raise ConfigError(f"{path}: neither [sft] nor [grpo]; add the table of at least one stage, it may be empty.")
+    stages: dict[str, Any] = {
+        kind: _pairs(tables[kind]) if kind == "pairs" else check_fields(cast("Kind", kind), tables[kind], kind)
+        for kind in PIPELINE_STAGES
+        if kind in tables
+    }
+    _check_order(stages, path)
     shared = _shared(tables, path, pipeline=True)
     data: DataSection = shared["data"]
     shared["evaluation"] = shared["evaluation"] or EvaluationSection()
     needed: dict[str, Any] = {"data.eval": data.eval, "rubric": shared["rubric"]}
-    if "grpo" in stages or data.sft is None:
+    if set(stages) - {"sft", *_FROM_PAIRS} or data.sft is None:
         needed["data.train"] = data.train
     _need(needed, path)
     report = check_mapping(_infos_of(ReportSection), tables.get("report", {}), "report")
@@ -270,14 +296,32 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
         path=Path(path),
         output_dir=tables.get("output_dir", str(Path("outputs", Path(path).stem))),
         **shared,
-        **cast("dict[str, Any]", stages),
+        **stages,
         report=ReportSection(**report),
         document=document,
     )
     _check_solved(run.evaluation, run.rubric)
+    _check_quantised(run)
     for kind, stage in stages.items():
-        _check_places(stage, kind)
+        if kind != "pairs":
+            _check_places(stage, kind)
     return run
+
+
+def _pairs(table: Mapping[str, Any]) -> PairsSection:
+    return PairsSection(**check_mapping(_infos_of(PairsSection), table, "pairs"))
+
+
+def _check_order(stages: Mapping[str, Any], path: str | Path) -> None:
+    if not stages:
+        names = ", ".join(f"[{name}]" for name in PIPELINE_STAGES)
+        raise ConfigError(f"{path}: no stage; add the table of at least one of {names}, it may be empty.")
+    for kind in _FROM_PAIRS:
+        if kind in stages and "pairs" not in stages:
+            raise ConfigError(
+                f"{path}: [{kind}] without [pairs], which makes its rows; add [pairs], or run `burnish {kind}` on rows "
+                "of your own."
+            )
 
 
 def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> dict[str, Any]:
@@ -287,7 +331,7 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     evaluation = tables.get("evaluation")
     return {
         "model": _model(tables["model"]),
-        "model_init": check_mapping(_infos(_MODEL_INIT), tables.get("model_init", {}), "model_init"),
+        "model_init": _model_init(tables.get("model_init", {})),
         "peft": check_mapping(lora_fields(), tables["peft"], "peft") if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
         "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
@@ -304,6 +348,23 @@ def _model(value: str | dict[str, Any]) -> str:
     if "path" not in table:
         raise ConfigError("[model] path is missing; give a folder, a .gguf file, a hub name or a package's name.")
     return str(Path(table["path"], table["gguf_file"])) if "gguf_file" in table else table["path"]
+
+
+def _model_init(table: Mapping[str, Any]) -> dict[str, Any]:
+    values = check_mapping(_infos(_MODEL_INIT), table, "model_init")
+    if (given := values.get("quantization_config")) is not None:
+        values["quantization_config"] = check_quantization(given, "model_init.quantization_config")
+    return values
+
+
+def _check_quantised(run: RunFile | PipelineFile) -> None:
+    """Quantised weights train through adapters: those of [peft], or the model's own."""
+    adapters = (Path(run.model).expanduser() / "adapter_config.json").is_file()
+    if "quantization_config" in run.model_init and run.peft is None and not adapters:
+        raise ConfigError(
+            f"{run.path}: [model_init] quantization_config without [peft]: quantised weights cannot be trained; add "
+            '`[peft] target_modules = "all-linear"`.'
+        )
 
 
 def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:

@@ -30,7 +30,7 @@ _FILE_COMMANDS: dict[str, str] = {
     **_STAGES,
     "pairs": "sample, score with a rubric, and write preference pairs and best-of-n rows",
     "eval": "measure pass@k on held-out prompts",
-    "pipeline": "run the stages of one file: SFT, GRPO, evaluation, report",
+    "pipeline": "run the stages of one file, measure each, report",
 }
 _FLAGS = frozenset({"--debug", "--help"})
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"

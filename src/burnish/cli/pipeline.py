@@ -1,13 +1,13 @@
-"""`burnish pipeline FILE`: measure, imitate, measure, reinforce, measure, report; interrupted, it goes on."""
+"""`burnish pipeline FILE`: the stages of one file, each measured, and a report; interrupted, it goes on."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from burnish.cli.config import PipelineFile, load_pipeline_file
 from burnish.data import disjoint, load_rows
@@ -27,6 +27,30 @@ def run(args: argparse.Namespace) -> None:
     pipeline.run()
 
 
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """Rows by what they are for."""
+
+    train: Rows
+    """Prompts to sample from."""
+    sft: Rows
+    """Demonstrations."""
+    held_out: Rows
+    """Problems that nothing is trained on; with a completion_template they are demonstrations too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Preference rows sampled from one model."""
+
+    train: Rows
+    held_out: Rows
+    """Of held-out problems; empty where no stage reads them."""
+
+
 @dataclass(slots=True)
 class Pipeline:
     """The stages of one file in one folder; what a folder already holds is not done again."""
@@ -38,14 +62,21 @@ class Pipeline:
         """All stages, then the report."""
         started = time.monotonic()
         self._claim_folder()
-        train, held_out, sft = self._rows()
-        stages = [name for name in ("sft", "grpo") if getattr(self.file, name) is not None]
-        model = self.file.model
-        self._evaluate("raw", model, held_out)
-        for name in stages:
-            model = self._train(name, model, sft if name == "sft" else train)
-            self._evaluate(name, model, held_out)
-        self._compare(["raw", *stages])
+        data = self._rows()
+        model, pairs, policies = self.file.model, _Pairs([], []), ["raw"]
+        self._evaluate("raw", model, data.held_out)
+        for name in self.file.stages:
+            if name == "pairs":
+                pairs = self._sample_pairs(model, data)
+                continue
+            trained = self._train(name, model, *_rows_of(name, data, pairs))
+            if name == "reward":  # it judges; the next stage goes on from the same policy
+                self._rank(trained, pairs.held_out)
+                continue
+            model = trained
+            self._evaluate(name, model, data.held_out)
+            policies.append(name)
+        self._summarise(policies)
         page = write_report(
             self.folder,
             Path(self.file.report.path) if self.file.report.path else None,
@@ -67,23 +98,74 @@ class Pipeline:
         write_json(self.folder / "config.json", document)
         write_json(self.folder / "environment.json", environment())
 
-    def _rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    def _rows(self) -> _Data:
         """Training, held-out and SFT rows; nothing held out is trained on, and the rubric solves its own answers."""
         data = self.file.data
         assert data.eval is not None
         held_out = load_rows(data.eval, "data.eval")
-        result: list[list[dict[str, Any]]] = []
+        if self._evaluates("sft") and any("completion" not in row for row in held_out):
+            raise ConfigError(
+                f"[sft] eval_strategy = {self._stage('sft')['eval_strategy']!r}: held-out rows have no completion to "
+                "score; give [data.eval] a completion_template, or set eval_strategy = 'no'."
+            )
+        found: dict[str, Rows] = {}
         for name in ("train", "sft"):
-            source = cast("dict[str, Any]", getattr(data, name) or data.train)
+            source = getattr(data, name) or data.train or data.sft
+            assert source is not None
             rows, counts = disjoint(load_rows(source, f"data.{name}"), held_out, keep_repeats=True)
             say(f"{name}: {len(rows)} rows, {counts.num_in_evaluation} left out because they are held out")
-            result.append(rows)
+            found[name] = rows
         failures = check_gold(self.file.rubric, held_out[:20])
         if failures:
             raise ConfigError(f"[[rubric]] does not accept the data's own answers: {failures[0]}")
-        return result[0], held_out, result[1]
+        return _Data(found["train"], found["sft"], held_out)
 
-    def _train(self, name: str, model: str, rows: list[dict[str, Any]]) -> str:
+    def _stage(self, name: str) -> dict[str, Any]:
+        return getattr(self.file, name) or {}
+
+    def _evaluates(self, name: str) -> bool:
+        """Whether a stage measures itself on held-out rows while it trains."""
+        return str(self._stage(name).get("eval_strategy", "no")) != "no"
+
+    def _sample_pairs(self, model: str, data: _Data) -> _Pairs:
+        """Pairs of the current model on training prompts, each once, and on held-out ones where a stage reads those."""
+        train = self._pairs_in("train", model, disjoint(data.train, data.held_out)[0])
+        measured = self.file.reward is not None or self._evaluates("dpo") or self._evaluates("kto")
+        return _Pairs(train, self._pairs_in("held_out", model, data.held_out) if measured else [])
+
+    def _pairs_in(self, name: str, model: str, prompts: Rows) -> Rows:
+        from burnish.cli import stages
+
+        assert self.file.pairs is not None
+        folder = self.folder / "pairs" / name
+        if (folder / "done").is_file():
+            say(f"pairs, {name}: done before")
+        else:
+            say(f"pairs, {name}: sampling {model}")
+            section = replace(self.file.pairs, output_dir=str(folder))
+            counts = stages.make_pairs(model, prompts, self.file.rubric, section, model_init=self._model_init(model))
+            say(f"pairs, {name}: {counts[str(folder / 'pairs.jsonl')]} pairs of {len(prompts)} prompts")
+            if not counts[str(folder / "pairs.jsonl")]:
+                raise ConfigError(
+                    f"[pairs] min_margin = {section.min_margin!r}: no {name} prompt has two samples whose rewards "
+                    "differ by more; lower it, raise num_samples, or take problems that the model sometimes solves."
+                )
+            (folder / "done").touch()
+        return load_rows({"path": str(folder / "pairs.jsonl")}, f"pairs.{name}")
+
+    def _rank(self, model: str, rows: Rows) -> None:
+        """How the reward model ranks pairs of held-out problems."""
+        from burnish.cli import stages
+
+        target = self.folder / "evaluations" / "reward.json"
+        if not target.is_file():
+            ranking = stages.rank_with(model, rows)
+            stages.write_json(target, {**asdict(ranking), "summary": ranking.summary("reward")})
+        for name, figure in stages.read_json(target, {})["summary"]["criteria"].items():
+            ends = f" [{figure['low']:.4g}, {figure['high']:.4g}]" if "low" in figure else ""
+            say(f"reward: {name} {figure['mean']:.4g}{ends}")
+
+    def _train(self, name: str, model: str, rows: Rows, eval_rows: Rows) -> str:
         from burnish.cli import stages
 
         folder = self.folder / name
@@ -91,25 +173,29 @@ class Pipeline:
             say(f"{name}: done before")
             return str(folder)
         say(f"{name}: training {model}")
-        given: dict[str, Any] = getattr(self.file, name)
-        training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **given}
+        training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **self._stage(name)}
         training |= {"output_dir": str(folder), "resume_from_checkpoint": True}
-        shared: dict[str, Any] = {"peft": self.file.peft, "metrics": self.folder / "metrics.jsonl"}
-        if model == self.file.model:
-            shared["model_init"] = self.file.model_init
-        if name == "grpo":
+        shared: dict[str, Any] = {"model_init": self._model_init(model), "metrics": self.folder / "metrics.jsonl"}
+        # A later stage trains the adapters of the one before it.
+        shared["peft"] = self.file.peft if model == self.file.model else None
+        shared["eval_rows"] = eval_rows if self._evaluates(name) else None
+        if name in ("online_dpo", "grpo", "rloo", "ppo"):
             training.setdefault("log_completions", str(self.folder))
         stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)
         (folder / "done").touch()
         return str(folder)
+
+    def _model_init(self, model: str) -> dict[str, Any]:
+        """Arguments of from_pretrained; a stage's adapters are put on the base, read as it was for training."""
+        return self.file.model_init if model == self.file.model or self.file.peft is not None else {}
 
     def _evaluate(self, name: str, model: str, rows: list[dict[str, Any]]) -> None:
         from burnish.cli import stages
 
         target = self.folder / "evaluations" / f"{name}.json"
         if not target.is_file():
-            shared: dict[str, Any] = {"model_init": self.file.model_init} if model == self.file.model else {}
-            result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, name=name, **shared)
+            shared: dict[str, Any] = {"name": name, "model_init": self._model_init(model)}
+            result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, **shared)
             stages.write_json(target, result.to_dict())
         result = self._evaluation(name)
         passes = "  ".join(f"pass@{k} {interval}" for k, interval in result.pass_at_k.items())
@@ -120,13 +206,14 @@ class Pipeline:
 
         return Evaluation.from_dict(read_json(self.folder / "evaluations" / f"{name}.json", {}))
 
-    def _compare(self, names: list[str]) -> None:
-        """Paired differences between every two stages, printed and written for the report."""
-        from burnish.cli.stages import write_json
+    def _summarise(self, names: list[str]) -> None:
+        """Every evaluation, and paired differences between every two policies: printed, and written for the report."""
+        from burnish.cli.stages import read_json, write_json
 
         results = {name: self._evaluation(name) for name in names}
         comparisons: list[dict[str, Any]] = []
-        for metric in [f"pass@{k}" for k in self.file.evaluation.ks]:
+        metrics = [f"pass@{k}" for k in self.file.evaluation.ks]
+        for metric in [*metrics, *(["nll"] if all("nll" in r.criteria for r in results.values()) else [])]:
             for i, before in enumerate(names):
                 for after in names[i + 1 :]:
                     interval = compare(results[before], results[after], metric)
@@ -141,8 +228,17 @@ class Pipeline:
                         }
                     )
                     say(f"{metric} {before} -> {after}: {interval} (paired)")
-        summary = {"evaluations": [r.summary() for r in results.values()], "comparisons": comparisons}
-        write_json(self.folder / "evaluations.json", summary)
+        summaries = [result.summary() for result in results.values()]
+        if self.file.reward is not None:
+            summaries.append(read_json(self.folder / "evaluations" / "reward.json", {})["summary"])
+        write_json(self.folder / "evaluations.json", {"evaluations": summaries, "comparisons": comparisons})
+
+
+def _rows_of(name: str, data: _Data, pairs: _Pairs) -> tuple[Rows, Rows]:
+    """What a stage trains on, and what it is measured on meanwhile."""
+    if name == "sft":
+        return data.sft, data.held_out
+    return (pairs.train, pairs.held_out) if name in ("reward", "dpo", "kto") else (data.train, data.held_out)
 
 
 def _plain(document: Any) -> Any:

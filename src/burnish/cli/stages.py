@@ -15,12 +15,14 @@ import torch
 import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
-from burnish.data import encode_rows, prompt_group
+from burnish.data import encode_rows, prompt_group, sft_groups
 from burnish.errors import ConfigError
-from burnish.evaluate import Evaluation, evaluate
+from burnish.evaluate import Evaluation, evaluate, mean_nll
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import fast_bf16
-from burnish.pairs import best_row, preference_rows, sample_rows, write_rows
+from burnish.model.reward_model import RewardModel
+from burnish.model.scoring import prepare_for_scoring
+from burnish.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
 from burnish.trainers import (
@@ -44,7 +46,7 @@ from burnish.trainers import (
 from burnish.trainers.base import COMPLETE
 from burnish.trainers.callbacks import EngineProgress, MetricsCallback
 
-__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "train"]
+__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -118,24 +120,23 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in found if (path / COMPLETE).is_file()), None)
 
 
-def _lora(fields: dict[str, Any] | None) -> Any:
+def _lora(fields: dict[str, Any] | None, kind: str) -> Any:
     if fields is None:
         return None
     from peft import LoraConfig
 
-    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM", **fields}
-    return LoraConfig(**arguments)
+    return LoraConfig(**fields)
 
 
 def evaluate_model(
     model: str, rows: Rows, rubric: Rubric, section: EvaluationSection, *, name: str, seed: int = 0, **shared: Any
 ) -> Evaluation:
-    """pass@k of a saved model on rows; `shared` is `model_init`, may be left out."""
+    """pass@k of a saved model on rows, and `nll` where they have completions; `shared` is `model_init`."""
     tokenizer = load_processing_class(model)
-    groups = encode_rows(prompt_group, rows, tokenizer)
+    groups = encode_rows(prompt_group, rows, tokenizer, name="data.eval")
     loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
     with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
-        return evaluate(
+        result = evaluate(
             shown,
             groups,
             rubric,
@@ -150,6 +151,12 @@ def evaluate_model(
             solved=section.solved,
             name=name,
         )
+    if any("completion" not in row for row in rows):
+        return result
+    prepare_for_scoring(loaded)
+    shown_groups = encode_rows(sft_groups, rows, tokenizer)
+    nll = {group.index: value for group, value in zip(shown_groups, mean_nll(loaded, shown_groups), strict=True)}
+    return result.with_criterion("nll", [nll.get(index) for index in range(len(rows))])
 
 
 def make_pairs(
@@ -157,7 +164,7 @@ def make_pairs(
 ) -> dict[str, int]:
     """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
     tokenizer, folder = load_processing_class(model), Path(section.output_dir)
-    groups = encode_rows(prompt_group, rows, tokenizer)
+    groups = encode_rows(prompt_group, rows, tokenizer, name="data.train")
     loaded, engine = _engine(model, tokenizer, model_init)
     records = sample_rows(
         engine,
@@ -183,6 +190,11 @@ def make_pairs(
     best = [best_row(record, min_reward=section.min_reward, seed=section.seed) for record in records]
     made = {"pairs.jsonl": pairs, "best.jsonl": [row for row in best if row is not None]}
     return {str(folder / name): write_rows(folder / name, own) for name, own in made.items()}
+
+
+def rank_with(model: str, rows: Rows) -> PairRanking:
+    """How a saved reward model ranks preference rows."""
+    return rank_pairs(RewardModel(model), rows)
 
 
 def _engine(model: str, tokenizer: Any, model_init: dict[str, Any] | None) -> tuple[Any, Any]:

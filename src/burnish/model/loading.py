@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.errors import ModelError
+from burnish.model.adapters import SavedAdapters, put_adapters, saved_adapters
+from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
 
 __all__ = ["ModelSource", "compute_dtype", "find_model", "load_model", "load_processing_class"]
 
 logger = logging.getLogger(__name__)
+
+_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+"""Arguments of `from_pretrained` that say where and how to read, for a tokenizer as for a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ def find_model(name: str | Path) -> ModelSource:
     Raises:
         ModelError: nothing of that name, or a folder or package without a model.
     """
+    if not str(name):
+        raise ModelError("model = '': name a folder, a .gguf file, a hub name or a package.")
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(str(path.parent), path.name)
@@ -84,12 +93,14 @@ def load_model(
     """Load a model in its compute dtype; a model in memory is used as it is.
 
     Weights stored in fp32 (and GGUF's, dequantised) are read in fp32; where bf16 computes, the exact values are handed
-    out so that masters start from them and not from rounded ones.
+    out so that masters start from them and not from rounded ones. Where the weights are quantised, the rest is read in
+    the compute dtype. A folder of adapters is loaded on the base that it names, which gets `init_kwargs`.
 
     Args:
-        model: name, folder, .gguf file, package, or a model.
+        model: name, folder (of a model or of adapters), .gguf file, package, or a model.
         bf16: compute in bf16.
-        init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` wins over `bf16`.
+        init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` wins over `bf16`, and
+            `quantization_config` may be a word or a table (see `resolve_quantization`).
         auto_class: what loads it; a causal language model by default.
 
     Returns:
@@ -97,6 +108,7 @@ def load_model(
 
     Raises:
         ModelError: no such model, or `init_kwargs` beside a model in memory.
+        ConfigError: a bad `quantization_config`.
     """
     kwargs = dict(init_kwargs or {})
     if not isinstance(model, str | Path):
@@ -104,18 +116,74 @@ def load_model(
             raise ModelError(
                 f"model_init_kwargs = {kwargs!r} beside a model in memory: load the model with them, or pass its path."
             )
+        given: Any = model
+        if not isinstance(given.get_base_model() if hasattr(given, "get_base_model") else given, PreTrainedModel):
+            raise ModelError(
+                f"model = {type(model).__name__}: use a model of transformers, with or without adapters, or the name "
+                "or folder of one."
+            )
+        keep_layout(model)
         return model, {}
     source = find_model(model)
+    if (adapters := saved_adapters(source.name)) is not None:
+        _check_language_model(adapters)
+        base, _ = load_model(adapters.base, bf16=bf16, init_kwargs=init_kwargs, auto_class=auto_class)
+        return put_adapters(base, adapters)
     explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-    quantised = "quantization_config" in kwargs
-    loaded = auto_class.from_pretrained(
-        source.name, dtype=explicit or ("auto" if quantised else torch.float32), **source.kwargs, **kwargs
-    )
-    drop_gguf_config(loaded)
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None:
+        return _load_quantized(source, quantization, explicit or compute_dtype(bf16=bf16), kwargs, auto_class), {}
+    loaded = _load_plain(source, explicit or torch.float32, kwargs, auto_class)
     exact: dict[torch.nn.Parameter, torch.Tensor] = {}
-    if explicit is None and bf16 and not quantised:
+    if explicit is None and bf16:
         exact = _round_parameters(loaded, compute_dtype(bf16=True))
-    return loaded, exact
+    return loaded, {} if is_quantized(loaded) else exact
+
+
+def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto_class: Any) -> Any:
+    with _reading(source.name, "model", "Name a folder written by save_pretrained, a .gguf file, or a hub name"):
+        loaded, info = auto_class.from_pretrained(
+            source.name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
+        )
+    _refuse_missing(source.name, loaded, info["missing_keys"])
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"model = {source.name!r}: adapters on the hub. Download them (`hf download`) and pass the folder."
+        )
+    drop_gguf_config(loaded)
+    keep_layout(loaded)
+    return loaded
+
+
+def _load_quantized(source: ModelSource, quantization: Any, dtype: Any, kwargs: dict[str, Any], auto_class: Any) -> Any:
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    config = resolve_quantization(quantization, dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    kwargs = {**kwargs, "quantization_config": config}
+    if source.gguf_file is None:
+        return _load_plain(source, dtype, kwargs, auto_class)
+    # transformers quantises what it reads from safetensors, and from them only.
+    with tempfile.TemporaryDirectory() as folder:
+        _load_plain(source, dtype, {}, auto_class).save_pretrained(folder)
+        loaded = _load_plain(ModelSource(folder), dtype, kwargs, auto_class)
+    loaded.name_or_path = loaded.config._name_or_path = source.name
+    return loaded
+
+
+def _check_language_model(adapters: SavedAdapters) -> None:
+    if adapters.task_type == "SEQ_CLS":
+        raise ModelError(
+            f"model = {str(adapters.folder)!r}: adapters of a reward model, where a language model is needed."
+        )
+
+
+def _refuse_missing(model: str | Path, loaded: Any, missing: Collection[str]) -> None:
+    """Weights that the files lack would be random: a reward model or a bare decoder taken for a language model."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), "
+            "which would start random. Name a model that was saved as one, or load it yourself and pass it."
+        )
 
 
 def _round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -154,10 +222,32 @@ def drop_gguf_config(model: Any) -> None:
                 setattr(model, attribute, None)
 
 
-def load_processing_class(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token."""
+def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token.
+
+    Args:
+        model: name, folder, .gguf file or package.
+        init_kwargs: of the model; the tokenizer is read from the same place and revision.
+
+    Raises:
+        ModelError: there is none.
+    """
     source = find_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs)
+    where = {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
+    with _reading(model, "tokenizer", "Save it beside the model, or pass processing_class"):
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs, **where)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def _reading(model: str | Path, what: str, fix: str) -> Generator[None]:
+    """Say which model could not be read, and what to do, in place of the first thing that broke."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model = {str(model)!r}: no {what} could be read from it. {fix}. ({reason})") from error

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.data import answer_group, read_last
 from burnish.errors import ModelError, RewardError
+from burnish.model.adapters import saved_adapters
 from burnish.model.loading import load_processing_class
 from burnish.model.precision import fast_bf16
 from burnish.model.rewards import load_reward_model, pack_reads, prepare_for_rewards, reward_scores
@@ -31,7 +32,8 @@ class RewardModel:
     plain completion, the chat template ends conversational ones.
 
     Args:
-        model: what `RewardTrainer` saved (folder or hub name), or a sequence classifier with one label in memory.
+        model: what `RewardTrainer` saved (folder of a model or of adapters, hub name), or a sequence classifier with
+            one label in memory.
         tokenizer: the reward model's own, which may differ from the policy's; None: the one saved with it.
         token_budget: most tokens of one forward; a longer completion runs alone. None: all at once.
         chat_template: a file with a template, or a template's name; None: the tokenizer's own.
@@ -64,6 +66,9 @@ class RewardModel:
         self.model, _ = load_reward_model(model, bf16=fast_bf16(place) if bf16 is None else bf16, seed=None)
         if isinstance(model, str | Path):
             self.model.to(place)
+        if isinstance(model, str | Path) and saved_adapters(model) is not None:
+            # Adapters are saved without a configuration, and that of their base knows nothing of the padding token.
+            causal_lm(self.model).config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         prepare_for_rewards(self.model)
         config = causal_lm(self.model).config.get_text_config()
         self._pad_token_id: int | None = config.pad_token_id

@@ -26,9 +26,12 @@ from transformers import (
 )
 
 from burnish.errors import CheckFailed, ModelError
+from burnish.model.adapters import put_adapters, saved_adapters
 from burnish.model.attention import install
+from burnish.model.lean import save_less
 from burnish.model.loading import find_model, load_model
 from burnish.model.prefix import PrefixLayout
+from burnish.model.quantization import keep_layout, mark_quantized
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
 from burnish.model.support import supports_prefix
 from burnish.packing import pack
@@ -70,7 +73,8 @@ def load_reward_model(
     """A sequence classifier with one label; a causal language model becomes one.
 
     Args:
-        model: name, folder, .gguf file, package, or a model, of a classifier or a causal language model.
+        model: name, folder (of a model or of a reward model's adapters), .gguf file, package, or a model, of a
+            classifier or a causal language model.
         bf16: compute in bf16.
         seed: of the new `score` layer of a causal language model; None refuses one, whose scores would mean nothing.
         init_kwargs: passed to `from_pretrained`.
@@ -81,6 +85,16 @@ def load_reward_model(
     Raises:
         ModelError: no such model, more than one label, or an architecture without a sequence classifier.
     """
+    adapters = saved_adapters(find_model(model).name) if isinstance(model, str | Path) else None
+    if adapters is not None:
+        if adapters.task_type != "SEQ_CLS":
+            raise ModelError(
+                f"model = {_name(model)}: adapters of task_type {adapters.task_type!r}, a reward model's are SEQ_CLS."
+                " Merge them into their base first (peft: merge_and_unload), and pass the merged model."
+            )
+        # The adapters bring their own score, so a new one of the base is never read.
+        base, _ = load_reward_model(adapters.base, bf16=bf16, seed=0, init_kwargs=init_kwargs)
+        return put_adapters(base, adapters)
     ready = is_reward_model(model, init_kwargs)
     if not ready and seed is None:
         raise ModelError(
@@ -102,18 +116,13 @@ def is_reward_model(model: str | Path | PreTrainedModel, init_kwargs: Mapping[st
     """Whether it is a sequence classifier already, in memory or (by its configuration) saved.
 
     Raises:
-        ModelError: no such model, or a folder of adapters alone.
+        ModelError: no such model.
     """
     if not isinstance(model, str | Path):
         return type(causal_lm(model)).__name__.endswith("ForSequenceClassification")
     source = find_model(model)
     if source.gguf_file is not None:
         return False
-    if Path(source.name).is_dir() and not (Path(source.name) / "config.json").is_file():
-        raise ModelError(
-            f"model = {str(model)!r}: adapters without their base. Load the base as a sequence classifier, put the "
-            "adapters on it with peft.PeftModel.from_pretrained, and pass the model."
-        )
     where = {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
     config = AutoConfig.from_pretrained(source.name, **where)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
@@ -152,6 +161,7 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             parameter.copy_(_new_head(parameter.shape, seed) if name == "weight" else torch.zeros(parameter.shape))
+    mark_quantized(made, like=model)
     return made.train(model.training)
 
 
@@ -163,6 +173,8 @@ def classifier_adapters(peft_config: Any) -> Any:
     """
     from peft import TaskType
 
+    if not hasattr(peft_config, "peft_type"):
+        return peft_config  # refused with the other arguments
     task = cast("TaskType | str | None", getattr(peft_config, "task_type", None))
     if task not in (None, TaskType.SEQ_CLS):
         raise ModelError(
@@ -200,6 +212,7 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
             hidden state.
     """
     classifier = causal_lm(model)
+    keep_layout(classifier)
     prefix = getattr(classifier, "base_model_prefix", "")
     if not (hasattr(classifier, "score") and hasattr(classifier, prefix)):
         raise ModelError(
@@ -213,6 +226,7 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
         install(classifier)
     else:
         logger.warning("%s runs one row per completion: %s", type(classifier).__name__, support.reason)
+    save_less(classifier)
     classifier.forward = MethodType(_reward_forward, classifier)
     classifier._burnish_prefix = support.ok
     _probe_score(classifier)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, cast
@@ -20,7 +20,9 @@ import torch
 from burnish.errors import CheckFailed, ModelError
 from burnish.model.attention import install, use_layout
 from burnish.model.head import HeadOutput, HeadSpec, head_logprobs, head_spec
+from burnish.model.lean import recomputing, save_less
 from burnish.model.prefix import PrefixLayout
+from burnish.model.quantization import keep_layout
 from burnish.model.support import supports_prefix
 from burnish.packing import to_row
 from burnish.types import PackedBatch
@@ -141,11 +143,13 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
     lm = causal_lm(model)
     if lm.get_output_embeddings() is None or not hasattr(lm, lm.base_model_prefix):
         raise ModelError(f"{type(lm).__name__} has no output embedding: pass a causal language model.")
+    keep_layout(lm)
     support = supports_prefix(lm)
     if support.ok:
         install(lm)
     else:
         logger.warning("%s runs one row per completion: %s", type(lm).__name__, support.reason)
+    save_less(lm)
     spec = head_spec(lm.config)
     lm.forward = MethodType(_scoring_forward, lm)
     lm._burnish_scoring = _Setup(prefix=support.ok, fused=True, spec=spec)
@@ -172,6 +176,11 @@ def _probe_head(lm: Any) -> float | None:
         plain = logits[0, :-1].float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         request = ScoringRequest(None, torch.arange(7, device=device), targets, 1.0)
         tiled = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, scoring=request)[0].float()
+    if not torch.isfinite(plain).all():
+        raise ModelError(
+            f"{type(lm).__name__}: its log-probabilities of a short row are not finite: a weight is NaN or infinite, "
+            f"or {logits.dtype} overflows. Load it again, or in another dtype."
+        )
     difference = float((plain - tiled).abs().max())
     # The model rounds its logits to its dtype, the tiled head does not: a bf16 logit of 20 is known to 0.06.
     bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
@@ -231,10 +240,7 @@ def _head_scores(head: Any) -> Generator[None]:
 @contextmanager
 def attention_layout(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
     """Attend by a layout, or without one as the model does by itself (one row per completion)."""
-    if layout is None:
-        yield
-        return
-    with use_layout(layout, model):
+    with recomputing(model), nullcontext() if layout is None else use_layout(layout, model):
         yield
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
 from burnish.model.dropout import disable_dropout
+from burnish.model.quantization import is_quantized
 from burnish.model.rewards import (
     classifier_adapters,
     is_reward_model,
@@ -69,6 +70,8 @@ def load_value_model(
         model = copy.deepcopy(model)
     loaded, exact = load_reward_model(model, bf16=bf16, seed=seed, init_kwargs=init_kwargs)
     _widen_score(causal_lm(loaded), exact)
+    if peft_config is None and is_quantized(causal_lm(loaded)) and not hasattr(loaded, "peft_config"):
+        raise ModelError("value_peft_config = None: quantised weights cannot be trained; pass adapters for the critic.")
     if peft_config is not None:
         _refuse_adapters(loaded)
         loaded, exact = _add_adapters(loaded, classifier_adapters(peft_config), seed), {}

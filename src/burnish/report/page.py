@@ -35,7 +35,18 @@ _TASK_KEYS = (
     "data.train.task",
 )
 _ABSENT = "\N{EN DASH}"
-_STAGE_NAMES = {"raw": "Raw", "sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO", "kto": "KTO"}
+_STAGE_NAMES = {
+    "raw": "Raw",
+    "sft": "SFT",
+    "reward": "Reward model",
+    "dpo": "DPO",
+    "kto": "KTO",
+    "online_dpo": "Online DPO",
+    "grpo": "GRPO",
+    "ppo": "PPO",
+    "rloo": "RLOO",
+}
+_LOWER_IS_BETTER = {"nll"}
 
 
 def write_report(run_dir: str | os.PathLike[str], output: Path | None = None, *, max_transcripts: int = 5000) -> Path:
@@ -218,7 +229,9 @@ def _gain(comparison: Comparison) -> str:
     elif not difference.excludes_zero:
         kind, verdict = "unclear", "interval includes 0"
     else:
-        kind, verdict = ("better", "interval excludes 0") if difference.mean > 0 else ("worse", "interval excludes 0")
+        up = difference.mean > 0
+        kind = "better" if up != (comparison.metric in _LOWER_IS_BETTER) else "worse"
+        verdict = "interval excludes 0"
     if comparison.k is None and difference.low is not None and difference.high is not None:
         bounds = f"{difference.low:+.3g} to {difference.high:+.3g}"
     else:

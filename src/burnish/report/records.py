@@ -17,6 +17,9 @@ from burnish.errors import DataError
 
 __all__ = ["Comparison", "Evaluation", "Interval", "MetricRow", "Run", "Transcript", "finite", "read_run"]
 
+_OFFLINE = {"sft", "reward", "dpo", "kto"}
+"""Stages that sample nothing, so that a run of them alone has no transcripts to miss."""
+
 _PASS_AT_K = re.compile(r"pass(?:@|_at_)(\d+)")
 
 
@@ -124,7 +127,9 @@ def read_run(run_dir: Path) -> Run:
     run.config = _read_object(run, "config.json")
     run.environment = _read_object(run, "environment.json")
     run.metrics = _metrics(run)
-    run.transcripts = _transcripts(run)
+    stages = {row.stage for row in run.metrics}
+    if (run_dir / "transcripts.jsonl").is_file() or not stages or not stages <= _OFFLINE:
+        run.transcripts = _transcripts(run)
     _evaluations(run)
     if run.metrics and run.evaluations and run.metrics[-1].stage not in {e.name for e in run.evaluations}:
         stage = run.metrics[-1].stage

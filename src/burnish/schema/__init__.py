@@ -7,7 +7,8 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 from __future__ import annotations
 
 from burnish.schema.algorithms import ADVANTAGE_NAMES, ALGORITHMS, LOSS_NAMES, Algorithm, apply_algorithm
-from burnish.schema.checks import check_fields, check_mapping, without_aliases
+from burnish.schema.checks import check_fields, check_keywords, check_mapping
+from burnish.schema.elsewhere import Elsewhere, elsewhere
 from burnish.schema.fields import (
     CommonFields,
     DPOFields,
@@ -34,6 +35,7 @@ __all__ = [
     "Algorithm",
     "CommonFields",
     "DPOFields",
+    "Elsewhere",
     "FieldInfo",
     "GRPOFields",
     "KTOFields",
@@ -45,11 +47,12 @@ __all__ = [
     "SFTFields",
     "apply_algorithm",
     "check_fields",
+    "check_keywords",
     "check_mapping",
     "check_values",
+    "elsewhere",
     "known_fields",
     "lora_fields",
     "refused_fields",
     "training_argument_fields",
-    "without_aliases",
 ]

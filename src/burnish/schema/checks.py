@@ -7,38 +7,19 @@ import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from numbers import Number
+from pathlib import Path
+from typing import Any, cast
 
 from burnish.errors import ConfigError
 from burnish.schema.algorithms import apply_algorithm
+from burnish.schema.elsewhere import drop_elsewhere
 from burnish.schema.fields import known_fields
 from burnish.schema.inherited import FieldInfo
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
-__all__ = ["ALIASES", "check_fields", "check_mapping", "did_you_mean", "without_aliases"]
-
-ALIASES: dict[Kind, dict[str, str]] = {
-    "ppo": {
-        "cliprange": "epsilon",
-        "kl_coef": "beta",
-        "num_ppo_epochs": "num_iterations",
-        "response_length": "max_completion_length",
-    },
-}
-"""Names that TRL gave to fields of a stage -> the names here."""
-
-_ELSEWHERE = {
-    "dataset_kwargs": "burnish reads rows as they are; describe them in [data]",
-    "generation_batch_size": "set steps_per_generation",
-    "generation_kwargs": "set temperature, top_p, top_k, min_p or stop",
-    "max_seq_length": "its name is max_length",
-    "pad_to_multiple_of": "rows are packed, there is no padding",
-    "padding_free": "rows are always packed, there is no padding",
-    "trust_remote_code": "set it in [model_init]",
-    "use_vllm": "completions are sampled in process, from the weights being trained",
-}
-"""Names of TRL's that mean nothing here -> what to do instead."""
+__all__ = ["check_fields", "check_keywords", "check_mapping", "did_you_mean"]
 
 
 def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
@@ -56,11 +37,11 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
         ConfigError: an unknown name, a wrong type, a bad value, a contradiction, or a field no trainer honours.
     """
     fields = known_fields(kind)
-    mapping = without_aliases(kind, mapping)
-    for name in mapping:
-        if name not in fields and name in _ELSEWHERE:
-            raise ConfigError(f"[{where}] {name}: not a field of burnish; {_ELSEWHERE[name]}.")
-    values = check_mapping(fields, mapping, where)
+    try:
+        own = drop_elsewhere(kind, fields, mapping)
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from None
+    values = check_mapping(fields, own, where)
     everything = {name: copy.copy(info.default) for name, info in fields.items()} | values
     try:
         check_values(kind, apply_algorithm(kind, everything, values))
@@ -69,17 +50,51 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
     return values
 
 
-def without_aliases(kind: Kind, mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """The same fields by the names that they have here.
+def check_keywords(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a stage's config, checked as a file's entries are.
+
+    Values of plain types are coerced as in `check_fields`; what only Python can hold (enumerations, objects) is left to
+    the config. TRL's fields that ask for what happens here anyway are dropped.
 
     Raises:
-        ConfigError: one field by two names.
+        ConfigError: an unknown name, with what to do instead, or a value of another type than the field's.
     """
-    aliases = ALIASES.get(kind, {})
-    for alias, name in aliases.items():
-        if alias in mapping and name in mapping:
-            raise ConfigError(f"{alias} and {name} are one field: set {name} alone.")
-    return {aliases.get(name, name): value for name, value in mapping.items()}
+    fields = known_fields(kind)
+    checked: dict[str, Any] = {}
+    for name, value in drop_elsewhere(kind, fields, values).items():
+        if name not in fields:
+            raise ConfigError(f"{name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
+        plain = _plain(value)
+        checked[name] = value if plain is _OPAQUE else _coerced(fields[name], plain, f"{name} = {value!r}")
+    return checked
+
+
+_OPAQUE = object()
+"""Stands for a value that a file cannot hold."""
+
+
+def _plain(value: Any) -> Any:
+    """The value as a file would give it: tuples as lists, paths as text, numpy's numbers as Python's."""
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Number) and callable(item := getattr(value, "item", None)):
+        return item()
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in cast("list[Any]", value)]
+        return _OPAQUE if _OPAQUE in items else items
+    if type(value) is dict:
+        parts = {key: _plain(item) for key, item in cast("dict[Any, Any]", value).items()}
+        return _OPAQUE if _OPAQUE in parts.values() else parts
+    return _OPAQUE
+
+
+def _coerced(info: FieldInfo, value: Any, what: str) -> Any:
+    try:
+        return _coerce(ast.parse(info.type, mode="eval").body, value)
+    except _MismatchError:
+        raise ConfigError(f"{what}: expected {info.type}, got {type(value).__name__}.") from None
 
 
 def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -92,12 +107,7 @@ def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], w
     for name, value in mapping.items():
         if name not in fields:
             raise ConfigError(f"[{where}] {name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
-        try:
-            values[name] = _coerce(ast.parse(fields[name].type, mode="eval").body, value)
-        except _MismatchError:
-            raise ConfigError(
-                f"[{where}] {name} = {value!r}: expected {fields[name].type}, got {type(value).__name__}."
-            ) from None
+        values[name] = _coerced(fields[name], value, f"[{where}] {name} = {value!r}")
     return values
 
 

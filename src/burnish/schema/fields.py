@@ -82,7 +82,6 @@ class SFTFields(CommonFields):
         "What becomes of a sequence above max_length: keep_start, keep_end, drop (the row is left out) or split (a "
         "text becomes several sequences).",
     )
-    packing: bool = _own(True, "Always on: rows are packed, padding does not exist, sequences do not see each other.")
     dataset_text_field: str = _own("text", "Column of plain text, for language modelling rows.")
     chat_template: str | None = _own(
         None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
@@ -109,6 +108,7 @@ class RewardFields(CommonFields):
     max_length: int | None = _own(
         1024, "Longest sequence in tokens; rows with a longer one are left out, and counted. None: no limit."
     )
+    eos_token: str | None = _own(None, "Token that ends a turn, where it is not the tokenizer's own.")
     pad_token: str | None = _own(
         None,
         "Token that pads when transformers runs the saved model; a score is read at the last token that is another "
@@ -201,6 +201,7 @@ class _OnlineFields(CommonFields):
     min_p: float | None = _own(None, "Sample from tokens at least this fraction as likely as the likeliest. None: all.")
     stop: list[str] | None = _own(None, "Strings that end a completion.")
     chat_template_kwargs: dict[str, Any] | None = _own(None, "Extra arguments of the chat template.")
+    disable_dropout: bool = _own(True, "Always on: samples are drawn without dropout, so they are trained on so too.")
     shuffle_dataset: bool = _own(True, "Draw prompts in a new order each epoch.")
     reward_weights: list[float] | None = _own(None, "One weight per reward. None: 1 each, or the rubric's own.")
     mask_truncated_completions: bool = _own(False, "Leave completions that hit the token limit out of the loss.")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,18 +19,32 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.training_args import ParallelMode
 
-from burnish.errors import CheckFailed, ConfigError, ModelError
+from burnish.errors import CheckFailed, ConfigError, DataError, ModelError
+from burnish.model.adapters import add_adapters, saved_adapters, without_base_config
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import MasterWeights
-from burnish.model.scoring import prepare_for_scoring
+from burnish.model.quantization import is_quantized
+from burnish.model.scoring import causal_lm, prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
+from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.metrics import StepMetrics
 from burnish.types import Group, PackedBatch
 
-__all__ = ["COMPLETE", "GroupTrainer", "MicroBatch", "collate", "resolve_tokenizer", "scored_tokens"]
+__all__ = [
+    "COMPLETE",
+    "GroupTrainer",
+    "MicroBatch",
+    "check_vocabulary",
+    "collate",
+    "resolve_tokenizer",
+    "scored_tokens",
+]
 
 logger = logging.getLogger(__name__)
+
+_STATE = "trainer.json"
+"""What a checkpoint holds of every trainer's own."""
 
 COMPLETE = "complete"
 """File that is written last into a checkpoint: a killed run may leave a folder without it."""
@@ -81,15 +98,31 @@ class GroupTrainer(Trainer):
         peft_config: Any,
         callbacks: list[TrainerCallback] | None,
         optimizers: tuple[torch.optim.Optimizer | None, Any],
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         _refuse_data_parallel(args)
+        _refuse_no_batch(args, train_dataset)
+        check_parts(
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            args=args,
+            eval_dataset=eval_dataset,
+        )
         self.tokenizer = processing_class
+        _check_quantised(model, args, peft_config)
         loaded, self._exact = self.load(model, args)
         if peft_config is not None:
-            loaded, self._exact = _add_adapters(loaded, peft_config), {}
+            loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
+        _check_trains(loaded)
+        check_vocabulary(loaded, train_dataset, "train_dataset")
+        check_vocabulary(loaded, eval_dataset, "eval_dataset")
         _use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self._num_tokens = 0
+        """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
             model=loaded,
             args=args,
@@ -99,6 +132,7 @@ class GroupTrainer(Trainer):
             processing_class=self.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
             self.remove_callback(shown)
@@ -107,6 +141,24 @@ class GroupTrainer(Trainer):
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint where one is named.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        folder = self.args.output_dir
+        if resume_from_checkpoint is True and not any(Path(folder).glob("checkpoint-*")):
+            raise ConfigError(
+                f"resume_from_checkpoint = True: output_dir = {folder!r} has no checkpoint; name one, or remove it to "
+                "start anew."
+            )
+        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
+            raise ConfigError(
+                f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def load(
         self, model: str | Path | PreTrainedModel, args: Any
@@ -158,6 +210,7 @@ class GroupTrainer(Trainer):
         groups = self.step_groups(epoch_iterator, num_batches)
         if groups is None:
             return [], None
+        self._num_tokens += sum(group.num_tokens for group in groups)
         self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         trainable = self.trainable_groups(groups)
@@ -176,6 +229,8 @@ class GroupTrainer(Trainer):
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Backward through each part of a micro-batch; gradients are synchronised with the last part only."""
+        if self.args.device.type == "cpu":
+            _return_freed_memory()
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
@@ -271,9 +326,18 @@ class GroupTrainer(Trainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log of a training step."""
-        metrics = self._metrics.flush(self.sum_over_ranks) if "loss" in logs else {}
-        super().log({**logs, **metrics}, start_time)
+        """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
+        if "loss" in logs:
+            logs = {**logs, **self.step_metrics(), "num_tokens": self.total_tokens()}
+        super().log(logs, start_time)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Metrics of the training steps since the last log, over all ranks."""
+        return self._metrics.flush(self.sum_over_ranks)
+
+    def total_tokens(self) -> float:
+        """Tokens trained on so far by all ranks, each prompt counted once for its group."""
+        return self.sum_over_ranks(float(self._num_tokens))
 
     def before_optimizer_step(self) -> None:
         """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""
@@ -281,24 +345,55 @@ class GroupTrainer(Trainer):
     def save_own_state(self, folder: Path) -> None:
         """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with without_base_config():
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.save_own_state(folder)
+        state = {"num_tokens": int(self.total_tokens())}
+        if self.is_world_process_zero():
+            (folder / _STATE).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (folder / COMPLETE).touch()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._num_tokens = 0
+        if not self.is_world_process_zero():
+            return
+        if (file := Path(checkpoint) / _STATE).is_file():
+            self._num_tokens = int(json.loads(file.read_text())["num_tokens"])
+        else:
+            logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # peft reads adapters into fp32, whatever they compute in; their masters are in the optimizer's state.
         for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """The groups of a data set's rows; `name` is for messages."""
+        raise NotImplementedError
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """A plain loader over groups."""
-        return self._plain_loader(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        """A plain loader over groups; rows that were not given to the trainer are encoded.
+
+        Raises:
+            DataError: there is nothing to evaluate on.
+        """
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if given is None:
+            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
+        return self._plain_loader(given if given is self.eval_dataset else self.encode(given, "eval_dataset"))
 
     def _plain_loader(self, dataset: Any) -> DataLoader[Any]:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -319,6 +414,50 @@ def scored_tokens(group: Group) -> int:
     return total
 
 
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The function of glibc; other C libraries have none."""
+    try:
+        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back: glibc keeps the holes that a step left, and the next one's tensors may not fit them."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+def check_vocabulary(model: Any, groups: Any, name: str) -> None:
+    """Refuse tokens that the model has no embedding for; a stream's are not known before they come.
+
+    Raises:
+        ModelError: naming the row.
+    """
+    lm = causal_lm(model)
+    if not isinstance(groups, list) or getattr(lm, "is_quantized", False):
+        return
+    size = int(lm.get_input_embeddings().weight.shape[0])
+    for group in cast("list[Group]", groups):
+        largest = max(max(ids, default=0) for ids in (group.prompt_ids, *(c.token_ids for c in group.completions)))
+        if largest >= size:
+            raise ModelError(
+                f"{name}: row {group.index} has the token {largest}, and {type(lm).__name__} has {size} embeddings: "
+                "processing_class belongs to another model, or the embeddings were not resized."
+            )
+
+
+def _refuse_no_batch(args: Any, groups: Any) -> None:
+    """A run of no step, which transformers mentions in a line of the log."""
+    size = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(groups, Sized) and len(groups) < size:
+        raise ConfigError(
+            f"dataloader_drop_last = True: {len(groups)} rows are no whole batch of {size}, so nothing would be "
+            "trained; remove it, or lower per_device_train_batch_size."
+        )
+
+
 def _refuse_data_parallel(args: Any) -> None:
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
         raise ConfigError(
@@ -327,15 +466,36 @@ def _refuse_data_parallel(args: Any) -> None:
         )
 
 
-def resolve_tokenizer(model: Any, processing_class: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one that belongs to the model; it has a pad token afterwards."""
+def resolve_tokenizer(
+    model: Any, processing_class: PreTrainedTokenizerBase | None, args: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that belongs to the model; it has `args.eos_token` and a pad token afterwards.
+
+    Raises:
+        ModelError: no tokenizer is known.
+        ConfigError: `eos_token` is not in the vocabulary.
+    """
     if processing_class is not None:
         tokenizer = processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"processing_class = {type(tokenizer).__name__}: pass a tokenizer of transformers (of a processor, its "
+                "tokenizer)."
+            )
     else:
-        name = model if isinstance(model, str | Path) else getattr(model.config, "_name_or_path", "")
-        if not name:
-            raise ModelError("processing_class = None: the model in memory names no tokenizer. Pass processing_class.")
-        tokenizer = load_processing_class(name)
+        name = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not name and not isinstance(model, str):
+            raise ModelError(
+                f"model = {type(model).__name__}, processing_class = None: nothing names a tokenizer. Pass the model's "
+                "name or folder, or its tokenizer as processing_class."
+            )
+        tokenizer = load_processing_class(name, args.model_init_kwargs)
+    if (eos_token := getattr(args, "eos_token", None)) is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token = {eos_token!r}: not in the vocabulary of the tokenizer; use a token that is."
+            )
+        tokenizer.eos_token = eos_token
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -349,10 +509,21 @@ def _use_non_reentrant_checkpointing(args: Any) -> None:
         setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
 
 
-def _add_adapters(model: Any, peft_config: Any) -> Any:
-    from peft import PeftModel, get_peft_model
+_ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as LoraConfig()"
 
-    if isinstance(model, PeftModel):
-        raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
-    # Adapters compute in the base's dtype; the optimizer keeps their fp32 masters.
-    return get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+
+def _check_quantised(model: Any, args: Any, peft_config: Any) -> None:
+    """Quantised weights have adapters; known before any is read."""
+    if peft_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is None:
+        return
+    if not isinstance(model, str | Path) or saved_adapters(model) is None:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+
+
+def _check_trains(model: torch.nn.Module) -> None:
+    has_adapters = hasattr(model, "peft_config")
+    if is_quantized(causal_lm(model)) and not has_adapters:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fix = "load the adapters with is_trainable=True" if has_adapters else "let some of them require gradients"
+        raise ModelError(f"model = {type(model).__name__}: all of its parameters are frozen; {fix}.")

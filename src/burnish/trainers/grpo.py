@@ -31,7 +31,9 @@ class GRPOTrainer(PolicyTrainer):
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
+        quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
+        tools, rollout_func, environment_factory: TRL's; refused.
         engine: samples completions; the native in-process engine if None.
         ref_model: the reference of the KL term; if None, the model as it was given (adapters off, or a frozen copy).
         reward_processing_classes: tokenizers of reward models; their own if None.

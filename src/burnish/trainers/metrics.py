@@ -72,7 +72,9 @@ class StepMetrics:
         logs = {name: sum_over_ranks(fmean(values)) / world for name, values in sorted(self._values.items())}
         for name, parts in sorted(self._tokens.items()):
             count = sum_over_ranks(float(sum(n for _, n in parts)))
-            logs[name] = sum_over_ranks(sum(s for s, _ in parts)) / max(count, 1.0)
+            value = sum_over_ranks(sum(s for s, _ in parts))
+            if count:
+                logs[name] = value / count
         self._values.clear()
         self._tokens.clear()
         return logs

@@ -42,7 +42,9 @@ class OnlineDPOTrainer(OnlineTrainer):
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
+        quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
+        reward_processing_classes, tools, rollout_func, environment_factory: TRL's; refused.
         engine: samples completions; the native in-process engine if None.
         ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
 

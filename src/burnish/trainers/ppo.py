@@ -122,7 +122,7 @@ class PPOTrainer(PolicyTrainer):
         else:
             source = self.model if value_model is None else value_model
             model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=args.model_init_kwargs, **common)
-        cls, kwargs = self.get_optimizer_cls_and_kwargs(args, cast(Any, model))
+        cls, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
         rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         return Critic(
             model,
@@ -133,7 +133,7 @@ class PPOTrainer(PolicyTrainer):
             max_grad_norm=args.max_grad_norm,
             token_budget=args.token_budget,
             exact=exact,
-            checkpointing=args.gradient_checkpointing,
+            checkpointing=bool(args.gradient_checkpointing),
             pad_token_id=cast(int, self.tokenizer.pad_token_id or 0),
             sum_over_ranks=self.sum_over_ranks,
             max_over_ranks=self.max_over_ranks,
@@ -213,7 +213,8 @@ class PPOTrainer(PolicyTrainer):
     def _schedule(self) -> float:
         """The learning rate of this step over the peak one."""
         peak = self.args.learning_rate
-        return self.lr_scheduler.get_last_lr()[0] / peak if self.lr_scheduler is not None and peak else 1.0
+        scheduler = cast(Any, self.lr_scheduler)
+        return float(scheduler.get_last_lr()[0]) / peak if scheduler is not None and peak else 1.0
 
     def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
         """None while only the critic learns."""

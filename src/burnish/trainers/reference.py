@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.errors import ModelError
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 
-__all__ = ["MovingReference", "Reference"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["MovingReference", "Reference", "check_reference"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,58 +28,104 @@ class Reference:
     """A policy that does not train.
 
     Attributes:
-        model: a frozen model, or None where the policy with its adapters off is the reference.
+        model: a frozen model, or None where the policy's own base scores.
         is_initial_policy: whether it must equal the policy before the first update.
+        start: what every trained weight was, by name, where the policy's adapters (or biases) as they were given are
+            part of the reference; None where the adapters are switched off.
         released: whether its weights have left memory, because all it will be asked is known.
     """
 
     model: torch.nn.Module | None
     is_initial_policy: bool
+    start: dict[str, torch.Tensor] | None = None
     released: bool = False
 
     @classmethod
     def of(cls, policy: Any, ref_model: Any = None) -> Reference:
         """The reference of a policy.
 
+        Without adapters it is a frozen copy. New adapters that change nothing yet are switched off instead, which is
+        the base bit for bit; adapters that have been trained before, or with which other weights train (biases), are
+        remembered as they are now.
+
         Args:
             policy: the model that will train, as it is now.
             ref_model: a model to use instead.
-
-        Raises:
-            ModelError: adapters that train biases, which stay changed when the adapters are off.
         """
         if ref_model is not None:
+            if causal_lm(ref_model) is causal_lm(policy):
+                raise ModelError("ref_model is the model itself, which trains: leave it out, a frozen copy is made.")
+            _warn_of_sizes(policy, ref_model)
             prepare_for_scoring(ref_model)
             return cls(_frozen(ref_model), is_initial_policy=False)
-        configs = getattr(policy, "peft_config", None)
-        if configs is None or not hasattr(policy, "disable_adapter"):
+        if not (hasattr(policy, "peft_config") and hasattr(policy, "disable_adapter")):
             return cls(_frozen(copy.deepcopy(policy)), is_initial_policy=True)
-        for name, config in configs.items():
-            bias = getattr(config, "bias", "none")
-            if bias != "none":
-                raise ModelError(
-                    f"peft_config.bias = {bias!r} (adapter {name!r}): trained biases stay changed with adapters off, "
-                    "so the base is no reference. Use bias='none', or pass ref_model."
-                )
-        return cls(None, is_initial_policy=True)
+        if _trains_adapters_only(policy) and _adapters_change_nothing(policy):
+            return cls(None, is_initial_policy=True)
+        trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+        logger.info("the reference is the policy with its %d trained weights as they are now", len(trained))
+        return cls(None, is_initial_policy=True, start=trained)
 
     @contextmanager
     def active(self, policy: Any) -> Generator[torch.nn.Module]:
         """The model to score with, in evaluation mode."""
         assert not self.released
         model = policy if self.model is None else self.model
-        with policy.disable_adapter() if self.model is None else nullcontext(), eval_mode(model):
+        with self._switched(policy), eval_mode(model):
             yield model
+
+    def _switched(self, policy: Any) -> AbstractContextManager[Any]:
+        if self.model is not None:
+            return nullcontext()
+        return policy.disable_adapter() if self.start is None else _weights_of(policy, self.start)
 
     def fingerprint(self, policy: Any) -> str:
         """SHA-256 over the names, shapes and values of every weight that scores."""
         digest = hashlib.sha256()
         with self.active(policy) as model:
             for name, weight in sorted(causal_lm(model).state_dict().items()):
-                if self.model is not None or "lora_" not in name:
+                if self.model is not None or self.start is not None or "lora_" not in name:
                     digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-                    digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                    digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _trains_adapters_only(policy: Any) -> bool:
+    """Whether every trained weight leaves the forward when adapters are switched off."""
+    inside = (policy.base_model.prefix, "modules_to_save.", "trainable_tokens_")
+    return all(any(part in name for part in inside) for name, p in policy.named_parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def _adapters_change_nothing(policy: Any) -> bool:
+    """Whether a short row has the same logits with and without adapters, bit for bit."""
+    embedding = policy.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    ids = (torch.arange(16, device=embedding.weight.device) * 7919 + 11)[None] % vocabulary
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with eval_mode(policy):
+        on = policy(**inputs).logits
+        with policy.disable_adapter():
+            return torch.equal(on, policy(**inputs).logits)
+
+
+@contextmanager
+def _weights_of(policy: torch.nn.Module, values: dict[str, torch.Tensor]) -> Generator[None]:
+    """Other values in some of a model's parameters; its own come back at the end."""
+    parameters = dict(policy.named_parameters())
+    if changed := [name for name, value in values.items() if parameters[name].shape != value.shape]:
+        raise ModelError(
+            f"{changed[0]}: {tuple(parameters[changed[0]].shape)} is not the shape {tuple(values[changed[0]].shape)} "
+            "that the reference remembers: the model was sharded since. Pass ref_model."
+        )
+    own = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
 
 
 class MovingReference(TrainerCallback):
@@ -102,6 +153,30 @@ class MovingReference(TrainerCallback):
         for own, trained in zip(self._model.parameters(), causal_lm(model).parameters(), strict=True):
             own.lerp_(trained.detach().to(own.dtype), self._alpha)
         self._moved()
+
+
+def check_reference(ref_model: Any) -> None:
+    """Refuse a reference that is no model, before any weight is read.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if ref_model is not None and not isinstance(causal_lm(ref_model), PreTrainedModel):
+        raise ModelError(
+            f"ref_model = {ref_model!r:.60}: pass a model of transformers in memory, such as "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
+    own, other = (causal_lm(model).get_input_embeddings().weight.shape[0] for model in (policy, ref_model))
+    if own != other:
+        logger.warning(
+            "ref_model has %d embeddings and the model %d: its log-probabilities mean something only under the same "
+            "tokenizer.",
+            other,
+            own,
+        )
 
 
 def _frozen(model: Any) -> Any:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,22 +12,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, sft_groups
-from burnish.errors import ConfigError, DataError
+from burnish.data import as_row, as_rows, encode_rows, sft_groups
+from burnish.errors import DataError
 from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
+from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
 from burnish.trainers.configs import SFTConfig
 from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
 
 __all__ = ["SFTTrainer"]
-
-logger = logging.getLogger(__name__)
-
-_STATE = "sft.json"
-"""What a checkpoint holds of this trainer's own."""
 
 
 class SFTTrainer(GroupTrainer):
@@ -52,9 +44,12 @@ class SFTTrainer(GroupTrainer):
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
         optimizers: an optimizer and a scheduler instead of the configured ones.
+        optimizer_cls_and_kwargs: a class and its arguments instead of the configured optimizer.
+        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would;
+            "nf4", or a configuration of transformers; needs `peft_config`.
         peft_config: train these adapters instead of the weights.
-        quantization_config: load the model's weights quantised (QLoRA, 2305.14314), as `model_init_kwargs` would; needs
-            `peft_config`.
+        formatting_func: turns a row into one plain text, which is then a language modelling row.
+        data_collator, compute_loss_func, compute_metrics, preprocess_logits_for_metrics: TRL's; refused.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -66,54 +61,66 @@ class SFTTrainer(GroupTrainer):
         self,
         model: str | Path | PreTrainedModel,
         args: SFTConfig | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: None = None,
+        compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
-        peft_config: Any = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: None = None,
         quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[Any], str] | None = None,
     ) -> None:
-        args = args if args is not None else SFTConfig()
-        args = _with_quantization(args, model, quantization_config, peft_config)
+        refuse_arguments(
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        args = with_quantization(resolve_args(args, SFTConfig), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
-        self.args = args
-        self.tokenizer = resolve_tokenizer(model, processing_class)
-        if args.eos_token is not None:
-            self.tokenizer.eos_token = args.eos_token
+        self.args = cast("SFTConfig", args)
+        self._format = formatting_func
+        self.tokenizer = resolve_tokenizer(model, processing_class, args)
         super().__init__(
             model,
             args,
             processing_class=self.tokenizer,
             train_dataset=self._training_groups(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._encode(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         # transformers would scale the noise by the length of the whole packed row.
         self.neftune_noise_alpha = None
-        self._num_tokens = 0
-        """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
 
     def _training_groups(self, dataset: Any) -> list[Group] | GroupStream:
         rows = as_rows(dataset, "train_dataset")
         if isinstance(rows, Sized):
-            return self._encode(rows)
+            return self.encode(rows, "train_dataset")
         GroupStream.check(self.args)
         return GroupStream(rows, self._encode_row, self.tokenizer, self._encoding())
 
-    def _encode(self, dataset: Any) -> list[Group]:
-        return encode_rows(self._encode_row, as_rows(dataset), self.tokenizer, **self._encoding())
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
+        return encode_rows(self._encode_row, as_rows(dataset, name), self.tokenizer, name=name, **self._encoding())
 
     def _encoding(self) -> dict[str, Any]:
         names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template")
         return {name: getattr(self.args, name) for name in names}
 
     def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:
-        if (column := self.args.dataset_text_field) != "text":
-            if column not in row:
+        if self._format is not None:
+            row = {"text": _formatted(self._format, as_row(row, options["index"]), options["index"])}
+        elif (column := self.args.dataset_text_field) != "text":
+            if column not in as_row(row, options["index"]):
                 raise DataError(
                     f"dataset_text_field = {column!r}: row {options['index']} has the columns {sorted(row)}; name the "
                     "one with the text."
@@ -143,10 +150,6 @@ class SFTTrainer(GroupTrainer):
             self.train_dataset.report()
         return result
 
-    def prepare_groups(self, groups: Sequence[Group]) -> None:
-        """Count the step's tokens."""
-        self._num_tokens += sum(group.num_tokens for group in groups)
-
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
         """This batch's share of the loss."""
         alpha = self.args.neftune_noise_alpha if model.training else None
@@ -162,31 +165,6 @@ class SFTTrainer(GroupTrainer):
             reduction="token",
             denominator=denominator,
         )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a log of training."""
-        super().log({**logs, "num_tokens": self._total_tokens()} if "loss" in logs else logs, start_time)
-
-    def _total_tokens(self) -> float:
-        return self.sum_over_ranks(float(self._num_tokens))
-
-    def save_own_state(self, folder: Path) -> None:
-        """The tokens so far, of all processes."""
-        state = {"num_tokens": int(self._total_tokens())}
-        if self.is_world_process_zero():
-            (folder / _STATE).write_text(json.dumps(state))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        self._num_tokens = 0
-        if not self.is_world_process_zero():
-            return
-        if (file := Path(checkpoint) / _STATE).is_file():
-            self._num_tokens = int(json.loads(file.read_text())["num_tokens"])
-        else:
-            logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _STATE)
 
     def evaluation_loop(
         self,
@@ -210,42 +188,15 @@ class SFTTrainer(GroupTrainer):
                     rows += len(part)
         total = max(self.sum_over_ranks(tokens), 1.0)
         metrics = {f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / total for name, value in sums.items()}
-        metrics[f"{metric_key_prefix}_num_tokens"] = self._total_tokens()
+        metrics[f"{metric_key_prefix}_num_tokens"] = self.total_tokens()
         empty: Any = None
         return EvalLoopOutput(
             predictions=empty, label_ids=empty, metrics=metrics, num_samples=int(self.sum_over_ranks(rows))
         )
 
 
-def _with_quantization(args: SFTConfig, model: Any, quantization_config: Any, peft_config: Any) -> SFTConfig:
-    """Arguments whose `model_init_kwargs` hold the quantisation, checked before any weight is read."""
-    kwargs = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        if "quantization_config" in kwargs:
-            raise ConfigError(
-                "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
-            )
-        if not isinstance(model, str | Path):
-            raise ConfigError(
-                "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
-            )
-        kwargs["quantization_config"] = quantization_config
-    config = kwargs.get("quantization_config")
-    if config is None:
-        return args
-    if peft_config is None:
-        raise ConfigError(
-            "peft_config = None: quantised weights cannot be trained; pass adapters, such as LoraConfig()."
-        )
-    if _uses_bitsandbytes(config) and find_spec("bitsandbytes") is None:
-        raise ConfigError("quantization_config needs the package bitsandbytes: pip install 'burnish[quant]'.")
-    args = copy.copy(args)
-    args.model_init_kwargs = kwargs
-    return args
-
-
-def _uses_bitsandbytes(config: Any) -> bool:
-    fields = cast("Mapping[str, Any]", config if isinstance(config, Mapping) else vars(config))
-    method = fields.get("quant_method")
-    named = str(getattr(method, "value", method)) == "bitsandbytes"
-    return named or any(fields.get(name) for name in ("load_in_4bit", "load_in_8bit"))
+def _formatted(formatting_func: Callable[[Any], str], row: Mapping[str, Any], index: int) -> str:
+    text = formatting_func(row)
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise DataError(f"row {index}: formatting_func returned {type(text).__name__}: return one string for one row.")
+    return text

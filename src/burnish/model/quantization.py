@@ -1,0 +1,105 @@
+"""Quantised weights: what is passed to transformers, and what bitsandbytes must not do while adapters train on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from burnish.errors import ConfigError, ModelError
+from burnish.schema.quantization import check_quantization
+
+__all__ = ["is_quantized", "keep_layout", "mark_quantized", "resolve_quantization"]
+
+logger = logging.getLogger(__name__)
+
+_MARKS = (
+    "hf_quantizer",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "quantization_method",
+    "_is_quantized_training_enabled",
+    "hf_device_map",
+)
+"""How transformers, accelerate and peft know a quantised model."""
+
+
+def resolve_quantization(value: Any, dtype: torch.dtype) -> Any:
+    """The `quantization_config` that `from_pretrained` takes.
+
+    Args:
+        value: `"nf4"`, `"int8"`, the arguments of `BitsAndBytesConfig`, or a configuration object of transformers.
+        dtype: what the model computes in; 4-bit products do too where `value` is a word or a table that names no
+            `bnb_4bit_compute_dtype`. An object is passed on as it is.
+
+    Raises:
+        ConfigError: a bad word or table, or the package bitsandbytes is not installed.
+    """
+    if isinstance(value, Mapping):
+        fields = cast("Mapping[str, Any]", value)
+        if str(fields.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+            return value
+    if isinstance(value, str | Mapping):
+        fields = check_quantization(value if isinstance(value, str) else _with_names(cast("Mapping[str, Any]", value)))
+        arguments: dict[str, Any] = {"bnb_4bit_compute_dtype": dtype, **fields}
+        value = BitsAndBytesConfig(**arguments)
+    if not isinstance(value, BitsAndBytesConfig):
+        return value
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("quantization_config needs the package bitsandbytes: pip install 'burnish[quant]'.")
+    if value.load_in_4bit and dtype != torch.float32 and value.bnb_4bit_compute_dtype == torch.float32:
+        logger.warning(
+            "quantization_config.bnb_4bit_compute_dtype = float32 (transformers' default) while the model computes in "
+            "%s: 4-bit layers multiply in fp32, which is slower. Set it to %s, or pass quantization_config='nf4'.",
+            dtype,
+            str(dtype).removeprefix("torch."),
+        )
+    return value
+
+
+def _with_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Dtypes by name, as a file says them."""
+    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields.items()}
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether transformers loaded the weights quantised."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def mark_quantized(model: Any, like: Any) -> None:
+    """Mark a model that took over another's quantised layers as quantised the same way."""
+    for name in _MARKS:
+        if hasattr(like, name):
+            setattr(model, name, getattr(like, name))
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference.
+
+    Where a CPU multiplies bf16, a 4-bit layer repacks its weight in place at its first forward in evaluation mode. From
+    then on its product has no derivative by its input, in training mode too: every adapter below the layer gets a
+    gradient of exactly zero. The repacked weight also rounds its constants to bf16, so scores would move at the first
+    evaluation.
+
+    Args:
+        model: any; changed in place where it has such layers.
+
+    Raises:
+        ModelError: weights that have been repacked already.
+    """
+    for name, module in model.named_modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{name}: bitsandbytes has repacked its 4-bit weight for inference, which rounds it and cuts gradients."
+                " Load the model again, and run nothing on it before the trainer has it; or pass its path."
+            )
+        cast("Any", module).support_avx512bf16_for_cpu = False

@@ -1,0 +1,226 @@
+"""Configuration fields of TRL's that burnish does not have: what to do instead, and the value that asks for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+from burnish.errors import ConfigError
+from burnish.schema.refused import Kind
+
+__all__ = ["Elsewhere", "drop_elsewhere", "elsewhere"]
+
+
+class Elsewhere(NamedTuple):
+    """A field that is not there.
+
+    Attributes:
+        neutral: the value that changes nothing here; a field that holds it is dropped.
+        fix: why the field does not exist, and what to do.
+    """
+
+    neutral: Any
+    fix: str
+
+
+_OFF = (None, False)
+
+_PACKED = "rows are packed without padding and do not see each other, whatever their lengths; remove the field"
+_IN_PROCESS = "completions are sampled in process, from the weights being trained; remove the field"
+_SAMPLING = "set temperature, top_p, top_k, min_p or stop"
+_ONE_CACHE = "the sampler keeps one cache of its own, each prompt in it once; remove the field"
+_PRINTED = "set log_completions and read the transcripts with `burnish report`"
+_NOT_THERE = "this loss or correction does not exist here; remove the field"
+_ENTROPY = "the entropy bonus does not adapt; set entropy_coef and watch the metric entropy"
+_CORRECTION = "set sampling_correction, sampling_correction_max and sampling_correction_min, for every engine"
+_ADAPTERS = "with adapters the reference is the same model with them switched off; remove the field"
+_BLOCKS = (
+    "a batch counts rows here, not blocks of max_length tokens, and rows are packed without padding anyway; remove the "
+    "field and set per_device_train_batch_size to the rows of a step"
+)
+
+_COMMON: dict[str, Elsewhere] = {
+    "activation_offloading": Elsewhere(False, "set gradient_checkpointing = true, which keeps less than it offloads"),
+    "cast_lm_head_to_fp32": Elsewhere(False, "log-probabilities are computed in fp32 anyway; remove the field"),
+    "dataset_batch_size": Elsewhere(None, "rows are encoded one by one; remove the field"),
+    "dataset_kwargs": Elsewhere(None, "burnish reads rows as they are; describe them in [data], or prepare them"),
+    "dataset_num_proc": Elsewhere(None, "rows are encoded in one process; remove the field"),
+    "ds3_gather_for_generation": Elsewhere(True, "sharded training is not supported yet; remove the field"),
+    "max_seq_length": Elsewhere(None, "its name is max_length"),
+    "packing": Elsewhere(False, _BLOCKS),
+    "pad_to_multiple_of": Elsewhere((None, "auto"), "rows are packed, there is no padding; remove the field"),
+    "router_aux_loss_coef": Elsewhere(
+        None,
+        "the load-balancing loss of a mixture of experts is a product of means, which a packed row would change; "
+        "it is not trained; remove the field",
+    ),
+    "trust_remote_code": Elsewhere(False, "set it in model_init_kwargs, in a file in [model_init]"),
+    "use_liger_loss": Elsewhere(
+        False, "log-probabilities already come from a tiled head that holds no logits; remove the field"
+    ),
+    "warmup_ratio": Elsewhere(0.0, "set warmup_steps to the share itself, such as 0.1"),
+}
+
+_PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")
+_CHAT_TEMPLATE = Elsewhere(None, "its name is chat_template; it takes a .jinja file, Jinja source or 'chatml'")
+_REFERENCE: dict[str, Elsewhere] = {
+    "chat_template_path": _CHAT_TEMPLATE,
+    "force_use_ref_model": Elsewhere(False, "pass ref_model to use one beside adapters; remove the field"),
+    "generate_during_eval": Elsewhere(False, "sample with `burnish eval`; remove the field"),
+    "is_encoder_decoder": Elsewhere(_OFF, "models are decoders only; remove the field"),
+    "label_pad_token_id": Elsewhere(-100, _PACKED),
+    "max_completion_length": Elsewhere(None, "max_length is of a prompt and its completion together; set max_length"),
+    "max_prompt_length": Elsewhere(None, "max_length is of a prompt and its completion together; set max_length"),
+    "model_adapter_name": Elsewhere(None, _ADAPTERS),
+    "pad_token": _PAD_TOKEN,
+    "padding_free": Elsewhere(False, _PACKED),
+    "padding_value": Elsewhere(None, _PACKED),
+    "precompute_ref_batch_size": Elsewhere(None, "the reference runs within token_budget; set token_budget"),
+    "ref_adapter_name": Elsewhere(None, _ADAPTERS),
+    "ref_model_init_kwargs": Elsewhere(None, "load the reference with them and pass it as ref_model"),
+    "shuffle_dataset": Elsewhere((None, True), "set train_sampling_strategy to random or sequential"),
+    "truncation_mode": Elsewhere(
+        "keep_start", "completions share their prompt, so sequences are cut at their end; raise max_length"
+    ),
+    "use_logits_to_keep": Elsewhere(_OFF, "logits are never kept; remove the field"),
+}
+
+_ONLINE: dict[str, Elsewhere] = {
+    "cache_implementation": Elsewhere(None, _ONE_CACHE),
+    "generation_batch_size": Elsewhere(None, "set steps_per_generation"),
+    "generation_kwargs": Elsewhere(None, _SAMPLING),
+    "log_completions_hub_repo": Elsewhere(None, _PRINTED),
+    "log_multimodal": Elsewhere((True, False), "completions are text; remove the field"),
+    "log_unique_prompts": Elsewhere(False, _PRINTED),
+    "num_completions_to_print": Elsewhere(None, _PRINTED),
+    "off_policy_mask_threshold": Elsewhere(None, _NOT_THERE),
+    "ref_model_mixup_alpha": Elsewhere(0.6, "the reference does not move in online stages; remove the field"),
+    "ref_model_sync_steps": Elsewhere(512, "the reference does not move in online stages; remove the field"),
+    "repetition_penalty": Elsewhere(
+        1.0, "a penalised distribution is not the one that trains; remove the field, and reward against repetition"
+    ),
+    "sync_ref_model": Elsewhere(False, "the reference does not move in online stages; remove the field"),
+    "transformers_continuous_batching_config": Elsewhere(None, _IN_PROCESS),
+    "use_transformers_continuous_batching": Elsewhere(False, _IN_PROCESS),
+    "use_transformers_paged": Elsewhere(False, _IN_PROCESS),
+    "use_vllm": Elsewhere(False, _IN_PROCESS),
+    "vllm_enable_sleep_mode": Elsewhere(False, _IN_PROCESS),
+    "vllm_gpu_memory_utilization": Elsewhere(0.3, _IN_PROCESS),
+    "vllm_group_port": Elsewhere(51216, _IN_PROCESS),
+    "vllm_max_model_length": Elsewhere(None, _IN_PROCESS),
+    "vllm_mode": Elsewhere("colocate", _IN_PROCESS),
+    "vllm_model_impl": Elsewhere("vllm", _IN_PROCESS),
+    "vllm_server_base_url": Elsewhere(None, _IN_PROCESS),
+    "vllm_server_host": Elsewhere("0.0.0.0", _IN_PROCESS),
+    "vllm_server_port": Elsewhere(8000, _IN_PROCESS),
+    "vllm_server_timeout": Elsewhere(240.0, _IN_PROCESS),
+    "vllm_structured_outputs_regex": Elsewhere(None, _IN_PROCESS),
+    "vllm_tensor_parallel_size": Elsewhere(1, _IN_PROCESS),
+}
+
+_POLICY: dict[str, Elsewhere] = {
+    "entropy_coef_delta": Elsewhere(0.005, _ENTROPY),
+    "entropy_coef_max": Elsewhere(1.0, _ENTROPY),
+    "entropy_coef_min": Elsewhere(0.0, _ENTROPY),
+    "entropy_target": Elsewhere(0.2, _ENTROPY),
+    "max_tool_calling_iterations": Elsewhere(None, "a completion is one turn; remove the field"),
+    "use_adaptive_entropy": Elsewhere(False, _ENTROPY),
+    "vespo_k_neg": Elsewhere(3.0, _NOT_THERE),
+    "vespo_k_pos": Elsewhere(2.0, _NOT_THERE),
+    "vespo_lambda_neg": Elsewhere(2.0, _NOT_THERE),
+    "vespo_lambda_pos": Elsewhere(3.0, _NOT_THERE),
+    "vllm_importance_sampling_cap": Elsewhere(None, _CORRECTION),
+    "vllm_importance_sampling_clip_max": Elsewhere((3.0, None), _CORRECTION),
+    "vllm_importance_sampling_clip_min": Elsewhere(None, _CORRECTION),
+    "vllm_importance_sampling_correction": Elsewhere((True, False), _CORRECTION),
+    "vllm_importance_sampling_mode": Elsewhere("sequence_mask", _CORRECTION),
+}
+
+_BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
+    "sft": {
+        "chat_template_path": _CHAT_TEMPLATE,
+        "eval_packing": Elsewhere(_OFF, _BLOCKS),
+        "packing_strategy": Elsewhere("bfd", _BLOCKS),
+        "pad_token": _PAD_TOKEN,
+        "padding_free": Elsewhere(False, _PACKED),
+        "shuffle_dataset": Elsewhere(None, "set train_sampling_strategy to random or sequential"),
+    },
+    "reward": {"chat_template_path": _CHAT_TEMPLATE},
+    "dpo": {
+        **_REFERENCE,
+        "cpo_alpha": Elsewhere(0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, cpo_alpha]'),
+        "reference_free": Elsewhere(
+            False, "losses without a reference are cpo, simpo, alphapo and orpo; set loss_type"
+        ),
+        "rpo_alpha": Elsewhere(None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, rpo_alpha]'),
+    },
+    "kto": _REFERENCE,
+    "online_dpo": {
+        **_ONLINE,
+        "max_length": Elsewhere(None, "set max_prompt_length and max_completion_length"),
+        "max_new_tokens": Elsewhere(None, "its name is max_completion_length"),
+        "missing_eos_penalty": Elsewhere(None, "set mask_truncated_completions, or add a reward function that sees it"),
+        "reward_model_path": Elsewhere(None, "pass burnish.RewardModel(path) among reward_funcs"),
+    },
+    "grpo": {**_ONLINE, **_POLICY},
+    "rloo": {**_ONLINE, **_POLICY},
+    "ppo": {
+        **_ONLINE,
+        "local_rollout_forward_batch_size": Elsewhere(64, "forwards run within token_budget; set token_budget"),
+        "num_mini_batches": Elsewhere(1, "set steps_per_generation: micro-batches that one round of sampling feeds"),
+        "num_sample_generations": Elsewhere(10, "set eval_strategy, and log_completions for transcripts"),
+        "reward_model_path": Elsewhere(None, "pass it to the trainer as reward_model"),
+        "sft_model_path": Elsewhere(None, "pass it to the trainer as model"),
+        "stop_token": Elsewhere((None, "eos"), "completions end at the tokenizer's EOS; set stop for other strings"),
+        "stop_token_id": Elsewhere(None, "completions end at the tokenizer's EOS; set stop for other strings"),
+        "total_episodes": Elsewhere(None, "set max_steps or num_train_epochs"),
+    },
+}
+
+
+@cache
+def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
+    """The fields that TRL's config of a stage has and ours does not."""
+    return _COMMON | _BY_KIND[kind]
+
+
+ALIASES: dict[Kind, dict[str, str]] = {
+    "ppo": {
+        "cliprange": "epsilon",
+        "kl_coef": "beta",
+        "num_ppo_epochs": "num_iterations",
+        "response_length": "max_completion_length",
+    },
+}
+"""Names that TRL gave to fields of a stage -> the names here."""
+
+
+def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by their names here, without those that only TRL has and that ask for what happens here anyway.
+
+    Args:
+        kind: the stage.
+        known: burnish's own and inherited fields, by name.
+        values: fields as given.
+
+    Raises:
+        ConfigError: one that asks for something else, or one field by two names.
+    """
+    kept: dict[str, Any] = {}
+    aliases = ALIASES.get(kind, {})
+    for alias, name in aliases.items():
+        if alias in values and name in values:
+            raise ConfigError(f"{alias} and {name} are one field: set {name} alone.")
+    for name, value in ((aliases.get(given, given), value) for given, value in values.items()):
+        there = elsewhere(kind).get(name)
+        if name in known or there is None:
+            kept[name] = value
+        elif not _is_neutral(value, there.neutral):
+            raise ConfigError(f"{name} = {value!r}: not a field of burnish; {there.fix}.")
+    return kept
+
+
+def _is_neutral(value: Any, neutral: Any) -> bool:
+    choices = neutral if isinstance(neutral, tuple) else (neutral,)
+    return any(type(value) is type(one) and value == one for one in choices)

@@ -1,0 +1,136 @@
+"""Keeping less must not change a bit of the result."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from burnish.model import lean, scoring
+from burnish.model.lean import recomputing, save_less
+from burnish.model.scoring import prepare_for_scoring, score
+from burnish.packing import pack
+from burnish.types import Completion, Group
+from live_bytes import LiveBytes
+
+
+def groups() -> list[Group]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(1, 96, (length,), generator=generator).tolist()
+
+    return [Group(ids(30), [Completion(ids(n)) for n in (20, 33, 9)]) for _ in range(3)]
+
+
+def run(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """Log-probabilities, gradients, and the bytes that the forward pass kept for the backward pass."""
+    model.zero_grad()
+    with LiveBytes() as counted:
+        logprobs = score(model, pack(groups())).logprobs
+        kept = counted.live
+        logprobs.sum().backward()
+    return logprobs.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, kept
+
+
+def keeping_all(monkeypatch: pytest.MonkeyPatch, model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "recomputing", lambda model: nullcontext())
+        return run(model)
+
+
+def assert_same(one: tuple[Any, dict[str, torch.Tensor], Any], other: tuple[Any, dict[str, torch.Tensor], Any]) -> None:
+    assert torch.equal(one[0], other[0])
+    assert one[1].keys() == other[1].keys()
+    for name, grad in one[1].items():
+        assert torch.equal(grad, other[1][name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "mixtral"])
+def test_values_and_gradients_are_bit_for_bit_the_same(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(kind, dtype=dtype).train()
+    prepare_for_scoring(model)
+    less, all_of_it = run(model), keeping_all(monkeypatch, model)
+    assert_same(less, all_of_it)
+    assert less[2] < all_of_it[2]
+
+
+def test_a_llama_in_bf16_keeps_less_than_half_as_much_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama", dtype=torch.bfloat16, num_hidden_layers=8).train()
+    prepare_for_scoring(model)
+    assert run(model)[2] < 0.5 * keeping_all(monkeypatch, model)[2]
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["gate_proj", "up_proj"]])
+def test_adapters(modules: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny.model("llama").train(), LoraConfig(target_modules=modules, init_lora_weights=False))
+    prepare_for_scoring(model)
+    assert_same(run(model), keeping_all(monkeypatch, model))
+
+
+def test_a_backward_pass_twice_over_one_graph() -> None:
+    model = tiny.model("llama").train()
+    prepare_for_scoring(model)
+    loss = score(model, pack(groups())).logprobs.sum()
+    weights = [p for n, p in model.named_parameters() if "proj" in n]
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, weights), strict=True))
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    model = tiny.model("llama").train()
+    prepare_for_scoring(model)
+    before = run(model)[0]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if "forward" in vars(module) and module is not model:
+                for parameter in module.parameters():
+                    parameter.mul_(2)
+    assert torch.equal(run(other)[0], before)
+    assert not torch.equal(run(model)[0], before)
+
+
+def test_a_tensor_changed_in_place_is_kept() -> None:
+    norm = torch.nn.RMSNorm(8)
+    model = torch.nn.Sequential(norm, torch.nn.Linear(8, 4))
+    save_less(model)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with recomputing(model):
+        out = model[1](model[0](x).add_(1.0))
+    (grad,) = torch.autograd.grad(out.sum(), model[1].weight)
+    expected = (torch.nn.functional.rms_norm(x, (8,), norm.weight) + 1.0).sum(0).expand(4, 8)
+    assert torch.allclose(grad, expected, atol=1e-6)  # sums of five fp32 numbers
+
+
+def test_outside_and_without_gradients_nothing_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> torch.Tensor:
+        raise AssertionError("recomputed")
+
+    model = tiny.model("llama").train()
+    prepare_for_scoring(model)
+    monkeypatch.setattr(lean, "_again", refuse)
+    model(torch.arange(1, 9)[None]).logits.sum().backward()
+    with torch.no_grad():
+        score(model, pack(groups()))
+    with pytest.raises(AssertionError, match="recomputed"):
+        score(model, pack(groups()))
+
+
+def test_a_module_that_only_looks_gated_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama").train()
+    kind = type(model.model.layers[0].mlp)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * own(self, x))
+    prepare_for_scoring(model)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    assert "forward" in vars(model.model.norm)
