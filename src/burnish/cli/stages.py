@@ -120,7 +120,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in found if (path / COMPLETE).is_file()), None)
 
 
-def _lora(fields: dict[str, Any] | None, kind: str) -> Any:
+def _lora(fields: dict[str, Any] | None) -> Any:
     if fields is None:
         return None
     from peft import LoraConfig
