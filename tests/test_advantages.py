@@ -27,8 +27,11 @@ def test_z_score_by_hand() -> None:
 def test_scales_by_hand() -> None:
     rewards = [[1.0, 3.0], [0.0, 0.0]]
     assert group_advantages(rewards, scale="none") == [[-1.0, 1.0], [0.0, 0.0]]
-    batch_std = math.sqrt(((1 - 1) ** 2 + (3 - 1) ** 2 + 2 * (0 - 1) ** 2) / 3)
-    assert group_advantages(rewards, scale="batch", eps=0.0)[0] == pytest.approx([-1 / batch_std, 1 / batch_std])
+    # Of 1, 3, 0 and 8 around 3; another number than the groups' own, sqrt(2) and sqrt(32).
+    batch_std = math.sqrt((4 + 0 + 9 + 25) / 3)
+    rows = group_advantages([[1.0, 3.0], [0.0, 8.0]], scale="batch", eps=0.0)
+    assert rows[0] == pytest.approx([-1 / batch_std, 1 / batch_std])
+    assert rows[1] == pytest.approx([-4 / batch_std, 4 / batch_std])
 
 
 def test_equal_rewards_give_exact_zeros() -> None:

@@ -456,6 +456,15 @@ def test_metrics_of_ones_own_in_evaluation(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_longest"] == 8.0
 
 
+def test_num_tokens_are_those_sampled_however_often_they_are_trained_on(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, num_iterations=2, max_steps=4)
+    steps = recorded(trainer)
+    trainer.train()
+    first, second = (sum(group.num_tokens for group in steps[i]) for i in (0, 2))
+    logged = [log["num_tokens"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == [first, first, first + second, first + second]
+
+
 def test_a_group_without_spread_keeps_its_entropy_bonus(tmp_path: Path) -> None:
     """No advantage, yet a gradient: it must not be dropped before the forward."""
     trainer = grpo(tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), entropy_coef=0.1, max_steps=1)

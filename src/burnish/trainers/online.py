@@ -115,7 +115,7 @@ class OnlineTrainer(GroupTrainer):
         self._rollouts = 0
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
-        self._num_tokens = 0
+        self._num_sampled_tokens = 0
         """Tokens sampled by this process, with each prompt counted once."""
         self._fresh = False
         bound = args.logprob_check_bound
@@ -255,7 +255,7 @@ class OnlineTrainer(GroupTrainer):
         groups = [share.group for share in shares]
         self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
         self._rounds += 1
-        self._num_tokens += sum(group.num_tokens for group in groups)
+        self._num_sampled_tokens += sum(group.num_tokens for group in groups)
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
@@ -299,11 +299,9 @@ class OnlineTrainer(GroupTrainer):
         if values:
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a log of training."""
-        if "loss" in logs:
-            logs = {**logs, "num_tokens": self.sum_over_ranks(float(self._num_tokens))}
-        super().log(logs, start_time)
+    def total_tokens(self) -> float:
+        """Tokens sampled so far by all ranks, each prompt counted once for its group: TRL's `num_tokens`."""
+        return self.sum_over_ranks(float(self._num_sampled_tokens))
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Hook: whether `judge` reads the trainer's log-probabilities of a group that is on-policy."""
@@ -415,7 +413,7 @@ class OnlineTrainer(GroupTrainer):
         state = RolloutState(
             rollouts=self._rollouts,
             rounds=self._rounds,
-            num_tokens=self._num_tokens,
+            num_tokens=self._num_sampled_tokens,
             place=self.source.place,
             level=self.source.level,
             buffer=self._buffer,
@@ -436,7 +434,7 @@ class OnlineTrainer(GroupTrainer):
         if checkpoint is None:
             return
         state = RolloutState.load(checkpoint, self.accelerator.process_index)
-        self._rollouts, self._rounds, self._num_tokens = state.rollouts, state.rounds, state.num_tokens
+        self._rollouts, self._rounds, self._num_sampled_tokens = state.rollouts, state.rounds, state.num_tokens
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
         self.load_state(state.own)
