@@ -11,7 +11,7 @@ import torch
 
 from burnish.errors import ModelError
 
-__all__ = ["SavedAdapters", "add_adapters", "put_adapters", "saved_adapters"]
+__all__ = ["Exact", "SavedAdapters", "add_adapters", "put_adapters", "saved_adapters"]
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
 """fp32 values of parameters that were rounded."""
