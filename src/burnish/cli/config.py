@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 from burnish.cli.files import apply_overrides, read_file
 from burnish.data.sources import check_source
@@ -248,7 +248,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     run = RunFile(
         path=Path(path),
         kind=kind,
-        training=check_fields(cast("Kind", kind), tables.get("training", {})) if trains else {},
+        training=check_fields(kind, tables.get("training", {})) if trains else {},
         **_shared(tables, path, pipeline=False),
         pairs=_pairs(tables.get("pairs", {})) if kind == "pairs" else None,
         document=document,
@@ -262,6 +262,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     _check_places(run.training, "training")
     if trains:
         _check_quantised(run)
+    checkpoint = run.training.get("resume_from_checkpoint")
+    if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not Path(checkpoint).is_dir():
+        raise ConfigError(f"[training] resume_from_checkpoint = {checkpoint!r}: no such folder; name a checkpoint.")
     return run
 
 
@@ -276,7 +279,7 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
                 "themselves; set output_dir at the top of the file instead."
             )
     stages: dict[str, Any] = {
-        kind: _pairs(tables[kind]) if kind == "pairs" else check_fields(cast("Kind", kind), tables[kind], kind)
+        kind: _pairs(tables[kind]) if kind == "pairs" else check_fields(kind, tables[kind], kind)
         for kind in PIPELINE_STAGES
         if kind in tables
     }

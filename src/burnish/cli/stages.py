@@ -133,7 +133,7 @@ def evaluate_model(
 ) -> Evaluation:
     """pass@k of a saved model on rows, and `nll` where they have completions; `shared` is `model_init`."""
     tokenizer = load_processing_class(model)
-    groups = encode_rows(prompt_group, rows, tokenizer)
+    groups = encode_rows(prompt_group, rows, tokenizer, name="data.eval")
     loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
     with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
         result = evaluate(
@@ -164,7 +164,7 @@ def make_pairs(
 ) -> dict[str, int]:
     """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
     tokenizer, folder = load_processing_class(model), Path(section.output_dir)
-    groups = encode_rows(prompt_group, rows, tokenizer)
+    groups = encode_rows(prompt_group, rows, tokenizer, name="data.train")
     loaded, engine = _engine(model, tokenizer, model_init)
     records = sample_rows(
         engine,

@@ -5,6 +5,7 @@ from burnish.data.encode import (
     EncodeStats,
     encode_lazily,
     encode_rows,
+    errors_of,
     preference_group,
     prompt_group,
     report_encoding,
@@ -12,7 +13,7 @@ from burnish.data.encode import (
     sft_groups,
     unpaired_group,
 )
-from burnish.data.formats import Format, Kind, detect_format, split_turns, unpair
+from burnish.data.formats import Format, Kind, as_row, detect_format, split_turns, unpair
 from burnish.data.rewards import RewardKind, answer_group, read_last, reward_group, reward_kind
 from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, load_rows
 
@@ -24,12 +25,14 @@ __all__ = [
     "Kind",
     "RewardKind",
     "answer_group",
+    "as_row",
     "as_rows",
     "check_source",
     "detect_format",
     "disjoint",
     "encode_lazily",
     "encode_rows",
+    "errors_of",
     "load_rows",
     "preference_group",
     "prompt_group",

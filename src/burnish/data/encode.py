@@ -21,6 +21,7 @@ from burnish.data.formats import (
     Format,
     Kind,
     Message,
+    check_roles,
     detect_format,
     messages_of,
     row_template_kwargs,
@@ -35,6 +36,7 @@ __all__ = [
     "EncodeStats",
     "encode_lazily",
     "encode_rows",
+    "errors_of",
     "preference_group",
     "prompt_group",
     "report_encoding",
@@ -46,8 +48,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-class _OverlongPromptError(DataError):
-    """A prompt over the limit; `encode_rows` counts it and goes on."""
+class _SkippedRowError(DataError):
+    """A row that a limit leaves nothing of; `encode_rows` counts it and goes on."""
 
 
 def encode_rows(
@@ -56,6 +58,7 @@ def encode_rows(
     processing_class: Any,
     *,
     stats: EncodeStats | None = None,
+    name: str = "",
     **options: Any,
 ) -> list[Group]:
     """Encode rows, skipping (and counting) those that leave nothing to learn from.
@@ -65,15 +68,28 @@ def encode_rows(
         rows: the rows; their place is the group's index.
         processing_class: tokenizer or processor.
         stats: counters to add to.
+        name: of the data set, for messages.
         options: the encoder's own.
 
     Raises:
         DataError: a row that cannot be encoded, no rows, or all rows skipped.
     """
     stats = EncodeStats() if stats is None else stats
-    groups = list(encode_lazily(encoder, rows, processing_class, stats=stats, **options))
-    report_encoding(stats, options)
+    with errors_of(name):
+        groups = list(encode_lazily(encoder, rows, processing_class, stats=stats, **options))
+        report_encoding(stats, options, name=name)
     return groups
+
+
+@contextmanager
+def errors_of(name: str) -> Generator[None]:
+    """Name the data set in errors of its rows."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 def encode_lazily(
@@ -94,40 +110,56 @@ def encode_lazily(
         stats.num_rows += 1
         try:
             made = encoder(row, processing_class, index=index, stats=stats, **options)
-        except _OverlongPromptError:
+        except _SkippedRowError:
             stats.num_skipped_rows += 1
             continue
         made = made if isinstance(made, list) else [made]
         kept = [group for group in made if all(c.num_scored_tokens > 0 for c in group.completions)]
         stats.num_kept += len(kept)
         stats.num_skipped_rows += bool(made) and not kept
+        stats.num_empty_completions += sum(
+            bool(group.prompt_ids) and not c.text.strip() for group in kept for c in group.completions
+        )
         yield from kept
 
 
-def report_encoding(stats: EncodeStats, options: Mapping[str, Any]) -> None:
-    """Log what encoding cut, dropped, split and skipped.
+def report_encoding(stats: EncodeStats, options: Mapping[str, Any], *, name: str = "") -> None:
+    """Log what encoding cut, dropped, split and skipped, and what is odd about the rows.
 
     Raises:
         DataError: nothing is left.
     """
     limits = {k: v for k, v in options.items() if k in ("max_length", "max_prompt_length") and v is not None}
+    if not stats.num_rows:
+        raise DataError("there are no rows: check the file, the filter or the split that they come from.")
     if not stats.num_kept:
         raise DataError(
             f"none of {stats.num_rows} rows has a token to learn from under {limits or 'no limits'}: raise the limits, "
             "or check that the rows have assistant turns or completions."
         )
+    where = f"{name}: " if name else ""
     for verb, rows, tokens in (
         ("cut", stats.num_cut_rows, stats.num_cut_tokens),
         ("dropped", stats.num_dropped_rows, stats.num_dropped_tokens),
         ("split", stats.num_split_rows, stats.num_split_tokens),
     ):
         if rows:
-            text = "%d of %d rows are %s (%d tokens) under %s."
-            logger.warning(text, rows, stats.num_rows, verb, tokens, limits)
+            logger.warning(
+                "%s%d of %d rows are %s (%d tokens) under %s.", where, rows, stats.num_rows, verb, tokens, limits
+            )
     if stats.num_cut_rows * 2 > stats.num_rows and options.get("truncation_mode") != "keep_end":
-        logger.warning("Most completions lose their end, and with it the EOS token: raise max_length.")
+        logger.warning("%sMost completions lose their end, and with it the EOS token: raise max_length.", where)
     if stats.num_skipped_rows:
-        logger.warning("%d of %d rows are skipped under %s.", stats.num_skipped_rows, stats.num_rows, limits)
+        logger.warning("%s%d of %d rows are skipped under %s.", where, stats.num_skipped_rows, stats.num_rows, limits)
+    for text, count in (
+        ("%s%d completions are empty: they teach to say nothing.", stats.num_empty_completions),
+        ("%s%d pairs are left out: only what max_length cuts off tells them apart.", stats.num_equal_pairs),
+    ):
+        if count:
+            logger.warning(text, where, count)
+    if len(stats.formats) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(stats.formats.items()))
+        logger.warning("%srows of several formats, each encoded as its own: %s.", where, found)
 
 
 def sft_group(
@@ -163,7 +195,7 @@ def sft_group(
         DataError: the row's format, the template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
     """
-    fmt = detect_format(row, stage="sft", index=index)
+    fmt = _detected(row, "sft", index, stats)
     if assistant_only_loss and not fmt.conversational:
         raise ConfigError(
             f"assistant_only_loss = True, but row {index} is plain ({' + '.join(fmt.columns)}): use messages, or "
@@ -289,7 +321,7 @@ def preference_group(
         DataError: chosen equals rejected, the format, the template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1.
     """
-    fmt = detect_format(row, stage="preference", index=index)
+    fmt = _detected(row, "preference", index, stats)
     if row["chosen"] == row["rejected"]:
         raise DataError(f"row {index}: chosen equals rejected, so the pair says nothing: drop the row.")
     if fmt.conversational:
@@ -297,9 +329,27 @@ def preference_group(
     else:
         with _named(index):
             prompt_ids, completions = _plain_preference(processing_class, row)
+    if completions[0].token_ids == completions[1].token_ids:
+        raise DataError(
+            f"row {index}: chosen and rejected are the same tokens, so the pair says nothing: drop the row."
+        )
     group = Group(prompt_ids, completions, dict(row), index)
     truncate(group, max_length, stats)
+    if completions[0].token_ids == completions[1].token_ids and completions[0].token_ids:
+        if stats is not None:
+            stats.num_equal_pairs += 1
+        raise _SkippedRowError(f"row {index}: max_length = {max_length} cuts off all that tells chosen from rejected.")
     return group
+
+
+def _detected(row: Mapping[str, Any], stage: str, index: int, stats: EncodeStats | None) -> Format:
+    """The row's format, counted; tools need a template to be shown with."""
+    fmt = detect_format(row, stage=stage, index=index)
+    if not fmt.conversational and row_tools(row, index):
+        raise DataError(f"row {index} has tools, but its {fmt.columns[0]} is a string: use messages, or drop tools.")
+    if stats is not None:
+        stats.formats[f"{'conversational' if fmt.conversational else 'plain'} {fmt.kind.value}"] += 1
+    return fmt
 
 
 def _chat_preference(
@@ -368,23 +418,23 @@ def prompt_group(
         system_prompt: put before the messages; makes a plain prompt conversational.
         chat_template: see `resolve_chat_template`.
         chat_template_kwargs: template variables; the row's own win.
-        stats: counters to add to (unused: a prompt is kept whole or refused).
+        stats: counters to add to.
 
     Raises:
         DataError: the format, the template, a second system prompt, or a prompt over the limit.
     """
-    del stats
     check_limit("max_prompt_length", max_prompt_length)
-    fmt = detect_format(row, stage="prompt", index=index)
+    fmt = _detected(row, "prompt", index, stats)
     prompt: Any = row["prompt"]
     if system_prompt is not None:
         prompt = _with_system(prompt, system_prompt, index)
     if fmt.conversational or system_prompt is not None:
         ids = _Chat(processing_class, row, index, chat_template, chat_template_kwargs).prompt(prompt)
     else:
-        ids = with_bos(processing_class, plain_ids(processing_class, prompt))
+        with _named(index):
+            ids = with_bos(processing_class, plain_ids(processing_class, prompt))
     if max_prompt_length is not None and len(ids) > max_prompt_length:
-        raise _OverlongPromptError(
+        raise _SkippedRowError(
             f"row {index}: the prompt has {len(ids)} tokens, max_prompt_length = {max_prompt_length}: raise it, or "
             "filter the row (encode_rows does, and counts)."
         )
@@ -419,7 +469,7 @@ class _Chat:
 
     def conversation(self, messages: Any, assistant_only: bool, stats: EncodeStats | None) -> Completion:
         """A whole conversation as one completion."""
-        messages = messages_of(messages)
+        messages = self._checked(messages)
         with _named(self.index):
             if not assistant_only:
                 ids = tokenize_chat(self.processing_class, self._render(messages), ())[0]
@@ -432,11 +482,16 @@ class _Chat:
 
     def pair(self, prompt: Any, completion: Any, stats: EncodeStats | None) -> tuple[list[int], Completion]:
         """Prompt tokens, and the completion's tokens up to the last end of turn with its assistant turns scored."""
-        prompt, completion = messages_of(prompt), messages_of(completion)
+        prompt, completion = self._checked(prompt), self._checked(completion)
         if completion[0]["role"] != "assistant":
             raise DataError(
                 f"row {self.index}: a completion must begin with an assistant message, this one begins with "
                 f"{completion[0]['role']!r}: move the messages before it to the prompt."
+            )
+        if completion[-1]["role"] != "assistant":
+            raise DataError(
+                f"row {self.index}: a completion must end with an assistant message, this one ends with "
+                f"{completion[-1]['role']!r}: drop the messages after the last answer."
             )
         if prompt[-1]["role"] == "assistant":
             raise DataError(
@@ -452,11 +507,17 @@ class _Chat:
 
     def prompt(self, messages: Any) -> list[int]:
         """A prompt for generation."""
-        messages = messages_of(messages)
+        messages = self._checked(messages)
         open_turn = messages[-1]["role"] == "assistant"
         with _named(self.index):
             text = self._render(messages, prompt=True, open_turn=open_turn)
             return tokenize_chat(self.processing_class, text, ())[0]
+
+    def _checked(self, value: Any) -> list[Message]:
+        messages = messages_of(value)
+        with _named(self.index):
+            check_roles(messages, self.options["template"])
+        return messages
 
     def _render(self, messages: Sequence[Message], *, prompt: bool = False, open_turn: bool = False) -> str:
         return render_chat(

@@ -8,7 +8,7 @@ messages (conversational).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias, cast
@@ -19,7 +19,10 @@ __all__ = [
     "Format",
     "Kind",
     "Message",
+    "as_row",
+    "check_roles",
     "detect_format",
+    "hint",
     "messages_of",
     "row_template_kwargs",
     "row_tools",
@@ -73,6 +76,37 @@ _STAGES: dict[str, tuple[Kind, ...]] = {
 }
 
 
+_ROLES = frozenset({"assistant", "developer", "system", "tool", "user"})
+"""Roles that any template may be given; others must be named in the template."""
+
+_HINTS = (
+    ("conversations", "rename conversations to messages, and in it from to role, value to content"),
+    ("input_ids", "burnish tokenizes by itself: give text instead of input_ids"),
+    ("instruction", "make instruction the prompt and its answer the completion"),
+)
+"""Columns of other libraries' data sets -> what to do with them."""
+
+
+def hint(columns: Collection[str]) -> str:
+    """What to do with a row of these columns, which fit no format."""
+    return next((fix for name, fix in _HINTS if name in columns), "rename columns, or drop the row")
+
+
+def as_row(value: Any, index: int) -> Mapping[str, Any]:
+    """A row, checked to be one.
+
+    Raises:
+        DataError: not columns by name, or columns that burnish cannot look at.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"row {index} is {_short(value)}: each row must be columns by name, such as {{'text': '...'}}.")
+    row = cast("Mapping[str, Any]", value)
+    for name in ("image", "images"):
+        if row.get(name) is not None:
+            raise DataError(f"row {index} has {name}: burnish trains on text; drop the column, or the row.")
+    return row
+
+
 def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: int = 0) -> Format:
     """The format of a row, checked.
 
@@ -88,6 +122,7 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
     """
     if stage is not None and stage not in _STAGES:
         raise ConfigError(f"stage = {stage!r}: use one of {', '.join(sorted(_STAGES))}.")
+    row = as_row(row, index)
     present = {name for name, value in row.items() if value is not None}
     families = [f for f in _FAMILIES if (stage is None or f[0] in _STAGES[stage]) and present.issuperset(f[1])]
     if not families:
@@ -95,7 +130,7 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         needed = " | ".join(" + ".join(columns) for _, columns in allowed)
         who = "burnish" if stage is None else f"stage {stage!r}"
         raise DataError(
-            f"row {index} has the columns {sorted(present)}; {who} needs {needed}. Rename columns, or drop the row."
+            f"row {index} has the columns {sorted(map(str, present))}; {who} needs {needed}: {hint(present)}."
         )
     kind, columns = families[0]
     rivals = [other for _, other in families[1:] if not set(other) <= set(columns)]
@@ -133,12 +168,67 @@ def _is_conversation(value: Any, name: str, index: int) -> bool:
             '[{"role": "user", "content": "..."}].'
         )
     for message in cast("list[Any]", value):
-        if not isinstance(message, Mapping) or not isinstance(cast("Mapping[str, Any]", message).get("role"), str):
-            raise DataError(
-                f"row {index}: {name} holds {_short(message)}, which is not a message: each needs a role and a content "
-                '({"role": "user", "content": "..."}).'
-            )
+        _check_message(message, name, index)
     return True
+
+
+def _check_message(value: Any, name: str, index: int) -> None:
+    message = cast("Mapping[str, Any]", value)
+    if not isinstance(value, Mapping) or not isinstance(message.get("role"), str):
+        fix = "each needs a role and a content"
+        if isinstance(value, Mapping) and "from" in message:
+            fix = "rename from to role (human to user, gpt to assistant) and value to content"
+        raise DataError(
+            f"row {index}: {name} holds {_short(value)}, which is not a message: {fix} "
+            '({"role": "user", "content": "..."}).'
+        )
+    content = message.get("content")
+    if content is None and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
+        raise DataError(
+            f"row {index}: {name} holds {_short(value)}, a message without content: give it a string, or drop the row."
+        )
+    blocks = cast("list[Any]", content) if isinstance(content, list) else []
+    if not (content is None or isinstance(content, str | list)) or not all(_is_text_block(block) for block in blocks):
+        raise DataError(
+            f"row {index}: {name} holds {_short(value)}, whose content is no text: use a string, or blocks "
+            '{"type": "text", "text": "..."}.'
+        )
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, cast("list[Any]", calls)))):
+        raise DataError(
+            f"row {index}: {name}: tool_calls = {_short(calls)}: use a list of calls "
+            '{"function": {"name": "...", "arguments": {...}}}.'
+        )
+
+
+_INSTEAD_OF_CONTENT = ("reasoning", "reasoning_content", "thinking", "tool_calls")
+"""Keys of messages that may say something where there is no content."""
+
+
+def _is_text_block(block: Any) -> bool:
+    return isinstance(block, Mapping) and isinstance(cast("Mapping[str, Any]", block).get("text"), str)
+
+
+def _is_call(call: Any) -> bool:
+    if not isinstance(call, Mapping):
+        return False
+    function: Any = cast("Mapping[str, Any]", call).get("function", call)
+    return isinstance(function, Mapping) and isinstance(cast("Mapping[str, Any]", function).get("name"), str)
+
+
+def check_roles(messages: Sequence[Message], template: str) -> None:
+    """Refuse roles that are misspelled or another format's: a template would render them as anything.
+
+    Raises:
+        DataError: a role that is none of the usual ones and that the template does not name.
+    """
+    for message in messages:
+        role = message["role"]
+        if role not in _ROLES and role not in template:
+            raise DataError(
+                f"role = {role!r}: neither one of {', '.join(sorted(_ROLES))} nor named in the chat template; rename "
+                "it."
+            )
 
 
 def _short(value: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from burnish.errors import ConfigError
 from burnish.types import Completion, Group
@@ -25,6 +26,9 @@ class EncodeStats:
         num_rerendered_turns: assistant turns whose rendering differs from the one served (see `ChatSpans`).
         num_dropped_rows: rows left out because they exceed `max_length` (`truncation_mode` drop).
         num_dropped_tokens: their tokens.
+        num_empty_completions: completions without text, which teach to say nothing.
+        num_equal_pairs: pairs left out because only the tokens that `max_length` cuts off tell them apart.
+        formats: rows by format, such as "plain prompt_completion".
         num_split_rows: rows over `max_length` that became several groups (`truncation_mode` split).
         num_split_tokens: their tokens; none is cut, but the first of each part is not scored.
     """
@@ -37,6 +41,9 @@ class EncodeStats:
     num_rerendered_turns: int = 0
     num_dropped_rows: int = 0
     num_dropped_tokens: int = 0
+    num_empty_completions: int = 0
+    num_equal_pairs: int = 0
+    formats: Counter[str] = field(default_factory=Counter[str])
     num_split_rows: int = 0
     num_split_tokens: int = 0
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 from burnish.data.encode import EncodeStats, preference_group, prompt_group, sft_group
+from burnish.data.formats import as_row, hint
 from burnish.data.tokens import plain_ids
 from burnish.errors import DataError
 from burnish.types import Completion, Group
@@ -32,13 +33,14 @@ def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
     Raises:
         DataError: columns missing, or those of two kinds.
     """
+    row = as_row(row, index)
     present = {name for name, value in row.items() if value is not None}
     kinds: list[RewardKind] = [kind for kind, columns in _FORMATS if present.issuperset(columns)]
     if not kinds:
         needed = " | ".join(" + ".join(columns) for _, columns in _FORMATS)
         raise DataError(
-            f"row {index} has the columns {sorted(present)}; reward modelling needs {needed}. Rename columns, or drop "
-            "the row."
+            f"row {index} has the columns {sorted(map(str, present))}; reward modelling needs {needed}: "
+            f"{hint(present)}."
         )
     if "preference" in kinds and len(kinds) > 1:
         raise DataError(f"row {index} has chosen, rejected and completions: drop the columns that you do not mean.")
@@ -107,6 +109,8 @@ def ranked_group(
     ranked = row["completions"]
     if not isinstance(ranked, list) or len(cast("list[Any]", ranked)) < 2:
         raise DataError(f"row {index}: completions = {ranked!r:.80}: use a list of at least two, the best first.")
+    if any(not isinstance(one, str | list) for one in cast("list[Any]", ranked)):
+        raise DataError(f"row {index}: completions = {ranked!r:.80}: each must be a string, or a list of messages.")
     rest = {name: value for name, value in row.items() if name != "completions"}
     groups = [
         answer_group(

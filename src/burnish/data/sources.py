@@ -205,7 +205,10 @@ def _path_rows(path: str, split: str | None, field: str) -> list[Row]:
         reader = _READERS.get(Path(name).suffix)
         if reader is None:
             raise ConfigError(f"{field}.path = {name!r}: use one of {', '.join(sorted(_READERS))}.")
-        rows += reader(Path(name))
+        try:
+            rows += reader(Path(name))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from error
     return rows
 
 
@@ -227,9 +230,21 @@ def _read_json(path: Path) -> list[Row]:
 
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, place))
     except json.JSONDecodeError as error:
         raise DataError(f"{place} is not JSON: {error}.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]], place: str) -> Row:
+    """An object; json would keep the last of two equal keys in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise DataError(f"{place} has the key {_repeated([key for key, _ in pairs])!r} twice: rename or remove one.")
+    return made
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return next(name for place, name in enumerate(names) if name in names[:place])
 
 
 def _object(value: Any, place: str) -> Row:
@@ -240,19 +255,31 @@ def _object(value: Any, place: str) -> Row:
 
 def _read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
-        rows: list[Row] = []
-        for number, row in enumerate(csv.DictReader(file, strict=True), start=2):
-            if None in row or None in row.values():
-                raise DataError(f"{path}: row {number} has more or fewer cells than the header.")
-            rows.append(dict(row))
+        reader, rows = csv.DictReader(file, strict=True), list[Row]()
+        try:
+            names = list(reader.fieldnames or ())
+            if len(set(names)) < len(names):
+                raise DataError(f"{path} has the column {_repeated(names)!r} twice: rename or remove one.")
+            for number, row in enumerate(reader, start=2):
+                if None in row or None in row.values():
+                    raise DataError(f"{path}: row {number} has more or fewer cells than the header.")
+                rows.append(dict(row))
+        except csv.Error as error:
+            raise DataError(f"{path} is not CSV: {error} (line {reader.line_num}).") from error
         return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet as parquet
 
-    read: Any = cast("Any", parquet).read_table
-    return cast("list[Row]", read(path).to_pylist())
+    try:
+        table: Any = cast("Any", parquet).read_table(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not Parquet: {error}.") from error
+    names: list[str] = table.column_names
+    if len(set(names)) < len(names):
+        raise DataError(f"{path} has the column {_repeated(names)!r} twice: rename or remove one.")
+    return cast("list[Row]", table.to_pylist())
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -319,6 +346,10 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
         values = list(cast("Mapping[Any, Any]", data).values())
         if values and all(hasattr(value, "column_names") for value in values):
             raise ConfigError(f"{field} is a set of splits {sorted(map(str, data))}: pass one, such as data['train'].")
+        if not {"mix", "path", "source"} & set(map(str, data)) and any(isinstance(value, list) for value in values):
+            raise ConfigError(
+                f"{field} holds columns {sorted(map(str, data))}: use rows, or datasets.Dataset.from_dict(...) of them."
+            )
         return load_rows(cast("Mapping[str, Any]", data), field)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise ConfigError(f"{field} = {data!r}: use a list of rows, a data set, or a source such as {{path = ...}}.")

@@ -22,8 +22,25 @@ def inner_tokenizer(processing_class: Any) -> Any:
 
 
 def plain_ids(processing_class: Any, text: str) -> list[int]:
-    """Tokens of a text, nothing added."""
-    return list(inner_tokenizer(processing_class)(text, add_special_tokens=False)["input_ids"])
+    """Tokens of a text, nothing added.
+
+    Raises:
+        DataError: the text holds half a character.
+    """
+    return list(_called(inner_tokenizer(processing_class), text)["input_ids"])
+
+
+def _called(tokenizer: Any, text: str, **options: Any) -> Any:
+    try:
+        return tokenizer(text, add_special_tokens=False, **options)
+    except (TypeError, UnicodeEncodeError) as error:
+        place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
+        if place is None:
+            raise
+        raise DataError(
+            f"the text holds half a character (a lone surrogate, {text[place]!r} at character {place}): it was cut "
+            "within an emoji or decoded wrongly; repair the text, or drop the row."
+        ) from error
 
 
 def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
@@ -106,7 +123,7 @@ def _boundary_cut(tokenizer: Any, text: str, boundary: int, ids: list[int], star
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
     """Ids, first and last-plus-one character of each; a space trimmed from the offsets goes to the token after it."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = _called(tokenizer, text, return_offsets_mapping=True)
     starts: list[int] = []
     ends: list[int] = []
     previous = 0

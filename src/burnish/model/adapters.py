@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from burnish.errors import ModelError
+from burnish.errors import ConfigError, ModelError
 
-__all__ = ["Exact", "SavedAdapters", "add_adapters", "put_adapters", "saved_adapters"]
+__all__ = ["Exact", "SavedAdapters", "add_adapters", "put_adapters", "saved_adapters", "without_base_config"]
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
 """fp32 values of parameters that were rounded."""
@@ -73,6 +76,7 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
         The `PeftModel`, and fp32 values of the adapters' weights that were rounded.
 
     Raises:
+        ConfigError: adapters that do not fit the model.
         ModelError: the model has adapters already.
     """
     from peft import PeftModel, get_peft_model
@@ -84,7 +88,10 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
     with torch.random.fork_rng(devices=[]):
         # peft draws on the CPU. Ranks that drew their own would keep masters of their own.
         torch.default_generator.manual_seed(seed)
-        made = get_peft_model(model, config, autocast_adapter_dtype=False)
+        try:
+            made = get_peft_model(model, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            raise ConfigError(f"peft_config does not fit {type(model).__name__}: {error}") from error
     return made, _round_trained(made)
 
 
@@ -102,6 +109,17 @@ def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
 
     made = PeftModel.from_pretrained(model, str(saved.folder), is_trainable=True, autocast_adapter_dtype=False)
     return made, _round_trained(made)
+
+
+@contextmanager
+def without_base_config() -> Generator[None]:
+    """Save adapters without a warning that their base has no config.json: one in a GGUF file has none.
+
+    peft looks there for another size of the vocabulary, which would make it save the embeddings; burnish resizes none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        yield
 
 
 def _round_trained(model: Any) -> Exact:

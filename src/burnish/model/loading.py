@@ -48,6 +48,8 @@ def find_model(name: str | Path) -> ModelSource:
     Raises:
         ModelError: nothing of that name, or a folder or package without a model.
     """
+    if not str(name):
+        raise ModelError("model = '': name a folder, a .gguf file, a hub name or a package.")
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(str(path.parent), path.name)
@@ -114,6 +116,12 @@ def load_model(
             raise ModelError(
                 f"model_init_kwargs = {kwargs!r} beside a model in memory: load the model with them, or pass its path."
             )
+        given: Any = model
+        if not isinstance(given.get_base_model() if hasattr(given, "get_base_model") else given, PreTrainedModel):
+            raise ModelError(
+                f"model = {type(model).__name__}: use a model of transformers, with or without adapters, or the name "
+                "or folder of one."
+            )
         keep_layout(model)
         return model, {}
     source = find_model(model)
@@ -173,8 +181,8 @@ def _refuse_missing(model: str | Path, loaded: Any, missing: Collection[str]) ->
     if missing:
         names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
         raise ModelError(
-            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), which "
-            "would start random. Name a model that was saved as one, or load it yourself and pass it."
+            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), "
+            "which would start random. Name a model that was saved as one, or load it yourself and pass it."
         )
 
 

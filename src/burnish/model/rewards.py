@@ -173,6 +173,8 @@ def classifier_adapters(peft_config: Any) -> Any:
     """
     from peft import TaskType
 
+    if not hasattr(peft_config, "peft_type"):
+        return peft_config  # refused with the other arguments
     task = cast("TaskType | str | None", getattr(peft_config, "task_type", None))
     if task not in (None, TaskType.SEQ_CLS):
         raise ModelError(

@@ -176,6 +176,11 @@ def _probe_head(lm: Any) -> float | None:
         plain = logits[0, :-1].float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         request = ScoringRequest(None, torch.arange(7, device=device), targets, 1.0)
         tiled = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, scoring=request)[0].float()
+    if not torch.isfinite(plain).all():
+        raise ModelError(
+            f"{type(lm).__name__}: its log-probabilities of a short row are not finite: a weight is NaN or infinite, "
+            f"or {logits.dtype} overflows. Load it again, or in another dtype."
+        )
     difference = float((plain - tiled).abs().max())
     # The model rounds its logits to its dtype, the tiled head does not: a bf16 logit of 20 is known to 0.06.
     bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from burnish.errors import ModelError
 from burnish.model.adapters import Exact, add_adapters
 from burnish.model.dropout import disable_dropout
+from burnish.model.quantization import is_quantized
 from burnish.model.rewards import (
     classifier_adapters,
     is_reward_model,
@@ -69,6 +70,8 @@ def load_value_model(
             _refuse_adapters(model)
         model = copy.deepcopy(model)
     loaded, exact = load_reward_model(model, bf16=bf16, seed=seed, init_kwargs=init_kwargs)
+    if peft_config is None and is_quantized(causal_lm(loaded)) and not hasattr(loaded, "peft_config"):
+        raise ModelError("value_peft_config = None: quantised weights cannot be trained; pass adapters for the critic.")
     if peft_config is not None:
         loaded, exact = add_adapters(loaded, classifier_adapters(peft_config), seed=seed)
     return _prepared(loaded, exact, pad_token_id, dropout=dropout), exact

@@ -7,7 +7,7 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 from __future__ import annotations
 
 from burnish.schema.algorithms import ADVANTAGE_NAMES, ALGORITHMS, LOSS_NAMES, Algorithm, apply_algorithm
-from burnish.schema.checks import check_fields, check_mapping, check_names
+from burnish.schema.checks import check_fields, check_keywords, check_mapping
 from burnish.schema.elsewhere import Elsewhere, elsewhere
 from burnish.schema.fields import (
     CommonFields,
@@ -47,8 +47,8 @@ __all__ = [
     "SFTFields",
     "apply_algorithm",
     "check_fields",
+    "check_keywords",
     "check_mapping",
-    "check_names",
     "check_values",
     "elsewhere",
     "known_fields",

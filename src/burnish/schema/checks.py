@@ -7,7 +7,9 @@ import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from numbers import Number
+from pathlib import Path
+from typing import Any, cast
 
 from burnish.errors import ConfigError
 from burnish.schema.algorithms import apply_algorithm
@@ -17,7 +19,7 @@ from burnish.schema.inherited import FieldInfo
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
-__all__ = ["check_fields", "check_mapping", "check_names", "did_you_mean"]
+__all__ = ["check_fields", "check_keywords", "check_mapping", "did_you_mean"]
 
 
 def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
@@ -48,18 +50,51 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
     return values
 
 
-def check_names(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a stage's config without those of TRL's that ask for nothing here.
+def check_keywords(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a stage's config, checked as a file's entries are.
+
+    Values of plain types are coerced as in `check_fields`; what only Python can hold (enumerations, objects) is left to
+    the config. TRL's fields that ask for what happens here anyway are dropped.
 
     Raises:
-        ConfigError: a name that the config does not have, with what to do instead.
+        ConfigError: an unknown name, with what to do instead, or a value of another type than the field's.
     """
     fields = known_fields(kind)
-    own = drop_elsewhere(kind, fields, values)
-    for name, value in own.items():
+    checked: dict[str, Any] = {}
+    for name, value in drop_elsewhere(kind, fields, values).items():
         if name not in fields:
             raise ConfigError(f"{name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
-    return own
+        plain = _plain(value)
+        checked[name] = value if plain is _OPAQUE else _coerced(fields[name], plain, f"{name} = {value!r}")
+    return checked
+
+
+_OPAQUE = object()
+"""Stands for a value that a file cannot hold."""
+
+
+def _plain(value: Any) -> Any:
+    """The value as a file would give it: tuples as lists, paths as text, numpy's numbers as Python's."""
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Number) and callable(item := getattr(value, "item", None)):
+        return item()
+    if isinstance(value, list | tuple):
+        items = [_plain(item) for item in cast("list[Any]", value)]
+        return _OPAQUE if _OPAQUE in items else items
+    if type(value) is dict:
+        parts = {key: _plain(item) for key, item in cast("dict[Any, Any]", value).items()}
+        return _OPAQUE if _OPAQUE in parts.values() else parts
+    return _OPAQUE
+
+
+def _coerced(info: FieldInfo, value: Any, what: str) -> Any:
+    try:
+        return _coerce(ast.parse(info.type, mode="eval").body, value)
+    except _MismatchError:
+        raise ConfigError(f"{what}: expected {info.type}, got {type(value).__name__}.") from None
 
 
 def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -72,12 +107,7 @@ def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], w
     for name, value in mapping.items():
         if name not in fields:
             raise ConfigError(f"[{where}] {name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
-        try:
-            values[name] = _coerce(ast.parse(fields[name].type, mode="eval").body, value)
-        except _MismatchError:
-            raise ConfigError(
-                f"[{where}] {name} = {value!r}: expected {fields[name].type}, got {type(value).__name__}."
-            ) from None
+        values[name] = _coerced(fields[name], value, f"[{where}] {name} = {value!r}")
     return values
 
 

@@ -59,6 +59,7 @@ _COMMON: dict[str, Elsewhere] = {
     "use_liger_loss": Elsewhere(
         False, "log-probabilities already come from a tiled head that holds no logits; remove the field"
     ),
+    "warmup_ratio": Elsewhere(0.0, "set warmup_steps to the share itself, such as 0.1"),
 }
 
 _PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")

@@ -30,6 +30,9 @@ def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
     for name, holds, fix in (*_COMMON, *_RULES[kind]):
         if name in values and not holds(values[name]):
             raise ConfigError(f"{name} = {values[name]!r}: {fix if isinstance(fix, str) else fix()}.")
+    for name, value in values.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise ConfigError(f"{name} = {value!r}: use a number.")
     for contradiction in _CONTRADICTIONS[kind](values):
         raise ConfigError(contradiction)
 
@@ -88,6 +91,27 @@ def _names(value: Any) -> list[Any]:
 _COMMON: tuple[Rule, ...] = (
     ("token_budget", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
     ("learning_rate", _at_least(0), "use a finite number of at least 0"),
+    ("per_device_train_batch_size", _count(1), "use at least 1"),
+    ("per_device_eval_batch_size", _count(1), "use at least 1"),
+    ("gradient_accumulation_steps", _count(1), "use at least 1 micro-batch a step"),
+    ("num_train_epochs", _above(0), "use a number above 0"),
+    ("max_steps", lambda value: _count(1)(value) or value == -1, "use at least 1, or -1 to count by epochs"),
+    ("weight_decay", _at_least(0), "use a number of at least 0"),
+    ("adam_beta1", lambda value: _fraction(value) and value < 1, "use a number in [0, 1)"),
+    ("adam_beta2", lambda value: _fraction(value) and value < 1, "use a number in [0, 1)"),
+    ("adam_epsilon", _at_least(0), "use a number of at least 0, such as 1e-8"),
+    (
+        "max_grad_norm",
+        lambda value: _at_least(0)(value) or value == math.inf,
+        "use a number of at least 0; 0 clips none",
+    ),
+    ("warmup_steps", _at_least(0), "use a number of steps of at least 0; below 1 it is a share of all"),
+    ("logging_steps", _above(0), "use a number of steps above 0; below 1 it is a share of all"),
+    ("save_steps", _above(0), "use a number of steps above 0; below 1 it is a share of all"),
+    ("eval_steps", _optional(_above(0)), "use a number of steps above 0, or leave it out"),
+    ("seed", _count(0), "use an integer of at least 0"),
+    ("data_seed", _optional(_count(0)), "use an integer of at least 0, or leave it out"),
+    ("dataloader_num_workers", _count(0), "use an integer of at least 0"),
 )
 
 PREFERENCE_LOSS_NAMES = (

@@ -83,6 +83,11 @@ class Agreement:
             self._window.popleft()
         tokens = sum(tokens for _, tokens in self._window)
         apart = sum(value for value, _ in self._window) / max(tokens, _WINDOW_TOKENS)
+        if not math.isfinite(apart):
+            raise CheckFailed(
+                f"step {step}: log-probabilities of samples or of the trainer are not finite; the step is not taken. "
+                "The policy diverged, or overflows: lower learning_rate, or go back to an earlier checkpoint."
+            )
         if not (apart <= self.bound and difference / count <= self.mean_bound):
             raise CheckFailed(
                 f"step {step}: samples and trainer are {apart:.3g} nats a token apart in KL over the last {tokens:.0f} "

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import TrainerCallback
 
 from burnish.errors import ConfigError
 
-__all__ = ["refuse_arguments", "resolve_args", "with_quantization"]
+__all__ = ["check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
 
 _METRICS = (
     "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
@@ -62,6 +64,34 @@ def refuse_arguments(**given: Any) -> None:
 def _short(value: Any) -> str:
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else f"{value!r:.60}"
+
+
+def check_parts(
+    *, peft_config: Any, callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: Any, args: Any, eval_dataset: Any
+) -> None:
+    """Refuse parts of the wrong kind before any weight is read.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if peft_config is not None and not hasattr(peft_config, "peft_type"):
+        raise ConfigError(
+            f"peft_config = {_short(peft_config)}: pass a configuration of peft, such as LoraConfig(r=16)."
+        )
+    for callback in callbacks or ():
+        kind: Any = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ConfigError(f"callbacks: {_short(callback)} is no transformers.TrainerCallback; derive it from one.")
+    if not isinstance(optimizers, tuple) or len(cast("tuple[Any, ...]", optimizers)) != 2:
+        raise ConfigError(
+            f"optimizers = {_short(optimizers)}: pass an optimizer and a scheduler, (optimizer, None) for the "
+            "configured scheduler; args.optim names one of transformers' own."
+        )
+    if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+        raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if eval_dataset is None and strategy != "no":
+        raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")
 
 
 def with_quantization(args: Any, model: Any, quantization_config: Any) -> Any:

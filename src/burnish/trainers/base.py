@@ -7,7 +7,7 @@ import ctypes
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,18 +19,27 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.training_args import ParallelMode
 
-from burnish.errors import CheckFailed, ConfigError, ModelError
-from burnish.model.adapters import add_adapters, saved_adapters
+from burnish.errors import CheckFailed, ConfigError, DataError, ModelError
+from burnish.model.adapters import add_adapters, saved_adapters, without_base_config
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import MasterWeights
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm, prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
+from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.metrics import StepMetrics
 from burnish.types import Group, PackedBatch
 
-__all__ = ["COMPLETE", "GroupTrainer", "MicroBatch", "collate", "resolve_tokenizer", "scored_tokens"]
+__all__ = [
+    "COMPLETE",
+    "GroupTrainer",
+    "MicroBatch",
+    "check_vocabulary",
+    "collate",
+    "resolve_tokenizer",
+    "scored_tokens",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +101,23 @@ class GroupTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
         _refuse_data_parallel(args)
-        if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
-            raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
+        _refuse_no_batch(args, train_dataset)
+        check_parts(
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            args=args,
+            eval_dataset=eval_dataset,
+        )
         self.tokenizer = processing_class
         _check_quantised(model, args, peft_config)
         loaded, self._exact = self.load(model, args)
         if peft_config is not None:
             loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
         _check_trains(loaded)
+        check_vocabulary(loaded, train_dataset, "train_dataset")
+        check_vocabulary(loaded, eval_dataset, "eval_dataset")
         _use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
@@ -123,6 +141,24 @@ class GroupTrainer(Trainer):
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint where one is named.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        folder = self.args.output_dir
+        if resume_from_checkpoint is True and not any(Path(folder).glob("checkpoint-*")):
+            raise ConfigError(
+                f"resume_from_checkpoint = True: output_dir = {folder!r} has no checkpoint; name one, or remove it to "
+                "start anew."
+            )
+        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
+            raise ConfigError(
+                f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def load(
         self, model: str | Path | PreTrainedModel, args: Any
@@ -309,6 +345,10 @@ class GroupTrainer(Trainer):
     def save_own_state(self, folder: Path) -> None:
         """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with without_base_config():
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -340,9 +380,20 @@ class GroupTrainer(Trainer):
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
 
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """The groups of a data set's rows; `name` is for messages."""
+        raise NotImplementedError
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """A plain loader over groups."""
-        return self._plain_loader(eval_dataset if eval_dataset is not None else self.eval_dataset)
+        """A plain loader over groups; rows that were not given to the trainer are encoded.
+
+        Raises:
+            DataError: there is nothing to evaluate on.
+        """
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if given is None:
+            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
+        return self._plain_loader(given if given is self.eval_dataset else self.encode(given, "eval_dataset"))
 
     def _plain_loader(self, dataset: Any) -> DataLoader[Any]:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -378,6 +429,35 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
+def check_vocabulary(model: Any, groups: Any, name: str) -> None:
+    """Refuse tokens that the model has no embedding for; a stream's are not known before they come.
+
+    Raises:
+        ModelError: naming the row.
+    """
+    lm = causal_lm(model)
+    if not isinstance(groups, list) or getattr(lm, "is_quantized", False):
+        return
+    size = int(lm.get_input_embeddings().weight.shape[0])
+    for group in cast("list[Group]", groups):
+        largest = max(max(ids, default=0) for ids in (group.prompt_ids, *(c.token_ids for c in group.completions)))
+        if largest >= size:
+            raise ModelError(
+                f"{name}: row {group.index} has the token {largest}, and {type(lm).__name__} has {size} embeddings: "
+                "processing_class belongs to another model, or the embeddings were not resized."
+            )
+
+
+def _refuse_no_batch(args: Any, groups: Any) -> None:
+    """A run of no step, which transformers mentions in a line of the log."""
+    size = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(groups, Sized) and len(groups) < size:
+        raise ConfigError(
+            f"dataloader_drop_last = True: {len(groups)} rows are no whole batch of {size}, so nothing would be "
+            "trained; remove it, or lower per_device_train_batch_size."
+        )
+
+
 def _refuse_data_parallel(args: Any) -> None:
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
         raise ConfigError(
@@ -397,9 +477,14 @@ def resolve_tokenizer(
     """
     if processing_class is not None:
         tokenizer = processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"processing_class = {type(tokenizer).__name__}: pass a tokenizer of transformers (of a processor, its "
+                "tokenizer)."
+            )
     else:
         name = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        if not name:
+        if not name and not isinstance(model, str):
             raise ModelError(
                 f"model = {type(model).__name__}, processing_class = None: nothing names a tokenizer. Pass the model's "
                 "name or folder, or its tokenizer as processing_class."

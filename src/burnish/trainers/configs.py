@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
+from burnish.errors import ConfigError
 from burnish.model.precision import fast_bf16
 from burnish.schema import (
     DPOFields,
@@ -21,7 +24,7 @@ from burnish.schema import (
     RLOOFields,
     SFTFields,
     apply_algorithm,
-    check_names,
+    check_keywords,
 )
 
 __all__ = [
@@ -38,16 +41,16 @@ __all__ = [
 T = TypeVar("T", bound=type[Any])
 
 
-def _with_checked_names(config: T) -> T:
-    """Let an unknown keyword raise a ConfigError that says what to do, and remember which fields were given."""
+def _with_checked_arguments(config: T) -> T:
+    """Let a wrong name or type raise a ConfigError that says what to do, and remember which fields were given."""
     own_init: Any = config.__init__
     names = [item.name for item in dataclasses.fields(config)]
 
     @functools.wraps(own_init)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        kwargs = check_names(config.kind, kwargs)
-        self._given = {*names[: len(args)], *kwargs}
-        own_init(self, *args, **kwargs)
+        given = check_keywords(config.kind, dict(zip(names, args, strict=False)) | kwargs)
+        self._given = set(given)
+        own_init(self, **given)
         del self._given
 
     config.__init__ = init
@@ -57,10 +60,16 @@ def _with_checked_names(config: T) -> T:
 def _finish(config: Any) -> None:
     """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
     config.check()
+    if config.output_dir is not None and Path(config.output_dir).is_file():
+        raise ConfigError(f"output_dir = {config.output_dir!r}: that is a file; name a folder.")
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False
-    TrainingArguments.__post_init__(config)
+    try:
+        TrainingArguments.__post_init__(config)
+        get_reporting_integration_callbacks(config.report_to)
+    except (AttributeError, ImportError, OSError, OverflowError, TypeError, ValueError) as error:
+        raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
     config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
     if config.token_budget is None:
         config.token_budget = 2048 if config.device.type == "cpu" else 16384
@@ -79,7 +88,7 @@ class _PolicyConfig:
         _finish(self)
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
@@ -88,7 +97,7 @@ class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.schema.RewardFields`."""
@@ -97,7 +106,7 @@ class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIn
         _finish(self)
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.schema.DPOFields`."""
@@ -106,7 +115,7 @@ class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
@@ -115,7 +124,7 @@ class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompat
         _finish(self)
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.schema.OnlineDPOFields`."""
@@ -124,13 +133,13 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
         _finish(self)
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class GRPOConfig(_PolicyConfig, GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.schema.RLOOFields`."""
@@ -141,7 +150,7 @@ class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: igno
             self.scale_rewards = "batch"
 
 
-@_with_checked_names
+@_with_checked_arguments
 @dataclass
 class PPOConfig(_PolicyConfig, PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.schema.PPOFields`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from burnish.errors import CheckFailed
+from burnish.model.adapters import without_base_config
 from burnish.model.precision import MasterWeights, average_gradients
 from burnish.model.rewards import reward_scores
 from burnish.model.scoring import eval_mode
@@ -233,7 +234,8 @@ class Critic:
 
     def save(self, folder: str | Path) -> None:
         """Write the model: a sequence classifier that transformers loads, or the adapters and score that peft loads."""
-        self.model.save_pretrained(folder)
+        with without_base_config():
+            self.model.save_pretrained(folder)
 
     def memory_bytes(self, policy: torch.nn.Module | None = None) -> dict[str, int]:
         """Bytes of the critic by component, in which activations are not counted.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -21,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from burnish.data import as_rows, encode_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.dropout import disable_dropout
-from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition
@@ -30,21 +28,22 @@ from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer, check_vocabulary, collate, resolve_tokenizer
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
-from burnish.trainers.reference import Reference
+from burnish.trainers.reference import Reference, check_reference
+from burnish.trainers.reward_funcs import RewardFunction, as_rubric
+from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
 from burnish.trainers.transcripts import TranscriptLog
-from burnish.types import Completion, Group, PackedBatch, Score, StopReason
+from burnish.types import Completion, Group, PackedBatch, StopReason
 
-__all__ = ["OnlineTrainer", "RewardFunction", "as_rubric"]
+__all__ = ["OnlineTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
-RewardFunction = Callable[..., Any]
 
 
 class OnlineTrainer(GroupTrainer):
@@ -80,14 +79,18 @@ class OnlineTrainer(GroupTrainer):
     ) -> None:
         refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
         args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
+        check_reference(ref_model)
+        if ref_model is not None and not args.beta > 0:
+            raise ConfigError("beta = 0.0 reads no reference: remove ref_model, or set beta.")
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with a `prompt` column.")
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.args = args
         self.metrics_of_groups = compute_metrics
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
-        self.prompts = self._encode(train_dataset)
-        self.eval_prompts = [] if eval_dataset is None else self._encode(eval_dataset)
+        self.prompts = self.encode(train_dataset, "train_dataset")
+        self.eval_prompts = [] if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
+        self._check_sizes()
         super().__init__(
             model,
             args,
@@ -100,6 +103,8 @@ class OnlineTrainer(GroupTrainer):
         )
         disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
+        if ref_model is not None:
+            check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
         self.params = self._sampling_params()
@@ -115,19 +120,26 @@ class OnlineTrainer(GroupTrainer):
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
-        self._check_sizes()
 
-    def _encode(self, dataset: Any) -> list[Group]:
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
         return encode_rows(
             prompt_group,
-            as_rows(dataset),
+            as_rows(dataset, name),
             self.tokenizer,
+            name=name,
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
 
     def _sampling_params(self) -> SamplingParams:
         args = self.args
+        ends = eos_token_ids(causal_lm(self.model), self.tokenizer)
+        if not ends and not args.stop:
+            raise ConfigError(
+                "neither the tokenizer nor the model's generation_config has an eos_token, so every completion would "
+                "run to max_completion_length: set tokenizer.eos_token, or stop."
+            )
         return SamplingParams(
             max_new_tokens=args.max_completion_length,
             temperature=args.temperature,
@@ -135,7 +147,7 @@ class OnlineTrainer(GroupTrainer):
             top_k=args.top_k,
             min_p=args.min_p or 0.0,
             stop=tuple(args.stop or ()),
-            eos_token_ids=eos_token_ids(causal_lm(self.model), self.tokenizer),
+            eos_token_ids=ends,
         )
 
     @property
@@ -154,9 +166,7 @@ class OnlineTrainer(GroupTrainer):
 
     @property
     def _prompts_per_rollout(self) -> int:
-        completions = (
-            self.args.per_device_train_batch_size * self.accelerator.num_processes * self._micro_batches_per_rollout
-        )
+        completions = self.args.per_device_train_batch_size * self.args.world_size * self._micro_batches_per_rollout
         return completions // self.args.num_generations
 
     def _check_sizes(self) -> None:
@@ -370,7 +380,7 @@ class OnlineTrainer(GroupTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Sample on held-out prompts and report the mean reward and each criterion."""
-        prompts = self.eval_prompts if eval_dataset is None else self._encode(eval_dataset)
+        prompts = self.eval_prompts if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
         if not prompts:
             raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
         samples = self.args.num_generations_eval or self.args.num_generations
@@ -401,19 +411,18 @@ class OnlineTrainer(GroupTrainer):
         return metrics
 
     def save_own_state(self, folder: Path) -> None:
-        """What has been sampled and what is in flight: with the seed, all that decides what comes next."""
-        state = {
-            "rollouts": self._rollouts,
-            "rounds": self._rounds,
-            "num_tokens": self._num_tokens,
-            "place": self.source.place,
-            "level": self.source.level,
-            "buffer": [[dataclasses.asdict(group) for group in groups] for groups in self._buffer],
-            "replay": {place: dataclasses.asdict(group) for place, group in self.replay.groups.items()},
-            "rank": self.accelerator.process_index,
-            **self.own_state(),
-        }
-        (folder / f"rollout_{self.accelerator.process_index}.json").write_text(json.dumps(state, default=str))
+        """What has been sampled and what is in flight."""
+        state = RolloutState(
+            rollouts=self._rollouts,
+            rounds=self._rounds,
+            num_tokens=self._num_tokens,
+            place=self.source.place,
+            level=self.source.level,
+            buffer=self._buffer,
+            replay=self.replay.groups,
+            own=self.own_state(),
+        )
+        state.save(folder, self.accelerator.process_index)
 
     def own_state(self) -> dict[str, Any]:
         """Hook: numbers that a checkpoint keeps for `load_state`."""
@@ -426,19 +435,11 @@ class OnlineTrainer(GroupTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint) / f"rollout_{self.accelerator.process_index}.json"
-        if not file.is_file():
-            raise ConfigError(
-                f"resume_from_checkpoint = {checkpoint!r}: {file.name} is missing, so the prompts and samples in "
-                "flight are unknown. Resume with as many processes as wrote the checkpoint."
-            )
-        state = json.loads(file.read_text())
-        self._rollouts, self._rounds = int(state["rollouts"]), int(state["rounds"])
-        self._num_tokens = int(state["num_tokens"])
-        self.source.place, self.source.level = int(state["place"]), float(state["level"])
-        self._buffer = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
-        self.replay.groups = {int(place): _group_from_dict(group) for place, group in state["replay"].items()}
-        self.load_state(state)
+        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+        self._rollouts, self._rounds, self._num_tokens = state.rollouts, state.rounds, state.num_tokens
+        self.source.place, self.source.level = state.place, state.level
+        self._buffer, self.replay.groups = state.buffer, state.replay
+        self.load_state(state.own)
         self.transcripts.truncate_after(self.state.global_step)
 
 
@@ -448,41 +449,3 @@ def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:
 
 def _is_fresh(group: Group) -> bool:
     return all(completion.old_logprobs is None for completion in group.completions)
-
-
-def _group_from_dict(values: dict[str, Any]) -> Group:
-    completions: list[Completion] = []
-    for entry in cast("list[dict[str, Any]]", values["completions"]):
-        reason, scores = entry["stop_reason"], entry["score"]
-        entry["stop_reason"] = StopReason(reason) if reason else None
-        entry["score"] = Score(**scores) if scores else None
-        completions.append(Completion(**entry))
-    return Group(values["prompt_ids"], completions, values["row"], values["index"])
-
-
-def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes: Any = None) -> Rubric:
-    """A rubric of what TRL calls `reward_funcs`: functions, and reward models by name or in memory.
-
-    Args:
-        rewards: a Rubric, or one or several functions, names of reward models, or sequence classifiers.
-        weights: one for each; None for 1.
-        processing_classes: tokenizers of the reward models, one or a list; None: their own.
-
-    Raises:
-        ConfigError: weights beside a Rubric, or lists of different lengths.
-    """
-    if isinstance(rewards, Rubric):
-        if weights is not None:
-            raise ConfigError(f"reward_weights = {list(weights)!r} beside a Rubric: set the weights in its criteria.")
-        return rewards
-    listed: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
-    tokenizers: list[Any] = (
-        list(processing_classes) if isinstance(processing_classes, list | tuple) else [processing_classes] * len(listed)
-    )
-    if len(tokenizers) != len(listed):
-        raise ConfigError(
-            f"reward_processing_classes has {len(tokenizers)} entries for {len(listed)} reward_funcs: give one each."
-        )
-    models = (str, Path, PreTrainedModel)
-    functions = [RewardModel(f, t) if isinstance(f, models) else f for f, t in zip(listed, tokenizers, strict=True)]
-    return Rubric.from_functions(functions, weights)

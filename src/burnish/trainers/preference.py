@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, preference_group, unpair, unpaired_group
+from burnish.data import as_row, as_rows, encode_rows, errors_of, preference_group, unpair, unpaired_group
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.dropout import disable_dropout
 from burnish.model.scoring import eval_mode, score
@@ -29,9 +30,9 @@ from burnish.objectives.preference import (
 )
 from burnish.packing import pack
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer, check_vocabulary, resolve_tokenizer
 from burnish.trainers.configs import DPOConfig, KTOConfig
-from burnish.trainers.reference import MovingReference, Reference
+from burnish.trainers.reference import MovingReference, Reference, check_reference
 from burnish.trainers.reference_sums import ReferenceSums
 from burnish.types import Completion, Group, PackedBatch
 
@@ -66,6 +67,7 @@ class ReferenceTrainer(GroupTrainer):
     ) -> None:
         refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
         args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
+        check_reference(ref_model)
         if train_dataset is None:
             raise DataError(f"train_dataset = None: pass rows with {self.columns}.")
         needs_reference = self.needs_reference(args)
@@ -77,8 +79,8 @@ class ReferenceTrainer(GroupTrainer):
             model,
             args,
             processing_class=self.tokenizer,
-            train_dataset=self._encode(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._encode(eval_dataset),
+            train_dataset=self.encode(train_dataset, "train_dataset"),
+            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -86,7 +88,11 @@ class ReferenceTrainer(GroupTrainer):
         if args.disable_dropout:
             disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if needs_reference else None
+        if ref_model is not None:
+            check_vocabulary(ref_model, self.train_dataset, "ref_model on train_dataset")
         self._known = {"train": ReferenceSums(), "eval": ReferenceSums()}
+        self._evaluated: Any = self.eval_dataset
+        """The data set that the sums of "eval" are of."""
         if args.sync_ref_model:
             if self.reference is None or self.reference.model is None:
                 raise ConfigError("sync_ref_model = True: adapters switched off cannot move; pass ref_model.")
@@ -108,14 +114,18 @@ class ReferenceTrainer(GroupTrainer):
         """Whether the configured loss reads a reference."""
         return True
 
-    def _encode(self, dataset: Any) -> list[Group]:
-        args = self.args
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
+        return self._encoded(type(self).encoder, as_rows(dataset, name), name)
+
+    def _encoded(self, encoder: Callable[..., Group], rows: Iterable[Any], name: str) -> list[Group]:
         return encode_rows(
-            type(self).encoder,
-            as_rows(dataset),
+            encoder,
+            rows,
             self.tokenizer,
-            max_length=args.max_length,
-            chat_template=args.chat_template,
+            name=name,
+            max_length=self.args.max_length,
+            chat_template=self.args.chat_template,
         )
 
     def step_denominator(self, groups: Sequence[Group]) -> float:
@@ -147,8 +157,21 @@ class ReferenceTrainer(GroupTrainer):
         """The same under the reference."""
         if self.reference is None:
             return [[0.0] * len(group.completions) for group in groups]
+        if self.reference.released:
+            raise ConfigError(
+                "precompute_ref_log_probs = True: the reference's weights have left memory, and these rows were not "
+                "scored; give them to the trainer as eval_dataset."
+            )
         with self.reference.active(self.model) as reference:
             return self.group_sums(groups, reference)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As of every trainer; what the reference said of another data set is forgotten."""
+        given = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if given is not self._evaluated:
+            self._known["eval"].clear()
+            self._evaluated = given
+        return super().get_eval_dataloader(eval_dataset)
 
     def _fill(self, groups: Sequence[Group], split: str) -> None:
         """Know the reference's log-probabilities of these groups; each is computed once."""
@@ -422,15 +445,38 @@ class KTOTrainer(ReferenceTrainer):
     def set_up(self) -> None:
         """No estimate of the KL before the first step."""
         self._kl = torch.zeros(())
-        if self.args.loss_type == "kto" and len(cast("list[Group]", self.train_dataset)) < 2:
+
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
+        found = enumerate(as_rows(dataset, name))
+        with errors_of(name):
+            expanded = [(place, row) for place, given in found for row in _unpaired(given, place)]
+
+        def encode(row: Any, processing_class: Any, *, index: int, **options: Any) -> Group:
+            # Errors name the row as it was given, groups are counted as they are.
+            group = unpaired_group(row, processing_class, index=expanded[index][0], **options)
+            group.index = index
+            return group
+
+        groups = self._encoded(encode, [row for _, row in expanded], name)
+        if name == "train_dataset":
+            self._check_labels(groups)
+        return groups
+
+    def _check_labels(self, groups: Sequence[Group]) -> None:
+        """One row has no other to estimate the KL with, one label nothing to hold against."""
+        if self.args.loss_type == "kto" and len(groups) < 2:
             raise DataError(
                 "train_dataset: one row has no other completion to estimate the KL with; use loss_type "
                 "apo_zero_unpaired, or more rows."
             )
-
-    def _encode(self, dataset: Any) -> list[Group]:
-        rows = [row if "chosen" not in row else unpair(row) for row in as_rows(dataset)]
-        return super()._encode([one for row in rows for one in (row if isinstance(row, list) else [row])])
+        labels = {bool(group.row["label"]) for group in groups}
+        if len(labels) == 1:
+            logger.warning(
+                "train_dataset: every label is %s, so nothing holds the other way; add rows of the other kind, or use "
+                "SFTTrainer for good completions alone.",
+                labels.pop(),
+            )
 
     def prepare_groups(self, groups: Sequence[Group]) -> None:
         """Reference log-probabilities, and the KL estimate of the whole step."""
@@ -511,6 +557,19 @@ class KTOTrainer(ReferenceTrainer):
         values = self._metrics_of(policy_S, policy_S - reference_S, desirable_S)
         means = {name: float(found.mean()) for name, found in values.items() if found.numel()}
         return {"loss": float(losses_S.mean()), "kl": kl, **_with_margin(means)}
+
+
+def _unpaired(row: Any, index: int) -> list[Any]:
+    """The row, or both halves of one that is a pair; odd ones as they are, for the encoder to name."""
+    present = {name for name, value in as_row(row, index).items() if value is not None}
+    if not {"prompt", "chosen", "rejected"} <= present:
+        return [row]
+    if "completion" in present:
+        raise DataError(
+            f"row {index} has chosen, rejected and completion: drop the columns that you do not mean, so that it is a "
+            "pair or a labelled completion."
+        )
+    return list(unpair(row))
 
 
 def _with_margin(means: dict[str, float]) -> dict[str, float]:

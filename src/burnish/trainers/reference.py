@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.errors import ModelError
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 
-__all__ = ["MovingReference", "Reference"]
+logger = logging.getLogger(__name__)
+
+__all__ = ["MovingReference", "Reference", "check_reference"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ class Reference:
             ref_model: a model to use instead.
         """
         if ref_model is not None:
+            if causal_lm(ref_model) is causal_lm(policy):
+                raise ModelError("ref_model is the model itself, which trains: leave it out, a frozen copy is made.")
+            _warn_of_sizes(policy, ref_model)
             prepare_for_scoring(ref_model)
             return cls(_frozen(ref_model), is_initial_policy=False)
         if not (hasattr(policy, "peft_config") and hasattr(policy, "disable_adapter")):
@@ -148,6 +153,30 @@ class MovingReference(TrainerCallback):
         for own, trained in zip(self._model.parameters(), causal_lm(model).parameters(), strict=True):
             own.lerp_(trained.detach().to(own.dtype), self._alpha)
         self._moved()
+
+
+def check_reference(ref_model: Any) -> None:
+    """Refuse a reference that is no model, before any weight is read.
+
+    Raises:
+        ModelError: naming it.
+    """
+    if ref_model is not None and not isinstance(causal_lm(ref_model), PreTrainedModel):
+        raise ModelError(
+            f"ref_model = {ref_model!r:.60}: pass a model of transformers in memory, such as "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
+    own, other = (causal_lm(model).get_input_embeddings().weight.shape[0] for model in (policy, ref_model))
+    if own != other:
+        logger.warning(
+            "ref_model has %d embeddings and the model %d: its log-probabilities mean something only under the same "
+            "tokenizer.",
+            other,
+            own,
+        )
 
 
 def _frozen(model: Any) -> Any:

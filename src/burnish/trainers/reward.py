@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, reward_group, reward_kind
+from burnish.data import as_rows, encode_rows, errors_of, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
 from burnish.model.dropout import disable_dropout
 from burnish.model.rewards import (
@@ -101,15 +101,15 @@ class RewardTrainer(GroupTrainer):
         args = with_quantization(resolve_args(args, RewardConfig), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with chosen and rejected, or with prompt and completions.")
-        self.args = args
+        self.args = cast("RewardConfig", args)
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self._set_pad_token()
         super().__init__(
             model,
             args,
             processing_class=self.tokenizer,
-            train_dataset=self._encode(train_dataset, "train_dataset"),
-            eval_dataset=None if eval_dataset is None else self._encode(eval_dataset, "eval_dataset"),
+            train_dataset=self.encode(train_dataset, "train_dataset"),
+            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
             peft_config=None if peft_config is None else classifier_adapters(peft_config),
             callbacks=callbacks,
             optimizers=optimizers,
@@ -123,7 +123,7 @@ class RewardTrainer(GroupTrainer):
             if pad not in self.tokenizer.get_vocab():
                 raise ConfigError(f"pad_token = {pad!r}: not in the vocabulary of the tokenizer; use a token that is.")
             self.tokenizer.pad_token = pad
-        if self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
+        if self.tokenizer.pad_token_id is not None and self.tokenizer.pad_token_id == self.tokenizer.eos_token_id:
             logger.warning(
                 "pad_token is EOS (%r): transformers reads a score at the last token that is no padding, so scores are "
                 "read before EOS. Set pad_token to another token to read them at EOS.",
@@ -142,14 +142,17 @@ class RewardTrainer(GroupTrainer):
             disable_dropout(model)
         prepare_for_rewards(model)
 
-    def _encode(self, dataset: Any, name: str) -> list[Group]:
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
         args = self.args
-        rows = list(as_rows(dataset))
-        _check_one_kind(rows, name, centred=bool(args.center_rewards_coefficient))
+        rows = list(as_rows(dataset, name))
+        with errors_of(name):
+            _check_one_kind(rows, centred=bool(args.center_rewards_coefficient))
         groups = encode_rows(
             reward_group,
             rows,
             self.tokenizer,
+            name=name,
             pad_token_id=self.tokenizer.pad_token_id,
             chat_template=args.chat_template,
             step_separator=args.step_separator,
@@ -162,7 +165,7 @@ class RewardTrainer(GroupTrainer):
                 name, len(groups) - len(kept), len(groups), limit,
             )  # fmt: skip
         if not kept:
-            raise DataError(f"max_length = {limit}: every row of {name} is longer; raise it.")
+            raise DataError(f"{name}: every row is longer than max_length = {limit}; raise it.")
         return kept
 
     def pack_groups(self, groups: list[Group]) -> PackedBatch:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -311,13 +314,13 @@ class RewardStats:
         return {"calibration_error": calibration_error(bins), "brier_score": brier / pairs}
 
 
-def _check_one_kind(rows: list[Any], name: str, *, centred: bool) -> None:
+def _check_one_kind(rows: list[Any], *, centred: bool) -> None:
     """One kind of row in a data set, and a margin in all rows or in none."""
     kinds = [reward_kind(row, index) for index, row in enumerate(rows)]
     other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
         raise DataError(
-            f"{name}: row 0 is {kinds[0]}, row {other} is {kinds[other]}: their losses have no common denominator. "
+            f"row 0 is {kinds[0]}, row {other} is {kinds[other]}: their losses have no common denominator. "
             "Train on one kind."
         )
     if centred and kinds[:1] == ["stepwise"]:
@@ -327,9 +330,7 @@ def _check_one_kind(rows: list[Any], name: str, *, centred: bool) -> None:
         )
     with_margin = [row.get("margin") is not None for row in rows]
     if any(with_margin) and not all(with_margin):
-        raise DataError(
-            f"{name}: row {with_margin.index(False)} has no margin and others do: give all one, 0 for none."
-        )
+        raise DataError(f"row {with_margin.index(False)} has no margin and others do: give all one, 0 for none.")
 
 
 def _labels(group: Group) -> list[bool]:

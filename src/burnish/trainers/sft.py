@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, sft_groups
+from burnish.data import as_row, as_rows, encode_rows, sft_groups
 from burnish.errors import DataError
 from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
@@ -84,7 +84,7 @@ class SFTTrainer(GroupTrainer):
         args = with_quantization(resolve_args(args, SFTConfig), model, quantization_config)
         if train_dataset is None:
             raise DataError("train_dataset = None: pass rows with `text`, `messages`, or `prompt` and `completion`.")
-        self.args = args
+        self.args = cast("SFTConfig", args)
         self._format = formatting_func
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
         super().__init__(
@@ -92,7 +92,7 @@ class SFTTrainer(GroupTrainer):
             args,
             processing_class=self.tokenizer,
             train_dataset=self._training_groups(train_dataset),
-            eval_dataset=None if eval_dataset is None else self._encode(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -104,12 +104,13 @@ class SFTTrainer(GroupTrainer):
     def _training_groups(self, dataset: Any) -> list[Group] | GroupStream:
         rows = as_rows(dataset, "train_dataset")
         if isinstance(rows, Sized):
-            return self._encode(rows)
+            return self.encode(rows, "train_dataset")
         GroupStream.check(self.args)
         return GroupStream(rows, self._encode_row, self.tokenizer, self._encoding())
 
-    def _encode(self, dataset: Any) -> list[Group]:
-        return encode_rows(self._encode_row, as_rows(dataset), self.tokenizer, **self._encoding())
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Groups of rows."""
+        return encode_rows(self._encode_row, as_rows(dataset, name), self.tokenizer, name=name, **self._encoding())
 
     def _encoding(self) -> dict[str, Any]:
         names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template")
@@ -117,9 +118,9 @@ class SFTTrainer(GroupTrainer):
 
     def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:
         if self._format is not None:
-            row = {"text": _formatted(self._format, row, options["index"])}
+            row = {"text": _formatted(self._format, as_row(row, options["index"]), options["index"])}
         elif (column := self.args.dataset_text_field) != "text":
-            if column not in row:
+            if column not in as_row(row, options["index"]):
                 raise DataError(
                     f"dataset_text_field = {column!r}: row {options['index']} has the columns {sorted(row)}; name the "
                     "one with the text."
