@@ -115,11 +115,13 @@ class OnlineTrainer(GroupTrainer):
         self._rollouts = 0
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
-        self._num_tokens = 0
-        """Tokens sampled by this process, with each prompt counted once."""
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Hook: what the loss keeps between steps."""
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
@@ -255,7 +257,7 @@ class OnlineTrainer(GroupTrainer):
         groups = [share.group for share in shares]
         self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
         self._rounds += 1
-        self._num_tokens += sum(group.num_tokens for group in groups)
+        super().count_tokens(groups)
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
@@ -299,11 +301,8 @@ class OnlineTrainer(GroupTrainer):
         if values:
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens so far to a log of training."""
-        if "loss" in logs:
-            logs = {**logs, "num_tokens": self.sum_over_ranks(float(self._num_tokens))}
-        super().log(logs, start_time)
+    def count_tokens(self, groups: Sequence[Group]) -> None:
+        """Nothing: tokens count when they are sampled, whether they are trained on once, twice or not at all."""
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Hook: whether `judge` reads the trainer's log-probabilities of a group that is on-policy."""
