@@ -527,7 +527,9 @@ def test_truncation_is_counted(bpe: Any, caplog: pytest.LogCaptureFixture) -> No
         groups = encode_rows(sft_group, rows, bpe, stats=stats, max_length=4)
     assert [g.index for g in groups] == [1, 2]
     assert [g.num_tokens for g in groups] == [4, 4]
-    assert stats == EncodeStats(3, 2, 2, sum(max(0, n - 4) for n in whole), 1)
+    assert (stats.num_rows, stats.num_kept, stats.num_cut_rows, stats.num_skipped_rows) == (3, 2, 2, 1)
+    assert stats.num_cut_tokens == sum(max(0, n - 4) for n in whole)
+    assert stats.formats == {"plain prompt_completion": 3}
     assert "2 of 3 rows are cut" in caplog.text
     assert "1 of 3 rows are skipped" in caplog.text
     with pytest.raises(DataError, match=r"none of 1 rows has a token to learn from under \{'max_length': 2\}"):

@@ -472,8 +472,8 @@ GOOD = PAIRS[0]
         ([{**RANKED[0], "margin": 1.0}], "margin belongs to chosen and rejected"),
         ([{**STEPS[0], "margin": 1.0}], "margin belongs to chosen and rejected"),
         ([{**GOOD, "rejected": GOOD["chosen"]}], "chosen equals rejected"),
-        ([{**GOOD, "rejected": GOOD["chosen"] + "<eos>"}], "two completions are the same tokens"),
-        ([{**RANKED[0], "completions": ["a", "b", "a"]}], "two completions are the same tokens"),
+        ([{**GOOD, "rejected": GOOD["chosen"] + "<eos>"}], "are the same tokens"),
+        ([{**RANKED[0], "completions": ["a", "b", "a"]}], "are the same tokens"),
         ([{**GOOD, "rejected": ""}], "row 0: completion 1 is empty"),
         ([{**RANKED[0], "completions": [" ", "b"]}], "row 0: completion 0 is empty"),
         ([{**RANKED[0], "completions": ["b"]}], "a list of at least two"),
@@ -484,7 +484,7 @@ GOOD = PAIRS[0]
         ([GOOD, RANKED[0]], "row 0 is preference, row 1 is ranked"),
         ([RANKED[0], STEPS[0]], "row 0 is ranked, row 1 is stepwise"),
         ([{**GOOD, "chosen": [{"role": "assistant", "content": "a"}]}], "mixes plain and conversational"),
-        ([], "none of 0 rows"),
+        ([], "train_dataset: there are no rows"),
     ],
 )
 def test_bad_rows_are_refused(tmp_path: Path, rows: Any, message: str) -> None:
@@ -523,7 +523,7 @@ def test_rows_over_max_length_are_left_out(tmp_path: Path, caplog: pytest.LogCap
     assert 0 < len(made.train_dataset) < len(PAIRS)
     assert all(len(ids) <= 10 for ids in sequences(made.train_dataset))
     assert any("longer than max_length = 10" in record.message for record in caplog.records)
-    with pytest.raises(DataError, match="every row of train_dataset is longer"):
+    with pytest.raises(DataError, match="train_dataset: every row is longer than max_length = 3"):
         trainer(tmp_path, max_length=3)
 
 

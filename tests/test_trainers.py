@@ -311,7 +311,7 @@ def test_a_mean_difference_stops_the_first_small_step(bound: float, mean: float)
 def test_agreement_does_not_pass_what_is_not_a_number() -> None:
     check = Agreement(bound=1.0)
     check.add(torch.tensor([float("nan"), 0.0]), torch.zeros(2))
-    with pytest.raises(CheckFailed, match="nan"):
+    with pytest.raises(CheckFailed, match="not finite"):
         check.flush(0, float, float)
 
 
@@ -375,3 +375,20 @@ def test_nonsense_is_refused_with_the_fix(tmp_path: Path) -> None:
         GRPOTrainer(tiny.model(), digits, GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8)))
     with pytest.raises(ModelError, match="no such folder"):
         SFTTrainer("./nowhere", SFTConfig(**settings(tmp_path)), train_dataset=TEXTS)
+
+
+def test_tokens_count_once_when_they_are_sampled(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, max_steps=4, num_iterations=2)
+    sampled: list[int] = []
+    generate = trainer.engine.generate
+
+    def counting(requests: Sequence[Request], **options: Any) -> list[list[Completion]]:
+        made = generate(requests, **options)
+        sampled.extend(
+            len(r.prompt_ids) + sum(len(c.token_ids) for c in cs) for r, cs in zip(requests, made, strict=True)
+        )
+        return made
+
+    trainer.engine.generate = counting  # type: ignore[method-assign]
+    trainer.train()
+    assert [log["num_tokens"] for log in trainer.state.log_history if "loss" in log][-1] == sum(sampled)

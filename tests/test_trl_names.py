@@ -22,7 +22,7 @@ from test_trainers import PROMPTS, TEXTS, digits, grpo, settings
 ROOT = Path(__file__).parent.parent
 TRL = ROOT / ".venv-trl" / "bin" / "python"
 
-STAGES: dict[str, Kind] = {"SFT": "sft", "Reward": "reward", "DPO": "dpo", "KTO": "kto", "GRPO": "grpo"}
+STAGES: dict[str, Kind] = {"SFT": "sft", "Reward": "reward", "DPO": "dpo", "KTO": "kto", "GRPO": "grpo", "RLOO": "rloo"}
 
 # Constructors of TRL 1.16, in the order of their positional parameters; the slow test asks TRL itself.
 ARGUMENTS = {
@@ -37,6 +37,8 @@ ARGUMENTS = {
     "optimizers quantization_config peft_config",
     "GRPO": "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes callbacks "
     "optimizers quantization_config peft_config tools rollout_func environment_factory",
+    "RLOO": "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes callbacks "
+    "optimizers quantization_config peft_config",
 }  # fmt: skip
 
 # Defaults that differ on purpose; docs/trl.md says why.
@@ -45,17 +47,23 @@ OTHER_DEFAULTS = {
     "loss_type": (["sigmoid"], "sigmoid"),
     "train_sampling_strategy": ("sequential", "random"),
     "disable_dropout": (False, True),
-    "use_bias_correction_kl": (True, False),
+    "use_bias_correction_kl": (True, None),
 }
 
 # Metrics of TRL's without one here; docs/trl.md says why.
 NO_METRICS = {
     "DPO": {"logits/chosen", "logits/rejected", "entropy"},
     "KTO": {"logits/chosen", "logits/rejected", "entropy"},
-    "GRPO": {
-        "clip_ratio/high_max", "clip_ratio/high_mean", "clip_ratio/low_mean", "clip_ratio/low_min",
-        "clip_ratio/region_mean", "completions/max_terminated_length", "completions/mean_terminated_length",
-        "completions/min_terminated_length", "step_time",
+    **{
+        name: {
+            "clip_ratio/high_max",
+            "clip_ratio/low_min",
+            "completions/max_terminated_length",
+            "completions/mean_terminated_length",
+            "completions/min_terminated_length",
+            "step_time",
+        }
+        for name in ("GRPO", "RLOO")
     },
 }  # fmt: skip
 
@@ -64,7 +72,9 @@ NO_METRICS = {
 def test_constructors_take_trl_s_arguments_in_trl_s_order(stage: str) -> None:
     parameters = inspect.signature(getattr(burnish, f"{stage}Trainer").__init__).parameters.values()
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional[1:] == ARGUMENTS[stage].split()
+    theirs = ARGUMENTS[stage].split()
+    assert positional[1 : len(theirs) + 1] == theirs
+    assert positional[len(theirs) + 1 :] == (ARGUMENTS["GRPO"].split()[-3:] if stage == "RLOO" else [])
 
 
 def made(stage: str, folder: Path, **arguments: Any) -> Any:
@@ -92,7 +102,6 @@ def some_function(*args: Any) -> None:
         ("DPO", "data_collator", "prepare the rows instead"),
         ("DPO", "compute_metrics", "read the metrics of evaluate"),
         ("KTO", "compute_metrics", "read the metrics of evaluate"),
-        ("GRPO", "reward_processing_classes", "RewardModel"),
         ("GRPO", "tools", "tools column"),
         ("GRPO", "rollout_func", "pass one as engine"),
         ("GRPO", "environment_factory", "reward_funcs"),
@@ -247,7 +256,13 @@ def test_trl_s_metrics_have_our_names(tmp_path: Path, names: dict[str, Any], sta
         case "KTO":
             trainer = kto(tmp_path, eval_dataset=LABELLED, **evaluated)
         case _:
-            trainer = grpo(tmp_path, beta=0.1, **evaluated)
+            args = getattr(burnish, f"{stage}Config")(
+                **settings(tmp_path, **evaluated, per_device_train_batch_size=8, num_generations=4, beta=0.1),
+                max_completion_length=8,
+            )
+            trainer = getattr(burnish, f"{stage}Trainer")(
+                tiny.model(), digits, args, PROMPTS, PROMPTS, processing_class=tiny.tokenizer()
+            )
     trainer.train()
     ours = {name for log in trainer.state.log_history for name in log}
     theirs = {name.replace("rewards/length/", "rewards/digits/") for name in names[stage]["metrics"]}

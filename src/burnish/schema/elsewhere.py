@@ -79,7 +79,7 @@ _REFERENCE: dict[str, Elsewhere] = {
     "precompute_ref_batch_size": Elsewhere(None, "the reference runs within token_budget; set token_budget"),
     "ref_adapter_name": Elsewhere(None, _ADAPTERS),
     "ref_model_init_kwargs": Elsewhere(None, "load the reference with them and pass it as ref_model"),
-    "shuffle_dataset": Elsewhere((None, True), "set train_sampling_strategy to random or sequential"),
+    "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
     "truncation_mode": Elsewhere(
         "keep_start", "completions share their prompt, so sequences are cut at their end; raise max_length"
     ),
@@ -144,7 +144,7 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
         "packing_strategy": Elsewhere("bfd", _BLOCKS),
         "pad_token": _PAD_TOKEN,
         "padding_free": Elsewhere(False, _PACKED),
-        "shuffle_dataset": Elsewhere(None, "set train_sampling_strategy to random or sequential"),
+        "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
     },
     "reward": {"chat_template_path": _CHAT_TEMPLATE},
     "dpo": {

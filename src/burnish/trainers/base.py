@@ -210,7 +210,7 @@ class GroupTrainer(Trainer):
         groups = self.step_groups(epoch_iterator, num_batches)
         if groups is None:
             return [], None
-        self._num_tokens += sum(group.num_tokens for group in groups)
+        self.count_tokens(groups)
         self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         trainable = self.trainable_groups(groups)
@@ -334,6 +334,10 @@ class GroupTrainer(Trainer):
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the training steps since the last log, over all ranks."""
         return self._metrics.flush(self.sum_over_ranks)
+
+    def count_tokens(self, groups: Sequence[Group]) -> None:
+        """Hook: add a step's tokens to `num_tokens`."""
+        self._num_tokens += sum(group.num_tokens for group in groups)
 
     def total_tokens(self) -> float:
         """Tokens trained on so far by all ranks, each prompt counted once for its group."""

@@ -115,11 +115,13 @@ class OnlineTrainer(GroupTrainer):
         self._rollouts = 0
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
-        self._num_sampled_tokens = 0
-        """Tokens sampled by this process, with each prompt counted once."""
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Hook: what the loss keeps between steps."""
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
@@ -255,7 +257,7 @@ class OnlineTrainer(GroupTrainer):
         groups = [share.group for share in shares]
         self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
         self._rounds += 1
-        self._num_sampled_tokens += sum(group.num_tokens for group in groups)
+        super().count_tokens(groups)
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
@@ -299,9 +301,8 @@ class OnlineTrainer(GroupTrainer):
         if values:
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
-    def total_tokens(self) -> float:
-        """Tokens sampled so far by all ranks, each prompt counted once for its group: TRL's `num_tokens`."""
-        return self.sum_over_ranks(float(self._num_sampled_tokens))
+    def count_tokens(self, groups: Sequence[Group]) -> None:
+        """Nothing: tokens count when they are sampled, whether they are trained on once, twice or not at all."""
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Hook: whether `judge` reads the trainer's log-probabilities of a group that is on-policy."""
@@ -413,7 +414,6 @@ class OnlineTrainer(GroupTrainer):
         state = RolloutState(
             rollouts=self._rollouts,
             rounds=self._rounds,
-            num_tokens=self._num_sampled_tokens,
             place=self.source.place,
             level=self.source.level,
             buffer=self._buffer,
@@ -434,7 +434,7 @@ class OnlineTrainer(GroupTrainer):
         if checkpoint is None:
             return
         state = RolloutState.load(checkpoint, self.accelerator.process_index)
-        self._rollouts, self._rounds, self._num_sampled_tokens = state.rollouts, state.rounds, state.num_tokens
+        self._rollouts, self._rounds = state.rollouts, state.rounds
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
         self.load_state(state.own)

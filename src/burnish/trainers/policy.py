@@ -62,8 +62,8 @@ class PolicyTrainer(OnlineTrainer):
 
     _beta: float
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def set_up(self) -> None:
+        """The coefficients that move during training."""
         self._beta = self.args.beta
         self._tokens_in_step = 1.0
         self._least_entropy = -math.inf

@@ -14,7 +14,7 @@ from burnish.rewards import Rubric
 
 __all__ = ["RewardFunction", "as_rubric"]
 
-RewardFunction: TypeAlias = Callable[..., Any]
+RewardFunction: TypeAlias = Callable[..., Any] | str | Path | PreTrainedModel
 
 
 def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes: Any = None) -> Rubric:

@@ -21,7 +21,6 @@ class RolloutState:
     Attributes:
         rollouts: rollouts so far.
         rounds: rounds of sampling so far.
-        num_tokens: tokens sampled by this process.
         place: prompts handed out.
         level: of the curriculum.
         buffer: groups of the optimizer steps that the last rollout still feeds.
@@ -31,7 +30,6 @@ class RolloutState:
 
     rollouts: int
     rounds: int
-    num_tokens: int
     place: int
     level: float
     buffer: list[list[Group]]
