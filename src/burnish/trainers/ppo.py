@@ -96,7 +96,7 @@ class PPOTrainer(PolicyTrainer):
             raise ConfigError("data_collator: batches are packed here; remove it.")
         super().__init__(
             model,
-            reward_funcs if reward_model is None else reward_model,
+            cast(Any, reward_funcs if reward_model is None else reward_model),
             args,
             train_dataset,
             eval_dataset,
