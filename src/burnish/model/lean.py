@@ -133,6 +133,8 @@ def save_less(model: nn.Module) -> None:
         model: changed in place; outside `recomputing` it does what it did.
     """
     gated: dict[type[nn.Module], bool] = {}
+    # Quantised weights are whole numbers; what goes in and out of them has the dtype of the rest.
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for module in model.modules():
         if "forward" in vars(module):
             continue
@@ -141,7 +143,7 @@ def save_less(model: nn.Module) -> None:
         elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
             kind = type(module)
             if kind not in gated:
-                gated[kind] = _is_gated(cast(Any, module))
+                gated[kind] = _is_gated(cast(Any, module), dtype)
             if gated[kind]:
                 module.forward = MethodType(_gated_forward, module)
 
@@ -156,13 +158,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _is_gated(module: Any) -> bool:
+def _is_gated(module: Any, dtype: torch.dtype) -> bool:
     weight = next(module.gate_proj.parameters())
     width = getattr(module.gate_proj, "in_features", None)
-    if width is None or not weight.is_floating_point() or weight.is_meta:
+    if width is None or weight.is_meta:
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, width, generator=generator).to(weight)
+    x = torch.randn(1, 3, width, generator=generator).to(weight.device, dtype)
     training = module.training
     module.eval()
     try:
