@@ -81,7 +81,7 @@ class _Pantry:
         if found is None or (alive := found[0]()) is None or tensor._version != found[1] or tensor.dtype != alive.dtype:
             return tensor
         found[2].asked += 1
-        return _Put(found[2], tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _Put(found[2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
 _pantry: ContextVar[_Pantry | None] = ContextVar("burnish_pantry", default=None)
