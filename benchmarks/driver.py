@@ -209,8 +209,8 @@ class Run:
         rate = _rate_name(self.benchmark.tokens)
         return min(timed, key=lambda setting: timed[setting][rate])
 
-    def compare(self, name: str, setting: str) -> dict[str, Any]:
-        """Both sides alive, one working at a time, in pairs whose order alternates."""
+    def compare(self, name: str, setting: str, save: Callable[[dict[str, Any]], None]) -> None:
+        """Both sides alive, one working at a time, in pairs whose order alternates; saved after every pair."""
         options, same, total = self.options, self.benchmark.same, self.options.warmup + self.options.pairs
         own = {"trl": self.benchmark.settings[setting], "burnish": self.benchmark.burnish_part(setting)}
         steps: dict[str, list[dict[str, Any]]] = {"burnish": [], "trl": []}
@@ -220,6 +220,8 @@ class Run:
                 for side in ("trl", "burnish"):
                     workers[side] = self.start(side, name, own[side], f"pair-{side}", output, total)
                 errors = {side: self.logprob_error(worker) for side, worker in workers.items()}
+                versions = {side: worker.info["versions"] for side, worker in workers.items()}
+                found = {"trl_setting": setting, "logprob_error": errors, "steps": steps, "versions": versions}
                 began = time.perf_counter()
                 for number in range(total):
                     order = ("trl", "burnish") if number % 2 else ("burnish", "trl")
@@ -233,13 +235,10 @@ class Run:
                     if done >= 1:
                         for side, step in made.items():
                             steps[side].append(step)
+                        save(found | self._judge(steps))
             finally:
                 for worker in workers.values():
                     worker.close()
-        versions = {side: worker.info["versions"] for side, worker in workers.items()}
-        return {"trl_setting": setting, "logprob_error": errors, "steps": steps, "versions": versions} | self._judge(
-            steps
-        )
 
     def _judge(self, steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Medians and ratios of paired steps."""
@@ -389,6 +388,10 @@ def drive(
             run.sweep(name, results)
         if not options.sweep_only:
             setting = options.trl_setting or run.fastest(results, name)
-            results.setdefault("workloads", {})[name] = run.compare(name, setting)
-            write(options.out, results)
+
+            def save(found: dict[str, Any], name: str = name) -> None:
+                results.setdefault("workloads", {})[name] = found
+                write(options.out, results)
+
+            run.compare(name, setting, save)
     print(run.table(results))
