@@ -190,6 +190,11 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("cli/pipeline.py", "if name == \"reward\":", "if name == \"none\":", "test_pipeline.py"),
     ("cli/pipeline.py", "disjoint(data.train, data.held_out)[0])", "data.train + data.held_out)", "test_pipeline.py"),
     ("report/page.py", "up != (comparison", "up == (comparison", "test_report.py"),
+    # adapters
+    ("model/quantization.py", "cast(\"Any\", module).support_avx512bf16_for_cpu = False", "pass", "test_adapters.py"),
+    ("model/adapters.py", "torch.default_generator.manual_seed(seed)", "pass", "test_adapters.py"),
+    ("trainers/reference.py", "if _trains_adapters_only(policy) and _adapters_change_nothing(policy):", "if _adapters_change_nothing(policy):", "test_adapters.py"),
+    ("trainers/reference.py", "if _trains_adapters_only(policy) and _adapters_change_nothing(policy):", "if _trains_adapters_only(policy):", "test_adapters.py"),
     # rollouts
     ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
     ("rollout/stepping.py", "request.first_sample + sample)", "sample)", NATIVE),

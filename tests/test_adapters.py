@@ -498,10 +498,14 @@ def test_what_is_not_quantised_computes_in_the_run_s_dtype(base: str, caplog: py
     assert resolve_quantization(other, torch.float32) is other
 
 
-def test_eight_bits_train_too(base: str, tmp_path: Path) -> None:
-    trainer = trainer_of("sft", base, tmp_path, peft_config=lora(), **init("int8"))
+@pytest.mark.parametrize("bf16", [False, True])
+def test_eight_bits_train_too(base: str, tmp_path: Path, bf16: bool) -> None:
+    trainer = trainer_of("sft", base, tmp_path, peft_config=lora(), bf16=bf16, **init("int8"))
+    # peft makes adapters of 8-bit layers in fp32, whatever the rest computes in.
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.int8, torch.bfloat16 if bf16 else torch.float32}
     start = weights(trainer)
     trainer.train()
+    assert (trainer.master_weights is not None) == bf16
     changed = {name for name, value in weights(trainer).items() if not torch.equal(value, start[name])}
     assert changed
     assert all("lora_" in name for name in changed)

@@ -123,7 +123,7 @@ def without_base_config() -> Generator[None]:
 
 
 def _round_trained(model: Any) -> Exact:
-    """Cast fp32 adapters (peft makes them on quantised layers) to a 16-bit model's dtype."""
+    """Cast fp32 adapters, which peft makes on some quantised layers, to a 16-bit model's dtype."""
     embedding = model.get_input_embeddings()
     dtype = embedding.weight.dtype
     exact: Exact = {}

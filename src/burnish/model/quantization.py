@@ -83,9 +83,10 @@ def keep_layout(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference.
 
     Where a CPU multiplies bf16, a 4-bit layer repacks its weight in place at its first forward in evaluation mode. From
-    then on its product has no derivative by its input, in training mode too: every adapter below the layer gets a
-    gradient of exactly zero. The repacked weight also rounds its constants to bf16, so scores would move at the first
-    evaluation.
+    then on its product has no derivative by its input, in training mode too: gradients pass the layer by its adapter
+    and by residual connections only, so that new adapters of query, key, value, gate and up projections get exactly
+    zero and the others a wrong one. The repacked weight also rounds its constants to bf16, so scores would move at the
+    first evaluation.
 
     Args:
         model: any; changed in place where it has such layers.

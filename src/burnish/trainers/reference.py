@@ -16,8 +16,6 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from burnish.errors import ModelError
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["MovingReference", "Reference", "check_reference"]
 
 logger = logging.getLogger(__name__)
