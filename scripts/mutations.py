@@ -18,14 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
-VALUE, CRITIC = "test_objectives_value.py", "test_critic.py"
+CRITIC = "test_critic.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
-ADVANTAGES, ROUNDS, PROMPTS, VALUE = (
-    "test_advantages.py",
-    "test_rounds.py",
-    "test_prompts.py",
-    "test_objectives_value.py",
-)
+ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
+VALUE = "test_objectives_value.py"
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
 RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
@@ -133,7 +129,6 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/value.py", "gamma * lam * sums_TS[time + 1]", "lam * sums_TS[time + 1]", VALUE),
     ("objectives/value.py", "torch.where(is_last_N, after_S[sequence_index_N], values.roll(-1))", "values.roll(-1)", VALUE),
     ("objectives/value.py", "(advantages_N + values).to", "(advantages_N - values).to", VALUE),
-    ("objectives/value.py", "return rewards_N - beta * kl_N.detach()", "return rewards_N + beta * kl_N.detach()", VALUE),
     ("objectives/value.py", "torch.where(is_clipped_N, near_losses_N, losses_N)", "torch.where(is_clipped_N, losses_N, near_losses_N)", VALUE),
     ("objectives/value.py", "old_values_N + clip), old_values_N - clip)", "old_values_N + clip), old_values_N - 2 * clip)", VALUE),
     ("objectives/value.py", "0.0) / (count - 1)", "0.0) / count", VALUE),
@@ -143,7 +138,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/values.py", "copy.deepcopy(policy, shared).unload()", "copy.deepcopy(policy).unload()", CRITIC),
     ("model/values.py", "    if trained:\n", "    if False:\n", CRITIC),
     ("model/values.py", "value = exact.pop(parameter, parameter.data)", "value = parameter.data", CRITIC),
-    ("model/values.py", "torch.default_generator.manual_seed(seed)", "pass", CRITIC),
+    ("model/values.py", "    _widen_score(causal_lm(model), exact)\n", "", CRITIC),
     ("trainers/critic.py", "scale = vf_coef * self._ranks / max(count, 1.0)", "scale = vf_coef / max(count, 1.0)", CRITIC),
     ("trainers/critic.py", "scale = vf_coef * self._ranks", "scale = self._ranks", CRITIC),
     ("trainers/critic.py", "moments(returns_N - old_N)", "moments(returns_N - values_N)", CRITIC),

@@ -346,6 +346,22 @@ def test_a_bf16_critic_has_an_fp32_score_and_fp32_masters(tmp_path: Path) -> Non
     assert torch.equal(model(input_ids=ids).logits.flatten(), model(input_ids=ids).logits.float().flatten())
 
 
+@pytest.mark.parametrize("form", ["shared", "own"])
+def test_adapters_compute_in_bf16_and_their_score_in_fp32(form: str) -> None:
+    base = tiny.model(dtype=torch.bfloat16)
+    if form == "shared":
+        model, exact = share_base(adapted(base), seed=3, pad_token_id=PAD), {}
+    else:
+        model, exact = load_value_model(base, bf16=True, seed=3, pad_token_id=PAD, peft_config=lora())
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert all(dtype == (torch.float32 if "score" in name else torch.bfloat16) for name, dtype in dtypes.items())
+    own, rows = Critic(model, learning_rate=1e-2, exact=exact), with_returns()
+    own.update(rows, clip=None)
+    own.values(rows)
+    values = torch.tensor([v for c in completions(rows) for v in c.values or []])
+    assert not torch.equal(values, values.bfloat16().float()), "values are not rounded to bf16"
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_resumed_is_uninterrupted(form: str, bf16: bool) -> None:
@@ -528,10 +544,6 @@ def test_weights_below_the_base_may_be_quantised(tmp_path: Path) -> None:
 
     tiny.model(hidden_size=64, head_dim=16, intermediate_size=64).save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    for module in base.modules():
-        # On CPUs with AVX512-BF16 the package repacks weights in evaluation mode, for kernels without a backward.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     policy = adapted(base, lora(task_type="CAUSAL_LM"))
     model = share_base(policy, seed=3, pad_token_id=PAD)
     own = Critic(model, learning_rate=1e-2)

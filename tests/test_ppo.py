@@ -245,3 +245,10 @@ def test_failed_rewards_train_neither_policy_nor_critic(tmp_path: Path) -> None:
 def test_what_is_missing_is_named_before_anything_loads(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PPOTrainer(train_dataset=PROMPTS, **keywords)
+
+
+def test_arguments_of_the_loader_are_for_models_given_by_name(tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path / "policy")
+    trainer = ppo(tmp_path, str(tmp_path / "policy"), model_init_kwargs={"attention_dropout": 0.0}, max_steps=1)
+    for name, value in trainer.model.model.state_dict().items():
+        assert torch.equal(trainer.critic.model.model.state_dict()[name], value), name

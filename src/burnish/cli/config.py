@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 from burnish.cli.files import apply_overrides, read_file
 from burnish.data.sources import check_source
@@ -248,7 +248,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     run = RunFile(
         path=Path(path),
         kind=kind,
-        training=check_fields(kind, tables.get("training", {})) if trains else {},
+        training=check_fields(cast("Kind", kind), tables.get("training", {})) if trains else {},
         **_shared(tables, path, pipeline=False),
         pairs=_pairs(tables.get("pairs", {})) if kind == "pairs" else None,
         document=document,

@@ -14,7 +14,7 @@ import torch
 
 from burnish.errors import ConfigError, ModelError
 
-__all__ = ["SavedAdapters", "add_adapters", "put_adapters", "saved_adapters", "without_base_config"]
+__all__ = ["Exact", "SavedAdapters", "add_adapters", "put_adapters", "saved_adapters", "without_base_config"]
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
 """fp32 values of parameters that were rounded."""

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
+from burnish.model.adapters import Exact, add_adapters
 from burnish.model.dropout import disable_dropout
 from burnish.model.quantization import is_quantized
 from burnish.model.rewards import (
@@ -43,7 +44,7 @@ def load_value_model(
     init_kwargs: Mapping[str, Any] | None = None,
     peft_config: Any = None,
     dropout: bool = False,
-) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
+) -> tuple[Any, Exact]:
     """A critic that is a model of its own, prepared for `reward_scores`.
 
     Args:
@@ -69,13 +70,11 @@ def load_value_model(
             _refuse_adapters(model)
         model = copy.deepcopy(model)
     loaded, exact = load_reward_model(model, bf16=bf16, seed=seed, init_kwargs=init_kwargs)
-    _widen_score(causal_lm(loaded), exact)
     if peft_config is None and is_quantized(causal_lm(loaded)) and not hasattr(loaded, "peft_config"):
         raise ModelError("value_peft_config = None: quantised weights cannot be trained; pass adapters for the critic.")
     if peft_config is not None:
-        _refuse_adapters(loaded)
-        loaded, exact = _add_adapters(loaded, classifier_adapters(peft_config), seed), {}
-    return _prepared(loaded, pad_token_id, dropout=dropout), exact
+        loaded, exact = add_adapters(loaded, classifier_adapters(peft_config), seed=seed)
+    return _prepared(loaded, exact, pad_token_id, dropout=dropout), exact
 
 
 def share_base(
@@ -117,8 +116,8 @@ def share_base(
             f"policy: it trains {trained[0]} (and {len(trained) - 1} more) of its base, so the critic's base would "
             f"move with it. Use adapters without trained biases and without modules_to_save. {fix}"
         )
-    _widen_score(made, {})
-    return _prepared(_add_adapters(made, config, seed), pad_token_id, dropout=dropout)
+    model, exact = add_adapters(made, config, seed=seed)
+    return _prepared(model, exact, pad_token_id, dropout=dropout)
 
 
 def _like(policy_config: Any) -> Any:
@@ -140,17 +139,7 @@ def _refuse_adapters(model: Any) -> None:
         )
 
 
-def _add_adapters(classifier: Any, config: Any, seed: int) -> Any:
-    """Adapters drawn from the seed, equal on every rank; the CPU's random state is put back."""
-    from peft import get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        # Adapters compute in the base's dtype; the optimizer keeps their fp32 masters.
-        return get_peft_model(classifier, config, autocast_adapter_dtype=False)
-
-
-def _widen_score(classifier: Any, exact: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+def _widen_score(classifier: Any, exact: Exact) -> None:
     """Let the score compute in fp32: bf16 knows a value of 1 to 0.004, as much as one token's advantage may be."""
     for parameter in classifier.score.parameters():
         value = exact.pop(parameter, parameter.data)
@@ -162,7 +151,8 @@ def _to_own_dtype(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> 
     return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
 
 
-def _prepared(model: Any, pad_token_id: int | None, *, dropout: bool) -> Any:
+def _prepared(model: Any, exact: Exact, pad_token_id: int | None, *, dropout: bool) -> Any:
+    _widen_score(causal_lm(model), exact)
     causal_lm(model).config.get_text_config().pad_token_id = pad_token_id
     if not dropout:
         disable_dropout(model)

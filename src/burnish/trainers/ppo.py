@@ -121,7 +121,9 @@ class PPOTrainer(PolicyTrainer):
             model, exact = share_base(self.model, **common), {}
         else:
             source = self.model if value_model is None else value_model
-            model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=args.model_init_kwargs, **common)
+            # The policy is in memory already, whatever it was loaded with.
+            init_kwargs = args.model_init_kwargs if isinstance(source, str | Path) else None
+            model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=init_kwargs, **common)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
         rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         return Critic(
