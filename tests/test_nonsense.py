@@ -271,7 +271,7 @@ def tokenizer(**changes: Any) -> Any:
         ("reward", None, {"config": {"pad_token": "<|nope|>"}}, "pad_token = '<|nope|>': not in the vocabulary"),
         (EVERY, None, {"eval_dataset": []}, "eval_dataset: there are no rows"),
         (EVERY, None, {"config": {"eval_strategy": "steps", "eval_steps": 1}}, "without eval_dataset: pass held-out"),
-        (PAIRED, None, {"config": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}}, "no whole batch of 8"),
+        (PAIRED, None, {"config": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}}, "no whole batch"),
         (EVERY, None, {"peft_config": "lora"}, "peft_config = 'lora': pass a configuration of peft"),
         (EVERY, None, {"peft_config": {"r": 4}}, "pass a configuration of peft"),
         (EVERY, None, {"callbacks": ["x"]}, "callbacks: 'x' is no transformers.TrainerCallback"),
