@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "gspo_token": {"loss_type": "grpo", "importance_sampling_level": "sequence_token"},
     "rloo": {"loss_type": "grpo", "importance_sampling_level": "product", "advantage_estimator": "leave_one_out"},
+    "temperature": {"loss_type": "dapo", "temperature": 1.5, "beta": 0.2},
     "entropy": {"loss_type": "grpo", "entropy_coef": 0.3},
     "top-entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.3, "entropy_coef": 0.3, "beta": 0.2},
     "reinforce++": {"loss_type": "dapo", "advantage_estimator": "batch", "kl_in": "reward", "beta": 0.2,
@@ -143,7 +144,8 @@ def test_gradient_by_an_independent_script(tmp_path: Path, name: str) -> None:
     for group, completion in [(g, c) for g in rollouts[0] for c in g.completions]:
         ids = torch.tensor([group.prompt_ids + completion.token_ids])
         rows, target = slice(len(group.prompt_ids) - 1, -1), ids[0, len(group.prompt_ids) :, None]
-        full = [m(ids).logits[0, rows].log_softmax(-1) for m in (policy, start, reference)]
+        temperature = trainer.args.temperature
+        full = [(m(ids).logits[0, rows] / temperature).log_softmax(-1) for m in (policy, start, reference)]
         new, old, ref = (x.gather(-1, target)[:, 0] for x in full)
         sequences.append((group, completion, new, old.detach(), ref.detach()))
         entropies.append(-(full[0].exp() * full[0]).sum(-1))
