@@ -10,10 +10,64 @@ from typing import Any, cast
 import torch
 from transformers import Trainer
 
+import test_preference_trainer
 import tiny
-from burnish import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from burnish import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from test_policy_trainer import only_even
 from test_reward_trainer import PAIRS
 from test_trainers import PROMPTS, TEXTS, digits, settings
+
+ONLINE: dict[str, Any] = {"max_completion_length": 8, "logprob_check_bound": 1.0, "log_completions": True}
+LOGGED = {
+    "sft": ("entropy", "num_tokens"),
+    "stream": ("entropy", "num_tokens"),
+    "dynamic": ("sampling/rounds", "sampling/extra_completions", "frac_reward_zero_std"),
+    "ppo": ("value/loss", "value/explained_variance", "value/grad_norm"),
+    "kto": ("kl", "rewards/margins"),
+    "dpo": ("rewards/margins",),
+}
+
+
+def make(stage: str, model: Any, shared: dict[str, Any]) -> Trainer:
+    """The trainer of a stage; the name of a loss is GRPO with that loss."""
+    common: dict[str, Any] = {"processing_class": tiny.tokenizer()}
+    match stage:
+        case "sft" | "stream":
+            rows = TEXTS if stage == "sft" else iter(TEXTS[:19])
+            return SFTTrainer(model, SFTConfig(**shared), train_dataset=rows, **common)
+        case "reward":
+            return RewardTrainer(model, RewardConfig(**shared), train_dataset=PAIRS, **common)
+        case "dpo":
+            # aot sorts the pairs of all ranks.
+            args = DPOConfig(**shared, loss_type=["sigmoid", "aot"], loss_weights=[1.0, 0.5])
+            return DPOTrainer(model, args=args, train_dataset=test_preference_trainer.PAIRS, **common)
+        case "kto":
+            rows = test_preference_trainer.LABELLED
+            return KTOTrainer(model, args=KTOConfig(**shared), train_dataset=rows, **common)
+        case "ppo":
+            args = PPOConfig(**shared, **ONLINE, num_iterations=1, beta=0.1)
+            return PPOTrainer(args, model=model, reward_funcs=digits, train_dataset=PROMPTS, **common)
+        case "dynamic":
+            args = GRPOConfig(
+                **shared, **ONLINE, num_generations=4, algorithm="dapo", overlong_buffer=None, temperature=1.5
+            )
+            return GRPOTrainer(model, only_even, args, PROMPTS, **common)
+        case _:
+            args = GRPOConfig(**shared, **ONLINE, num_generations=4, loss_type=stage, beta=0.1)
+            return GRPOTrainer(model, digits, args, PROMPTS, **common)
 
 
 def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
@@ -22,32 +76,29 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     shared: dict[str, Any] = settings(
         folder, per_device_train_batch_size=per_device, bf16=dtype == "bfloat16", optim="sgd", **launched
     )
-    model, tokenizer = tiny.model(dtype=getattr(torch, dtype)), tiny.tokenizer()
-    trainer: Trainer
-    if stage in ("sft", "stream"):
-        rows = TEXTS if stage == "sft" else iter(TEXTS[:19])
-        trainer = SFTTrainer(model, SFTConfig(**shared), train_dataset=rows, processing_class=tokenizer)
-    elif stage == "reward":
-        trainer = RewardTrainer(model, RewardConfig(**shared), train_dataset=PAIRS, processing_class=tokenizer)
-    else:
-        args = GRPOConfig(
-            **shared, num_generations=4, max_completion_length=8, loss_type=stage, beta=0.1, logprob_check_bound=1.0,
-            log_completions=True,
-        )  # fmt: skip
-        trainer = GRPOTrainer(model, digits, args, PROMPTS, processing_class=tokenizer)
+    trainer = make(stage, tiny.model(dtype=getattr(torch, dtype)), shared)
     own = cast(Any, trainer)
     own.create_optimizer()
     masters = own.master_weights
-    trained = list(own.model.parameters()) if masters is None else masters.masters
+    trained = list(own.model.parameters()) if masters is None else list(masters.masters)
+    trained += critic_of(trainer)
     start = [w.detach().clone() for w in trained]
     trainer.train()
     if trainer.is_world_process_zero():
         masters = own.master_weights
-        weights = list(own.model.parameters()) if masters is None else masters.masters
-        names = ("loss", "reward", "min_reward", "mean_reward", "margin")
-        names += ("entropy", "num_tokens") if stage in ("sft", "stream") else ()
+        weights = list(own.model.parameters()) if masters is None else list(masters.masters)
+        weights += critic_of(trainer)
+        names = ("loss", "reward", "min_reward", "mean_reward", "margin", *LOGGED.get(stage, ()))
         logs = [{k: log[k] for k in names if k in log} for log in trainer.state.log_history]
         torch.save({"start": start, "weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
+
+
+def critic_of(trainer: Trainer) -> list[torch.nn.Parameter]:
+    """What PPO trains beside the policy."""
+    if not isinstance(trainer, PPOTrainer):
+        return []
+    optimizer = trainer.critic.optimizer
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 if __name__ == "__main__":

@@ -298,6 +298,50 @@ def test_an_adaptive_coefficient_follows_the_divergence(tmp_path: Path) -> None:
     assert logged == pytest.approx([0.05, 0.05 * 1.1, 0.05 * 1.21])
 
 
+def test_a_rollout_is_penalised_with_the_coefficient_before_its_own_divergence(tmp_path: Path) -> None:
+    """What a batch does to the coefficient is for the next batch, as in 1909.08593."""
+    changes: dict[str, Any] = {"algorithm": "rloo", "beta": 0.5, "optim": "sgd", "max_steps": 1}
+    steps: list[dict[str, torch.Tensor]] = []
+    for name, own in (("fixed", {}), ("moves", {"kl_target": 1e-3, "kl_horizon": 24})):
+        trainer = grpo(tmp_path / name, ref_model=tiny.model(seed=5), **changes, **own)
+        trainer.train()
+        steps.append(weights(trainer))
+    assert_same(*steps, 0.0)
+
+
+class Silent(Elsewhere):
+    """An engine that leaves out log-probabilities."""
+
+    def __init__(self, engine: Any, *missing: str) -> None:
+        super().__init__(engine)
+        self.missing = missing
+
+    def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
+        found = super().generate(requests, seed=seed, step=step)
+        for completion in (c for row in found for c in row):
+            for name in self.missing:
+                setattr(completion, name, None)
+        return found
+
+
+def test_an_engine_without_log_probabilities_says_that_nothing_is_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = grpo(tmp_path, max_steps=2)
+    trainer.engine = Silent(trainer.engine, "policy_logprobs")
+    trainer.train()
+    assert sum("Silent gives no policy_logprobs" in message for message in caplog.messages) == 1
+
+
+def test_a_correction_needs_what_the_sampler_said(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, sampling_correction="token_truncate")
+    trainer.engine = Silent(trainer.engine, "sampler_logprobs")
+    before = weights(trainer)
+    with pytest.raises(ConfigError, match="Silent gives no sampler_logprobs"):
+        trainer.train()
+    assert_same(before, weights(trainer), 0.0)
+
+
 def test_overlong_completions_lose_reward_after_the_filter(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, overlong_buffer=4, overlong_penalty=2.0, max_steps=1)
     steps = recorded(trainer)

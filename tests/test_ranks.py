@@ -33,7 +33,13 @@ def run(folder: Path, stage: str, per_device: int, dtype: str, ranks: int) -> di
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 # 6 completions a rank: the second of three groups of 4 lies on both ranks.
-@pytest.mark.parametrize(("stage", "per_device"), [("sft", 4), ("stream", 4), ("reward", 3), ("grpo", 6), ("dapo", 6)])
+@pytest.mark.parametrize(
+    ("stage", "per_device"),
+    [
+        ("sft", 4), ("stream", 4), ("reward", 3), ("dpo", 3), ("kto", 3), ("grpo", 6), ("dapo", 6), ("dynamic", 6),
+        ("ppo", 6),
+    ],
+)  # fmt: skip
 def test_one_rank_is_two_ranks(tmp_path: Path, stage: str, per_device: int, dtype: str) -> None:
     one = run(tmp_path / "one", stage, 2 * per_device, dtype, 1)
     two = run(tmp_path / "two", stage, per_device, dtype, 2)

@@ -11,24 +11,22 @@ never twice. EOS ends every plain text and plain completion; in conversations th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-from burnish.data.chat import chat_spans, render_chat, resolve_chat_template
+from burnish.data.conversations import ChatRow, first_unscored, naming_row
 from burnish.data.formats import (
     Format,
     Kind,
     Message,
-    check_roles,
     detect_format,
     messages_of,
-    row_template_kwargs,
     row_tools,
 )
 from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, truncate
-from burnish.data.tokens import plain_ids, split_ids, tokenize_chat, with_bos, with_eos
+from burnish.data.tokens import plain_ids, split_ids, with_bos, with_eos
 from burnish.errors import ConfigError, DataError
 from burnish.types import Completion, Group
 
@@ -207,9 +205,9 @@ def sft_group(
             f"completion_only_loss = True, but row {index} has no completion column ({fmt.columns[0]}): use "
             "assistant_only_loss for messages."
         )
-    chat = _Chat(processing_class, row, index, chat_template) if fmt.conversational else None
+    chat = ChatRow(processing_class, row, index, chat_template) if fmt.conversational else None
     if chat is None:
-        with _named(index):
+        with naming_row(index):
             prompt_ids, completion = _plain_sft(processing_class, row, fmt, completion_only_loss is not False)
     elif paired and completion_only_loss is not False:
         prompt_ids, completion = chat.pair(row["prompt"], row["completion"], stats)
@@ -271,12 +269,12 @@ def _plain_sft(
 ) -> tuple[list[int], Completion]:
     if fmt.kind is Kind.LANGUAGE_MODELING:
         ids = _plain_text(tokenizer, row["text"])
-        return [], Completion(ids, _first_unscored(len(ids)), row["text"])
+        return [], Completion(ids, first_unscored(len(ids)), row["text"])
     prompt_ids, completion = _plain_pair(tokenizer, row["prompt"], row["completion"])
     if completion_only:
         return prompt_ids, completion
     ids = prompt_ids + completion.token_ids
-    return [], Completion(ids, _first_unscored(len(ids)), completion.text)
+    return [], Completion(ids, first_unscored(len(ids)), completion.text)
 
 
 def unpaired_group(row: Mapping[str, Any], processing_class: Any, *, index: int = 0, **options: Any) -> Group:
@@ -327,7 +325,7 @@ def preference_group(
     if fmt.conversational:
         prompt_ids, completions = _chat_preference(processing_class, row, index, chat_template, stats)
     else:
-        with _named(index):
+        with naming_row(index):
             prompt_ids, completions = _plain_preference(processing_class, row)
     if completions[0].token_ids == completions[1].token_ids:
         raise DataError(
@@ -369,7 +367,7 @@ def _chat_preference(
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise DataError(f"row {index}: chosen and rejected share no first message: give a prompt column.")
-    chat = _Chat(processing_class, row, index, chat_template)
+    chat = ChatRow(processing_class, row, index, chat_template)
     pairs = [chat.pair(prompt, completion, stats) for completion in (chosen, rejected)]
     if pairs[0][0] != pairs[1][0]:
         raise DataError(
@@ -390,7 +388,7 @@ def _plain_preference(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int]
     completions = [Completion(both[i][shared:], text=row[name]) for i, name in enumerate(("chosen", "rejected"))]
     if shared == 0:
         for completion in completions:
-            completion.loss_mask = _first_unscored(len(completion.token_ids))
+            completion.loss_mask = first_unscored(len(completion.token_ids))
     return both[0][:shared], completions
 
 
@@ -429,9 +427,9 @@ def prompt_group(
     if system_prompt is not None:
         prompt = _with_system(prompt, system_prompt, index)
     if fmt.conversational or system_prompt is not None:
-        ids = _Chat(processing_class, row, index, chat_template, chat_template_kwargs).prompt(prompt)
+        ids = ChatRow(processing_class, row, index, chat_template, chat_template_kwargs).prompt(prompt)
     else:
-        with _named(index):
+        with naming_row(index):
             ids = with_bos(processing_class, plain_ids(processing_class, prompt))
     if max_prompt_length is not None and len(ids) > max_prompt_length:
         raise _SkippedRowError(
@@ -448,106 +446,6 @@ def _with_system(prompt: Any, system_prompt: str, index: int) -> list[Message]:
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-class _Chat:
-    """One row's template, tools and variables."""
-
-    def __init__(
-        self,
-        processing_class: Any,
-        row: Mapping[str, Any],
-        index: int,
-        chat_template: str | None,
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.processing_class = processing_class
-        self.index = index
-        tools = row_tools(row, index)
-        with _named(index):
-            template = resolve_chat_template(chat_template, processing_class, tools=tools)
-        variables = {**(kwargs or {}), **row_template_kwargs(row, index)}
-        self.options: dict[str, Any] = {"template": template, "tools": tools, "kwargs": variables}
-
-    def conversation(self, messages: Any, assistant_only: bool, stats: EncodeStats | None) -> Completion:
-        """A whole conversation as one completion."""
-        messages = self._checked(messages)
-        with _named(self.index):
-            if not assistant_only:
-                ids = tokenize_chat(self.processing_class, self._render(messages), ())[0]
-                return Completion(ids, _first_unscored(len(ids)), _spoken(messages))
-            chat = chat_spans(self.processing_class, messages, **self.options)
-            ids, mask, _ = tokenize_chat(self.processing_class, chat.text, chat.spans)
-        _count_rerendered(stats, chat.rerendered)
-        mask[0] = False
-        return Completion(ids, mask, _spoken(messages))
-
-    def pair(self, prompt: Any, completion: Any, stats: EncodeStats | None) -> tuple[list[int], Completion]:
-        """Prompt tokens, and the completion's tokens up to the last end of turn with its assistant turns scored."""
-        prompt, completion = self._checked(prompt), self._checked(completion)
-        if completion[0]["role"] != "assistant":
-            raise DataError(
-                f"row {self.index}: a completion must begin with an assistant message, this one begins with "
-                f"{completion[0]['role']!r}: move the messages before it to the prompt."
-            )
-        if completion[-1]["role"] != "assistant":
-            raise DataError(
-                f"row {self.index}: a completion must end with an assistant message, this one ends with "
-                f"{completion[-1]['role']!r}: drop the messages after the last answer."
-            )
-        if prompt[-1]["role"] == "assistant":
-            raise DataError(
-                f"row {self.index}: the prompt ends with an assistant message: merge it with the completion's first."
-            )
-        with _named(self.index):
-            chat = chat_spans(self.processing_class, [*prompt, *completion], first_turn=len(prompt), **self.options)
-            first, last = chat.spans[0][0], chat.spans[-1][1]
-            ids, mask, num_prompt = tokenize_chat(self.processing_class, chat.text[:last], chat.spans, boundary=first)
-        _count_rerendered(stats, chat.rerendered)
-        scored = mask[num_prompt:]
-        return ids[:num_prompt], Completion(ids[num_prompt:], None if all(scored) else scored, _spoken(completion))
-
-    def prompt(self, messages: Any) -> list[int]:
-        """A prompt for generation."""
-        messages = self._checked(messages)
-        open_turn = messages[-1]["role"] == "assistant"
-        with _named(self.index):
-            text = self._render(messages, prompt=True, open_turn=open_turn)
-            return tokenize_chat(self.processing_class, text, ())[0]
-
-    def _checked(self, value: Any) -> list[Message]:
-        messages = messages_of(value)
-        with _named(self.index):
-            check_roles(messages, self.options["template"])
-        return messages
-
-    def _render(self, messages: Sequence[Message], *, prompt: bool = False, open_turn: bool = False) -> str:
-        return render_chat(
-            self.processing_class,
-            messages,
-            add_generation_prompt=prompt and not open_turn,
-            continue_final_message=prompt and open_turn,
-            **self.options,
-        )
-
-
-@contextmanager
-def _named(index: int) -> Generator[None]:
-    """Name the row in errors of the layers that do not know it."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"row {index}: {error}") from error
-
-
-def _spoken(messages: Sequence[Message]) -> str:
-    """What the assistant says in the messages, as text."""
-    said = (message.get("content") for message in messages if message["role"] == "assistant")
-    return "\n".join(text if isinstance(text, str) else _block_text(text) for text in said if text)
-
-
-def _block_text(blocks: Any) -> str:
-    return "".join(str(block.get("text", "")) for block in cast("Sequence[Mapping[str, Any]]", blocks))
-
-
 def _plain_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], Completion]:
     """Tokens of a plain prompt and its completion, BOS and EOS included."""
     head, rest = split_ids(tokenizer, prompt, completion)
@@ -556,13 +454,3 @@ def _plain_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int]
 
 def _plain_text(tokenizer: Any, text: str) -> list[int]:
     return with_eos(tokenizer, with_bos(tokenizer, plain_ids(tokenizer, text)))
-
-
-def _first_unscored(num_tokens: int) -> list[bool]:
-    """All tokens but the first: nothing predicts it."""
-    return [place > 0 for place in range(num_tokens)]
-
-
-def _count_rerendered(stats: EncodeStats | None, num_turns: int) -> None:
-    if stats is not None:
-        stats.num_rerendered_turns += num_turns

@@ -18,12 +18,11 @@ from burnish.errors import ModelError
 from burnish.model.adapters import SavedAdapters, put_adapters, saved_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
 
-__all__ = ["ModelSource", "compute_dtype", "find_model", "load_model", "load_processing_class"]
+__all__ = ["ModelSource", "compute_dtype", "find_model", "hub_arguments", "load_model", "load_processing_class"]
 
 logger = logging.getLogger(__name__)
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-"""Arguments of `from_pretrained` that say where and how to read, for a tokenizer as for a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +221,11 @@ def drop_gguf_config(model: Any) -> None:
                 setattr(model, attribute, None)
 
 
+def hub_arguments(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Of the arguments of a model's `from_pretrained`, those that say where and how to read what belongs to it."""
+    return {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
+
+
 def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token.
 
@@ -233,9 +237,8 @@ def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | No
         ModelError: there is none.
     """
     source = find_model(model)
-    where = {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
     with _reading(model, "tokenizer", "Save it beside the model, or pass processing_class"):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs, **hub_arguments(init_kwargs))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

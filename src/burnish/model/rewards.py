@@ -29,7 +29,7 @@ from burnish.errors import CheckFailed, ModelError
 from burnish.model.adapters import put_adapters, saved_adapters
 from burnish.model.attention import install
 from burnish.model.lean import save_less
-from burnish.model.loading import find_model, load_model
+from burnish.model.loading import find_model, hub_arguments, load_model
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout, mark_quantized
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
@@ -50,9 +50,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_HUB_ARGUMENTS = ("cache_dir", "revision", "subfolder", "token", "trust_remote_code")
-"""Arguments of `from_pretrained` that say where and how to read a configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +120,7 @@ def is_reward_model(model: str | Path | PreTrainedModel, init_kwargs: Mapping[st
     source = find_model(model)
     if source.gguf_file is not None:
         return False
-    where = {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
-    config = AutoConfig.from_pretrained(source.name, **where)
+    config = AutoConfig.from_pretrained(source.name, **hub_arguments(init_kwargs))
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 

@@ -11,9 +11,10 @@ from burnish.trainers.configs import (
     SFTConfig,
 )
 from burnish.trainers.grpo import GRPOTrainer, RLOOTrainer
+from burnish.trainers.kto import KTOTrainer
 from burnish.trainers.online_dpo import OnlineDPOTrainer
 from burnish.trainers.ppo import PPOTrainer
-from burnish.trainers.preference import DPOTrainer, KTOTrainer
+from burnish.trainers.preference import DPOTrainer
 from burnish.trainers.reward import RewardTrainer
 from burnish.trainers.sft import SFTTrainer
 

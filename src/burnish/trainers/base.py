@@ -7,41 +7,41 @@ import ctypes
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.training_args import ParallelMode
 
-from burnish.errors import CheckFailed, ConfigError, DataError, ModelError
-from burnish.model.adapters import add_adapters, saved_adapters, without_base_config
-from burnish.model.loading import load_model, load_processing_class
+from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.loading import load_model
 from burnish.model.precision import MasterWeights
-from burnish.model.quantization import is_quantized
-from burnish.model.scoring import causal_lm, prepare_for_scoring
+from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.metrics import StepMetrics
+from burnish.trainers.preflight import check_loaded, check_run, use_non_reentrant_checkpointing
 from burnish.types import Group, PackedBatch
 
 __all__ = [
     "COMPLETE",
     "GroupTrainer",
     "MicroBatch",
-    "check_vocabulary",
     "collate",
-    "resolve_tokenizer",
     "scored_tokens",
 ]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _STATE = "trainer.json"
 """What a checkpoint holds of every trainer's own."""
@@ -100,8 +100,7 @@ class GroupTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any],
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ) -> None:
-        _refuse_data_parallel(args)
-        _refuse_no_batch(args, train_dataset)
+        check_run(model, args, train_dataset, peft_config)
         check_parts(
             peft_config=peft_config,
             callbacks=callbacks,
@@ -111,14 +110,11 @@ class GroupTrainer(Trainer):
             eval_dataset=eval_dataset,
         )
         self.tokenizer = processing_class
-        _check_quantised(model, args, peft_config)
         loaded, self._exact = self.load(model, args)
         if peft_config is not None:
             loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
-        _check_trains(loaded)
-        check_vocabulary(loaded, train_dataset, "train_dataset")
-        check_vocabulary(loaded, eval_dataset, "eval_dataset")
-        _use_non_reentrant_checkpointing(args)
+        check_loaded(loaded, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
         self._num_tokens = 0
@@ -276,6 +272,10 @@ class GroupTrainer(Trainer):
         tensor = torch.tensor([value], dtype=torch.float64, device=self.args.device)
         return float(cast(torch.Tensor, self.accelerator.gather(tensor)).max())
 
+    def gathered(self, rows: Sequence[T]) -> list[T]:
+        """The same of all ranks, in the order of the ranks."""
+        return list(cast("list[T]", gather_object(list(rows)) if self.accelerator.num_processes > 1 else rows))
+
     @property
     def master_weights(self) -> MasterWeights | None:
         """The optimizer that owns fp32 masters, where this run has one."""
@@ -431,103 +431,3 @@ def _return_freed_memory() -> None:
     """Give freed memory back: glibc keeps the holes that a step left, and the next one's tensors may not fit them."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
-
-
-def check_vocabulary(model: Any, groups: Any, name: str) -> None:
-    """Refuse tokens that the model has no embedding for; a stream's are not known before they come.
-
-    Raises:
-        ModelError: naming the row.
-    """
-    lm = causal_lm(model)
-    if not isinstance(groups, list) or getattr(lm, "is_quantized", False):
-        return
-    size = int(lm.get_input_embeddings().weight.shape[0])
-    for group in cast("list[Group]", groups):
-        largest = max(max(ids, default=0) for ids in (group.prompt_ids, *(c.token_ids for c in group.completions)))
-        if largest >= size:
-            raise ModelError(
-                f"{name}: row {group.index} has the token {largest}, and {type(lm).__name__} has {size} embeddings: "
-                "processing_class belongs to another model, or the embeddings were not resized."
-            )
-
-
-def _refuse_no_batch(args: Any, groups: Any) -> None:
-    """A run of no step, which transformers mentions in a line of the log."""
-    size = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and isinstance(groups, Sized) and len(groups) < size:
-        raise ConfigError(
-            f"dataloader_drop_last = True: {len(groups)} rows are no whole batch of {size}, so nothing would be "
-            "trained; remove it, or lower per_device_train_batch_size."
-        )
-
-
-def _refuse_data_parallel(args: Any) -> None:
-    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
-        raise ConfigError(
-            f"n_gpu = {args.n_gpu}: several visible GPUs without a launcher would become nn.DataParallel. Start with "
-            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device."
-        )
-
-
-def resolve_tokenizer(
-    model: Any, processing_class: PreTrainedTokenizerBase | None, args: Any
-) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one that belongs to the model; it has `args.eos_token` and a pad token afterwards.
-
-    Raises:
-        ModelError: no tokenizer is known.
-        ConfigError: `eos_token` is not in the vocabulary.
-    """
-    if processing_class is not None:
-        tokenizer = processing_class
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(
-                f"processing_class = {type(tokenizer).__name__}: pass a tokenizer of transformers (of a processor, its "
-                "tokenizer)."
-            )
-    else:
-        name = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
-        if not name and not isinstance(model, str):
-            raise ModelError(
-                f"model = {type(model).__name__}, processing_class = None: nothing names a tokenizer. Pass the model's "
-                "name or folder, or its tokenizer as processing_class."
-            )
-        tokenizer = load_processing_class(name, args.model_init_kwargs)
-    if (eos_token := getattr(args, "eos_token", None)) is not None:
-        if eos_token not in tokenizer.get_vocab():
-            raise ConfigError(
-                f"eos_token = {eos_token!r}: not in the vocabulary of the tokenizer; use a token that is."
-            )
-        tokenizer.eos_token = eos_token
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _use_non_reentrant_checkpointing(args: Any) -> None:
-    """Reentrant checkpointing is wrong for layers that share keys and values, and needs inputs with gradients."""
-    # transformers 5.17 knows the second name only.
-    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
-    if getattr(args, name):
-        setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
-
-
-_ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as LoraConfig()"
-
-
-def _check_quantised(model: Any, args: Any, peft_config: Any) -> None:
-    """Quantised weights have adapters; known before any is read."""
-    if peft_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is None:
-        return
-    if not isinstance(model, str | Path) or saved_adapters(model) is None:
-        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
-
-
-def _check_trains(model: torch.nn.Module) -> None:
-    has_adapters = hasattr(model, "peft_config")
-    if is_quantized(causal_lm(model)) and not has_adapters:
-        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        fix = "load the adapters with is_trainable=True" if has_adapters else "let some of them require gradients"
-        raise ModelError(f"model = {type(model).__name__}: all of its parameters are frozen; {fix}.")

@@ -10,10 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -22,14 +21,15 @@ from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.dropout import disable_dropout
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
-from burnish.packing import pack, partition
+from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
 from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, check_vocabulary, collate, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer, collate
 from burnish.trainers.metrics import criterion_values, total
+from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
 from burnish.trainers.reference import Reference, check_reference
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric
@@ -41,9 +41,6 @@ from burnish.types import Completion, Group, PackedBatch, StopReason
 __all__ = ["OnlineTrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-T = TypeVar("T")
 
 
 class OnlineTrainer(GroupTrainer):
@@ -256,6 +253,7 @@ class OnlineTrainer(GroupTrainer):
         )
         groups = [share.group for share in shares]
         self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
+        self._check_samples(groups)
         self._rounds += 1
         super().count_tokens(groups)
         started = time.perf_counter()
@@ -271,10 +269,6 @@ class OnlineTrainer(GroupTrainer):
             self.source.learn(fmean(known))
             self._metrics.add("curriculum/level", self.source.level)
         return shares
-
-    def gathered(self, rows: Sequence[T]) -> list[T]:
-        """The same of all ranks, in the order of the ranks."""
-        return list(cast("list[T]", gather_object(list(rows)) if self.accelerator.num_processes > 1 else rows))
 
     def _everywhere(self, shares: Sequence[Share]) -> dict[int, Group]:
         """The whole groups of all ranks, by place, on every rank."""
@@ -320,17 +314,31 @@ class OnlineTrainer(GroupTrainer):
         for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
             share.group.completions = completions
 
+    def _check_samples(self, groups: Sequence[Group]) -> None:
+        """An engine that leaves out log-probabilities takes away the check, or the correction, that reads them."""
+        completions = [c for group in groups for c in group.completions]
+        engine = type(self.engine).__name__
+        if self.args.sampling_correction is not None and any(c.sampler_logprobs is None for c in completions):
+            raise ConfigError(
+                f"sampling_correction = {self.args.sampling_correction!r}: {engine} gives no sampler_logprobs, which "
+                "the correction needs; use an engine that does, or remove it."
+            )
+        if self._rounds == 0 and any(c.policy_logprobs is None for c in completions):
+            logger.warning(
+                "%s gives no policy_logprobs: nothing checks that it samples from the weights that are trained, at "
+                "the temperature that the loss assumes. Let the engine fill Completion.policy_logprobs.",
+                engine,
+            )
+
     @torch.no_grad()
     def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
         """Write the log-probability of every token under a model into the completions."""
         for part in self.split(groups) if groups else []:
             batch = pack(part).to(self.args.device)
-            values = score(model, batch, temperature=self.args.temperature).logprobs.tolist()
-            completions = [c for group in part for c in group.completions]
-            lengths = [len(c.token_ids) for c in completions]
-            for completion, length in zip(completions, lengths, strict=True):
-                setattr(completion, name, values[:length])
-                values = values[length:]
+            logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
+            completions = [completion for group in part for completion in group.completions]
+            for completion, values in zip(completions, logprobs, strict=True):
+                setattr(completion, name, values)
 
     def in_loss(self, completion: Completion) -> bool:
         """Whether a completion has a reward, and is not masked as truncated."""

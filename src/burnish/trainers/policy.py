@@ -64,7 +64,7 @@ class PolicyTrainer(OnlineTrainer):
 
     def set_up(self) -> None:
         """The coefficients that move during training."""
-        self._beta = self.args.beta
+        self._beta = self._next_beta = self.args.beta
         self._tokens_in_step = 1.0
         self._least_entropy = -math.inf
         if self.args.sampling_correction is not None:
@@ -112,16 +112,23 @@ class PolicyTrainer(OnlineTrainer):
                 else:
                     completion.advantage = value
 
-    def record(self, completion: Completion, kl: list[float] | None) -> Record:
+    def clipped_reward(self, completion: Completion) -> float | None:
+        """The completion's reward within `reward_clip_range`, or None where it failed."""
         reward, clip = total(completion), self.args.reward_clip_range
-        if reward is not None and clip is not None:
-            reward = min(max(reward, clip[0]), clip[1])
+        return reward if reward is None or clip is None else min(max(reward, clip[0]), clip[1])
+
+    def record(self, completion: Completion, kl: list[float] | None) -> Record:
+        """What advantages are made of, with the penalties of tokens where the divergence is part of the reward."""
         criteria = {} if completion.score is None else completion.score.criteria
         penalties = [self._beta * v for v in kl] if kl is not None and self.args.kl_in == "reward" else None
-        return Record(reward, len(completion.token_ids), [criteria.get(name) for name in self.rubric.names], penalties)
+        values = [criteria.get(name) for name in self.rubric.names]
+        return Record(self.clipped_reward(completion), len(completion.token_ids), values, penalties)
 
     def divergences(self, completions: Sequence[Completion]) -> dict[int, list[float]]:
-        """Divergence from the reference at each token, by id of the completion; an adaptive coefficient follows it."""
+        """Divergence of a rollout from the reference at each token, by id of the completion.
+
+        An adaptive coefficient follows it from the next rollout on: this one is penalised with the present one.
+        """
         kls = {id(c): kl for c in completions if (kl := self._kl_of(c)) is not None}
         if self.reference is not None:
             self._adapt_beta([sum(kl) for kl in kls.values()], tokens=sum(map(len, kls.values())))
@@ -136,13 +143,14 @@ class PolicyTrainer(OnlineTrainer):
         return KL_ESTIMATORS[self.args.kl_estimator](*wide).tolist()
 
     def _adapt_beta(self, kl_S: Sequence[float], *, tokens: int) -> None:
-        """Log the divergence and move an adaptive coefficient."""
+        """Log the divergence, take the coefficient that the last rollout left, and leave one to the next."""
+        self._beta = self._next_beta
         total_kl, count, length = (self.sum_over_ranks(float(v)) for v in (sum(kl_S), len(kl_S), tokens))
         if self.args.kl_in == "reward":
             self._metrics.add("kl", total_kl / max(length, 1.0))
         if self.args.kl_target is not None:
             self._metrics.add("kl_coef", self._beta)
-            self._beta = adapted_beta(
+            self._next_beta = adapted_beta(
                 self._beta,
                 total_kl / max(count, 1.0),
                 target=self.args.kl_target,
@@ -268,12 +276,12 @@ class PolicyTrainer(OnlineTrainer):
         return kl_N * ratios_N.exp() if corrected else kl_N
 
     def own_state(self) -> dict[str, Any]:
-        """The KL coefficient, which may have moved."""
-        return {"beta": self._beta}
+        """The KL coefficients of this rollout and of the next."""
+        return {"beta": self._beta, "next_beta": self._next_beta}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """As it was."""
-        self._beta = float(state["beta"])
+        self._beta, self._next_beta = float(state["beta"]), float(state["next_beta"])
 
 
 def estimate(

@@ -17,7 +17,6 @@ from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.trainers.configs import PPOConfig
 from burnish.trainers.critic import Critic
-from burnish.trainers.metrics import total
 from burnish.trainers.policy import PolicyTrainer
 from burnish.trainers.prompts import Share
 from burnish.types import Completion, Group, StopReason
@@ -155,19 +154,17 @@ class PPOTrainer(PolicyTrainer):
             completion.returns = completion.values
 
     def _reward(self, completion: Completion) -> float | None:
-        reward, args = total(completion), self.args
-        if reward is None:
-            return None
-        if args.reward_clip_range is not None:
-            reward = min(max(reward, args.reward_clip_range[0]), args.reward_clip_range[1])
+        reward, penalty = self.clipped_reward(completion), self.args.missing_eos_penalty
         cut = completion.stop_reason is StopReason.LENGTH
-        return reward - args.missing_eos_penalty if cut and args.missing_eos_penalty is not None else reward
+        return reward - penalty if cut and reward is not None and penalty is not None else reward
 
     def _estimate(
         self, completions: Sequence[Completion], rewards: Sequence[float], kls: dict[int, list[float]]
     ) -> None:
         """Token rewards, generalised advantages, returns; whitening over the tokens of all ranks."""
         args = self.args
+        # Every token is a step of the episode: a masked one would have neither a value nor a divergence.
+        assert all(c.loss_mask is None for c in completions)
         lengths = [len(c.token_ids) for c in completions]
         index_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
         values_N = _flat([c.values for c in completions])

@@ -31,8 +31,9 @@ from burnish.objectives.reward import (
     step_cross_entropy,
 )
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import RewardConfig
+from burnish.trainers.preflight import resolve_tokenizer
 from burnish.types import Group, PackedBatch
 
 __all__ = ["RewardStats", "RewardTrainer", "comparisons"]

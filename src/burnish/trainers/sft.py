@@ -18,8 +18,9 @@ from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate, resolve_tokenizer
+from burnish.trainers.base import GroupTrainer, collate
 from burnish.trainers.configs import SFTConfig
+from burnish.trainers.preflight import resolve_tokenizer
 from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
 

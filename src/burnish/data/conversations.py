@@ -1,0 +1,126 @@
+"""One conversational row to tokens: its template, tools and variables, and which of its tokens are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from burnish.data.chat import chat_spans, render_chat, resolve_chat_template
+from burnish.data.formats import Message, check_roles, messages_of, row_template_kwargs, row_tools
+from burnish.data.limits import EncodeStats
+from burnish.data.tokens import tokenize_chat
+from burnish.errors import DataError
+from burnish.types import Completion
+
+__all__ = ["ChatRow", "first_unscored", "naming_row"]
+
+
+class ChatRow:
+    """One row's template, tools and variables."""
+
+    def __init__(
+        self,
+        processing_class: Any,
+        row: Mapping[str, Any],
+        index: int,
+        chat_template: str | None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.processing_class = processing_class
+        self.index = index
+        tools = row_tools(row, index)
+        with naming_row(index):
+            template = resolve_chat_template(chat_template, processing_class, tools=tools)
+        variables = {**(kwargs or {}), **row_template_kwargs(row, index)}
+        self.options: dict[str, Any] = {"template": template, "tools": tools, "kwargs": variables}
+
+    def conversation(self, messages: Any, assistant_only: bool, stats: EncodeStats | None) -> Completion:
+        """A whole conversation as one completion."""
+        messages = self._checked(messages)
+        with naming_row(self.index):
+            if not assistant_only:
+                ids = tokenize_chat(self.processing_class, self._render(messages), ())[0]
+                return Completion(ids, first_unscored(len(ids)), _spoken(messages))
+            chat = chat_spans(self.processing_class, messages, **self.options)
+            ids, mask, _ = tokenize_chat(self.processing_class, chat.text, chat.spans)
+        _count_rerendered(stats, chat.rerendered)
+        mask[0] = False
+        return Completion(ids, mask, _spoken(messages))
+
+    def pair(self, prompt: Any, completion: Any, stats: EncodeStats | None) -> tuple[list[int], Completion]:
+        """Prompt tokens, and the completion's tokens up to the last end of turn with its assistant turns scored."""
+        prompt, completion = self._checked(prompt), self._checked(completion)
+        if completion[0]["role"] != "assistant":
+            raise DataError(
+                f"row {self.index}: a completion must begin with an assistant message, this one begins with "
+                f"{completion[0]['role']!r}: move the messages before it to the prompt."
+            )
+        if completion[-1]["role"] != "assistant":
+            raise DataError(
+                f"row {self.index}: a completion must end with an assistant message, this one ends with "
+                f"{completion[-1]['role']!r}: drop the messages after the last answer."
+            )
+        if prompt[-1]["role"] == "assistant":
+            raise DataError(
+                f"row {self.index}: the prompt ends with an assistant message: merge it with the completion's first."
+            )
+        with naming_row(self.index):
+            chat = chat_spans(self.processing_class, [*prompt, *completion], first_turn=len(prompt), **self.options)
+            first, last = chat.spans[0][0], chat.spans[-1][1]
+            ids, mask, num_prompt = tokenize_chat(self.processing_class, chat.text[:last], chat.spans, boundary=first)
+        _count_rerendered(stats, chat.rerendered)
+        scored = mask[num_prompt:]
+        return ids[:num_prompt], Completion(ids[num_prompt:], None if all(scored) else scored, _spoken(completion))
+
+    def prompt(self, messages: Any) -> list[int]:
+        """A prompt for generation."""
+        messages = self._checked(messages)
+        open_turn = messages[-1]["role"] == "assistant"
+        with naming_row(self.index):
+            text = self._render(messages, prompt=True, open_turn=open_turn)
+            return tokenize_chat(self.processing_class, text, ())[0]
+
+    def _checked(self, value: Any) -> list[Message]:
+        messages = messages_of(value)
+        with naming_row(self.index):
+            check_roles(messages, self.options["template"])
+        return messages
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False, open_turn: bool = False) -> str:
+        return render_chat(
+            self.processing_class,
+            messages,
+            add_generation_prompt=prompt and not open_turn,
+            continue_final_message=prompt and open_turn,
+            **self.options,
+        )
+
+
+@contextmanager
+def naming_row(index: int) -> Generator[None]:
+    """Name the row in errors of the layers that do not know it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"row {index}: {error}") from error
+
+
+def _spoken(messages: Sequence[Message]) -> str:
+    """What the assistant says in the messages, as text."""
+    said = (message.get("content") for message in messages if message["role"] == "assistant")
+    return "\n".join(text if isinstance(text, str) else _block_text(text) for text in said if text)
+
+
+def _block_text(blocks: Any) -> str:
+    return "".join(str(block.get("text", "")) for block in cast("Sequence[Mapping[str, Any]]", blocks))
+
+
+def first_unscored(num_tokens: int) -> list[bool]:
+    """All tokens but the first: nothing predicts it."""
+    return [place > 0 for place in range(num_tokens)]
+
+
+def _count_rerendered(stats: EncodeStats | None, num_turns: int) -> None:
+    if stats is not None:
+        stats.num_rerendered_turns += num_turns
