@@ -1,6 +1,6 @@
 """Every online algorithm on one real task from one SFT checkpoint: held-out accuracy against steps, tokens and seconds.
 
-Usage: python benchmarks/algorithms.py [--algorithms grpo dapo ...] [--seeds 0 1 2] [--steps 20]
+Usage: python benchmarks/algorithms.py [--algorithms grpo dapo ...] [--seeds 0 1 2] [--steps 24]
 
 Each run is a process of its own and a JSON file of its own in the output folder; a run that is there is not repeated.
 """
@@ -27,10 +27,10 @@ TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 HELD_OUT = 200
 
 SHARED: dict[str, Any] = {
-    "per_device_train_batch_size": 64,
+    "per_device_train_batch_size": 32,
     "num_generations": 8,
     "max_completion_length": 12,
-    "learning_rate": 1e-5,
+    "learning_rate": 5e-6,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 3,
     "num_generations_eval": 2,
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--algorithms", nargs="+", default=[*SEEDED, *ONCE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "algorithms")
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--one", nargs=2, metavar=("ALGORITHM", "SEED"), help="a single run, in this process")

@@ -28,17 +28,20 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before:
-                self._add(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor) and _place(tensor) not in before:
+                self._add(tensor)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _add(self, tensor: torch.Tensor) -> None:
+        key = _place(tensor)
         if key in self._known:
             return
+        # A tensor in oneDNN's own layout hides its storage, which has at least as many bytes as its numbers.
+        storage = tensor if tensor.is_mkldnn else tensor.untyped_storage()
+        size = tensor.numel() * tensor.element_size() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
         self._known.add(key)
         self.live += size
         self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
@@ -47,3 +50,7 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
