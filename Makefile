@@ -7,10 +7,10 @@ TRL_STAMP := .venv-trl/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: bench check clean curves demo help install mutations preference sft slow test trl
+.PHONY: algorithms bench check clean curves demo help install memory mutations preference sft slow test trl
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## build .venv with everything the targets below need
 
@@ -50,6 +50,12 @@ bench: $(STAMP) $(TRL_STAMP)  ## one step of GRPO, SFT and DPO against TRL's
 	$(BIN)/python benchmarks/grpo_step.py
 	$(BIN)/python benchmarks/offline_step.py sft
 	$(BIN)/python benchmarks/offline_step.py dpo
+
+algorithms: $(STAMP)  ## train every online algorithm on one task (an hour and a half): docs/algorithms.svg
+	$(BIN)/python benchmarks/algorithms.py
+
+memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory.svg
+	$(BIN)/python benchmarks/online_memory.py
 
 trl: $(TRL_STAMP)  ## build .venv-trl, which the comparisons with TRL need
 

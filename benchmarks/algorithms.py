@@ -3,20 +3,29 @@
 Usage: python benchmarks/algorithms.py [--algorithms grpo dapo ...] [--seeds 0 1 2] [--steps 24]
 
 Each run is a process of its own and a JSON file of its own in the output folder; a run that is there is not repeated.
+Two runs have a sampler that is deliberately apart from the trainer, at another temperature or with old weights: first
+without a correction, until the check stops it, then with one. The results of all runs go into one file, and a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from plot_curves import picture
+
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "algorithms.json", ROOT / "docs" / "algorithms.svg"
 SEEDED = ("grpo", "dapo", "dr_grpo", "gspo", "rloo", "ppo")
 """Three seeds each; the other rows one."""
 ONCE = ("bnpo", "gspo_token", "luspo", "cispo", "sapo", "reinforce_pp", "reinforce_pp_baseline", "maxrl")
@@ -49,6 +58,10 @@ OWN: dict[str, dict[str, Any]] = {
     "ppo": {"value_learning_rate": 2e-5, "value_prefit_steps": 5, "num_iterations": 1, "lam": 1.0},
 }
 """Settings of single algorithms, beside those of their rows."""
+
+APART: dict[str, dict[str, Any]] = {"hot": {"temperature": 1.3}, "stale": {"every": 6}}
+"""GRPO with a sampler apart from the trainer: hotter, or with weights that are copied every so many steps."""
+CORRECTION = {"sampling_correction": "token_truncate", "sampling_correction_max": 2.0}
 
 
 def rows(size: int, seed: int, **columns: Any) -> list[dict[str, Any]]:
@@ -86,7 +99,8 @@ def train(algorithm: str, seed: int, steps: int, model: str, file: Path) -> None
     )
     held_out = rows(HELD_OUT, 3)
     problems, _ = disjoint(rows(3000, 1), held_out, keep_repeats=True)
-    settings = {
+    caught: dict[str, Any] = {}
+    settings: dict[str, Any] = {
         **SHARED, "output_dir": str(file.with_suffix("")), "max_steps": steps, "eval_steps": max(steps // 4, 1),
         "seed": seed, **OWN.get(algorithm, {}),
     }  # fmt: skip
@@ -94,13 +108,68 @@ def train(algorithm: str, seed: int, steps: int, model: str, file: Path) -> None
         trainer: Any = PPOTrainer(
             PPOConfig(**settings), model=model, reward_funcs=rubric, train_dataset=problems, eval_dataset=held_out
         )
+    elif algorithm in APART:
+        caught = until_caught(apart(GRPOTrainer(model, rubric, GRPOConfig(**settings), problems), **APART[algorithm]))
+        settings |= CORRECTION
+        trainer = apart(GRPOTrainer(model, rubric, GRPOConfig(**settings), problems, held_out), **APART[algorithm])
     else:
         args = GRPOConfig(**settings, algorithm=algorithm)
         trainer = GRPOTrainer(model, rubric, args, problems, held_out)
     clock = make_clock()
     trainer.add_callback(clock)
     trainer.train()
-    file.write_text(json.dumps(curve(algorithm, seed, trainer.state.log_history, clock.seconds, settings), indent=1))
+    result = curve(algorithm, seed, trainer.state.log_history, clock.seconds, settings)
+    file.write_text(json.dumps({**result, **({"caught": caught} if caught else {})}, indent=1))
+
+
+def apart(trainer: Any, temperature: float = 1.0, every: int = 1) -> Any:
+    """Give the trainer an engine of its own weights, copied every so many steps, that samples at its own temperature.
+
+    The log-probabilities that the engine reports are of the distribution that it sampled from, as an honest server's.
+    Held-out problems are sampled with the trainer's own weights and temperature.
+    """
+    from burnish.rollout import make_engine
+
+    model = copy.deepcopy(trainer.model)
+    engine = make_engine(model, trainer.tokenizer)
+
+    class Apart:
+        def generate(self, requests: list[Any], *, seed: int, step: int) -> Any:
+            own = [replace(r, params=replace(r.params, temperature=temperature)) for r in requests]
+            return engine.generate(own, seed=seed, step=step)
+
+        def sync(self, version: int) -> None:
+            if version % every == 0:
+                model.load_state_dict(trainer.model.state_dict())
+                engine.sync(version)
+
+        def close(self) -> None:
+            engine.close()
+
+    given, evaluate = trainer.engine, trainer.evaluate
+
+    def evaluate_given(*args: Any, **kwargs: Any) -> Any:
+        trainer.engine = given
+        try:
+            return evaluate(*args, **kwargs)
+        finally:
+            trainer.engine = other
+
+    other = Apart()
+    trainer.engine, trainer.evaluate = other, evaluate_given
+    return trainer
+
+
+def until_caught(trainer: Any) -> dict[str, Any]:
+    """Train until the check of sampler against trainer stops the run."""
+    from burnish import CheckFailed
+
+    trainer.args.eval_strategy = trainer.args.eval_strategy.__class__("no")
+    try:
+        trainer.train()
+    except CheckFailed as error:
+        return {"step": trainer.state.global_step, "message": str(error)}
+    return {"step": None, "message": "not caught"}
 
 
 def now() -> tuple[float, float]:
@@ -160,7 +229,7 @@ def curve(
 def main() -> None:
     """Train what is missing, two runs at a time, one thread each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--algorithms", nargs="+", default=[*SEEDED, *ONCE])
+    parser.add_argument("--algorithms", nargs="+", default=[*SEEDED, *ONCE, *APART])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "algorithms")
@@ -182,6 +251,57 @@ def main() -> None:
         for number, done in enumerate(pool.map(lambda run: start(*run, options), missing), 1):
             left = (time.perf_counter() - started) / number * (len(missing) - number)
             print(f"{number}/{len(missing)} {done}, about {left / 60:.0f} min left", flush=True)
+    collect(options.out)
+
+
+def collect(folder: Path) -> None:
+    """All finished runs into one file, a picture of them, and the table of the docs."""
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*.json"))]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*SEEDED, *ONCE, *APART)}
+    for run in found:
+        runs[run["algorithm"]].append(run)
+    runs = {name: own for name, own in runs.items() if own}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"held_out_problems": HELD_OUT, "runs": found}, indent=1) + "\n")
+    panels = [
+        panel({name: runs[name] for name in names if name in runs}, column, label, title)
+        for names, title in ((SEEDED, "mean, least and most of the seeds"), ((*ONCE, *APART), "one seed"))
+        for column, label in (("step", "steps"), ("tokens", "tokens sampled"), ("seconds", "seconds of training"))
+    ]
+    PICTURE.write_text(picture(panels, "Held-out accuracy of every algorithm, one task and checkpoint", 3))
+    print(table(runs))
+
+
+def panel(runs: dict[str, list[dict[str, Any]]], column: str, label: str, title: str) -> dict[str, Any]:
+    """Accuracy against steps, tokens or seconds."""
+    series: list[dict[str, Any]] = []
+    for name, own in runs.items():
+        points = list(zip(*(run["points"] for run in own), strict=True))
+        accuracy = [[point[number]["accuracy"] for number in range(len(own))] for point in points]
+        line = {
+            "name": name,
+            "x": [fmean(p[column] for p in point) for point in points],
+            "y": list(map(fmean, accuracy)),
+        }
+        if len(own) > 1:
+            line |= {"low": list(map(min, accuracy)), "high": list(map(max, accuracy))}
+        series.append(line)
+    return {"title": title, "x_label": label, "y_label": "held-out accuracy", "y_percent": True, "series": series}
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """One row an algorithm: what it started and ended with in each seed, what it sampled, how long it took."""
+    lines = ["| algorithm | seeds | before | after | gain, points | tokens | seconds a step |", "| --- " * 7 + "|"]
+    for name, own in runs.items():
+        first, last = ([100 * run["points"][place]["accuracy"] for run in own] for place in (0, -1))
+        tokens = fmean(run["points"][-1]["tokens"] for run in own)
+        seconds = fmean(run["points"][-1]["seconds"] / run["points"][-1]["step"] for run in own)
+        after = ", ".join(f"{value:.1f}%" for value in last)
+        lines.append(
+            f"| {name} | {len(own)} | {fmean(first):.1f}% | {after} | {fmean(last) - fmean(first):+.1f} | "
+            f"{tokens:,.0f} | {seconds:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def start(algorithm: str, seed: int, options: argparse.Namespace) -> str:

@@ -398,24 +398,27 @@ class OnlineTrainer(GroupTrainer):
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
         self.rubric.score([share.group for share in shares])
-        completions = [c for share in shares for c in share.group.completions]
+        metrics = self._held_out_means([c for share in shares for c in share.group.completions])
+        if self.metrics_of_groups is not None:
+            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            metrics |= {name: float(value) for name, value in own.items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _held_out_means(self, completions: Sequence[Completion]) -> dict[str, float]:
+        """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""
         rewards = [r for c in completions if (r := total(c)) is not None]
         sums = {"reward": (sum(rewards), len(rewards))}
         for name in self.rubric.names:
             values = criterion_values(completions, name)
             sums[f"rewards/{name}/mean"] = (sum(values), len(values))
         sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
-        metrics = {
-            f"{metric_key_prefix}_{name}": self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
+        return {
+            name: self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
             for name, (value, count) in sums.items()
         }
-        if self.metrics_of_groups is not None:
-            groups = list(self._everywhere(shares).values())
-            own = self.metrics_of_groups(groups)
-            metrics |= {f"{metric_key_prefix}_{name}": float(value) for name, value in own.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def save_own_state(self, folder: Path) -> None:
         """What has been sampled and what is in flight."""
