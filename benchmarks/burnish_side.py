@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import WORKLOADS, RolloutRecorder, Scorer, rows, serve
+from common import LORA, WORKLOADS, RolloutRecorder, Scorer, rows, serve
+from peft import LoraConfig
 from texts import Text, TextRecorder, text_rows
 from transformers import AutoTokenizer
 
@@ -103,6 +104,7 @@ def _build_texts(
         args=args,
         train_dataset=text_rows(settings, tokenizer),
         processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA) if settings["lora"] else None,
     )
     return trainer, TextRecorder(trainer, _read), _scorer(trainer)
 

@@ -23,6 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 __all__ = [
+    "LORA",
     "WORKLOADS",
     "Builder",
     "Channel",
@@ -35,6 +36,9 @@ __all__ = [
     "rows",
     "serve",
 ]
+
+LORA = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+"""The adapters of both sides, where they train adapters."""
 
 PROMPTS_PER_EPOCH = 800
 """Rows of the data set: more than any run uses, so no step crosses the end of an epoch."""

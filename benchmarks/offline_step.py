@@ -12,7 +12,9 @@ from typing import Any
 
 from driver import GIB, WORK, Benchmark, Comparison, drive, medians
 
-_SFT = {"layout": "padded", "autocast": True, "weights": "float32", "checkpointing": False, "micro_batch": 8}
+_SFT = {
+    "layout": "padded", "autocast": True, "weights": "float32", "checkpointing": False, "micro_batch": 8, "lora": False
+}  # fmt: skip
 _PURE = {"autocast": False, "weights": "bfloat16"}
 _FREE = _SFT | {"layout": "padding_free", "micro_batch": 32}
 _PACKED = _SFT | {"layout": "packed", "micro_batch": 1}
@@ -29,10 +31,14 @@ SFT_SETTINGS: dict[str, dict[str, Any]] = {
     "padding-free-bf16-micro8": _FREE | _PURE | {"micro_batch": 8},
     "packed-autocast": _PACKED,
     "packed-bf16": _PACKED | _PURE,
+    "packed-bf16-lora": _PACKED | _PURE | {"lora": True},
 }
 """A micro-batch counts rows; of the packed layout it counts blocks of 1,024 tokens."""
 
-_DPO = {"autocast": True, "weights": "float32", "checkpointing": False, "micro_batch": 16, "precompute": False}
+_DPO = {
+    "autocast": True, "weights": "float32", "checkpointing": False, "micro_batch": 16, "precompute": False,
+    "lora": False,
+}  # fmt: skip
 
 _PER_STEP: dict[str, dict[str, Any]] = {
     "autocast": _DPO,
@@ -41,7 +47,8 @@ _PER_STEP: dict[str, dict[str, Any]] = {
     "bf16-micro4": _DPO | _PURE | {"micro_batch": 4},
 }
 _PRECOMPUTED = {f"{name}-precomputed": setting | {"precompute": True} for name, setting in _PER_STEP.items()}
-DPO_SETTINGS = _PER_STEP | _PRECOMPUTED
+_LORA = {f"{name}-lora": _PER_STEP[name] | {"lora": True} for name in ("bf16", "bf16-micro4")}
+DPO_SETTINGS = _PER_STEP | _PRECOMPUTED | _LORA
 """A micro-batch counts pairs."""
 
 _MEDIANS = ("seconds", "cpu_seconds", "unique_tokens", "padded_tokens", "scored_tokens", "computed_tokens")
@@ -91,8 +98,9 @@ def _dpo(workload: str, wanted: float) -> dict[str, Comparison]:
     }
 
 
-_UNPADDED = tuple(name for name, setting in SFT_SETTINGS.items() if setting["layout"] != "padded")
-_PADDED = tuple(name for name in SFT_SETTINGS if name not in _UNPADDED)
+_FULL = {name: setting for name, setting in SFT_SETTINGS.items() if not setting["lora"]}
+_UNPADDED = tuple(name for name, setting in _FULL.items() if setting["layout"] != "padded")
+_PADDED = tuple(name for name in _FULL if name not in _UNPADDED)
 
 BENCHMARKS = {
     "sft": _benchmark(
@@ -101,18 +109,22 @@ BENCHMARKS = {
             "sft_uneven": Comparison("sft_uneven", _UNPADDED, 1.5),
             "sft_uneven_padded": Comparison("sft_uneven", _PADDED),
             "sft_uneven_default": Comparison("sft_uneven", ("default",), 3.0),
+            "sft_uneven_lora": Comparison("sft_uneven", ("packed-bf16-lora",)),
         },
         settings=SFT_SETTINGS,
         default_size=32,
         size_help="per step",
+        also_burnish=("lora",),
     ),
     "dpo": _benchmark(
         "dpo",
-        _dpo("dpo_half", 2.0) | _dpo("dpo_three_quarters", 3.0),
+        _dpo("dpo_half", 2.0)
+        | _dpo("dpo_three_quarters", 3.0)
+        | {"dpo_half_lora": Comparison("dpo_half", tuple(_LORA))},
         settings=DPO_SETTINGS,
         default_size=16,
         size_help="pairs per step",
-        also_burnish=("precompute",),
+        also_burnish=("precompute", "lora"),
     ),
 }
 

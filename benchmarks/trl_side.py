@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import trl
-from common import WORKLOADS, RolloutRecorder, Scorer, rows, serve
+from common import LORA, WORKLOADS, RolloutRecorder, Scorer, rows, serve
 from datasets import Dataset
+from peft import LoraConfig
 from texts import BLOCK_TOKENS, Text, TextRecorder, blocks_per_step, text_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, pack_dataset
@@ -179,6 +180,7 @@ def build_sft(settings: Mapping[str, Any]) -> tuple[SFTTrainer, TextRecorder, Sc
         args=args,
         train_dataset=_packed(data, tokenizer, settings) if packed else Dataset.from_list(data),
         processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA) if settings["lora"] else None,
     )
     return trainer, TextRecorder(trainer, _read_sft), _text_scorer(trainer, trainer.data_collator)
 
@@ -199,6 +201,7 @@ def build_dpo(settings: Mapping[str, Any]) -> tuple[DPOTrainer, TextRecorder, Sc
         args=args,
         train_dataset=Dataset.from_list(text_rows(settings, tokenizer)),
         processing_class=tokenizer,
+        peft_config=LoraConfig(**LORA) if settings["lora"] else None,
     )
     # DPO's own collator pads on the right as this one does; it takes pairs only.
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
