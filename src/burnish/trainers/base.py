@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -225,8 +223,6 @@ class GroupTrainer(Trainer):
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Backward through each part of a micro-batch; gradients are synchronised with the last part only."""
-        if self.args.device.type == "cpu":
-            _return_freed_memory()
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
@@ -416,18 +412,3 @@ def scored_tokens(group: Group) -> int:
         if not group.prompt_ids and (completion.loss_mask is None or completion.loss_mask[0]):
             total -= 1
     return total
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """The function of glibc; other C libraries have none."""
-    try:
-        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
-    except (AttributeError, OSError, TypeError):
-        return None
-
-
-def _return_freed_memory() -> None:
-    """Give freed memory back: glibc keeps the holes that a step left, and the next one's tensors may not fit them."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
