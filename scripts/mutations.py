@@ -24,6 +24,7 @@ ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prom
 VALUE = "test_objectives_value.py"
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
 RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
+BETA = "test_policy_trainer.py::test_a_rollout_is_penalised_with_the_coefficient_before_its_own_divergence"
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
 
 MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
@@ -92,7 +93,10 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/policy.py", "return None if self.reward is None else self.reward - sum", "return None if self.reward is None else self.reward + sum", RECORDS),
     ("trainers/policy.py", "if estimator == \"batch\" and any(", "if any(", RECORDS),
     ("trainers/policy.py", "totals=[[r.total for r in row] for row in table]", "totals=[[r.reward for r in row] for row in table]", RECORDS),
-    ("trainers/policy.py", "reward = min(max(reward, clip[0]), clip[1])", "pass", RLOO),
+    ("trainers/policy.py", "else min(max(reward, clip[0]), clip[1])", "else reward", RLOO),
+    ("trainers/policy.py", "self._next_beta = adapted_beta(", "self._beta = self._next_beta = adapted_beta(", BETA),
+    ("trainers/online.py", "self._check_samples(groups)\n", "\n", "test_policy_trainer.py"),
+    ("trainers/online.py", "unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())", "unpack(part, score(model, batch).logprobs.tolist())", GRADIENT),
     ("trainers/policy.py", "[self._beta * v for v in kl]", "[-self._beta * v for v in kl]", RLOO),
     ("trainers/policy.py", "KL_ESTIMATORS[self.args.kl_estimator](*wide)", "KL_ESTIMATORS[\"k3\"](*wide)", RLOO),
     ("trainers/policy.py", "return wanted and apart", "return False", "test_policy_trainer.py::test_the_divergence_in_the_reward_does_not_depend_on_what_an_engine_tells"),
@@ -171,7 +175,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/preference.py", "return self.chosen - self.ref_chosen", "return self.ref_chosen - self.chosen", "test_objectives_preference.py"),
     ("objectives/preference.py", "eps * F.logsigmoid(-margin_P)) / (1 - 2 * eps)", "eps * F.logsigmoid(-margin_P))", "test_objectives_preference.py"),
     ("trainers/preference.py", "if loss.per_token else denominator)\n        if", "if not loss.per_token else denominator)\n        if", "test_preference_trainer.py"),
-    ("trainers/preference.py", "before = [groups[-1], *groups[:-1]]", "before = list(groups)", "test_preference_trainer.py"),
+    ("trainers/kto.py", "before = [groups[-1], *groups[:-1]]", "before = list(groups)", "test_preference_trainer.py"),
     ("trainers/preference.py", "    whole_groups = True", "    whole_groups = False", "test_preference_trainer.py"),
     ("trainers/preference.py", "shorter_S[batch.sequence_index], 1.0, float(self.args.ld_alpha))", "shorter_S[batch.sequence_index], float(self.args.ld_alpha), 1.0)", "test_preference_trainer.py"),
     ("trainers/preference.py", "moved=lambda: [known.clear() for known in self._known.values()]", "moved=lambda: None", "test_preference_trainer.py"),
