@@ -95,7 +95,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/policy.py", "totals=[[r.total for r in row] for row in table]", "totals=[[r.reward for r in row] for row in table]", RECORDS),
     ("trainers/policy.py", "else min(max(reward, clip[0]), clip[1])", "else reward", RLOO),
     ("trainers/policy.py", "self._next_beta = adapted_beta(", "self._beta = self._next_beta = adapted_beta(", BETA),
-    ("trainers/online.py", "self._check_samples(groups)\n", "\n", "test_policy_trainer.py"),
+    ("trainers/online.py", "self.check_samples([c for group in groups for c in group.completions])\n", "\n", "test_policy_trainer.py"),
     ("trainers/online.py", "unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())", "unpack(part, score(model, batch).logprobs.tolist())", GRADIENT),
     ("trainers/policy.py", "[self._beta * v for v in kl]", "[-self._beta * v for v in kl]", RLOO),
     ("trainers/policy.py", "KL_ESTIMATORS[self.args.kl_estimator](*wide)", "KL_ESTIMATORS[\"k3\"](*wide)", RLOO),

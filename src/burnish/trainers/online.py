@@ -253,7 +253,7 @@ class OnlineTrainer(GroupTrainer):
         )
         groups = [share.group for share in shares]
         self._generate(shares, self.params, seed=self.args.seed, step=self._rounds)
-        self._check_samples(groups)
+        self.check_samples([c for group in groups for c in group.completions])
         self._rounds += 1
         super().count_tokens(groups)
         started = time.perf_counter()
@@ -314,20 +314,13 @@ class OnlineTrainer(GroupTrainer):
         for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
             share.group.completions = completions
 
-    def _check_samples(self, groups: Sequence[Group]) -> None:
-        """An engine that leaves out log-probabilities takes away the check, or the correction, that reads them."""
-        completions = [c for group in groups for c in group.completions]
-        engine = type(self.engine).__name__
-        if self.args.sampling_correction is not None and any(c.sampler_logprobs is None for c in completions):
-            raise ConfigError(
-                f"sampling_correction = {self.args.sampling_correction!r}: {engine} gives no sampler_logprobs, which "
-                "the correction needs; use an engine that does, or remove it."
-            )
+    def check_samples(self, completions: Sequence[Completion]) -> None:
+        """Say, once, that an engine leaves out the log-probabilities that the check of sampler and trainer reads."""
         if self._rounds == 0 and any(c.policy_logprobs is None for c in completions):
             logger.warning(
                 "%s gives no policy_logprobs: nothing checks that it samples from the weights that are trained, at "
                 "the temperature that the loss assumes. Let the engine fill Completion.policy_logprobs.",
-                engine,
+                type(self.engine).__name__,
             )
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from burnish.advantages import ADVANTAGES, Rewards, per_criterion_advantages, token_advantages
-from burnish.errors import CheckFailed
+from burnish.errors import CheckFailed, ConfigError
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.kl import KL_ESTIMATORS, adapted_beta
@@ -85,6 +85,15 @@ class PolicyTrainer(OnlineTrainer):
         """Its numbers."""
         names = [field.name for field in dataclasses.fields(PolicyOptions) if hasattr(self.args, field.name)]
         return PolicyOptions(**{name: getattr(self.args, name) for name in names})
+
+    def check_samples(self, completions: Sequence[Completion]) -> None:
+        """The correction reads what the sampler says of its own samples, too."""
+        super().check_samples(completions)
+        if self.args.sampling_correction is not None and any(c.sampler_logprobs is None for c in completions):
+            raise ConfigError(
+                f"sampling_correction = {self.args.sampling_correction!r}: {type(self.engine).__name__} gives no "
+                "sampler_logprobs, which the correction needs; use an engine that does, or remove it."
+            )
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Whether a divergence that is no part of the loss cannot take the sampler's word for the policy's."""
