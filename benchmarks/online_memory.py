@@ -175,8 +175,10 @@ def formulas(trainer: Any, options: argparse.Namespace, *, checkpointing: bool) 
     layers, hidden, width = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
     lora = hasattr(trainer.model, "peft_config")
-    tokens = options.prompts * (options.prompt_tokens + SAMPLES * options.completion_tokens)
-    scored = options.prompts * SAMPLES * options.completion_tokens
+    group = options.prompt_tokens + SAMPLES * options.completion_tokens
+    # `token_budget` decides how many groups one forward and backward has.
+    groups = min(options.prompts, max(1, trainer.args.token_budget // group))
+    tokens, scored = groups * group, groups * SAMPLES * options.completion_tokens
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     per_layer = (16 * hidden + 4 * keys + 8 * width + 14 * 16) if lora else (20 * hidden + 4 * keys + 8 * width)
@@ -184,7 +186,7 @@ def formulas(trainer: Any, options: argparse.Namespace, *, checkpointing: bool) 
     found = {
         "weights": 2 * every, "masters": 4 * trained, "optimizer": 8 * trained,
         "reference": 0 if lora or trainer.reference is None else 2 * every,
-        "rollout": 4 * keys * layers * tokens,
+        "rollout": 4 * keys * layers * options.prompts * group,
         # The tiled head keeps the hidden states of scored tokens and their gradient.
         "policy's update": 4 * trained + activations + 4 * scored * hidden,
     }  # fmt: skip
