@@ -221,13 +221,12 @@ def line(case: dict[str, Any]) -> str:
 
 def table(cases: list[dict[str, Any]]) -> str:
     """All cases as Markdown, MB, measured / formula."""
-    columns = [*FIXED, *PHASES]
-    rows = ["| " + " | ".join(["", *(_kind(case) for case in cases)]) + " |", "| --- " * (len(cases) + 1) + "|"]
-    for name in columns:
-        cells = [_cell({**c["fixed"], **c["phases"]}.get(name), c["formulas"].get(name)) for c in cases]
-        rows.append("| " + " | ".join([name, *cells]) + " |")
-    rows.append("| " + " | ".join(["**peak**", *(_cell(peak(c), formula_peak(c)) for c in cases)]) + " |")
-    return "\n".join(rows)
+    lines = ["| | fixed | " + " | ".join(PHASES) + " | peak |", "| --- " * (len(PHASES) + 3) + "|"]
+    for case in cases:
+        fixed = _cell(sum(case["fixed"].values()), sum(case["formulas"].get(name, 0) for name in FIXED))
+        phases = [_cell(case["phases"].get(name), case["formulas"].get(name)) for name in PHASES]
+        lines.append(" | ".join(["| " + _kind(case), fixed, *phases, _cell(peak(case), formula_peak(case)) + " |"]))
+    return "\n".join(lines)
 
 
 def _kind(case: dict[str, Any]) -> str:
