@@ -109,7 +109,8 @@ def train(algorithm: str, seed: int, steps: int, model: str, file: Path) -> None
             PPOConfig(**settings), model=model, reward_funcs=rubric, train_dataset=problems, eval_dataset=held_out
         )
     elif algorithm in APART:
-        caught = until_caught(apart(GRPOTrainer(model, rubric, GRPOConfig(**settings), problems), **APART[algorithm]))
+        plain = GRPOConfig(**settings | {"eval_strategy": "no", "eval_on_start": False})
+        caught = until_caught(apart(GRPOTrainer(model, rubric, plain, problems), **APART[algorithm]))
         settings |= CORRECTION
         trainer = apart(GRPOTrainer(model, rubric, GRPOConfig(**settings), problems, held_out), **APART[algorithm])
     else:
@@ -164,7 +165,6 @@ def until_caught(trainer: Any) -> dict[str, Any]:
     """Train until the check of sampler against trainer stops the run."""
     from burnish import CheckFailed
 
-    trainer.args.eval_strategy = trainer.args.eval_strategy.__class__("no")
     try:
         trainer.train()
     except CheckFailed as error:
