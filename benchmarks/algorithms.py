@@ -266,7 +266,7 @@ def collect(folder: Path) -> None:
     panels = [
         panel({name: runs[name] for name in names if name in runs}, column, label, title)
         for names, title in ((SEEDED, "mean, least and most of the seeds"), ((*ONCE, *APART), "one seed"))
-        for column, label in (("step", "steps"), ("tokens", "tokens sampled"), ("seconds", "seconds of training"))
+        for column, label in (("step", "steps"), ("tokens", "tokens sampled"), ("cpu_seconds", "seconds of training, of one core"))
     ]
     PICTURE.write_text(picture(panels, "Held-out accuracy of every algorithm, one task and checkpoint", 3))
     print(table(runs))
@@ -291,11 +291,11 @@ def panel(runs: dict[str, list[dict[str, Any]]], column: str, label: str, title:
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
     """One row an algorithm: what it started and ended with in each seed, what it sampled, how long it took."""
-    lines = ["| algorithm | seeds | before | after | gain, points | tokens | seconds a step |", "| --- " * 7 + "|"]
+    lines = ["| algorithm | seeds | before | after | gain, points | tokens | core seconds a step |", "| --- " * 7 + "|"]
     for name, own in runs.items():
         first, last = ([100 * run["points"][place]["accuracy"] for run in own] for place in (0, -1))
         tokens = fmean(run["points"][-1]["tokens"] for run in own)
-        seconds = fmean(run["points"][-1]["seconds"] / run["points"][-1]["step"] for run in own)
+        seconds = fmean(run["points"][-1]["cpu_seconds"] / run["points"][-1]["step"] for run in own)
         after = ", ".join(f"{value:.1f}%" for value in last)
         lines.append(
             f"| {name} | {len(own)} | {fmean(first):.1f}% | {after} | {fmean(last) - fmean(first):+.1f} | "
