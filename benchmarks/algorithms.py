@@ -266,7 +266,11 @@ def collect(folder: Path) -> None:
     panels = [
         panel({name: runs[name] for name in names if name in runs}, column, label, title)
         for names, title in ((SEEDED, "mean, least and most of the seeds"), ((*ONCE, *APART), "one seed"))
-        for column, label in (("step", "steps"), ("tokens", "tokens sampled"), ("cpu_seconds", "seconds of training, of one core"))
+        for column, label in (
+            ("step", "steps"),
+            ("tokens", "tokens sampled"),
+            ("cpu_seconds", "seconds of training, of one core"),
+        )
     ]
     PICTURE.write_text(picture(panels, "Held-out accuracy of every algorithm, one task and checkpoint", 3))
     print(table(runs))
