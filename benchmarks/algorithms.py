@@ -59,7 +59,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Settings of single algorithms, beside those of their rows."""
 
-APART: dict[str, dict[str, Any]] = {"hot": {"temperature": 1.3}, "stale": {"every": 6}}
+APART: dict[str, dict[str, Any]] = {"hot": {"temperature": 1.3}, "stale": {"every": 12}}
 """GRPO with a sampler apart from the trainer: hotter, or with weights that are copied every so many steps."""
 CORRECTION = {"sampling_correction": "token_truncate", "sampling_correction_max": 2.0}
 
@@ -220,7 +220,7 @@ def curve(
             points.append(
                 {"step": step, "tokens": tokens, "seconds": clock, "cpu_seconds": processor, "accuracy": accuracy}
             )
-    names = ("loss", "reward", "entropy", "kl", "clip_ratio/region_mean", "sampling/extra_completions",
+    names = ("loss", "reward", "entropy", "kl", "clip_ratio/region_mean", "sampling/kl", "sampling/extra_completions",
              "value/explained_variance", "completions/mean_length")  # fmt: skip
     steps = [{name: log[name] for name in names if name in log} for log in logs if "loss" in log]
     return {"algorithm": algorithm, "seed": seed, "settings": settings, "points": points, "steps": steps}
