@@ -90,7 +90,7 @@ def cases() -> dict[str, Case]:
         smoothing = 0.1 if name in SMOOTHED else 0.0
         sorts = name.startswith("aot")
         # A large beta bends the loss, so that it matters which of the sorted values meet.
-        config = {"loss_type": [name], "beta": 3.0 if sorts else 0.3, "label_smoothing": smoothing}
+        config = {"loss_type": [name], "beta": 8.0 if sorts else 0.3, "label_smoothing": smoothing}
         made[name] = Case("dpo", config, rows="even" if sorts else "pairs")
     for kind in ("forward_kl", "js_divergence", "alpha_divergence"):
         made[kind] = Case("dpo", {"loss_type": ["sigmoid"], "f_divergence_type": kind, "beta": 0.3})
