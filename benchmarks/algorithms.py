@@ -223,7 +223,8 @@ def curve(
     names = ("loss", "reward", "entropy", "kl", "clip_ratio/region_mean", "sampling/kl", "sampling/extra_completions",
              "value/explained_variance", "completions/mean_length")  # fmt: skip
     steps = [{name: log[name] for name in names if name in log} for log in logs if "loss" in log]
-    return {"algorithm": algorithm, "seed": seed, "settings": settings, "points": points, "steps": steps}
+    own = {name: value for name, value in settings.items() if name != "output_dir"}
+    return {"algorithm": algorithm, "seed": seed, "settings": own, "points": points, "steps": steps}
 
 
 def main() -> None:
