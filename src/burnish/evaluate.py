@@ -288,8 +288,6 @@ def evaluate(
     scores = rubric.score(problems)
     errors = _check_failures(scores, max_failed_fraction)
     records = tuple(_problem(g, s, solved) for g, s in zip(problems, scores, strict=True))
-    total = len(problems) * num_samples
-    num_tokens = [len(completion.token_ids) for problem in problems for completion in problem.completions]
     return Evaluation(
         name=name,
         solved=solved,
@@ -297,17 +295,24 @@ def evaluate(
         seed=seed,
         params=json.loads(json.dumps(asdict(params))),
         problems=records,
-        pass_at_k={k: mean_interval(_present(records, _pass_at(k)), bounds=(0.0, 1.0)) for k in sorted(set(ks))},
-        criteria={
-            criterion: mean_interval(values)
-            for criterion in rubric.names
-            if (values := _present(records, _criterion(criterion)))
-        },
-        mean_completion_tokens=sum(num_tokens) / total,
-        truncated_fraction=sum(record.num_truncated for record in records) / total,
-        num_failed=sum(record.num_failed for record in records),
+        **_figures(problems, records, rubric.names, ks),
         errors=errors[:8],
     )
+
+
+def _figures(
+    problems: Sequence[Group], records: Sequence[Problem], criteria: Sequence[str], ks: Sequence[int]
+) -> dict[str, Any]:
+    """What an evaluation says of all problems together."""
+    lengths = [len(completion.token_ids) for problem in problems for completion in problem.completions]
+    values = {name: _present(records, _criterion(name)) for name in criteria}
+    return {
+        "pass_at_k": {k: mean_interval(_present(records, _pass_at(k)), bounds=(0.0, 1.0)) for k in sorted(set(ks))},
+        "criteria": {name: mean_interval(own) for name, own in values.items() if own},
+        "mean_completion_tokens": sum(lengths) / len(lengths),
+        "truncated_fraction": sum(record.num_truncated for record in records) / len(lengths),
+        "num_failed": sum(record.num_failed for record in records),
+    }
 
 
 @torch.no_grad()

@@ -102,6 +102,12 @@ class OnlineTrainer(GroupTrainer):
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+        self._prepare_rollouts(engine)
+        self.set_up()
+
+    def _prepare_rollouts(self, engine: Engine | None) -> None:
+        """The engine, what it samples next, and what a rollout leaves for later steps."""
+        args = self.args
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
         self.params = self._sampling_params()
@@ -115,7 +121,6 @@ class OnlineTrainer(GroupTrainer):
         self._fresh = False
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
-        self.set_up()
 
     def set_up(self) -> None:
         """Hook: what the loss keeps between steps."""
