@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from burnish.errors import ConfigError, ModelError
-from burnish.model.head import HeadSpec, head_logprobs, head_spec, tiled_logprobs
+from burnish.model.head import head_logprobs, head_spec
+from burnish.model.tiled_head import HeadSpec, tiled_logprobs
 from live_bytes import LiveBytes
 
 NUM_TOKENS, HIDDEN, VOCAB, RANK = 7, 5, 23, 2

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import EngineError
-from burnish.model.head import HeadSpec
 from burnish.model.scoring import causal_lm
+from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Engine, Request
 from burnish.rollout.stepping import (
     OnProgress,

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from burnish.errors import EngineError
 from burnish.model.attention import install, use_layout
-from burnish.model.head import HeadSpec, head_spec
+from burnish.model.head import head_spec
 from burnish.model.scoring import causal_lm
+from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.cache import CacheLayout, PromptSpan, round_up
 from burnish.rollout.engine import Engine, Request
 from burnish.rollout.packed import packed_linears

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import ConfigError, EngineError
-from burnish.model.head import HeadSpec
 from burnish.model.scoring import eval_mode
+from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
 from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms
 from burnish.rollout.stopping import StopMatcher, decode_text

@@ -1,0 +1,370 @@
+"""The language-model head without [N, V]: log-probability, entropy and other figures of scored tokens, tile by tile.
+
+The forward pass keeps two numbers per token (log Z and, on request, the entropy); the backward pass computes each tile
+of logits again and turns it into its own gradient in place. The vocabulary is the outer loop, so the gradient of a
+weight slice is finished inside one iteration and no fp32 copy of the whole [V, H] gradient exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from burnish.errors import ConfigError
+
+__all__ = ["HeadOutput", "HeadSpec", "tiled_logprobs"]
+
+_TILE_BYTES = {"cpu": 16 * 2**20}  # a tile that stays in the last-level cache makes the elementwise passes nearly free
+_TILE_BYTES_ACCELERATOR, _MIN_COLUMNS = 256 * 2**20, 256
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """What a model does to the output of its head: logits = softcap tanh(scale x / softcap), or scale x without a cap.
+
+    Args:
+        scale: factor on the head's output.
+        softcap: bound of the tanh that follows it; None for no cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class HeadOutput(NamedTuple):
+    """What the head says of each token.
+
+    Attributes:
+        logprobs: [N] log-probability of the target in nats, fp32 or float64; differentiable.
+        entropy: [N] entropy of the distribution in nats, or None where it was not asked for; differentiable.
+        correct: [N] bool, whether no token is likelier than the target.
+        log_collision: [N] log-probability that two draws agree, or None where it was not asked for; no gradient.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    correct: Tensor
+    log_collision: Tensor | None
+
+
+class _Operands(NamedTuple):
+    """[N, V] logits = hidden weight^T + bias + u b^T, with hidden [N, H], weight [V, H], u [N, R], b [V, R]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    u: Tensor | None
+    b: Tensor | None
+
+    def take_rows(self, index: Tensor) -> _Operands:
+        """The same head on some of the tokens."""
+        return self._replace(hidden=self.hidden[index], u=None if self.u is None else self.u[index])
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The numbers of one call."""
+
+    spec: HeadSpec
+    temperature: float
+    with_entropy: bool
+    with_collision: bool
+    tile_bytes: int
+
+    @property
+    def slope(self) -> float:
+        """Derivative of a scaled logit by the head's output, short of the tanh."""
+        return self.spec.scale / self.temperature
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _split(size: int, limit: int, multiple: int = 1) -> list[slice]:
+    """Cut `size` into nearly equal slices of at most `limit` (rounded up to `multiple` where that fits)."""
+    if size == 0:
+        return []
+    step = math.ceil(size / math.ceil(size / limit))
+    step = min(math.ceil(step / multiple) * multiple, max(limit, 1))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+class _Tiles:
+    """Logit tiles of one call, all computed in the same buffers."""
+
+    def __init__(self, operands: _Operands, options: _Options, num_scratch: int) -> None:
+        self.operands, self.options = operands, options
+        hidden_NH, weight_VH = operands.hidden, operands.weight
+        self.dtype = _wide(hidden_NH.dtype)
+        num_rows, num_columns = hidden_NH.shape[0], weight_VH.shape[0]
+        needs_raw = hidden_NH.dtype != self.dtype
+        element_bytes = self.dtype.itemsize * (1 + num_scratch) + hidden_NH.dtype.itemsize * needs_raw
+        element_bytes += 0 if operands.u is None else operands.u.dtype.itemsize
+        budget = max(1, options.tile_bytes // element_bytes)
+        # A square tile reads both operands least often; a slice of the weight's gradient must fit the bound as well.
+        row_limit = min(max(num_rows, 1), max(4, math.isqrt(budget)))
+        column_limit = min(budget // row_limit, options.tile_bytes // (4 * hidden_NH.shape[1]))
+        self.rows = _split(num_rows, row_limit)
+        self.columns = _split(num_columns, max(column_limit, min(_MIN_COLUMNS, budget // row_limit), 1), 64)
+        size = max((s.stop - s.start for s in self.rows), default=0) * (self.columns[0].stop - self.columns[0].start)
+        self._z = hidden_NH.new_empty(size, dtype=self.dtype)
+        self._raw = hidden_NH.new_empty(size) if needs_raw else None
+        self._scratch = [torch.empty_like(self._z) for _ in range(num_scratch)]
+
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        """[rows, columns] scaled, capped logits over the temperature; overwritten by the next call."""
+        hidden_NH, weight_VH, bias_V, u_NR, b_VR = self.operands
+        hidden, weight = hidden_NH[rows], weight_VH[columns].to(hidden_NH.dtype)
+        shape = (hidden.shape[0], weight.shape[0])
+        z = self._z[: shape[0] * shape[1]].view(shape)
+        if self._raw is None:
+            torch.mm(hidden, weight.t(), out=z)
+        else:
+            z.copy_(torch.mm(hidden, weight.t(), out=self._raw[: z.numel()].view(shape)))
+        if bias_V is not None:
+            z.add_(bias_V[columns])
+        if u_NR is not None and b_VR is not None:
+            z.add_(torch.mm(u_NR[rows], b_VR[columns].t()))
+        softcap, slope = self.options.spec.softcap, self.options.slope
+        if softcap is not None:
+            return z.mul_(self.options.spec.scale / softcap).tanh_().mul_(softcap / self.options.temperature)
+        return z if slope == 1.0 else z.mul_(slope)
+
+    def scratch(self, index: int, like: Tensor) -> Tensor:
+        """A buffer shaped like the tile."""
+        return self._scratch[index][: like.numel()].view(like.shape)
+
+    def narrow(self, dz: Tensor) -> Tensor:
+        """The tile in the dtype of the matrix products; takes the place of the raw logits."""
+        return dz if self._raw is None else self._raw[: dz.numel()].view(dz.shape).copy_(dz)
+
+
+def _locate(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """([n, 1] column of each target clamped into the tile, [n] whether the tile holds it); no device sync."""
+    inside = (target >= columns.start) & (target < columns.stop)
+    return (target - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None], inside
+
+
+def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tuple[HeadOutput, Tensor]:
+    """What the head says of each row, and its log Z, by a streaming log-sum-exp over the vocabulary."""
+    tiles = _Tiles(operands, options, num_scratch=int(options.with_entropy))
+    max_N = target_N.new_full(target_N.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype)
+    sum_N, dot_N, square_N = (torch.zeros_like(max_N) for _ in range(3))
+    picked_N = torch.full_like(max_N, torch.nan)  # stays NaN for a target outside the vocabulary
+    for columns in tiles.columns:
+        for rows in tiles.rows:
+            z = tiles.logits(rows, columns)
+            column, inside = _locate(target_N[rows], columns)
+            picked_N[rows] = torch.where(inside, z.gather(1, column)[:, 0], picked_N[rows])
+            old_max, new_max = max_N[rows], torch.maximum(max_N[rows], z.amax(1))
+            decay = torch.exp(old_max - new_max)
+            z.sub_(new_max[:, None])
+            if options.with_entropy:
+                weight = torch.exp(z, out=tiles.scratch(0, z))
+                dot_N[rows] = decay * (dot_N[rows] + (old_max - new_max) * sum_N[rows]) + z.mul_(weight).sum(1)
+            else:
+                weight = z.exp_()
+            sum_N[rows] = decay * sum_N[rows] + weight.sum(1)
+            if options.with_collision:
+                square_N[rows] = decay.square() * square_N[rows] + weight.square_().sum(1)
+            max_N[rows] = new_max
+    log_sum_N = sum_N.log()
+    entropy_N = log_sum_N - dot_N / sum_N if options.with_entropy else None
+    collision_N = square_N.log() - 2 * log_sum_N if options.with_collision else None
+    return HeadOutput(picked_N - max_N - log_sum_N, entropy_N, picked_N == max_N, collision_N), max_N + log_sum_N
+
+
+class _RowGradients(NamedTuple):
+    """What the backward pass knows of each row, as [n, 1] columns; no entropy without a gradient for it."""
+
+    log_z: Tensor
+    logprob_grad: Tensor
+    entropy: Tensor | None = None
+    entropy_grad: Tensor | None = None
+
+    def at(self, rows: slice) -> _RowGradients:
+        """Some of the rows."""
+        return _RowGradients(*(column[rows] for column in self if column is not None))
+
+
+def _differentiate(tiles: _Tiles, z: Tensor, row: _RowGradients, column: Tensor, inside: Tensor) -> Tensor:
+    """Turn a tile of logits into the gradient by the head's output, in place.
+
+    dz_j = g (1[j = y] - p_j) - g_E p_j (log p_j + E), times 1 - tanh^2 under a soft-cap; `row` carries -g and -g_E with
+    the constant slope in them. The target's entry is rebuilt with expm1, since p - 1 cancels for a likely token.
+    """
+    softcap = tiles.options.spec.softcap
+    curvature = None
+    if softcap is not None:
+        curvature = torch.mul(z, tiles.options.temperature / softcap, out=tiles.scratch(0, z)).square_().neg_().add_(1)
+    logprob = z.sub_(row.log_z)
+    target_logprob = logprob.gather(1, column)
+    hit = row.logprob_grad * torch.expm1(target_logprob)
+    if row.entropy is not None and row.entropy_grad is not None:
+        hit += row.entropy_grad * target_logprob.exp() * (target_logprob + row.entropy)
+        factor = torch.add(logprob, row.entropy, out=tiles.scratch(-1, z)).mul_(row.entropy_grad).add_(row.logprob_grad)
+        dz = logprob.exp_().mul_(factor)
+    else:
+        dz = logprob.exp_().mul_(row.logprob_grad)
+    dz.scatter_(1, column, torch.where(inside[:, None], hit, dz.gather(1, column)))
+    return dz if curvature is None else dz.mul_(curvature)
+
+
+class _Gradients(NamedTuple):
+    """Gradients by hidden, weight, bias, u and b; None where nobody asked."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    u: Tensor | None
+    b: Tensor | None
+
+
+def _allocate(operands: _Operands, needs: Sequence[bool]) -> _Gradients:
+    """Zeros where a gradient is wanted: sums over the vocabulary in the statistics' dtype, the rest in their own."""
+    wide = _wide(operands.hidden.dtype)
+    return _Gradients(
+        *(
+            None if operand is None or not need else torch.zeros_like(operand, dtype=dtype)
+            for operand, need, dtype in zip(operands, needs, (wide, None, None, wide, None), strict=True)
+        )
+    )
+
+
+def _accumulate(total: Tensor | None, part: Tensor, wide: torch.dtype) -> Tensor:
+    """The sum of both, in the wide dtype from the second part on."""
+    return part if total is None else total.to(wide).add_(part)
+
+
+def _gradients(
+    operands: _Operands, target_N: Tensor, row: _RowGradients, options: _Options, needs: Sequence[bool]
+) -> _Gradients:
+    """Gradients of the wanted operands; each slice of the vocabulary is finished before the next begins."""
+    tiles = _Tiles(operands, options, (options.spec.softcap is not None) + (row.entropy_grad is not None))
+    out = _allocate(operands, needs)
+    hidden_NH, weight_VH, _, u_NR, b_VR = operands
+    for columns in tiles.columns:
+        d_weight = d_bias = d_b = None
+        for rows in tiles.rows:
+            z = tiles.logits(rows, columns)
+            dz = _differentiate(tiles, z, row.at(rows), *_locate(target_N[rows], columns))
+            if out.bias is not None:
+                d_bias = _accumulate(d_bias, dz.sum(0), tiles.dtype)
+            if u_NR is not None and b_VR is not None:
+                dz_low = dz.to(u_NR.dtype)
+                if out.u is not None:
+                    out.u[rows] += dz_low @ b_VR[columns]
+                if out.b is not None:
+                    d_b = _accumulate(d_b, dz_low.t() @ u_NR[rows], tiles.dtype)
+            dz = tiles.narrow(dz)
+            if out.hidden is not None:
+                out.hidden[rows] += dz @ weight_VH[columns].to(dz.dtype)
+            if out.weight is not None:
+                d_weight = _accumulate(d_weight, dz.t() @ hidden_NH[rows], tiles.dtype)
+        for total, part in ((out.weight, d_weight), (out.bias, d_bias), (out.b, d_b)):
+            if total is not None and part is not None:
+                total[columns] = part.to(total.dtype)
+    return out
+
+
+class _TiledLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = _Operands(*tensors)  # type: ignore[arg-type]
+        with torch.autocast(operands.hidden.device.type, enabled=False):
+            output, log_z_N = _statistics(operands, target_N, options)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(target_N, log_z_N, output.entropy, *operands)
+        ctx.mark_non_differentiable(*(tensor for tensor in output[2:] if tensor is not None))
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        target_N, log_z_N, entropy_N, *tensors = ctx.saved_tensors
+        operands, options = _Operands(*tensors), cast("_Options", ctx.options)
+        logprob_grad, entropy_grad = grad_outputs[:2]
+        logprob_grad = torch.zeros_like(log_z_N) if logprob_grad is None else logprob_grad
+        columns = [log_z_N, logprob_grad * -options.slope]
+        if entropy_grad is not None:
+            columns += [entropy_N, entropy_grad * -options.slope]
+        keep = torch.stack(columns[1::2]).ne(0).any(0).nonzero()[:, 0]  # clipped or masked tokens need no work
+        partial = keep.numel() < target_N.numel()
+        if partial:
+            columns, target_N = [column[keep] for column in columns], target_N[keep]
+        row = _RowGradients(*(column[:, None] for column in columns))
+        kept = operands.take_rows(keep) if partial else operands
+        out = _gradients(kept, target_N, row, options, ctx.needs_input_grad[2:])
+
+        def spread(grad: Tensor | None, operand: Tensor | None) -> Tensor | None:
+            if grad is None or operand is None:
+                return None
+            grad = grad.to(operand.dtype)
+            return torch.zeros_like(operand).index_copy_(0, keep, grad) if partial else grad
+
+        return None, None, spread(out.hidden, operands.hidden), out.weight, out.bias, spread(out.u, operands.u), out.b
+
+
+def tiled_logprobs(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    temperature: float = 1.0,
+    spec: HeadSpec = HeadSpec(),
+    with_entropy: bool = False,
+    with_collision: bool = False,
+    tile_bytes: int | None = None,
+) -> HeadOutput:
+    """Log-probability and entropy of tokens under a softmax head, without the [N, V] logits.
+
+    z = c tanh(s (h W^T + bias + u b^T) / c) / T;  log p_y = z_y - log sum_j exp z_j;  E = -sum_j p_j log p_j;
+    log collision = log sum_j p_j^2 = log sum_j exp 2 z_j - 2 log sum_j exp z_j (WPO, 2406.11827).
+
+    Matrix products run in the dtype of `hidden_NH`, softmax statistics in fp32 (float64 for float64). Gradients reach
+    every floating operand that requires one and no other is allocated; rows whose incoming gradient is exactly zero
+    cost nothing. Not differentiable twice.
+
+    Args:
+        hidden_NH: [N, H] what the head receives.
+        weight_VH: [V, H] the head's weight; a tied embedding is fine.
+        target_N: [N] tokens, in [0, V); on an accelerator a target outside gives NaN.
+        bias_V: [V] added to the head's output.
+        low_rank: ([N, R], [V, R]) factors u, b of an added product u b^T, of one dtype: LoRA on the head.
+        temperature: T, positive.
+        spec: the architecture's scale s and soft-cap c.
+        with_entropy: also return the entropy.
+        with_collision: also return the log collision probability.
+        tile_bytes: bound on the buffers of one tile; None for 16 MiB on CPU and 256 MiB elsewhere.
+
+    Returns:
+        `HeadOutput`; equal logits (of 16-bit products) count as correct whichever of them is the target.
+
+    Raises:
+        ConfigError: a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature = {temperature!r}: log-probabilities need a positive temperature; use 1.0.")
+    num_tokens, num_vocab = hidden_NH.shape[0], weight_VH.shape[0]
+    assert hidden_NH.shape[1] == weight_VH.shape[1]
+    assert target_N.shape == (num_tokens,)
+    assert bias_V is None or bias_V.shape == (num_vocab,)
+    u_NR, b_VR = low_rank if low_rank is not None else (None, None)
+    assert u_NR is None or b_VR is None or (u_NR.shape[0], b_VR.shape[0]) == (num_tokens, num_vocab)
+    if target_N.device.type == "cpu" and num_tokens > 0:
+        assert bool(((target_N >= 0) & (target_N < num_vocab)).all()), "target outside the vocabulary"
+    if tile_bytes is None:
+        tile_bytes = _TILE_BYTES.get(hidden_NH.device.type, _TILE_BYTES_ACCELERATOR)
+    options = _Options(spec, temperature, with_entropy, with_collision, tile_bytes)
+    outputs: Any = _TiledLogprobs.apply(options, target_N, hidden_NH, weight_VH, bias_V, u_NR, b_VR)
+    return HeadOutput(*outputs)
