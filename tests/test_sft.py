@@ -103,16 +103,16 @@ def test_num_tokens_goes_on_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_the_entropy_costs_no_backward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from burnish.model import head
+    from burnish.model import tiled_head
 
     seen: list[bool] = []
-    original = head._gradients  # pyright: ignore[reportPrivateUsage]
+    original = tiled_head._gradients  # pyright: ignore[reportPrivateUsage]
 
     def recorded(operands: Any, target: Any, row: Any, *rest: Any) -> Any:
         seen.append(row.entropy_grad is None)
         return original(operands, target, row, *rest)
 
-    monkeypatch.setattr(head, "_gradients", recorded)
+    monkeypatch.setattr(tiled_head, "_gradients", recorded)
     sft(tmp_path).train()
     assert seen == [True] * 3
 
