@@ -92,10 +92,12 @@ def _read(batch: Any) -> list[Text]:
 def _build_texts(
     settings: Mapping[str, Any], make: type[Any], config: type[Any], **own: Any
 ) -> tuple[Any, TextRecorder, Scorer]:
+    """A trainer with burnish's defaults, but for the tokens of one forward: as many as a block of TRL's packing has."""
     tokenizer = AutoTokenizer.from_pretrained(settings["model"])
     args = config(
         **_shared(settings),
         per_device_train_batch_size=settings["rows"],
+        token_budget=1024,
         train_sampling_strategy="sequential",
         **own,
     )
@@ -110,12 +112,12 @@ def _build_texts(
 
 
 def build_sft(settings: Mapping[str, Any]) -> tuple[SFTTrainer, TextRecorder, Scorer]:
-    """An SFTTrainer with burnish's defaults."""
+    """An SFTTrainer, to be measured."""
     return _build_texts(settings, SFTTrainer, SFTConfig)
 
 
 def build_dpo(settings: Mapping[str, Any]) -> tuple[DPOTrainer, TextRecorder, Scorer]:
-    """A DPOTrainer with burnish's defaults; the reference is known before the first step where it is on TRL's side."""
+    """A DPOTrainer, to be measured; the reference is known before the first step where it is on TRL's side."""
     return _build_texts(settings, DPOTrainer, DPOConfig, precompute_ref_log_probs=settings["precompute"])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TRAINERS, OBJECTIVES, PRECISION = "test_trainers.py", "test_objectives.py", "test_precision.py"
+TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC = "test_critic.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
@@ -153,10 +153,16 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("trainers/critic.py", "        self.model.train()\n", "", CRITIC),
     ("trainers/critic.py", "if not math.isfinite(norm):", "if False:", CRITIC),
     # numbers
-    ("model/precision.py", "_spread_over_rounding_cells(exact)", "pass", PRECISION),
-    ("model/precision.py", "noise *= (values != 0)", "noise *= (values == values)", PRECISION),
-    ("model/precision.py", "master.grad += p.grad", "master.grad = p.grad.to(torch.float32)", PRECISION),
-    ("model/precision.py", "            master.copy_(value)\n", "", PRECISION),
+    ("model/masters.py", "return noise.mul_((weights != 0)", "return noise.mul_((weights != weights)", MASTERS),
+    ("model/masters.py", "noise.mul_((weights != 0)", "noise.mul_((weights == weights)", MASTERS),
+    ("model/masters.py", "self._view(number).add_(gradient)", "self._view(number).copy_(gradient)", MASTERS),
+    ("model/masters.py", "            self._flat = self._flat.to(torch.float32)\n            self", "            self", MASTERS),
+    ("model/masters.py", "            self.rest.copy_(rest)\n", "", MASTERS),
+    ("model/masters.py", "bits.add_(0x8000)", "bits.add_(0)", MASTERS),
+    ("model/masters.py", "grad.mul_(scale)", "grad.mul_(1.0)", MASTERS),
+    ("model/masters.py", "saved != self.sum_of_bits()", "False", MASTERS),
+    ("model/masters.py", "if rests.any() and", "if", MASTERS),
+    ("model/masters.py", "clamp_(max=0x7FFF)", "clamp_(max=0x8000)", MASTERS),
     # packing, scoring, head
     ("packing.py", "positions += range(prompt_length, prompt_length + length)", "positions += range(length)", SCORING),
     ("packing.py", "else prompt_start + prompt_length - 1 for j in scored", "else start for j in scored", SCORING),

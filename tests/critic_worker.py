@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+import tiny
 from test_critic import critic, made, with_returns
 
 
@@ -31,11 +32,11 @@ def main(form: str, dtype: str, folder: Path) -> None:
         sum_over_ranks=lambda value: reduced(value, distributed.ReduceOp.SUM),
         max_over_ranks=lambda value: reduced(value, distributed.ReduceOp.MAX),
     )
-    start = [w.detach().clone() for w in own._owners]
+    start = tiny.exact_weights(own.optimizer)
     shares = [rows if world == 1 else ([rows[:3], rows[3:]] if step < 2 else [rows, []])[rank]
               for step, rows in enumerate(map(with_returns, range(3)))]  # fmt: skip
     metrics = [own.update(rows, clip=0.2, vf_coef=0.5) for rows in shares]
-    weights = [w.detach() for w in own._owners]
+    weights = tiny.exact_weights(own.optimizer)
     torch.save({"start": start, "weights": weights, "metrics": metrics}, folder / f"{world}_{rank}.pt")
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -79,26 +79,19 @@ def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
     trainer = make(stage, tiny.model(dtype=getattr(torch, dtype)), shared)
     own = cast(Any, trainer)
     own.create_optimizer()
-    masters = own.master_weights
-    trained = list(own.model.parameters()) if masters is None else list(masters.masters)
-    trained += critic_of(trainer)
-    start = [w.detach().clone() for w in trained]
+    start = weights_of(trainer)
     trainer.train()
     if trainer.is_world_process_zero():
-        masters = own.master_weights
-        weights = list(own.model.parameters()) if masters is None else list(masters.masters)
-        weights += critic_of(trainer)
         names = ("loss", "reward", "min_reward", "mean_reward", "margin", *LOGGED.get(stage, ()))
         logs = [{k: log[k] for k in names if k in log} for log in trainer.state.log_history]
-        torch.save({"start": start, "weights": [w.detach() for w in weights], "logs": logs}, folder / "result.pt")
+        torch.save({"start": start, "weights": weights_of(trainer), "logs": logs}, folder / "result.pt")
 
 
-def critic_of(trainer: Trainer) -> list[torch.nn.Parameter]:
-    """What PPO trains beside the policy."""
-    if not isinstance(trainer, PPOTrainer):
-        return []
-    optimizer = trainer.critic.optimizer
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def weights_of(trainer: Trainer) -> list[torch.Tensor]:
+    """What is trained, PPO's critic too, as exactly as it is known."""
+    optimizer = cast(Any, trainer).master_weights or cast(torch.optim.Optimizer, trainer.optimizer)
+    weights = tiny.exact_weights(optimizer)
+    return weights + (tiny.exact_weights(trainer.critic.optimizer) if isinstance(trainer, PPOTrainer) else [])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 from burnish.errors import CheckFailed, ModelError
-from burnish.model.precision import MasterWeights
+from burnish.model.masters import MasterWeights
 from burnish.model.rewards import prepare_for_rewards, to_reward_model
 from burnish.model.scoring import causal_lm, prepare_for_scoring, score
 from burnish.model.values import load_value_model, share_base
@@ -331,13 +331,13 @@ def test_a_bf16_critic_has_an_fp32_score_and_fp32_masters(tmp_path: Path) -> Non
     assert torch.equal(model.score.weight, wide.score.weight)
     own = Critic(model, learning_rate=1e-5, exact=exact)
     assert isinstance(own.optimizer, MasterWeights)
-    masters = {id(p): master for p, master in own.optimizer._pairs}
+    masters = dict(zip(own.optimizer.trained, own.optimizer.masters, strict=True))
     for name, parameter in wide.named_parameters():
-        assert torch.equal(masters[id(dict(model.named_parameters())[name])], parameter), name
+        assert torch.equal(masters[dict(model.named_parameters())[name]], parameter), name
     start, rows = trained(model), with_returns()
     own.update(rows, clip=0.2)
     assert all(p.grad is None for p in model.parameters())
-    assert all(m.grad is None for m in own._owners)
+    assert not own.optimizer.gradients
     assert not torch.equal(trained(model)["score.weight"], start["score.weight"])
     own.values(rows)
     values = torch.tensor([v for c in completions(rows) for v in c.values or []])
@@ -383,7 +383,7 @@ def test_resumed_is_uninterrupted(form: str, bf16: bool) -> None:
     assert run(second, range(2, 4)) == metrics[2:]
     for name, value in trained(whole.model).items():
         assert torch.equal(value, trained(second.model)[name]), name
-    for left, right in zip(whole._owners, second._owners, strict=True):
+    for left, right in zip(tiny.exact_weights(whole.optimizer), tiny.exact_weights(second.optimizer), strict=True):
         assert torch.equal(left, right)
 
 

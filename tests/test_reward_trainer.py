@@ -429,8 +429,7 @@ def test_bf16_keeps_fp32_masters_of_the_new_score_too(tmp_path: Path) -> None:
     start = head.detach().clone()
     made.train()
     assert made.master_weights is not None
-    masters = {id(p): m for p, m in made.master_weights._pairs}
-    master = masters[id(head)]
+    master = dict(zip(made.master_weights.trained, made.master_weights.masters, strict=True))[head]
     assert master.dtype == torch.float32
     assert not torch.equal(master, master.bfloat16().float()), "steps below a bf16 gap are kept"
     torch.testing.assert_close(head, start, rtol=0, atol=1e-3)

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from burnish.model.masters import MasterWeights
+
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -70,3 +72,10 @@ def model(kind: str = "llama", *, dtype: torch.dtype = torch.float32, seed: int 
     made.generation_config.eos_token_id = 0
     made.generation_config.pad_token_id = 0
     return made.to(dtype).eval()
+
+
+def exact_weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Copies of what an optimizer trains: the fp32 masters where it has some, else the parameters."""
+    if isinstance(optimizer, MasterWeights):
+        return [master.clone() for master in optimizer.masters]
+    return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, without_base_config
 from burnish.model.loading import load_model
-from burnish.model.precision import MasterWeights
+from burnish.model.masters import MasterWeights
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
@@ -283,7 +283,7 @@ class GroupTrainer(Trainer):
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
         given = cast("torch.optim.Optimizer | None", self.optimizer)
-        if given is not None or all(p.dtype == torch.float32 for p in trained):
+        if given is not None or all(p.dtype.itemsize >= 4 for p in trained):
             return super().create_optimizer(model)
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):

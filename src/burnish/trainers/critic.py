@@ -11,7 +11,7 @@ import torch
 
 from burnish.errors import CheckFailed
 from burnish.model.adapters import without_base_config
-from burnish.model.precision import MasterWeights, average_gradients
+from burnish.model.masters import MasterWeights, average_gradients
 from burnish.model.rewards import reward_scores
 from burnish.model.scoring import eval_mode
 from burnish.objectives.value import clipped_value_loss, explained_variance, moments
@@ -95,13 +95,6 @@ class Critic:
         if all(p.dtype.itemsize >= 4 for p in self._trained.values()):
             return make([group for group in groups if group["params"]])
         return MasterWeights(groups, make, exact)
-
-    @property
-    def _owners(self) -> Sequence[torch.nn.Parameter]:
-        """What accumulates the gradients: the fp32 masters, or the parameters themselves."""
-        if isinstance(self.optimizer, MasterWeights):
-            return self.optimizer.masters
-        return list(self._trained.values())
 
     @torch.no_grad()
     def values(self, groups: Sequence[Group]) -> None:
@@ -192,9 +185,7 @@ class Critic:
         return torch.cat((first, moments(returns_N - old_N), moments(returns_N))).cpu()
 
     def _step(self, lr_factor: float) -> float:
-        if self._ranks > 1:
-            average_gradients(self._owners)
-        norm = float(torch.nn.utils.clip_grad_norm_(self._owners, self.max_grad_norm))
+        norm = float(self._clip_gradients())
         if not math.isfinite(norm):
             raise CheckFailed(
                 f"the gradient norm of the critic is {norm}; its step is not taken. Look for NaN rewards or values; a "
@@ -204,6 +195,17 @@ class Critic:
             group["lr"] = self.learning_rate * lr_factor
         self.optimizer.step()
         return norm
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Average the gradients over the ranks and clip them; returns their norm before."""
+        if isinstance(self.optimizer, MasterWeights):
+            if self._ranks > 1:
+                self.optimizer.all_reduce_gradients()
+            return self.optimizer.clip_gradients(self.max_grad_norm)
+        trained = list(self._trained.values())
+        if self._ranks > 1:
+            average_gradients(trained)
+        return torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the trained weights by name, and the optimizer with the fp32 masters.
@@ -244,15 +246,21 @@ class Critic:
             policy: the model that it may share weights with.
 
         Returns:
-            `weights` (its own), `shared_weights` (counted with the policy), `masters` and `optimizer` (as they are
-            now: optimizers make their states in the first step), and `gradients` (during `update` only).
+            `weights` (its own), `shared_weights` (counted with the policy), `masters` (what they take beside the
+            weights) and `optimizer` (as they are now: optimizers make their states in the first step), and
+            `gradients` (during `update` only; bf16 ones take twice the bytes after a second backward).
         """
         shared = set() if policy is None else {id(p) for p in policy.parameters()}
         own = [p for p in self.model.parameters() if id(p) not in shared]
         common = [p for p in self.model.parameters() if id(p) in shared]
-        masters = self.optimizer.masters if isinstance(self.optimizer, MasterWeights) else []
+        masters = self.optimizer.rests if isinstance(self.optimizer, MasterWeights) else []
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        components = {"weights": own, "shared_weights": common, "masters": masters, "gradients": self._owners}
+        components = {
+            "weights": own,
+            "shared_weights": common,
+            "masters": masters,
+            "gradients": list(self._trained.values()),
+        }
         return {name: _num_bytes(tensors) for name, tensors in {**components, "optimizer": states}.items()}
 
 
