@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from burnish import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from burnish.model.adapters import without_base_config
-from burnish.model.precision import MasterWeights
+from burnish.model.masters import MasterWeights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from live_bytes import LiveBytes
@@ -144,12 +144,12 @@ def fixed_bytes(trainer: Any) -> dict[str, int]:
     reference = trainer.reference.model if trainer.reference is not None else None
     holders: dict[str, Iterable[torch.Tensor]] = {
         "weights": trainer.model.parameters(),
-        "masters": trainer.master_weights.masters,
+        "masters": trainer.master_weights.rests,
         "optimizer": states(trainer.master_weights),
         "reference": reference.parameters() if reference is not None else (),
     }
     if (critic := getattr(trainer, "critic", None)) is not None:
-        masters = critic.optimizer.masters if isinstance(critic.optimizer, MasterWeights) else ()
+        masters = critic.optimizer.rests if isinstance(critic.optimizer, MasterWeights) else ()
         holders |= {
             "critic's weights": critic.model.parameters(),
             "critic's masters": masters,
@@ -170,7 +170,8 @@ def states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def formulas(trainer: Any, options: argparse.Namespace, *, checkpointing: bool) -> dict[str, int]:
-    """Bytes by the formulas: 2 a weight, 4 a master, 8 for Adam, 4 a gradient; activations by token and layer."""
+    """Bytes by the formulas: 2 a weight, 2 a master beside it, 8 for Adam, 2 a gradient (4 where a step has several
+    backwards); activations by token and layer."""
     config = trainer.model.config
     layers, hidden, width = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     keys = config.num_key_value_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
@@ -178,23 +179,24 @@ def formulas(trainer: Any, options: argparse.Namespace, *, checkpointing: bool) 
     group = options.prompt_tokens + SAMPLES * options.completion_tokens
     # `token_budget` decides how many groups one forward and backward has.
     groups = min(options.prompts, max(1, trainer.args.token_budget // group))
+    gradient = 2 if groups >= options.prompts else 4
     tokens, scored = groups * group, groups * SAMPLES * options.completion_tokens
     every = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     per_layer = (16 * hidden + 4 * keys + 8 * width + 14 * 16) if lora else (20 * hidden + 4 * keys + 8 * width)
     activations = tokens * (layers * 2 * hidden + per_layer if checkpointing else layers * per_layer)
     found = {
-        "weights": 2 * every, "masters": 4 * trained, "optimizer": 8 * trained,
+        "weights": 2 * every, "masters": 2 * trained, "optimizer": 8 * trained,
         "reference": 0 if lora or trainer.reference is None else 2 * every,
         "rollout": 4 * keys * layers * options.prompts * group,
         # The tiled head keeps the hidden states of scored tokens and their gradient.
-        "policy's update": 4 * trained + activations + 4 * scored * hidden,
+        "policy's update": gradient * trained + activations + 4 * scored * hidden,
     }  # fmt: skip
     if (critic := getattr(trainer, "critic", None)) is not None:
         own = sum(p.numel() for p in critic.model.parameters() if p.requires_grad)
         found |= {
-            "critic's weights": 2 * own, "critic's masters": 4 * own, "critic's optimizer": 8 * own,
-            "critic's update": 4 * own + activations,
+            "critic's weights": 2 * own, "critic's masters": 2 * own, "critic's optimizer": 8 * own,
+            "critic's update": gradient * own + activations,
         }  # fmt: skip
     return found
 

@@ -159,6 +159,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/masters.py", "            self._flat = self._flat.to(torch.float32)\n            self", "            self", MASTERS),
     ("model/masters.py", "            self.rest.copy_(rest)\n", "", MASTERS),
     ("model/masters.py", "bits.add_(0x8000)", "bits.add_(0)", MASTERS),
+    ("model/masters.py", "nan_to_num_(nan=math.nan", "nan_to_num_(nan=0.0", MASTERS),
     ("model/masters.py", "grad.mul_(scale)", "grad.mul_(1.0)", MASTERS),
     ("model/masters.py", "saved != self.sum_of_bits()", "False", MASTERS),
     ("model/masters.py", "if rests.any() and", "if", MASTERS),

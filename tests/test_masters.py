@@ -127,6 +127,16 @@ def test_every_fp32_number_is_kept_in_a_bf16_weight_and_its_rest() -> None:
     assert (gap <= (values.bfloat16().float() - values)[finite].double().abs()).all(), "a nearest weight"
 
 
+def test_no_nan_turns_into_a_number() -> None:
+    bits = [0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x400000, -0x7FFFFF]
+    values = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    low = torch.nn.Parameter(torch.zeros(len(bits), dtype=torch.bfloat16))
+    master = _Master(low, None, _Gradients(low.dtype, low.device))
+    master.store(values)
+    assert low.isnan().all()
+    assert master.value().isnan().all()
+
+
 def test_exact_values_half_way_between_two_weights() -> None:
     even, odd = 1 + 2.0**-8, 1 + 3 * 2.0**-8
     exact = torch.tensor([even, odd, -even, 1.0])

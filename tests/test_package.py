@@ -87,3 +87,13 @@ def test_the_docs_list_every_algorithm() -> None:
     for name, row in ALGORITHMS.items():
         line = next((line for line in text.splitlines() if line.startswith(f"| `{name}` |")), "")
         assert line.endswith(f"| {row.paper} |"), name
+
+
+def test_compiled_kernels_are_bounded_and_what_is_set_outside_stays(monkeypatch: pytest.MonkeyPatch):
+    names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    code = f"import os, burnish.trainers; print(*(os.environ[name] for name in {names}))"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert python(code) == "1 128"
+    monkeypatch.setenv(names[1], "7")
+    assert python(code) == "1 7"

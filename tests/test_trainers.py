@@ -155,6 +155,36 @@ def test_bf16_keeps_fp32_masters(tmp_path: Path) -> None:
     assert 1e-7 < max(moved) < 1e-5, "steps below a bf16 gap are kept"
 
 
+def test_optimizers_that_swap_weights_are_refused(tmp_path: Path) -> None:
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self) -> None:
+            """Put the average in place of the weights."""
+
+    args = SFTConfig(**settings(tmp_path, bf16=True))
+    made = SFTTrainer(
+        tiny.model(dtype=torch.bfloat16), args, train_dataset=TEXTS, processing_class=tiny.tokenizer(),
+        optimizer_cls_and_kwargs=(ScheduleFree, {"lr": 1e-3}),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="optimizer_cls_and_kwargs: ScheduleFree picks or swaps"):
+        made.train()
+
+
+def test_eight_bit_moments_resume(tmp_path: Path) -> None:
+    """bitsandbytes' AdamW over masters, by its name among transformers' optimizers."""
+    pytest.importorskip("bitsandbytes")
+    start = tiny.model(dtype=torch.bfloat16, hidden_size=64)
+    changes = {"bf16": True, "optim": "adamw_bnb_8bit", "max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+    whole = sft(tmp_path / "a", copy.deepcopy(start), **changes)
+    whole.train()
+    assert whole.master_weights is not None
+    kinds = {t.dtype for state in whole.master_weights.state.values() for t in state.values() if torch.is_tensor(t)}
+    assert torch.uint8 in kinds
+    resumed = sft(tmp_path / "a", copy.deepcopy(start), **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert_same(weights(whole), weights(resumed), 0.0)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize(
     "split", [{"gradient_accumulation_steps": 4, "per_device_train_batch_size": 3}, {"token_budget": 30}]

@@ -17,6 +17,7 @@ values, and from the first step on a fraction of them moves, by as much on avera
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -165,7 +166,8 @@ class _Master:
                 if kept is not None and kept.data_ptr() != value.data_ptr():
                     kept.copy_(value)
             return
-        bits = value.view(torch.int32)
+        # Adding to the bits of some NaN would make numbers of them.
+        bits = value.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).view(torch.int32)
         self.rest.copy_(bits)  # the lower 16 bits, from -2^15: a negative rest belongs to a number rounded up
         self.parameter.data.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 

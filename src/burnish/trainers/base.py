@@ -286,10 +286,14 @@ class GroupTrainer(Trainer):
         if given is not None or all(p.dtype.itemsize >= 4 for p in trained):
             return super().create_optimizer(model)
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs):
+        # Schedule-free optimizers swap weights between training and evaluation by methods of those names.
+        if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
+            given_by = (
+                "optimizer_cls_and_kwargs" if self.optimizer_cls_and_kwargs else f"optim = {self.args.optim.value!r}"
+            )
             raise ConfigError(
-                f"optim = {str(self.args.optim)!r}: it picks its own parameters and cannot run over fp32 masters. Use "
-                "an AdamW, Adafactor or SGD variant, or bf16=False."
+                f"{given_by}: {getattr(cls, '__name__', cls)} picks or swaps parameters itself and cannot "
+                "run over fp32 masters. Use an AdamW, Adafactor or SGD variant, or bf16=False."
             )
         decayed = set(self.get_decay_parameter_names(target))
         named = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
