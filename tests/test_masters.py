@@ -36,6 +36,10 @@ def test_weights_saved_in_bf16_move_from_the_first_step() -> None:
     assert torch.equal(masters.bfloat16(), low.detach()), "the model starts as it was saved"
     assert torch.equal(masters[-7:-5], torch.zeros(2))
     assert (masters[:-7] != low.detach()[:-7].float()).float().mean() > 0.99
+    # The same from a bf16 file that was read in fp32.
+    other = torch.nn.Parameter(low.detach().clone())
+    read = MasterWeights([{"params": [other]}], lambda p: torch.optim.SGD(p), {other: other.detach().float()})
+    assert torch.equal(read.masters[0], masters)
 
     low.sum().backward()
     own.step()
