@@ -77,6 +77,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # trainers
     ("trainers/base.py", "denominator = self.sum_over_ranks(self.step_denominator(groups))", "denominator = 7.0", TRAINERS),
     ("trainers/base.py", "total -= 1", "pass", TRAINERS),
+    ("trainers/base.py", " or hasattr(cls, \"eval\")", "", TRAINERS),
     ("trainers/policy.py", "PolicyTerms(ratios_N, batch.token[\"advantages\"]", "PolicyTerms(ratios_N, -batch.token[\"advantages\"]", GRADIENT),
     ("trainers/policy.py", "losses_N = losses_N + self._beta * self._kl_in_loss", "losses_N = losses_N - self._beta * self._kl_in_loss", GRADIENT),
     ("trainers/policy.py", "corrected = self.args.kl_estimator != \"k2\"", "corrected = self.args.kl_estimator == \"k2\"", GRADIENT),
