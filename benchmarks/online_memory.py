@@ -65,7 +65,8 @@ def main() -> None:
                 cases.append({"name": name, "lora": lora, "checkpointing": checkpointing, **case})
                 print(line(cases[-1]), flush=True)
                 gc.collect()
-    options.json.write_text(json.dumps({"model": MODEL, **vars(options), "cases": cases}, indent=1, default=str) + "\n")
+    sizes = {name: value for name, value in vars(options).items() if isinstance(value, int)}
+    options.json.write_text(json.dumps({"model": MODEL, **sizes, "cases": cases}, indent=1) + "\n")
     options.svg.write_text(picture([case for case in cases if not case["checkpointing"]]))
     print(table(cases))
 
