@@ -133,7 +133,7 @@ class _Master:
         # What the inner optimizer knows the master by; it has the master's value during `step` only.
         self.handle = torch.nn.Parameter(torch.zeros((), device=parameter.device).expand(parameter.shape))
         self._empty = self.handle.data
-        self._hook = parameter.register_post_accumulate_grad_hook(self._collect)
+        parameter.register_post_accumulate_grad_hook(self._collect)
 
     def _collect(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
@@ -209,10 +209,6 @@ class _Master:
             self.rest.copy_(rest)
             if self.rest.dtype != torch.int16:
                 self.parameter.data.copy_(self.rest)
-
-    def close(self) -> None:
-        """Let the parameter keep its gradients again."""
-        self._hook.remove()
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -357,11 +353,6 @@ class MasterWeights(torch.optim.Optimizer):
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
-
-    def close(self) -> None:
-        """Let the parameters keep their own gradients again."""
-        for master in self._masters.values():
-            master.close()
 
 
 def _lower_halves(weights: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:

@@ -288,11 +288,9 @@ class GroupTrainer(Trainer):
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         # Schedule-free optimizers swap weights between training and evaluation by methods of those names.
         if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
-            given_by = (
-                "optimizer_cls_and_kwargs" if self.optimizer_cls_and_kwargs else f"optim = {self.args.optim.value!r}"
-            )
+            field = "optimizer_cls_and_kwargs" if self.optimizer_cls_and_kwargs else f"optim = {str(self.args.optim)!r}"
             raise ConfigError(
-                f"{given_by}: {getattr(cls, '__name__', cls)} picks or swaps parameters itself and cannot "
+                f"{field}: {getattr(cls, '__name__', cls)} picks or swaps parameters itself and cannot "
                 "run over fp32 masters. Use an AdamW, Adafactor or SGD variant, or bf16=False."
             )
         decayed = set(self.get_decay_parameter_names(target))
@@ -379,7 +377,7 @@ class GroupTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # peft reads adapters into fp32, whatever they compute in; their masters are in the optimizer's state.
+        # peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])

@@ -208,7 +208,7 @@ class Critic:
         return torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the trained weights by name, and the optimizer with the fp32 masters.
+        """What a resumed run needs: the trained weights by name, and the optimizer with what masters have beside them.
 
         The tensors are the live ones; ranks have equal states, so one of them saves.
         """
@@ -255,13 +255,9 @@ class Critic:
         common = [p for p in self.model.parameters() if id(p) in shared]
         masters = self.optimizer.rests if isinstance(self.optimizer, MasterWeights) else []
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        components = {
-            "weights": own,
-            "shared_weights": common,
-            "masters": masters,
-            "gradients": list(self._trained.values()),
-        }
-        return {name: _num_bytes(tensors) for name, tensors in {**components, "optimizer": states}.items()}
+        named = {"weights": own, "shared_weights": common, "masters": masters, "optimizer": states}
+        named["gradients"] = list(self._trained.values())
+        return {name: _num_bytes(tensors) for name, tensors in named.items()}
 
 
 def _nothing(token_id: int) -> Group:
