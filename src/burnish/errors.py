@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EngineError",
+    "FileError",
     "ModelError",
     "RewardError",
 ]
@@ -39,6 +40,10 @@ class RewardError(BurnishError, ValueError):
 
 class EngineError(BurnishError, RuntimeError):
     """A rollout engine failed or was asked for something it cannot do."""
+
+
+class FileError(BurnishError, OSError):
+    """A file or folder of the run cannot be read or written."""
 
 
 class CheckFailed(BurnishError, RuntimeError):
