@@ -28,6 +28,8 @@ from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.preflight import check_loaded, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.processes import claimed_folder
+from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -144,6 +146,8 @@ class GroupTrainer(Trainer):
 
         Raises:
             ConfigError: there is no such checkpoint.
+            FileError: another run writes to `output_dir`.
+            Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
         folder = self.args.output_dir
         if resume_from_checkpoint is True and not any(Path(folder).glob("checkpoint-*")):
@@ -155,7 +159,8 @@ class GroupTrainer(Trainer):
             raise ConfigError(
                 f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with claimed_folder(self), stopping_on_signals(self):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def load(
         self, model: str | Path | PreTrainedModel, args: Any

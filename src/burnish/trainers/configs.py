@@ -26,6 +26,7 @@ from burnish.schema import (
     apply_algorithm,
     check_keywords,
 )
+from burnish.trainers.processes import check_world_size, needs_cpu
 
 __all__ = [
     "DPOConfig",
@@ -62,6 +63,7 @@ def _finish(config: Any) -> None:
     config.check()
     if config.output_dir is not None and Path(config.output_dir).is_file():
         raise ConfigError(f"output_dir = {config.output_dir!r}: that is a file; name a folder.")
+    config.use_cpu = config.use_cpu or needs_cpu()
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False
@@ -70,6 +72,7 @@ def _finish(config: Any) -> None:
         get_reporting_integration_callbacks(config.report_to)
     except (AttributeError, ImportError, OSError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
+    check_world_size(config)
     config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
     if config.token_budget is None:
         config.token_budget = 2048 if config.device.type == "cpu" else 16384
