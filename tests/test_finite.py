@@ -96,7 +96,7 @@ def test_overflowed_weights_are_saved_by_no_stage(tmp_path: Path, kind: str, bf1
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 def test_a_checkpoint_of_them_is_refused(tmp_path: Path, kind: str) -> None:
     trainer = make(kind, tmp_path, save_strategy="steps", save_steps=1)
-    with pytest.raises(CheckFailed, match="step 1, the model: .* not finite"):
+    with pytest.raises(CheckFailed, match=r"step 1, the model: .* not finite"):
         trainer.train()
     assert weight_files(tmp_path) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ def check_finite(model: torch.nn.Module, where: str, max_over_ranks: Callable[[f
 def _saved_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     has_adapters = hasattr(model, "peft_config")
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        own: Any = parameter  # a shard of a DTensor under FSDP2
+        local: torch.Tensor = own.to_local() if hasattr(own, "to_local") else own
         is_read = local.is_floating_point() and local.dtype.itemsize > 1 and local.numel()
         if is_read and (parameter.requires_grad or not has_adapters):
             yield name, local
