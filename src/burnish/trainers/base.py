@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights
 from burnish.model.scoring import prepare_for_scoring
@@ -362,6 +363,20 @@ class GroupTrainer(Trainer):
 
     def save_own_state(self, folder: Path) -> None:
         """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
+
+    def saved_models(self) -> dict[str, torch.nn.Module]:
+        """Every model that `save_model` or a checkpoint writes, by what messages call it."""
+        return {"the model": self.model}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless its weights are not finite; checkpoints begin with this, too.
+
+        Raises:
+            CheckFailed: a weight is not finite; nothing is written.
+        """
+        for name, model in self.saved_models().items():
+            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_base_config():

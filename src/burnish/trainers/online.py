@@ -25,6 +25,7 @@ from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
 from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.rollout.validation import generate
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate
@@ -318,7 +319,9 @@ class OnlineTrainer(GroupTrainer):
             Request(s.group.prompt_ids, len(s.group.completions), params, index=s.place, first_sample=s.first)
             for s in shares
         ]
-        for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
+        vocab_size = causal_lm(self.model).config.get_text_config().vocab_size
+        found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
+        for share, completions in zip(shares, found, strict=True):
             share.group.completions = completions
 
     def check_samples(self, completions: Sequence[Completion]) -> None:
@@ -338,6 +341,11 @@ class OnlineTrainer(GroupTrainer):
             logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
             completions = [completion for group in part for completion in group.completions]
             for completion, values in zip(completions, logprobs, strict=True):
+                if not all(map(math.isfinite, values)):
+                    raise CheckFailed(
+                        f"step {self.state.global_step}: {name} are not finite. The policy or its reference overflows: "
+                        "lower learning_rate, or go back to an earlier checkpoint."
+                    )
                 setattr(completion, name, values)
 
     def in_loss(self, completion: Completion) -> bool:
