@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection
 from enum import Enum
@@ -10,8 +11,8 @@ from typing import Any, TypeAlias, cast
 from burnish.schema.inherited import words_of
 
 __all__ = [
-    "Rule", "above", "as_names", "at_least", "count", "is_fraction", "is_in", "is_number", "is_seed", "is_text",
-    "list_of", "one_of", "optional", "words_or_members",
+    "Rule", "above", "as_names", "at_least", "count", "is_fraction", "is_in", "is_number", "is_seed", "is_table",
+    "is_text", "list_of", "one_of", "optional", "text_problem", "words_or_members",
 ]  # fmt: skip
 
 Rule: TypeAlias = tuple[str, Callable[[Any], bool], str | Callable[[], str]]
@@ -80,6 +81,27 @@ def is_seed(value: Any) -> bool:
 def is_text(value: Any) -> bool:
     """A text that is not empty."""
     return isinstance(value, str) and value != ""
+
+
+def is_table(value: Any) -> bool:
+    """A table, or the text of one in JSON, which transformers takes on command lines."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, dict)
+
+
+def text_problem(text: str) -> str | None:
+    """What keeps a text from being written to a file or given to the system, and the fix."""
+    if "\0" in text:
+        return "it holds a NUL character; remove it"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it holds half a character (a lone surrogate); write whole characters"
+    return None
 
 
 def words_or_members(path: str, class_name: str) -> tuple[Callable[[Any], bool], Callable[[], str]]:

@@ -21,6 +21,7 @@ from burnish.schema.predicates import (
     is_in,
     is_number,
     is_seed,
+    is_table,
     is_text,
     list_of,
     one_of,
@@ -107,6 +108,15 @@ _COMMON: tuple[Rule, ...] = (
     ("log_level_replica", one_of(*_LEVELS), f"use one of {', '.join(_LEVELS)}"),
     ("include_num_input_tokens_seen", one_of("all", "non_padding", "no", True, False), "use all, non_padding or no"),
     ("ddp_backend", optional(one_of("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl")), "use gloo or nccl"),
+    *(
+        (name, optional(is_table), "use a table of arguments, or leave it out")
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+    ),
+    (
+        "train_sampling_strategy",
+        one_of("random", "sequential"),
+        "use random or sequential; packing already balances batches by length",
+    ),
     ("save_total_limit", optional(count(1)), "use at least 1 checkpoint, or leave it out to keep all"),
     ("eval_delay", at_least(0), "use a number of at least 0"),
     ("ddp_timeout", count(1), "use a number of seconds of at least 1"),
@@ -272,11 +282,6 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
             "use keep_start, keep_end, drop or split",
         ),
         ("neftune_noise_alpha", optional(above(0)), "use a number above 0, such as 5, or leave it out"),
-        (
-            "train_sampling_strategy",
-            one_of("random", "sequential"),
-            "use random or sequential; packing already balances batches by length",
-        ),
         (
             "loss_type",
             one_of("nll", "dft"),
