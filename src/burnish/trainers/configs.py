@@ -27,6 +27,7 @@ from burnish.schema import (
     apply_algorithm,
     check_keywords,
 )
+from burnish.trainers.processes import check_world_size, needs_cpu
 
 __all__ = [
     "DPOConfig",
@@ -105,6 +106,7 @@ def _try_schedule(config: Any) -> None:
 def _finish(config: Any) -> None:
     """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
     config.check()
+    config.use_cpu = config.use_cpu or needs_cpu()
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False
@@ -113,6 +115,7 @@ def _finish(config: Any) -> None:
     except _REFUSALS as error:
         raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
     _check_parts(config)
+    check_world_size(config)
     config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
     if config.token_budget is None:
         config.token_budget = 2048 if config.device.type == "cpu" else 16384
