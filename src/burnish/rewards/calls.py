@@ -126,8 +126,9 @@ class Call:
         time.sleep(0.01)  # lets the watching thread speak while the function keeps the interpreter to itself
 
     async def _into(self, future: Future[Any], awaitable: Awaitable[Any]) -> None:
+        limit = asyncio.timeout(self.timeout_seconds)
         try:
-            async with asyncio.timeout(self.timeout_seconds) as limit:
+            async with limit:
                 result = await awaitable
         except KeyboardInterrupt as error:  # raised again where the result is asked for; here it would end the loop
             future.set_exception(error)

@@ -103,7 +103,7 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
     try:
-        return Criterion(name, factory(**options), **common | {"weight": float(common["weight"])})
+        return Criterion(name, factory(**options), **{**common, "weight": float(common["weight"])})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
