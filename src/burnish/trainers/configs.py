@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from transformers import TrainingArguments
@@ -26,6 +25,7 @@ from burnish.schema import (
     apply_algorithm,
     check_keywords,
 )
+from burnish.trainers.processes import check_world_size, needs_cpu
 
 __all__ = [
     "DPOConfig",
@@ -60,8 +60,7 @@ def _with_checked_arguments(config: T) -> T:
 def _finish(config: Any) -> None:
     """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
     config.check()
-    if config.output_dir is not None and Path(config.output_dir).is_file():
-        raise ConfigError(f"output_dir = {config.output_dir!r}: that is a file; name a folder.")
+    config.use_cpu = config.use_cpu or needs_cpu()
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False
@@ -70,6 +69,7 @@ def _finish(config: Any) -> None:
         get_reporting_integration_callbacks(config.report_to)
     except (AttributeError, ImportError, OSError, OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
+    check_world_size(config)
     config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
     if config.token_budget is None:
         config.token_budget = 2048 if config.device.type == "cpu" else 16384
