@@ -43,9 +43,8 @@ class AnswerCounts:
             return None
         names = _NAMES | {"tag": f"<{self.tag}> tag"}
         wanted = " or ".join(names[source] for source in self.sources)
-        found = (
-            f"criterion {self.criterion!r}: no {wanted} in any of {self.num_completions} completions, so all score 0"
-        )
+        total = self.num_completions
+        found = f"criterion {self.criterion!r}: no {wanted} in any of {total} completions, so all score 0"
         if "tag" in self.sources and self.num_unclosed:
             return (
                 f"{found}; {self.num_unclosed} of {total} open <{self.tag}> and never close it: raise "

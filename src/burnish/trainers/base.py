@@ -19,14 +19,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
-from burnish.model.masters import MasterWeights
+from burnish.model.masters import MasterWeights, over_masters
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
+from burnish.trainers.handover import handed_over
+from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
-from burnish.trainers.preflight import check_loaded, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.preflight import check_loaded, check_optimizer, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.processes import claimed_folder
+from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -112,9 +117,12 @@ class GroupTrainer(Trainer):
         if peft_config is not None:
             loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
         check_loaded(loaded, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_optimizer(optimizers[0], loaded)
         use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self.is_untrained = True
+        """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
         self._num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
@@ -132,6 +140,8 @@ class GroupTrainer(Trainer):
             self.remove_callback(shown)
         if args.progress and not args.disable_tqdm:
             self.add_callback(ProgressCallback(args.kind))
+        self.log_state = LogState(self)
+        self.add_callback(self.log_state)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -141,6 +151,8 @@ class GroupTrainer(Trainer):
 
         Raises:
             ConfigError: there is no such checkpoint.
+            FileError: another run writes to `output_dir`.
+            Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
         folder = self.args.output_dir
         if resume_from_checkpoint is True and not any(Path(folder).glob("checkpoint-*")):
@@ -152,7 +164,14 @@ class GroupTrainer(Trainer):
             raise ConfigError(
                 f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
+        with claimed_folder(self), handing_over, stopping_on_signals(self):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether the model's dropout stays on during training."""
+        return True
 
     def load(
         self, model: str | Path | PreTrainedModel, args: Any
@@ -283,8 +302,14 @@ class GroupTrainer(Trainer):
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
         given = cast("torch.optim.Optimizer | None", self.optimizer)
-        if given is not None or all(p.dtype.itemsize >= 4 for p in trained):
+        if (masters := self.master_weights) is not None:
+            masters.attach()
+        if masters is not None or all(p.dtype.itemsize >= 4 for p in trained):
             return super().create_optimizer(model)
+        if given is not None:
+            self.optimizer = over_masters(given, self._exact)
+            self._exact = {}
+            return self.optimizer
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         # Schedule-free optimizers swap weights between training and evaluation by methods of those names.
         if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
@@ -321,6 +346,7 @@ class GroupTrainer(Trainer):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
+        self.is_untrained = False
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -332,6 +358,14 @@ class GroupTrainer(Trainer):
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the training steps since the last log, over all ranks."""
         return self._metrics.flush(self.sum_over_ranks)
+
+    def metrics_state(self) -> dict[str, Any]:
+        """What `step_metrics` has collected since the last log, as JSON."""
+        return {"metrics": self._metrics.state_dict()}
+
+    def load_metrics_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `metrics_state` gave."""
+        self._metrics.load_state_dict(state["metrics"])
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
         """Hook: add a step's tokens to `num_tokens`."""
@@ -347,6 +381,20 @@ class GroupTrainer(Trainer):
     def save_own_state(self, folder: Path) -> None:
         """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
 
+    def saved_models(self) -> dict[str, torch.nn.Module]:
+        """Every model that `save_model` or a checkpoint writes, by what messages call it."""
+        return {"the model": self.model}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless its weights are not finite; checkpoints begin with this, too.
+
+        Raises:
+            CheckFailed: a weight is not finite; nothing is written.
+        """
+        for name, model in self.saved_models().items():
+            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_base_config():
             super()._save(output_dir, state_dict)
@@ -355,6 +403,7 @@ class GroupTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.save_own_state(folder)
+        self.log_state.save(folder)
         state = {"num_tokens": int(self.total_tokens())}
         if self.is_world_process_zero():
             (folder / _STATE).write_text(json.dumps(state))
@@ -366,6 +415,7 @@ class GroupTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.log_state.load(Path(checkpoint))
         self._num_tokens = 0
         if not self.is_world_process_zero():
             return

@@ -17,21 +17,23 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.dropout import disable_dropout
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
 from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.rollout.validation import generate
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate
+from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
-from burnish.trainers.reference import Reference, check_reference
+from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
@@ -98,10 +100,12 @@ class OnlineTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+        for criterion in self.rubric.criteria:
+            if isinstance(criterion.function, RewardModel):
+                refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
         self._prepare_rollouts(engine)
         self.set_up()
 
@@ -109,7 +113,8 @@ class OnlineTrainer(GroupTrainer):
         """The engine, what it samples next, and what a rollout leaves for later steps."""
         args = self.args
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
-        self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
+        self.transcripts = TranscriptLog(args, is_main=self.is_world_process_zero(), gathered=self.gathered)
+        self.add_callback(RecordsCallback(self.transcripts.records))
         self.params = self._sampling_params()
         self._buffer: list[list[Group]] = []
         order = args.prompt_sampling if args.shuffle_dataset else "given"
@@ -124,6 +129,11 @@ class OnlineTrainer(GroupTrainer):
 
     def set_up(self) -> None:
         """Hook: what the loss keeps between steps."""
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Never: samples are drawn without it."""
+        return False
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
@@ -264,7 +274,7 @@ class OnlineTrainer(GroupTrainer):
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
-        self._log_round(groups)
+        self._log_round(shares)
         rewards: dict[int, list[float | None]] = defaultdict(list)
         for place, _, values in sorted(self.gathered([_rewards_of(share) for share in shares])):
             rewards[place] += values
@@ -316,7 +326,9 @@ class OnlineTrainer(GroupTrainer):
             Request(s.group.prompt_ids, len(s.group.completions), params, index=s.place, first_sample=s.first)
             for s in shares
         ]
-        for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
+        vocab_size = causal_lm(self.model).config.get_text_config().vocab_size
+        found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
+        for share, completions in zip(shares, found, strict=True):
             share.group.completions = completions
 
     def check_samples(self, completions: Sequence[Completion]) -> None:
@@ -336,6 +348,11 @@ class OnlineTrainer(GroupTrainer):
             logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
             completions = [completion for group in part for completion in group.completions]
             for completion, values in zip(completions, logprobs, strict=True):
+                if not all(map(math.isfinite, values)):
+                    raise CheckFailed(
+                        f"step {self.state.global_step}: {name} are not finite. The policy or its reference overflows: "
+                        "lower learning_rate, or go back to an earlier checkpoint."
+                    )
                 setattr(completion, name, values)
 
     def in_loss(self, completion: Completion) -> bool:
@@ -351,7 +368,7 @@ class OnlineTrainer(GroupTrainer):
         fresh_N = ~sampled_N.isnan()
         self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         own_reference = self.reference is not None and self.reference.is_initial_policy
-        if own_reference and self.state.global_step == 0:
+        if own_reference and self.is_untrained and self.state.global_step == 0:
             apart = float(kl_k3(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N]).mean())
             bound = default_bound(self.model.dtype)
             if not apart <= max(bound, self.args.logprob_check_bound or 0.0):
@@ -367,7 +384,8 @@ class OnlineTrainer(GroupTrainer):
         for name, value in metrics.items():
             self._metrics.add(name, value)
 
-    def _log_round(self, groups: Sequence[Group]) -> None:
+    def _log_round(self, shares: Sequence[Share]) -> None:
+        groups = [share.group for share in shares]
         clipped = self._metrics.add_completions(groups, self.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
@@ -379,7 +397,7 @@ class OnlineTrainer(GroupTrainer):
                 100 * clipped,
                 self.args.max_completion_length,
             )
-        self.transcripts.write(groups, step=self.state.global_step + 1, tokenizer=self.tokenizer)
+        self.transcripts.write(shares, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -398,7 +416,8 @@ class OnlineTrainer(GroupTrainer):
         self.rubric.score([share.group for share in shares])
         metrics = self._held_out_means([c for share in shares for c in share.group.completions])
         if self.metrics_of_groups is not None:
-            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            with user_code("compute_metrics"):
+                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
@@ -447,7 +466,6 @@ class OnlineTrainer(GroupTrainer):
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
         self.load_state(state.own)
-        self.transcripts.truncate_after(self.state.global_step)
 
 
 def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:
