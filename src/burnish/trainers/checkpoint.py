@@ -127,6 +127,7 @@ class RunCheckpoints:
             finally:
                 self.drafting = False
             trainer.save_own_state(draft)
+            trainer.log_state.save(draft)
             if trainer.is_world_process_zero():
                 write_json(draft / _OWN, own)
                 write_json(draft / _RUN, self._run)
@@ -160,6 +161,7 @@ class RunCheckpoints:
             if own is None:
                 logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _OWN)
             trainer.num_tokens = int(own["num_tokens"]) if own and trainer.is_world_process_zero() else 0
+            trainer.log_state.load(checkpoint)
             trainer.load_own_state(checkpoint)
 
 
