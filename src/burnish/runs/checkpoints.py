@@ -105,8 +105,10 @@ def problem_of(checkpoint: Path) -> str | None:
         if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):  # pyright: ignore[reportUnknownMemberType]
             return "trainer_state.json has no global_step"
         return next((f"{path.name} is truncated" for path in _files(checkpoint) if not _has_its_end(path)), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
+    except (AttributeError, LookupError, TypeError):
+        return f"{COMPLETE}, or the header of a file, is not what burnish writes"
 
 
 def publish(draft: Path, folder: Path) -> Path:

@@ -153,6 +153,8 @@ class RunCheckpoints:
         trainer = self._trainer
         total = read_json(checkpoint / "trainer_state.json").get("max_steps")
         with reading(checkpoint):
+            if not (checkpoint / _RUN).is_file():
+                _check_masters(checkpoint, trainer.master_weights is not None)
             with applying(trainer, self._changed, total_before=total):
                 read()
             if {"metric_for_best_model", "greater_is_better"} & set(self._changed):
@@ -163,6 +165,21 @@ class RunCheckpoints:
             trainer.num_tokens = int(own["num_tokens"]) if own and trainer.is_world_process_zero() else 0
             trainer.log_state.load(checkpoint)
             trainer.load_own_state(checkpoint)
+
+
+def _check_masters(checkpoint: Path, masters: bool) -> None:
+    """Refuse an optimizer of another number format: torch ignores masters that it does not know.
+
+    Raises:
+        ConfigError: the checkpoint has masters and the run none, or the other way round.
+    """
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    if ("masters" in saved) != masters:
+        kinds = {True: "bf16 weights with fp32 masters", False: "weights without masters"}
+        raise ConfigError(
+            f"resume_from_checkpoint = {str(checkpoint)!r}: it holds {kinds[not masters]}, and this run trains "
+            f"{kinds[masters]}; set bf16, or the model's dtype, as it was."
+        )
 
 
 def _name_best(trainer: Any, folder: Path, draft: Path) -> None:
