@@ -6,6 +6,7 @@ fix. Each class also inherits the standard exception of its kind, so `except Val
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "FileError",
+    "Interrupted",
     "ModelError",
     "RewardError",
     "show",
@@ -57,6 +59,27 @@ class EngineError(BurnishError, RuntimeError):
 
 class FileError(BurnishError, OSError):
     """A file or folder of the run cannot be read or written."""
+
+
+class Interrupted(BurnishError):
+    """A signal ended training at a step boundary, after a checkpoint was saved.
+
+    Attributes:
+        signal_name: such as "SIGTERM".
+        exit_status: 128 + the signal's number, as shells report a process that it ended.
+        step: optimizer steps taken.
+        checkpoint: folder to resume from; None where training had ended and saved none.
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: str | None) -> None:
+        self.signal_name = signal.Signals(signum).name
+        self.exit_status = 128 + signum
+        self.step = step
+        self.checkpoint = checkpoint
+        found = "no checkpoint was saved" if checkpoint is None else f"saved {checkpoint}"
+        super().__init__(
+            f"{self.signal_name}: stopped after step {step}, {found}; train(resume_from_checkpoint=True) continues."
+        )
 
 
 class CheckFailed(BurnishError, RuntimeError):

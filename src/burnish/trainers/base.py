@@ -20,15 +20,18 @@ from burnish.errors import BurnishError, CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, without_base_config
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
-from burnish.model.masters import MasterWeights
+from burnish.model.masters import MasterWeights, over_masters
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading
+from burnish.trainers.handover import handed_over
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
-from burnish.trainers.preflight import check_loaded, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.preflight import check_loaded, check_optimizer, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.processes import claimed_folder
+from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -108,9 +111,12 @@ class GroupTrainer(Trainer):
         if peft_config is not None:
             loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
         check_loaded(loaded, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_optimizer(optimizers[0], loaded)
         use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self.is_untrained = True
+        """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
         self.num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
@@ -154,10 +160,14 @@ class GroupTrainer(Trainer):
 
         Raises:
             ConfigError: there is no such checkpoint, it is of another run, or a new run would mix with an earlier one.
+            FileError: another run writes to `output_dir`.
+            Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
-        checkpoint = self.checkpoints.begin(resume_from_checkpoint)
-        self.before_training()
-        return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+        handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
+        with claimed_folder(self), handing_over, stopping_on_signals(self):
+            checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.before_training()
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
 
     def before_training(self) -> None:
         """Hook: what must be known before the first step of a run, new or resumed."""
@@ -177,6 +187,11 @@ class GroupTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether the model's dropout stays on during training."""
+        return True
 
     def load(
         self, model: str | Path | PreTrainedModel, args: Any
@@ -307,8 +322,14 @@ class GroupTrainer(Trainer):
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
         given = cast("torch.optim.Optimizer | None", self.optimizer)
-        if given is not None or all(p.dtype.itemsize >= 4 for p in trained):
+        if (masters := self.master_weights) is not None:
+            masters.attach()
+        if masters is not None or all(p.dtype.itemsize >= 4 for p in trained):
             return super().create_optimizer(model)
+        if given is not None:
+            self.optimizer = over_masters(given, self._exact)
+            self._exact = {}
+            return self.optimizer
         cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         # Schedule-free optimizers swap weights between training and evaluation by methods of those names.
         if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
@@ -345,6 +366,7 @@ class GroupTrainer(Trainer):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
+        self.is_untrained = False
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
