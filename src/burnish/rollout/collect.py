@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from burnish.rollout.engine import Engine, Request, SamplingParams
+from burnish.rollout.validation import generate
 from burnish.types import Group
 
 __all__ = ["collect"]
@@ -22,7 +23,10 @@ def collect(
         params: how to sample.
         seed: seed of the run.
         step: training step.
+
+    Raises:
+        EngineError: the engine broke its contract.
     """
     requests = [Request(group.prompt_ids, num_generations, params, group.index) for group in groups]
-    for group, completions in zip(groups, engine.generate(requests, seed=seed, step=step), strict=True):
+    for group, completions in zip(groups, generate(engine, requests, seed=seed, step=step), strict=True):
         group.completions = completions

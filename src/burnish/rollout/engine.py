@@ -72,7 +72,11 @@ class Engine(Protocol):
     """Anything that samples: in-process, a vLLM server, a colocated vLLM."""
 
     def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
-        """Completions for each request, in order; randomness depends on (seed, step, index, sample) only."""
+        """Completions for each request, in order; randomness depends on (seed, step, index, sample) only.
+
+        Each has at least one token and at most `max_new_tokens`, a `StopReason`, and log-probabilities for every token
+        or None in all completions; `burnish.rollout.validation` checks it.
+        """
         ...
 
     def sync(self, version: int) -> None:

@@ -19,12 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
+from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.preflight import check_loaded, check_run, use_non_reentrant_checkpointing
 from burnish.types import Group, PackedBatch
@@ -132,6 +134,8 @@ class GroupTrainer(Trainer):
             self.remove_callback(shown)
         if args.progress and not args.disable_tqdm:
             self.add_callback(ProgressCallback(args.kind))
+        self.log_state = LogState(self)
+        self.add_callback(self.log_state)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -333,6 +337,14 @@ class GroupTrainer(Trainer):
         """Metrics of the training steps since the last log, over all ranks."""
         return self._metrics.flush(self.sum_over_ranks)
 
+    def metrics_state(self) -> dict[str, Any]:
+        """What `step_metrics` has collected since the last log, as JSON."""
+        return {"metrics": self._metrics.state_dict()}
+
+    def load_metrics_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `metrics_state` gave."""
+        self._metrics.load_state_dict(state["metrics"])
+
     def count_tokens(self, groups: Sequence[Group]) -> None:
         """Hook: add a step's tokens to `num_tokens`."""
         self._num_tokens += sum(group.num_tokens for group in groups)
@@ -347,6 +359,20 @@ class GroupTrainer(Trainer):
     def save_own_state(self, folder: Path) -> None:
         """Hook: write this rank's part of a checkpoint that transformers knows nothing of."""
 
+    def saved_models(self) -> dict[str, torch.nn.Module]:
+        """Every model that `save_model` or a checkpoint writes, by what messages call it."""
+        return {"the model": self.model}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless its weights are not finite; checkpoints begin with this, too.
+
+        Raises:
+            CheckFailed: a weight is not finite; nothing is written.
+        """
+        for name, model in self.saved_models().items():
+            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_base_config():
             super()._save(output_dir, state_dict)
@@ -355,6 +381,7 @@ class GroupTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.save_own_state(folder)
+        self.log_state.save(folder)
         state = {"num_tokens": int(self.total_tokens())}
         if self.is_world_process_zero():
             (folder / _STATE).write_text(json.dumps(state))
@@ -366,6 +393,7 @@ class GroupTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.log_state.load(Path(checkpoint))
         self._num_tokens = 0
         if not self.is_world_process_zero():
             return

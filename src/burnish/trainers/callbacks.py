@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.progress import format_seconds, say
-from burnish.trainers.transcripts import JsonLines
+from burnish.runs.records import StepRecords
 
-__all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback"]
+__all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "RecordsCallback"]
 
 SHOWN = ("loss", "reward", "eval_loss", "eval_reward", "completions/mean_length", "entropy", "grad_norm")
 
@@ -85,18 +85,39 @@ class ProgressCallback(TrainerCallback):
         return format_seconds((time.monotonic() - self._started) / done * (state.max_steps - state.global_step))
 
 
-class MetricsCallback(TrainerCallback):
-    """Appends every log to `metrics.jsonl`; a resumed run first drops the records after its checkpoint."""
+class RecordsCallback(TrainerCallback):
+    """Drops what an earlier run recorded after the step at which this one starts."""
 
-    def __init__(self, file: Path, stage: str) -> None:
-        self.lines = JsonLines(file, stage)
+    def __init__(self, records: StepRecords) -> None:
+        self.records = records
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget what a killed run logged after the checkpoint."""
+        """Cut the records back to the checkpoint, or to nothing."""
         if state.is_world_process_zero:
-            self.lines.truncate_after(state.global_step)
+            self.records.start_at(state.global_step)
+
+
+class MetricsCallback(RecordsCallback):
+    """Appends every log to `metrics.jsonl`; a run that starts or resumes first drops the records after its step."""
+
+    def __init__(self, file: Path, stage: str) -> None:
+        super().__init__(StepRecords(file, stage=stage))
+        self._resumes = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Cut the records back to the checkpoint, or to nothing."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._resumes = state.global_step > 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record from here on: `eval_on_start` evaluates again in a resumed run."""
+        self._resumes = False
 
     def on_log(
         self,
@@ -107,8 +128,14 @@ class MetricsCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Append one record."""
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            self.lines.append([{"step": state.global_step, "time": time.time(), **logs}])
+        if state.is_world_process_zero and logs and "train_runtime" not in logs and not self._resumes:
+            self.records.append([{"step": state.global_step, "time": time.time(), **logs}])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record evaluations after a run that had no step left."""
+        self._resumes = False
 
 
 class EngineProgress:

@@ -11,6 +11,7 @@ import torch
 
 from burnish.errors import CheckFailed
 from burnish.model.adapters import without_base_config
+from burnish.model.finite import check_finite
 from burnish.model.masters import MasterWeights, average_gradients
 from burnish.model.rewards import reward_scores
 from burnish.model.scoring import eval_mode
@@ -235,7 +236,12 @@ class Critic:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
 
     def save(self, folder: str | Path) -> None:
-        """Write the model: a sequence classifier that transformers loads, or the adapters and score that peft loads."""
+        """Write the model: a sequence classifier that transformers loads, or the adapters and score that peft loads.
+
+        Raises:
+            CheckFailed: a weight is not finite; nothing is written.
+        """
+        check_finite(self.model, "the critic")
         with without_base_config():
             self.model.save_pretrained(folder)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 import torch
 
@@ -78,3 +79,12 @@ class StepMetrics:
         self._values.clear()
         self._tokens.clear()
         return logs
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been collected since the last flush, as JSON."""
+        return {"values": dict(self._values), "tokens": dict(self._tokens)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._values = defaultdict(list, state["values"])
+        self._tokens = defaultdict(list, {name: [(s, n) for s, n in parts] for name, parts in state["tokens"].items()})

@@ -25,9 +25,11 @@ from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
 from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.rollout.validation import generate
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate
+from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
@@ -109,7 +111,8 @@ class OnlineTrainer(GroupTrainer):
         """The engine, what it samples next, and what a rollout leaves for later steps."""
         args = self.args
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
-        self.transcripts = TranscriptLog.of(args, self.is_world_process_zero(), args.kind)
+        self.transcripts = TranscriptLog(args, is_main=self.is_world_process_zero(), gathered=self.gathered)
+        self.add_callback(RecordsCallback(self.transcripts.records))
         self.params = self._sampling_params()
         self._buffer: list[list[Group]] = []
         order = args.prompt_sampling if args.shuffle_dataset else "given"
@@ -264,7 +267,7 @@ class OnlineTrainer(GroupTrainer):
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
-        self._log_round(groups)
+        self._log_round(shares)
         rewards: dict[int, list[float | None]] = defaultdict(list)
         for place, _, values in sorted(self.gathered([_rewards_of(share) for share in shares])):
             rewards[place] += values
@@ -316,7 +319,9 @@ class OnlineTrainer(GroupTrainer):
             Request(s.group.prompt_ids, len(s.group.completions), params, index=s.place, first_sample=s.first)
             for s in shares
         ]
-        for share, completions in zip(shares, self.engine.generate(requests, seed=seed, step=step), strict=True):
+        vocab_size = causal_lm(self.model).config.get_text_config().vocab_size
+        found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
+        for share, completions in zip(shares, found, strict=True):
             share.group.completions = completions
 
     def check_samples(self, completions: Sequence[Completion]) -> None:
@@ -336,6 +341,11 @@ class OnlineTrainer(GroupTrainer):
             logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
             completions = [completion for group in part for completion in group.completions]
             for completion, values in zip(completions, logprobs, strict=True):
+                if not all(map(math.isfinite, values)):
+                    raise CheckFailed(
+                        f"step {self.state.global_step}: {name} are not finite. The policy or its reference overflows: "
+                        "lower learning_rate, or go back to an earlier checkpoint."
+                    )
                 setattr(completion, name, values)
 
     def in_loss(self, completion: Completion) -> bool:
@@ -367,7 +377,8 @@ class OnlineTrainer(GroupTrainer):
         for name, value in metrics.items():
             self._metrics.add(name, value)
 
-    def _log_round(self, groups: Sequence[Group]) -> None:
+    def _log_round(self, shares: Sequence[Share]) -> None:
+        groups = [share.group for share in shares]
         clipped = self._metrics.add_completions(groups, self.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
@@ -379,7 +390,7 @@ class OnlineTrainer(GroupTrainer):
                 100 * clipped,
                 self.args.max_completion_length,
             )
-        self.transcripts.write(groups, step=self.state.global_step + 1, tokenizer=self.tokenizer)
+        self.transcripts.write(shares, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -447,7 +458,6 @@ class OnlineTrainer(GroupTrainer):
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
         self.load_state(state.own)
-        self.transcripts.truncate_after(self.state.global_step)
 
 
 def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:

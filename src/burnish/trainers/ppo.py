@@ -219,6 +219,10 @@ class PPOTrainer(PolicyTrainer):
         """None while only the critic learns."""
         return [] if self.state.global_step < self.args.value_prefit_steps else super().trainable_groups(groups)
 
+    def saved_models(self) -> dict[str, torch.nn.Module]:
+        """The policy and the critic."""
+        return {**super().saved_models(), "the critic": self.critic.model}
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as usual, and the critic in `value_model` beside it (checkpoints keep its state instead)."""
         super().save_model(output_dir, _internal_call)

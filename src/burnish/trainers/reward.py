@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -213,6 +214,15 @@ class RewardTrainer(GroupTrainer):
         self._stats = RewardStats()
         return metrics
 
+    def metrics_state(self) -> dict[str, Any]:
+        """Metrics and scores since the last log."""
+        return super().metrics_state() | {"scores": self._stats.state_dict()}
+
+    def load_metrics_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `metrics_state` gave."""
+        super().load_metrics_state(state)
+        self._stats.load_state_dict(state["scores"])
+
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -275,6 +285,18 @@ class RewardStats:
             scores_PG = scores_N[places_PG].double().cpu()
             self._ahead.append((scores_PG[:, better] - scores_PG[:, worse]).flatten())
             self._outcomes.append(torch.ones_like(self._ahead[-1]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything added so far, as JSON."""
+        scores, ahead, outcomes = (values.tolist() for values in self._all())
+        return {"scores": scores, "ahead": ahead, "outcomes": outcomes, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        names = ("scores", "ahead", "outcomes")
+        own = (torch.tensor(state[name], dtype=torch.float64) for name in names)
+        self._scores, self._ahead, self._outcomes = ([values] for values in own)
+        self._steps = state["steps"]
 
     def _all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         none = [torch.zeros(0, dtype=torch.float64)]

@@ -2,75 +2,62 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from burnish.types import Completion, Group
+from burnish.runs.records import StepRecords
+from burnish.trainers.prompts import Share
+from burnish.types import Completion
 
-__all__ = ["JsonLines", "TranscriptLog"]
+__all__ = ["TranscriptLog"]
+
+Record = dict[str, Any]
 
 
-class JsonLines:
-    """An append-only file of JSON objects with a `step`, which a resumed run cuts back to its checkpoint."""
+class TranscriptLog:
+    """Writes one record per completion: prompt, text, reward, criteria, advantage.
 
-    def __init__(self, file: Path | None, stage: str) -> None:
-        self.file = file
-        self.stage = stage
+    Args:
+        args: `log_completions` says whether and where.
+        is_main: whether this rank writes; the others hand their completions to it.
+        gathered: the same list of all ranks.
+    """
 
-    def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Write records, each a line, with this stage's name."""
-        if self.file is None or not records:
+    def __init__(self, args: Any, *, is_main: bool, gathered: Callable[[Sequence[Record]], list[Record]]) -> None:
+        self.enabled = bool(args.log_completions)
+        folder = Path(args.output_dir if args.log_completions in (True, False) else args.log_completions)
+        # Runs that share a folder must not cut each other's records back.
+        run = os.path.relpath(args.output_dir, folder)
+        labels = {"stage": args.kind, **({} if run == "." else {"run": run})}
+        self.records = StepRecords(folder / "transcripts.jsonl" if self.enabled and is_main else None, **labels)
+        self._gathered = gathered
+
+    def write(self, shares: Sequence[Share], *, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Append the completions of one rollout, those of all ranks; every rank calls this.
+
+        Raises:
+            FileError: they cannot be written.
+        """
+        if not self.enabled:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"stage": self.stage, **record}, ensure_ascii=False) + "\n" for record in records]
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.writelines(lines)
-
-    def truncate_after(self, step: int) -> None:
-        """Drop this stage's records of later steps, and a last line that was cut off."""
-        if self.file is None or not self.file.is_file():
-            return
-        kept: list[str] = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if record.get("stage") != self.stage or record.get("step", 0) <= step:
-                kept.append(line + "\n")
-        self.file.write_text("".join(kept), encoding="utf-8")
+        own = [
+            {"place": share.place, "step": step, "prompt_index": share.group.index, "sample": share.first + number,
+             "prompt": prompt, **_record(completion)}
+            for share in shares
+            for prompt in [tokenizer.decode(share.group.prompt_ids)]
+            for number, completion in enumerate(share.group.completions)
+        ]  # fmt: skip
+        everyone = sorted(self._gathered(own), key=lambda record: (record["place"], record["sample"]))
+        for record in everyone:
+            del record["place"]
+        self.records.append(everyone)
 
 
-class TranscriptLog(JsonLines):
-    """Writes groups as one record per completion: prompt, text, reward, criteria, advantage."""
-
-    @classmethod
-    def of(cls, args: Any, is_main: bool, stage: str) -> TranscriptLog:
-        """The log that `log_completions` asks for; it writes nothing on other ranks or where it is off."""
-        if not args.log_completions or not is_main:
-            return cls(None, stage)
-        folder = args.output_dir if args.log_completions is True else args.log_completions
-        return cls(Path(folder) / "transcripts.jsonl", stage)
-
-    def write(self, groups: Sequence[Group], *, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Append the completions of one rollout."""
-        if self.file is None:
-            return
-        self.append(
-            [
-                {"step": step, "prompt_index": group.index, "sample": number, "prompt": prompt, **_record(completion)}
-                for group in groups
-                for prompt in [tokenizer.decode(group.prompt_ids)]
-                for number, completion in enumerate(group.completions)
-            ]
-        )
-
-
-def _record(completion: Completion) -> dict[str, Any]:
+def _record(completion: Completion) -> Record:
     score = completion.score
     return {
         "completion": completion.text,
