@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.dropout import disable_dropout
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
@@ -33,7 +33,7 @@ from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
-from burnish.trainers.reference import Reference, check_reference
+from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
@@ -100,10 +100,12 @@ class OnlineTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+        for criterion in self.rubric.criteria:
+            if isinstance(criterion.function, RewardModel):
+                refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
         self._prepare_rollouts(engine)
         self.set_up()
 
@@ -127,6 +129,11 @@ class OnlineTrainer(GroupTrainer):
 
     def set_up(self) -> None:
         """Hook: what the loss keeps between steps."""
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Never: samples are drawn without it."""
+        return False
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
@@ -361,7 +368,7 @@ class OnlineTrainer(GroupTrainer):
         fresh_N = ~sampled_N.isnan()
         self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         own_reference = self.reference is not None and self.reference.is_initial_policy
-        if own_reference and self.state.global_step == 0:
+        if own_reference and self.is_untrained and self.state.global_step == 0:
             apart = float(kl_k3(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N]).mean())
             bound = default_bound(self.model.dtype)
             if not apart <= max(bound, self.args.logprob_check_bound or 0.0):
@@ -409,7 +416,8 @@ class OnlineTrainer(GroupTrainer):
         self.rubric.score([share.group for share in shares])
         metrics = self._held_out_means([c for share in shares for c in share.group.completions])
         if self.metrics_of_groups is not None:
-            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            with user_code("compute_metrics"):
+                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
@@ -449,11 +457,22 @@ class OnlineTrainer(GroupTrainer):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Hook: what `own_state` gave."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+    def reward_names(self) -> Sequence[str]:
+        """The criteria."""
+        return self.rubric.names
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the samples in flight."""
+        state = RolloutState.load(
+            folder,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            prompts=self.prompts,
+        )
         self._rollouts, self._rounds = state.rollouts, state.rounds
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
