@@ -109,6 +109,7 @@ _COMMON: tuple[Rule, ...] = (
     ("logging_steps", _above(0), "use a number of steps above 0; below 1 it is a share of all"),
     ("save_steps", _above(0), "use a number of steps above 0; below 1 it is a share of all"),
     ("eval_steps", _optional(_above(0)), "use a number of steps above 0, or leave it out"),
+    ("max_dead_steps", _optional(_count(0)), "use a number of steps of at least 1, or 0 to go on whatever happens"),
     ("seed", _count(0), "use an integer of at least 0"),
     ("data_seed", _optional(_count(0)), "use an integer of at least 0, or leave it out"),
     ("dataloader_num_workers", _count(0), "use an integer of at least 0"),

@@ -26,6 +26,7 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
+from burnish.trainers.liveness import Liveness, Verdict, judge_gradient, judge_loss, nothing_scored
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.preflight import check_loaded, check_run, use_non_reentrant_checkpointing
@@ -117,6 +118,8 @@ class GroupTrainer(Trainer):
         use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self.liveness = Liveness(args.max_dead_steps)
+        self._step_loss, self._denominator = torch.zeros(()), 0.0
         self._num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
@@ -156,7 +159,9 @@ class GroupTrainer(Trainer):
             raise ConfigError(
                 f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self.liveness.end_run()
+        return result
 
     def load(
         self, model: str | Path | PreTrainedModel, args: Any
@@ -211,6 +216,7 @@ class GroupTrainer(Trainer):
         self.count_tokens(groups)
         self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
+        self._step_loss, self._denominator = torch.zeros((), device=device), denominator
         trainable = self.trainable_groups(groups)
         batches = [self._micro_batch(part) for part in partition(trainable, num_batches, whole=self.whole_groups)]
         return batches, torch.tensor(max(denominator, 1.0), device=device)
@@ -239,6 +245,7 @@ class GroupTrainer(Trainer):
                 loss = self.compute_loss(model, part.to(self.args.device), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self._step_loss += total
         return total
 
     def compute_loss(
@@ -325,7 +332,27 @@ class GroupTrainer(Trainer):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
+        self.liveness.end_step(self.state.global_step + 1, self.verdict(float(norm)))
         return norm
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """Hook: whether this step can teach anything; the same on every rank."""
+        if self._denominator == 0:
+            return nothing_scored()
+        loss = self.sum_over_ranks(float(self.watched_loss())) / self.accelerator.num_processes
+        if self.liveness.start_loss is None:
+            self.liveness.start_loss = loss
+        start = self.liveness.start_loss
+        flat = judge_gradient(grad_norm, has_learned=loss < start)
+        return flat if flat.kind != "alive" else judge_loss(loss, start, uniform=self.uniform_loss())
+
+    def watched_loss(self) -> torch.Tensor:
+        """Hook: this rank's share of a loss that grows where the weights are destroyed."""
+        return self._step_loss
+
+    def uniform_loss(self) -> float | None:
+        """Hook: `watched_loss` of a model that guesses, where there is such a number."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
@@ -339,11 +366,13 @@ class GroupTrainer(Trainer):
 
     def metrics_state(self) -> dict[str, Any]:
         """What `step_metrics` has collected since the last log, as JSON."""
-        return {"metrics": self._metrics.state_dict()}
+        return {"metrics": self._metrics.state_dict(), "liveness": self.liveness.state_dict()}
 
     def load_metrics_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `metrics_state` gave."""
         self._metrics.load_state_dict(state["metrics"])
+        if "liveness" in state:
+            self.liveness.load_state_dict(state["liveness"])
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
         """Hook: add a step's tokens to `num_tokens`."""

@@ -30,6 +30,7 @@ from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate
 from burnish.trainers.callbacks import RecordsCallback
+from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, judge_rewards, only_said
 from burnish.trainers.metrics import criterion_values, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
@@ -122,6 +123,10 @@ class OnlineTrainer(GroupTrainer):
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
         self._fresh = False
+        self._sampled: list[Share] = []
+        """Completions sampled since the last rollout began, whether they are trained on or not."""
+        self._verdict = UNJUDGED
+        """Of the rollout that feeds the present steps; unknown where a checkpoint holds the rest of one."""
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
 
@@ -207,6 +212,7 @@ class OnlineTrainer(GroupTrainer):
     def _rollout(self) -> list[list[Group]]:
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
+        self._sampled, level = [], self.source.level
         shares = self._collect()
         sampled = time.perf_counter()
         groups = [share.group for share in shares]
@@ -222,6 +228,9 @@ class OnlineTrainer(GroupTrainer):
                 with self.reference.active(self.model) as reference:
                     self._fill(groups, "ref_logprobs", reference)
         self.judge(shares)
+        self._verdict = self._judge_rollout(shares, moved=self.source.level != level)
+        step = self.state.global_step + 1
+        self.transcripts.write(self._sampled, trained=shares, step=step, tokenizer=self.tokenizer)
         self._rollouts += 1
         self._metrics.add("seconds/rollout", sampled - started)
         self._metrics.add("seconds/reference", time.perf_counter() - sampled)
@@ -267,7 +276,8 @@ class OnlineTrainer(GroupTrainer):
         started = time.perf_counter()
         self.rubric.score(groups)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
-        self._log_round(shares)
+        self._log_round([share.group for share in shares])
+        self._sampled += shares
         rewards: dict[int, list[float | None]] = defaultdict(list)
         for place, _, values in sorted(self.gathered([_rewards_of(share) for share in shares])):
             rewards[place] += values
@@ -353,6 +363,38 @@ class OnlineTrainer(GroupTrainer):
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
         return total(completion) is not None and not masked
 
+    compared: str = "group"
+    """With what a completion's reward is compared; see `judge_rewards`."""
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """Hook: the numbers that a completion is judged by, or None where it has no reward."""
+        reward = total(completion)
+        return None if reward is None else (reward,)
+
+    def learns_otherwise(self) -> bool:
+        """Hook: whether terms of the loss teach where no reward differs."""
+        return False
+
+    def _judge_rollout(self, shares: Sequence[Share], *, moved: bool) -> Verdict:
+        """Whether the rewards of a rollout, over all ranks, carry a signal; `moved`: the curriculum has."""
+        own = [(share.place, [self._outcome(c) for c in share.group.completions]) for share in shares]
+        groups: dict[int, list[Outcome]] = defaultdict(list)
+        for place, outcomes in self.gathered(own):
+            groups[place] += outcomes
+        limit = self.args.max_completion_length
+        verdict = judge_rewards(list(groups.values()), compared=self.compared, max_completion_length=limit)
+        if verdict.kind != "constant_reward":
+            return verdict
+        return UNJUDGED if moved else only_said(verdict) if self.learns_otherwise() else verdict
+
+    def _outcome(self, completion: Completion) -> Outcome:
+        rewards = self.signals(completion)
+        return Outcome(rewards, is_masked=rewards is not None and not self.in_loss(completion))
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """The rollout's, and where rewards differ, that of the gradient."""
+        return judge_gradient(grad_norm, has_learned=True) if self._verdict.kind == "alive" else self._verdict
+
     def compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
         """Remember how far trainer and sampler are apart; first of all, check the reference."""
         sampled_N = batch.token.get("policy_logprobs")
@@ -377,8 +419,7 @@ class OnlineTrainer(GroupTrainer):
         for name, value in metrics.items():
             self._metrics.add(name, value)
 
-    def _log_round(self, shares: Sequence[Share]) -> None:
-        groups = [share.group for share in shares]
+    def _log_round(self, groups: Sequence[Group]) -> None:
         clipped = self._metrics.add_completions(groups, self.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
@@ -390,7 +431,6 @@ class OnlineTrainer(GroupTrainer):
                 100 * clipped,
                 self.args.max_completion_length,
             )
-        self.transcripts.write(shares, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -1,0 +1,252 @@
+"""Steps that teach nothing: named once, and stopped where nothing else happens (the rule is in docs/checks.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from burnish.errors import CheckFailed
+
+__all__ = [
+    "UNJUDGED",
+    "Liveness",
+    "Outcome",
+    "Verdict",
+    "judge_gradient",
+    "judge_loss",
+    "judge_rewards",
+    "nothing_scored",
+    "only_said",
+]
+
+_logger = logging.getLogger(__name__)
+
+_NO_GRADIENT = 1e-12
+"""A gradient norm below this moves no weight: rounding alone makes more in a model that still learns."""
+
+_WARN_AFTER = 5
+"""Steps in a row before a run that has learned is warned: one batch of solved prompts is ordinary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether an optimizer step can teach anything.
+
+    Attributes:
+        kind: "alive", "unjudged", or the name of what is wrong; each name is said once.
+        problem: what is wrong, as a clause.
+        fix: what to do next, as a sentence.
+        final: no good end looks like this; False: the run may simply be done.
+        stops: whether it may stop the run; False where other terms of the loss teach.
+        level: the one reward that every completion got, where steps must be compared with each other.
+        lowest, highest: rewards of the step.
+    """
+
+    kind: str = "alive"
+    problem: str = ""
+    fix: str = ""
+    final: bool = True
+    stops: bool = True
+    level: float | None = None
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+
+UNJUDGED = Verdict("unjudged")
+"""Of a step that says nothing either way, such as one in which only the critic learns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one completion.
+
+    Attributes:
+        rewards: what its advantage is made of, one number or one for each criterion; None where it has no reward.
+        is_masked: left out of the loss because it was cut.
+    """
+
+    rewards: tuple[float, ...] | None
+    is_masked: bool = False
+
+
+def judge_rewards(
+    groups: Sequence[Sequence[Outcome]],
+    *,
+    compared: str = "group",
+    max_completion_length: int,
+    diagnose: Callable[[], str | None] = lambda: None,
+) -> Verdict:
+    """Judge whether rewards carry a signal.
+
+    Args:
+        groups: the outcomes of each prompt's completions.
+        compared: with what a completion is compared: "group", "batch" (the whole step) or "run" (all steps, by a critic).
+        max_completion_length: for the message.
+        diagnose: what the rubric makes of these completions; asked only where they carry no signal.
+    """
+    outcomes = [outcome for group in groups for outcome in group]
+    count = len(outcomes)
+    if all(outcome.rewards is None for outcome in outcomes):
+        fix = diagnose() or "Every reward failed or abstained: read `errors` in the transcripts."
+        return Verdict("no_reward", f"none of {count} completions has a reward", fix)
+    if all(outcome.is_masked or outcome.rewards is None for outcome in outcomes):
+        return Verdict(
+            "all_truncated",
+            f"all {count} completions are cut at max_completion_length = {max_completion_length} and masked",
+            "Raise max_completion_length, give stop strings or an EOS token that the model writes, or set "
+            "mask_truncated_completions = False.",
+        )
+    kept = [[o.rewards for o in group if o.rewards is not None and not o.is_masked] for group in groups]
+    seen = [rewards for group in kept for rewards in group]
+    lowest, highest = min(map(min, seen)), max(map(max, seen))
+    if any(len(set(rows)) > 1 for rows in (kept if compared == "group" else [seen])):
+        return Verdict(lowest=lowest, highest=highest)
+    values = f"all {len(seen)} are {lowest:g}"
+    if lowest != highest:
+        values = f"those of each prompt are equal, from {lowest:g} to {highest:g}"
+    return Verdict(
+        "constant_reward",
+        f"no reward differs from those it is compared with: {values}",
+        diagnose() or "Read the transcripts; give prompts that are neither always nor never solved, or finer rewards.",
+        final=False,
+        level=highest if compared == "run" else None,
+        lowest=lowest,
+        highest=highest,
+    )
+
+
+def nothing_scored() -> Verdict:
+    """Say that no token and no pair of the step is in the loss."""
+    return Verdict(
+        "nothing_scored",
+        "nothing of the step is in the loss",
+        "Every token is masked, or every row was cut: check assistant_only_loss, completion_only_loss and max_length.",
+    )
+
+
+def judge_gradient(grad_norm: float, *, has_learned: bool) -> Verdict:
+    """Judge whether the gradient moves any weight.
+
+    Args:
+        grad_norm: of the complete gradient, before clipping.
+        has_learned: whether the loss is below its start, so that a gradient of zero may be the end of learning.
+    """
+    if grad_norm > _NO_GRADIENT:
+        return Verdict()
+    return Verdict(
+        "zero_gradient",
+        f"the gradient is zero (norm {grad_norm:g})",
+        "The loss is saturated, or does not depend on the weights that train: lower learning_rate, and check which "
+        "weights require a gradient.",
+        final=not has_learned,
+    )
+
+
+def judge_loss(loss: float, start: float, *, uniform: float | None) -> Verdict:
+    """Judge whether the weights are destroyed: a loss far above its start, and above what guessing costs.
+
+    Args:
+        loss: of this step.
+        start: of the first step.
+        uniform: ln V, the loss of a model that knows nothing, where the loss is one of tokens; None for others.
+    """
+    bound = 10 * max(start, 0.5) if uniform is None else max(0.9 * uniform, 1.2 * start)
+    if loss < bound:
+        return Verdict()
+    guess = "" if uniform is None else f"; guessing costs ln V = {uniform:.3g}"
+    return Verdict(
+        "diverged",
+        f"the loss is {loss:.3g}, after {start:.3g} in the first step{guess}",
+        "The weights are destroyed: start again or resume from an earlier checkpoint, with a lower learning_rate or a "
+        "longer warm-up.",
+    )
+
+
+class Liveness:
+    """Counts steps in a row that teach nothing, warns by name, and stops the run after too many.
+
+    A run that never taught anything stops at the limit. One that did goes on where it may be done (every prompt is
+    solved), and stops where it cannot be: no completion has a reward, all are cut, the loss is destroyed, or every
+    completion gets the lowest reward that the run has seen.
+
+    Args:
+        limit: steps in a row; 0 or None only warns.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit or 0
+        self.is_alive = False
+        """Whether any step so far could teach something."""
+        self.dead_steps = 0
+        """Steps in a row, up to now, that could not."""
+        self.start_loss: float | None = None
+        self._lowest, self._streak_highest = math.inf, -math.inf
+        self._level: float | None = None
+        self._last = UNJUDGED
+        self._said: set[str] = set()
+
+    def end_step(self, step: int, verdict: Verdict) -> None:
+        """Count one optimizer step, before its update.
+
+        Args:
+            step: its number, from 1.
+            verdict: of the step.
+
+        Raises:
+            CheckFailed: the limit is reached.
+        """
+        if verdict.kind == "unjudged":
+            return
+        if verdict.level is not None and self._level not in (None, verdict.level):
+            verdict = Verdict(lowest=verdict.lowest, highest=verdict.highest)  # equal within the step only
+        self._level, self._last = verdict.level, verdict
+        self._lowest = min(self._lowest, verdict.lowest)
+        if verdict.kind == "alive":
+            self.is_alive, self.dead_steps, self._streak_highest = True, 0, -math.inf
+            return
+        self.dead_steps += 1
+        self._streak_highest = max(self._streak_highest, verdict.highest)
+        has_collapsed = verdict.kind == "constant_reward" and self._streak_highest <= self._lowest
+        stops = verdict.stops and self.limit > 0 and (verdict.final or has_collapsed or not self.is_alive)
+        if stops and self.dead_steps >= self.limit:
+            raise CheckFailed(
+                f"step {step}: {self.dead_steps} optimizer steps in a row taught nothing: {verdict.problem}. "
+                f"{verdict.fix} (max_dead_steps = {self.limit} stops such a run; with 0 it goes on.)"
+            )
+        if self.dead_steps >= (_WARN_AFTER if self.is_alive else 1) and verdict.kind not in self._said:
+            self._said.add(verdict.kind)
+            then = f" The run stops after {self.limit} such steps in a row (max_dead_steps)." if stops else ""
+            _logger.warning("step %d teaches nothing: %s. %s%s", step, verdict.problem, verdict.fix, then)
+
+    def end_run(self) -> None:
+        """Say that no step of the run could teach anything, where that is so."""
+        if self.dead_steps and not self.is_alive:
+            _logger.warning(
+                "none of the run's %d steps taught anything: %s. %s",
+                self.dead_steps, self._last.problem, self._last.fix,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
+        return {
+            "is_alive": self.is_alive,
+            "dead_steps": self.dead_steps,
+            "start_loss": self.start_loss,
+            "level": self._level,
+            "lowest": None if math.isinf(self._lowest) else self._lowest,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting where `state_dict` was taken."""
+        self.is_alive, self.dead_steps = bool(state["is_alive"]), int(state["dead_steps"])
+        self.start_loss, self._level = state["start_loss"], state["level"]
+        self._lowest = math.inf if state["lowest"] is None else float(state["lowest"])
+
+
+def only_said(verdict: Verdict) -> Verdict:
+    """The same, without stopping the run: other terms of the loss teach."""
+    return dataclasses.replace(verdict, stops=False)
