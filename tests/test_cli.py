@@ -262,11 +262,11 @@ def test_eval_file_takes_no_training(run_file: Path):
         ("--peft.rank=8", r"\[peft\] rank = 8: unknown field"),
         ("--peft.r=big", r"\[peft\] r = 'big': expected int, got str"),
         ("--data.test={path = 'x'}", r"\[data\] test = .*unknown field"),
-        ("--data.sft={path = 'x'}", r"\[data\] sft = .*unknown field"),
-        ("--data.train=null", r"data\.train is missing; add `\[data\] train = \{ path"),
+        ("--data.sft={path = 'x'}", r"data\.sft belongs to the file of a pipeline: run `burnish pipeline"),
+        ("--data.train=null", r"data\.train is missing; begin the file with `data\.train = \{ path"),
         ("--data.eval=null", r"data\.eval is missing"),
         ("--data.train.pth=x", r"data\.train\.pth is unknown"),
-        ("--rubric=null", r"rubric is missing; add `\[\[rubric\]\] kind"),
+        ("--rubric=null", r"rubric is missing; begin the file with `rubric = \[\{ kind = \"exact\" \}\]`"),
         ("--rubric.0.kind=exakt", r"kind = 'exakt': did you mean 'exact'"),
         ("--rubric.0.wieght=1", r"wieght = 1 is no option"),
         ("--evaluation.solved=long", r"\[evaluation\] solved = 'long': no such criterion; use one of exact, short"),
@@ -304,8 +304,14 @@ def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--training.seed=1", r"training = \{'seed': 1\}: unknown field"),
-        ("--sft.num_generations=4", r"\[sft\] num_generations = 4: unknown field"),
+        (
+            "--training.seed=1",
+            r"\[training\] belongs to the file of one stage: run `burnish STAGE .* \(sft, ",
+        ),
+        (
+            "--sft.num_generations=4",
+            r"\[sft\] num_generations = 4: not a field of sft, but of online_dpo, grpo,",
+        ),
         ("--grpo.reward_weights=[1, 1]", r"\[grpo\] reward_weights = \[1.0, 1.0\]: "),
         ("--grpo.beta=-1", r"\[grpo\] beta = -1\.0: "),
         ("--grpo.output_dir=x", r"\[grpo\] output_dir = 'x': .* set output_dir at the top"),

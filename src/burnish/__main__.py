@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from burnish.cli.main import main
+from burnish.cli.main import console
 
-sys.exit(main())
+sys.exit(console())

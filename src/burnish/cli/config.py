@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 from burnish.cli.files import apply_overrides, read_file
 from burnish.data.sources import check_source
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
 from burnish.schema import Kind, check_fields, check_mapping, lora_fields
+from burnish.schema.fields import stages_with
 from burnish.schema.inherited import FieldInfo
+from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, path_problem
 from burnish.schema.quantization import check_quantization
 
 __all__ = [
@@ -54,6 +57,11 @@ _MODEL_INIT = {
     "variant": "str",
 }
 """Arguments of from_pretrained that a file can set. It would take any name and lose a misspelled one."""
+
+
+def _check_path(value: str | None, where: str, problem_of: Callable[[str], str | None]) -> None:
+    if value is not None and (problem := problem_of(value)) is not None:
+        raise ConfigError(f"{where} = {show(value)}: {problem}.")
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ class EvaluationSection:
             ("max_completion_length", self.max_completion_length >= 1, "use at least 1 token"),
         ):
             if not holds:
-                raise ConfigError(f"[evaluation] {name} = {getattr(self, name)!r}: {fix}.")
+                raise ConfigError(f"[evaluation] {name} = {show(getattr(self, name))}: {fix}.")
+        for name, problem_of in (("output", file_problem), ("compare_with", path_problem)):
+            _check_path(getattr(self, name), f"[evaluation] {name}", problem_of)
 
 
 @dataclass(frozen=True)
@@ -131,9 +141,11 @@ class PairsSection:
             ("max_completion_length", self.max_completion_length >= 1, "use at least 1 token"),
             ("pairs_per_prompt", 1 <= self.pairs_per_prompt <= self.num_samples // 2, "use 1 .. num_samples / 2"),
             ("min_margin", self.min_margin >= 0, "use a number of at least 0"),
+            ("seed", 0 <= self.seed < 2**32, "use an integer of at least 0, below 2^32"),
         ):
             if not holds:
-                raise ConfigError(f"[pairs] {name} = {getattr(self, name)!r}: {fix}.")
+                raise ConfigError(f"[pairs] {name} = {show(getattr(self, name))}: {fix}.")
+        _check_path(self.output_dir, "[pairs] output_dir", partial(folder_problem, writable=True))
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,11 @@ class ReportSection:
     """The HTML file; None means report.html in the run's folder."""
     max_transcripts: int = 5000
     """Most transcripts on the page, sampled evenly over the steps."""
+
+    def __post_init__(self) -> None:
+        if self.max_transcripts < 0:
+            raise ConfigError(f"[report] max_transcripts = {self.max_transcripts}: use 0 (embed none) or more.")
+        _check_path(self.path, "[report] path", file_problem)
 
 
 @dataclass(frozen=True)
@@ -237,6 +254,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
         ConfigError: anything unknown, ill-typed, out of range, contradictory or missing, with the fix.
     """
     document = apply_overrides(read_file(path), overrides)
+    _refuse_pipeline(document, path, kind)
     tables = check_mapping(_infos(_TABLES), document, str(path))
     trains = kind != "eval" and kind != "pairs"
     if not trains and "training" in tables:
@@ -260,17 +278,19 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     _need({name: given[name] for name in sorted(needed)}, path)
     _check_solved(run.evaluation, run.rubric)
     _check_places(run.training, "training")
+    _check_path(run.training.get("output_dir"), "[training] output_dir", partial(folder_problem, writable=True))
     if trains:
         _check_quantised(run)
     checkpoint = run.training.get("resume_from_checkpoint")
-    if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not Path(checkpoint).is_dir():
-        raise ConfigError(f"[training] resume_from_checkpoint = {checkpoint!r}: no such folder; name a checkpoint.")
+    if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not is_folder(checkpoint):
+        raise ConfigError(f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name a checkpoint.")
     return run
 
 
 def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFile:
     """Read and check the file of a pipeline; arguments and errors are those of `load_run_file`."""
     document = apply_overrides(read_file(path), overrides)
+    _refuse_single_stage(document, path)
     tables = check_mapping(_infos(_PIPELINE_TABLES), document, str(path))
     for kind, name in itertools.product(PIPELINE_STAGES, ("output_dir", "resume_from_checkpoint")):
         if name in tables.get(kind, {}):
@@ -301,11 +321,35 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
         document=document,
     )
     _check_solved(run.evaluation, run.rubric)
+    _check_path(run.output_dir, "output_dir", partial(folder_problem, writable=True))
     _check_quantised(run)
     for kind, stage in stages.items():
         if kind != "pairs":
             _check_places(stage, kind)
     return run
+
+
+def _refuse_pipeline(document: Mapping[str, Any], path: str | Path, kind: FileKind) -> None:
+    data = document.get("data")
+    tables = [f"[{name}]" for name in document if name in PIPELINE_STAGES and name != "pairs"]
+    tables += [f"[{name}]" for name in ("report", "output_dir") if name in document and tables]
+    if tables or (isinstance(data, Mapping) and "sft" in data):
+        raise ConfigError(
+            f"{path}: {', '.join(tables) or 'data.sft'} belongs to the file of a pipeline: run `burnish pipeline "
+            f"{path}`, or give `burnish {kind}` a file whose fields stand in [training]."
+        )
+
+
+def _refuse_single_stage(document: Mapping[str, Any], path: str | Path) -> None:
+    if "training" not in document:
+        return
+    given: Any = document["training"]
+    names = list(cast("Mapping[str, Any]", given)) if isinstance(given, Mapping) else []
+    fits = [kind for kind in PIPELINE_STAGES if kind != "pairs" and all(kind in stages_with(name) for name in names)]
+    raise ConfigError(
+        f"{path}: [training] belongs to the file of one stage: run `burnish STAGE {path}` with the stage that it "
+        f"was written for ({', '.join(fits) or 'see `burnish --help`'}), or name the table after the stage."
+    )
 
 
 def _pairs(table: Mapping[str, Any]) -> PairsSection:
@@ -343,10 +387,13 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
 
 def _model(value: str | dict[str, Any]) -> str:
     if isinstance(value, str):
+        _check_path(value, "model", path_problem)
         return value
     table = check_mapping(_infos({"path": "str", "gguf_file": "str"}), value, "model")
     if "path" not in table:
         raise ConfigError("[model] path is missing; give a folder, a .gguf file, a hub name or a package's name.")
+    for name in table:
+        _check_path(table[name], f"[model] {name}", path_problem)
     return str(Path(table["path"], table["gguf_file"])) if "gguf_file" in table else table["path"]
 
 
@@ -359,11 +406,11 @@ def _model_init(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_quantised(run: RunFile | PipelineFile) -> None:
     """Quantised weights train through adapters: those of [peft], or the model's own."""
-    adapters = (Path(run.model).expanduser() / "adapter_config.json").is_file()
+    adapters = is_file(expanded(run.model) / "adapter_config.json")
     if "quantization_config" in run.model_init and run.peft is None and not adapters:
         raise ConfigError(
-            f"{run.path}: [model_init] quantization_config without [peft]: quantised weights cannot be trained; add "
-            '`[peft] target_modules = "all-linear"`.'
+            f"{run.path}: [model_init] quantization_config without [peft]: quantised weights cannot be trained; "
+            'begin the file with `peft.target_modules = "all-linear"`.'
         )
 
 
@@ -379,10 +426,10 @@ def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:
 
 
 def _need(values: Mapping[str, Any], path: str | Path) -> None:
-    for name, value in values.items():
-        if value is None:
-            example = '[[rubric]] kind = "exact"' if name == "rubric" else f'[data] {name[5:]} = {{ path = "..." }}'
-            raise ConfigError(f"{path}: {name} is missing; add `{example}`.")
+    for name, given in values.items():
+        if given is None:
+            value = '[{ kind = "exact" }]' if name == "rubric" else '{ path = "rows.jsonl" }'
+            raise ConfigError(f"{path}: {name} is missing; begin the file with `{name} = {value}`.")
 
 
 def _check_solved(evaluation: EvaluationSection | None, rubric: Rubric | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 import traceback
@@ -14,7 +15,7 @@ import burnish
 from burnish.errors import BurnishError
 from burnish.schema import Kind, known_fields
 
-__all__ = ["build_parser", "main", "split_overrides"]
+__all__ = ["build_parser", "console", "main", "split_overrides"]
 
 _STAGES: dict[Kind, str] = {
     "sft": "fine-tune on conversations, prompts with completions, or text",
@@ -112,6 +113,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nburnish {args.command}: interrupted. {_how_to_continue(args.command)}", file=sys.stderr)
         return 130
     return 0
+
+
+def console() -> int:
+    """Run `main` for the shell: an error that nobody foresaw ends in one line too, with status 1."""
+    try:
+        return main()
+    except BrokenPipeError:  # `burnish eval run.toml | head`: whoever reads has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        print(
+            f"burnish: unexpected {type(error).__name__}: {' '.join(str(error).split())[:1000]}\n"
+            "This is a defect of burnish or of a library below it. Repeat the command with --debug for the traceback, "
+            "and report it with that.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _how_to_continue(command: str) -> str:

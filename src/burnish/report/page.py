@@ -15,9 +15,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.report.records import Comparison, Evaluation, Interval, Run, read_run
 from burnish.report.series import histograms, pack_transcripts, sample_evenly, stage_curves
+from burnish.runs.files import replacing
+from burnish.schema.paths import file_problem
 
 __all__ = ["write_report"]
 
@@ -64,20 +66,18 @@ def write_report(run_dir: str | os.PathLike[str], output: Path | None = None, *,
         The path written.
 
     Raises:
-        ConfigError: `max_transcripts` is negative, or `output` is a directory.
+        ConfigError: `max_transcripts` is negative, or `output` cannot be a file.
         DataError: `run_dir` is not a directory.
+        FileError: `output` cannot be written.
     """
     if max_transcripts < 0:
         raise ConfigError(f"max_transcripts = {max_transcripts}: use 0 (embed none) or a positive integer.")
     run = read_run(Path(run_dir))
     path = run.path / "report.html" if output is None else Path(output)
-    if path.is_dir():
-        raise ConfigError(f"output = {str(path)!r} is a directory: name the HTML file to write in it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved, so that a reader (or a full disk) never leaves half a page under the name.
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(_page(run, max_transcripts).encode("utf-8", errors="xmlcharrefreplace"))
-    part.replace(path)
+    if (problem := file_problem(str(path))) is not None:
+        raise ConfigError(f"output = {show(str(path))}: {problem}.")
+    with replacing(path, "wb") as stream:
+        stream.write(_page(run, max_transcripts).encode("utf-8", errors="xmlcharrefreplace"))
     return path
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from burnish.errors import DataError
+from burnish.errors import DataError, show
+from burnish.schema.paths import is_file, is_folder
 
 __all__ = ["Comparison", "Evaluation", "Interval", "MetricRow", "Run", "Transcript", "finite", "read_run"]
 
@@ -120,9 +121,11 @@ def read_run(run_dir: Path) -> Run:
     Raises:
         DataError: `run_dir` does not exist or is not a directory.
     """
-    if not run_dir.is_dir():
-        what = "is a file" if run_dir.exists() else "does not exist"
-        raise DataError(f"run_dir = {str(run_dir)!r} {what}: pass the output directory of a run, with metrics.jsonl.")
+    if not is_folder(run_dir):
+        what = "is a file" if is_file(run_dir) else "does not exist"
+        raise DataError(
+            f"run_dir = {show(str(run_dir))} {what}: pass the output directory of a run, with metrics.jsonl."
+        )
     run = Run(run_dir)
     run.config = _read_object(run, "config.json")
     run.environment = _read_object(run, "environment.json")
@@ -170,7 +173,11 @@ def _read_object(run: Run, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         run.notes.append(f"{name}: missing.")
         return None
-    value = _parse(path.read_bytes())
+    try:
+        value = _parse(path.read_bytes())
+    except OSError as error:
+        run.notes.append(f"{name}: cannot be read ({error.strerror}).")
+        return None
     if not isinstance(value, dict):
         run.notes.append(f"{name}: cut or not a JSON object; left out.")
         return None

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.schema.refused import Kind
 
 __all__ = ["ADVANTAGE_NAMES", "ALGORITHMS", "LOSS_NAMES", "Algorithm", "apply_algorithm"]
@@ -166,7 +166,7 @@ def apply_algorithm(kind: Kind, values: Mapping[str, Any], given: Collection[str
     if name is None:
         return dict(values)
     if name not in ALGORITHMS:
-        raise ConfigError(f"algorithm = {name!r}: use one of {', '.join(ALGORITHMS)}, or leave it out.")
+        raise ConfigError(f"algorithm = {show(name)}: use one of {', '.join(ALGORITHMS)}, or leave it out.")
     row = ALGORITHMS[name]
     if row.stage != ("ppo" if kind == "ppo" else "grpo"):
         trainer = {"ppo": "PPOTrainer", "grpo": "GRPOTrainer"}[row.stage]

@@ -7,14 +7,15 @@ import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from numbers import Number
 from pathlib import Path
 from typing import Any, cast
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.schema.algorithms import apply_algorithm
 from burnish.schema.elsewhere import drop_elsewhere
-from burnish.schema.fields import known_fields
+from burnish.schema.fields import known_fields, stages_with
 from burnish.schema.inherited import FieldInfo
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
@@ -41,6 +42,12 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
         own = drop_elsewhere(kind, fields, mapping)
     except ConfigError as error:
         raise ConfigError(f"[{where}] {error}") from None
+    for name in own:
+        if name not in fields and (homes := stages_with(name)):
+            raise ConfigError(
+                f"[{where}] {name} = {show(own[name])}: not a field of {kind}, but of {', '.join(homes)}; remove it, "
+                "or run that stage."
+            )
     values = check_mapping(fields, own, where)
     everything = {name: copy.copy(info.default) for name, info in fields.items()} | values
     try:
@@ -63,38 +70,65 @@ def check_keywords(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in drop_elsewhere(kind, fields, values).items():
         if name not in fields:
-            raise ConfigError(f"{name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
+            raise ConfigError(f"{name} = {show(value)}: unknown field; {did_you_mean(name, fields)}.")
         plain = _plain(value)
-        checked[name] = value if plain is _OPAQUE else _coerced(fields[name], plain, f"{name} = {value!r}")
+        if plain is not _OPAQUE:
+            checked[name] = _coerced(fields[name], plain, f"{name} = {show(value)}")
+        elif _is_scalar(fields[name]):
+            raise ConfigError(f"{name} = {show(value)}: expected {fields[name].type}, got {type(value).__name__}.")
+        else:
+            checked[name] = value
     return checked
 
 
 _OPAQUE = object()
 """Stands for a value that a file cannot hold."""
 
+_DEEPEST = 64
+"""Levels of lists and tables in a value; one that contains itself has no end."""
 
-def _plain(value: Any) -> Any:
+
+def _plain(value: Any, depth: int = 0) -> Any:
     """The value as a file would give it: tuples as lists, paths as text, numpy's numbers as Python's."""
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
+    if depth > _DEEPEST:
+        return _OPAQUE
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return str(value)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Number) and callable(item := getattr(value, "item", None)):
+    item: Any = getattr(value, "item", None)
+    if (isinstance(value, Number) or getattr(value, "shape", None) == ()) and callable(item):
         return item()
     if isinstance(value, list | tuple):
-        items = [_plain(item) for item in cast("list[Any]", value)]
+        items = [_plain(item, depth + 1) for item in cast("list[Any]", value)]
         return _OPAQUE if _OPAQUE in items else items
     if type(value) is dict:
-        parts = {key: _plain(item) for key, item in cast("dict[Any, Any]", value).items()}
+        parts = {key: _plain(item, depth + 1) for key, item in cast("dict[Any, Any]", value).items()}
         return _OPAQUE if _OPAQUE in parts.values() else parts
     return _OPAQUE
 
 
 def _coerced(info: FieldInfo, value: Any, what: str) -> Any:
     try:
-        return _coerce(ast.parse(info.type, mode="eval").body, value)
+        coerced = _coerce(ast.parse(info.type, mode="eval").body, value)
     except _MismatchError:
         raise ConfigError(f"{what}: expected {info.type}, got {type(value).__name__}.") from None
+    if isinstance(coerced, int) and abs(coerced) >= 2**63:
+        raise ConfigError(f"{what}: that does not fit 64 bits; use a smaller integer.")
+    if isinstance(coerced, float) and not math.isfinite(coerced) and not (coerced > 0 and info.name == "max_grad_norm"):
+        raise ConfigError(f"{what}: use a finite number.")
+    return coerced
+
+
+def _is_scalar(info: FieldInfo) -> bool:
+    """Whether only text, numbers, true and false fit the field."""
+    return all(
+        isinstance(option, ast.Constant)
+        or (isinstance(option, ast.Name) and option.id in ("bool", "float", "int", "str"))
+        for option in _options(ast.parse(info.type, mode="eval").body)
+    )
 
 
 def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -106,15 +140,15 @@ def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], w
     values: dict[str, Any] = {}
     for name, value in mapping.items():
         if name not in fields:
-            raise ConfigError(f"[{where}] {name} = {value!r}: unknown field; {did_you_mean(name, fields)}.")
-        values[name] = _coerced(fields[name], value, f"[{where}] {name} = {value!r}")
+            raise ConfigError(f"[{where}] {name} = {show(value)}: unknown field; {did_you_mean(name, fields)}.")
+        values[name] = _coerced(fields[name], value, f"[{where}] {name} = {show(value)}")
     return values
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'did you mean ...' where a known name is close, else the known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(str(name)[:100], names, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}"
     return f"known are {', '.join(names)}" if len(names) <= 20 else "no known field is close; `--help` lists them"
@@ -178,7 +212,10 @@ def _fit(option: ast.expr, value: Any) -> Any:
 def _convert(option: ast.expr, value: Any) -> Any:
     match option:
         case ast.Name(id="float") if isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise _MismatchError from None
         case ast.Name(id="float") if isinstance(value, str):
             try:
                 number = float(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.schema.refused import Kind
 
 __all__ = ["Elsewhere", "drop_elsewhere", "elsewhere"]
@@ -217,7 +217,7 @@ def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, An
         if name in known or there is None:
             kept[name] = value
         elif not _is_neutral(value, there.neutral):
-            raise ConfigError(f"{name} = {value!r}: not a field of burnish; {there.fix}.")
+            raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
     return kept
 
 

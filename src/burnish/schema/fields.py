@@ -25,6 +25,7 @@ __all__ = [
     "RewardFields",
     "SFTFields",
     "known_fields",
+    "stages_with",
 ]
 
 T = TypeVar("T")
@@ -387,3 +388,8 @@ def known_fields(kind: Kind) -> dict[str, FieldInfo]:
     for item in dataclasses.fields(_FIELDS[kind]):
         found[item.name] = FieldInfo(item.name, str(item.type), item.default, own=True, help=item.metadata["help"])
     return found
+
+
+def stages_with(name: str) -> list[Kind]:
+    """The stages that have a field of that name."""
+    return [kind for kind in _FIELDS if name in known_fields(kind)]

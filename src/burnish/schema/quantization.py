@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.schema.checks import check_mapping, did_you_mean
 from burnish.schema.inherited import FieldInfo
 
@@ -45,15 +45,15 @@ def check_quantization(value: str | Mapping[str, Any], where: str = "quantizatio
     if isinstance(value, str):
         if value not in _WORDS:
             raise ConfigError(
-                f"{where} = {value!r}: {did_you_mean(value, _WORDS)}, or give a table, such as "
+                f"{where} = {show(value)}: {did_you_mean(value, _WORDS)}, or give a table, such as "
                 "{ load_in_4bit = true }."
             )
         return dict(_WORDS[value])
     infos = {name: FieldInfo(name, type_, None, own=True) for name, type_ in _FIELDS.items()}
     fields = check_mapping(infos, value, where)
     if bool(fields.get("load_in_4bit")) == bool(fields.get("load_in_8bit")):
-        raise ConfigError(f"[{where}] {dict(value)!r}: set one of load_in_4bit and load_in_8bit to true.")
+        raise ConfigError(f"[{where}] {show(dict(value))}: set one of load_in_4bit and load_in_8bit to true.")
     dtype = fields.get("bnb_4bit_compute_dtype")
     if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"[{where}] bnb_4bit_compute_dtype = {dtype!r}: use one of {', '.join(_DTYPES)}.")
+        raise ConfigError(f"[{where}] bnb_4bit_compute_dtype = {show(dtype)}: use one of {', '.join(_DTYPES)}.")
     return fields

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.schema.algorithms import ADVANTAGE_NAMES, LOSS_NAMES
 from burnish.schema.inherited import training_argument_fields
+from burnish.schema.paths import folder_problem, path_problem
 from burnish.schema.refused import Kind, refused_fields
 
 __all__ = ["PREFERENCE_LOSS_NAMES", "check_values"]
@@ -26,13 +27,16 @@ def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
     """
     for name, reason in refused_fields(kind).items():
         if name in values and not _is_unset(values[name], _inherited_default(name)):
-            raise ConfigError(f"{name} = {values[name]!r}: {reason}.")
+            raise ConfigError(f"{name} = {show(values[name])}: {reason}.")
     for name, holds, fix in (*_COMMON, *_RULES[kind]):
         if name in values and not holds(values[name]):
-            raise ConfigError(f"{name} = {values[name]!r}: {fix if isinstance(fix, str) else fix()}.")
+            raise ConfigError(f"{name} = {show(values[name])}: {fix if isinstance(fix, str) else fix()}.")
     for name, value in values.items():
         if isinstance(value, float) and math.isnan(value):
             raise ConfigError(f"{name} = {value!r}: use a number.")
+    for name, problem_of in _PATHS.items():
+        if isinstance(values.get(name), str) and (problem := problem_of(values[name])):
+            raise ConfigError(f"{name} = {show(values[name])}: {problem}.")
     for contradiction in _CONTRADICTIONS[kind](values):
         raise ConfigError(contradiction)
 
@@ -88,6 +92,20 @@ def _names(value: Any) -> list[Any]:
     return list(cast("list[Any]", value)) if isinstance(value, list | tuple) else [value]
 
 
+def _is_seed(value: Any) -> bool:
+    return _count(0)(value) and value < 2**32  # numpy's limit
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+_PATHS: dict[str, Callable[[str], str | None]] = {
+    "output_dir": folder_problem,
+    "log_completions": folder_problem,
+    "resume_from_checkpoint": path_problem,
+}
+
 _COMMON: tuple[Rule, ...] = (
     ("token_budget", _optional(_count(1)), "use a number of tokens of at least 1; a large one sets no limit"),
     ("learning_rate", _at_least(0), "use a finite number of at least 0"),
@@ -110,9 +128,17 @@ _COMMON: tuple[Rule, ...] = (
     ("save_steps", _above(0), "use a number of steps above 0; below 1 it is a share of all"),
     ("eval_steps", _optional(_above(0)), "use a number of steps above 0, or leave it out"),
     ("max_dead_steps", _optional(_count(0)), "use a number of steps of at least 1, or 0 to go on whatever happens"),
-    ("seed", _count(0), "use an integer of at least 0"),
-    ("data_seed", _optional(_count(0)), "use an integer of at least 0, or leave it out"),
-    ("dataloader_num_workers", _count(0), "use an integer of at least 0"),
+    ("seed", _is_seed, "use an integer of at least 0, below 2^32"),
+    ("data_seed", _optional(_is_seed), "use an integer of at least 0, below 2^32, or leave it out"),
+    ("dataloader_num_workers", lambda value: _count(0)(value) and value <= 1024, "use an integer in [0, 1024]"),
+    ("save_total_limit", _optional(_count(1)), "use at least 1 checkpoint, or leave it out to keep all"),
+    ("eval_delay", _at_least(0), "use a number of at least 0"),
+    ("ddp_timeout", _count(1), "use a number of seconds of at least 1"),
+    ("ddp_bucket_cap_mb", _optional(_count(1)), "use at least 1, or leave it out"),
+    *(
+        (name, _optional(_text), "use a text that is not empty, or leave it out")
+        for name in ("chat_template", "eos_token", "pad_token", "dataset_text_field", "step_separator")
+    ),
 )
 
 PREFERENCE_LOSS_NAMES = (

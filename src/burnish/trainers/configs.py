@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 from transformers import TrainingArguments
@@ -60,8 +59,6 @@ def _with_checked_arguments(config: T) -> T:
 def _finish(config: Any) -> None:
     """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
     config.check()
-    if config.output_dir is not None and Path(config.output_dir).is_file():
-        raise ConfigError(f"output_dir = {config.output_dir!r}: that is a file; name a folder.")
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False

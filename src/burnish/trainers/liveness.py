@@ -84,7 +84,8 @@ def judge_rewards(
 
     Args:
         groups: the outcomes of each prompt's completions.
-        compared: with what a completion is compared: "group", "batch" (the whole step) or "run" (all steps, by a critic).
+        compared: with what a completion is compared: "group", "batch" (the whole step), or "run" (all steps: a critic
+            learns from each).
         max_completion_length: for the message.
         diagnose: what the rubric makes of these completions; asked only where they carry no signal.
     """

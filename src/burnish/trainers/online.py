@@ -363,8 +363,10 @@ class OnlineTrainer(GroupTrainer):
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
         return total(completion) is not None and not masked
 
-    compared: str = "group"
-    """With what a completion's reward is compared; see `judge_rewards`."""
+    @property
+    def compared(self) -> str:
+        """Hook: with what a completion's reward is compared; see `judge_rewards`."""
+        return "group"
 
     def signals(self, completion: Completion) -> tuple[float, ...] | None:
         """Hook: the numbers that a completion is judged by, or None where it has no reward."""

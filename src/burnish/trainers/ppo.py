@@ -154,7 +154,10 @@ class PPOTrainer(PolicyTrainer):
             completion.token_advantages = [0.0] * len(completion.token_ids)
             completion.returns = completion.values
 
-    compared = "run"
+    @property
+    def compared(self) -> str:
+        """A critic that has learned the reward of all other steps makes a lone constant one."""
+        return "run"
 
     def signals(self, completion: Completion) -> tuple[float, ...] | None:
         """The reward within its range, less the penalty of a missing end."""

@@ -161,7 +161,7 @@ class SFTTrainer(GroupTrainer):
         return self._step_nll
 
     def uniform_loss(self) -> float:
-        """ln V."""
+        """Ln V."""
         return math.log(causal_lm(self.model).config.get_text_config().vocab_size)
 
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""Paths that a configuration names: what is wrong with one is known before anything is read or written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["expanded", "file_problem", "folder_problem", "is_file", "is_folder", "path_problem"]
+
+_LONGEST_NAME_BYTES = 255
+_LONGEST_PATH_BYTES = 4095
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` replaced where it can be; `Path.expanduser` raises on users that do not exist."""
+    return Path(os.path.expanduser(path))
+
+
+def is_file(path: str | Path) -> bool:
+    """Tell whether a file is there; False where the path cannot even be looked up, which `Path.is_file` raises on."""
+    return os.path.isfile(path)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Tell whether a folder is there; False where the path cannot even be looked up, which `Path.is_dir` raises on."""
+    return os.path.isdir(path)
+
+
+def path_problem(path: str) -> str | None:
+    """What keeps a text from being a path, and the fix; None where nothing does."""
+    if not path.strip():
+        return "that names nothing; give a path"
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        return "it holds half a character (a lone surrogate); give a path in whole characters"
+    if b"\0" in encoded:
+        return "it holds a NUL character; remove it"
+    longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
+    if longest > _LONGEST_NAME_BYTES or len(encoded) > _LONGEST_PATH_BYTES:
+        return f"a name in it has {longest} bytes; give names of at most {_LONGEST_NAME_BYTES}"
+    return None
+
+
+def folder_problem(path: str, *, writable: bool = False) -> str | None:
+    """What keeps a folder from being made and written, and the fix; `writable` also asks for the permission."""
+    problem = path_problem(path)
+    if problem is not None:
+        return problem
+    folder = Path(path)
+    there = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), None)
+    if there is None:
+        return None
+    if not is_folder(there):
+        return "that is a file; name a folder" if there == folder else f"{there} is a file; name another folder"
+    if writable and not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written; permit it, or name another folder"
+    return None
+
+
+def file_problem(path: str) -> str | None:
+    """What keeps a file from being written, and the fix."""
+    problem = path_problem(path)
+    if problem is not None:
+        return problem
+    if is_folder(path):
+        return "that is a folder; name a file"
+    return folder_problem(str(Path(path).parent), writable=True)
