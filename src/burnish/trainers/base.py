@@ -119,7 +119,7 @@ class GroupTrainer(Trainer):
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
         self.liveness = Liveness(args.max_dead_steps)
-        self._step_loss, self._denominator = torch.zeros(()), 0.0
+        self._step_loss, self._denominator, self._has_work = torch.zeros(()), 0.0, False
         self._num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
@@ -218,6 +218,7 @@ class GroupTrainer(Trainer):
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         self._step_loss, self._denominator = torch.zeros((), device=device), denominator
         trainable = self.trainable_groups(groups)
+        self._has_work = self.max_over_ranks(len(trainable)) > 0
         batches = [self._micro_batch(part) for part in partition(trainable, num_batches, whole=self.whole_groups)]
         return batches, torch.tensor(max(denominator, 1.0), device=device)
 
@@ -343,7 +344,7 @@ class GroupTrainer(Trainer):
         if self.liveness.start_loss is None:
             self.liveness.start_loss = loss
         start = self.liveness.start_loss
-        flat = judge_gradient(grad_norm, has_learned=loss < start)
+        flat = judge_gradient(grad_norm, loss_left=abs(loss) / max(abs(start), 1e-6))
         return flat if flat.kind != "alive" else judge_loss(loss, start, uniform=self.uniform_loss())
 
     def watched_loss(self) -> torch.Tensor:

@@ -28,6 +28,12 @@ _logger = logging.getLogger(__name__)
 _NO_GRADIENT = 1e-12
 """A gradient norm below this moves no weight: rounding alone makes more in a model that still learns."""
 
+_LOSS_LEFT = 0.05
+"""Share of the first loss below which learning may be over."""
+
+_NO_REWARDS = (math.inf, -math.inf)
+"""Lowest and highest of none."""
+
 _WARN_AFTER = 5
 """Steps in a row before a run that has learned is warned: one batch of solved prompts is ordinary."""
 
@@ -129,12 +135,12 @@ def nothing_scored() -> Verdict:
     )
 
 
-def judge_gradient(grad_norm: float, *, has_learned: bool) -> Verdict:
+def judge_gradient(grad_norm: float, *, loss_left: float = 1.0) -> Verdict:
     """Judge whether the gradient moves any weight.
 
     Args:
         grad_norm: of the complete gradient, before clipping.
-        has_learned: whether the loss is below its start, so that a gradient of zero may be the end of learning.
+        loss_left: the loss over that of the first step: near 0, a gradient of zero may be the end of learning.
     """
     if grad_norm > _NO_GRADIENT:
         return Verdict()
@@ -143,7 +149,7 @@ def judge_gradient(grad_norm: float, *, has_learned: bool) -> Verdict:
         f"the gradient is zero (norm {grad_norm:g})",
         "The loss is saturated, or does not depend on the weights that train: lower learning_rate, and check which "
         "weights require a gradient.",
-        final=not has_learned,
+        final=loss_left > _LOSS_LEFT,
     )
 
 
@@ -170,9 +176,9 @@ def judge_loss(loss: float, start: float, *, uniform: float | None) -> Verdict:
 class Liveness:
     """Counts steps in a row that teach nothing, warns by name, and stops the run after too many.
 
-    A run that never taught anything stops at the limit. One that did goes on where it may be done (every prompt is
-    solved), and stops where it cannot be: no completion has a reward, all are cut, the loss is destroyed, or every
-    completion gets the lowest reward that the run has seen.
+    A run that has learned for at least as many steps goes on where it may be done: every prompt is solved, or a loss of
+    almost nothing has no gradient. It stops where it cannot be: no completion has a reward, all are cut, the loss is
+    destroyed, or every completion gets the lowest reward that the run has seen.
 
     Args:
         limit: steps in a row; 0 or None only warns.
@@ -180,12 +186,12 @@ class Liveness:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit or 0
-        self.is_alive = False
-        """Whether any step so far could teach something."""
+        self.alive_steps = 0
+        """Steps so far that could teach something."""
         self.dead_steps = 0
         """Steps in a row, up to now, that could not."""
         self.start_loss: float | None = None
-        self._lowest, self._streak_highest = math.inf, -math.inf
+        self._seen = self._streak = _NO_REWARDS
         self._level: float | None = None
         self._last = UNJUDGED
         self._said: set[str] = set()
@@ -202,30 +208,41 @@ class Liveness:
         """
         if verdict.kind == "unjudged":
             return
-        if verdict.level is not None and self._level not in (None, verdict.level):
+        before, self._level = self._level, verdict.level
+        if verdict.level is not None and before not in (None, verdict.level):
             verdict = Verdict(lowest=verdict.lowest, highest=verdict.highest)  # equal within the step only
-        self._level, self._last = verdict.level, verdict
-        self._lowest = min(self._lowest, verdict.lowest)
+        self._last = verdict
+        self._seen = _hull(self._seen, verdict)
         if verdict.kind == "alive":
-            self.is_alive, self.dead_steps, self._streak_highest = True, 0, -math.inf
+            self.alive_steps, self.dead_steps, self._streak = self.alive_steps + 1, 0, _NO_REWARDS
             return
         self.dead_steps += 1
-        self._streak_highest = max(self._streak_highest, verdict.highest)
-        has_collapsed = verdict.kind == "constant_reward" and self._streak_highest <= self._lowest
-        stops = verdict.stops and self.limit > 0 and (verdict.final or has_collapsed or not self.is_alive)
+        self._streak = _hull(self._streak, verdict)
+        stops = verdict.stops and self.limit > 0 and not self._may_be_done(verdict)
         if stops and self.dead_steps >= self.limit:
             raise CheckFailed(
                 f"step {step}: {self.dead_steps} optimizer steps in a row taught nothing: {verdict.problem}. "
                 f"{verdict.fix} (max_dead_steps = {self.limit} stops such a run; with 0 it goes on.)"
             )
-        if self.dead_steps >= (_WARN_AFTER if self.is_alive else 1) and verdict.kind not in self._said:
+        if self.dead_steps >= (_WARN_AFTER if self.alive_steps else 1) and verdict.kind not in self._said:
             self._said.add(verdict.kind)
             then = f" The run stops after {self.limit} such steps in a row (max_dead_steps)." if stops else ""
             _logger.warning("step %d teaches nothing: %s. %s%s", step, verdict.problem, verdict.fix, then)
 
+    def _may_be_done(self, verdict: Verdict) -> bool:
+        if verdict.final or not self.alive_steps:
+            return False
+        if verdict.kind == "constant_reward":
+            (lowest, highest), (least, most) = self._seen, self._streak
+            if most <= lowest:
+                return False
+            if least >= highest:
+                return True
+        return self.alive_steps >= self.limit
+
     def end_run(self) -> None:
         """Say that no step of the run could teach anything, where that is so."""
-        if self.dead_steps and not self.is_alive:
+        if self.dead_steps and not self.alive_steps:
             _logger.warning(
                 "none of the run's %d steps taught anything: %s. %s",
                 self.dead_steps, self._last.problem, self._last.fix,
@@ -234,18 +251,24 @@ class Liveness:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
         return {
-            "is_alive": self.is_alive,
+            "alive_steps": self.alive_steps,
             "dead_steps": self.dead_steps,
             "start_loss": self.start_loss,
             "level": self._level,
-            "lowest": None if math.isinf(self._lowest) else self._lowest,
+            "seen": list(self._seen),
+            "streak": list(self._streak),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting where `state_dict` was taken."""
-        self.is_alive, self.dead_steps = bool(state["is_alive"]), int(state["dead_steps"])
+        self.alive_steps, self.dead_steps = int(state["alive_steps"]), int(state["dead_steps"])
         self.start_loss, self._level = state["start_loss"], state["level"]
-        self._lowest = math.inf if state["lowest"] is None else float(state["lowest"])
+        self._seen, self._streak = tuple(state["seen"]), tuple(state["streak"])
+
+
+def _hull(rewards: tuple[float, float], verdict: Verdict) -> tuple[float, float]:
+    """The lowest and the highest reward of both."""
+    return min(rewards[0], verdict.lowest), max(rewards[1], verdict.highest)
 
 
 def only_said(verdict: Verdict) -> Verdict:

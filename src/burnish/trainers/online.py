@@ -394,8 +394,15 @@ class OnlineTrainer(GroupTrainer):
         return Outcome(rewards, is_masked=rewards is not None and not self.in_loss(completion))
 
     def verdict(self, grad_norm: float) -> Verdict:
-        """The rollout's, and where rewards differ, that of the gradient."""
-        return judge_gradient(grad_norm, has_learned=True) if self._verdict.kind == "alive" else self._verdict
+        """The rollout's; where its rewards differ, that of the gradient, if they do in this step, too."""
+        is_repeated = self._reuse - len(self._buffer) > self._reuse // self.passes
+        if self._verdict.kind != "alive":
+            # Later passes over the same samples are no more evidence.
+            return UNJUDGED if is_repeated else self._verdict
+        if not self._has_work:
+            return UNJUDGED
+        flat = judge_gradient(grad_norm)
+        return self._verdict if flat.kind == "alive" else flat
 
     def compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
         """Remember how far trainer and sampler are apart; first of all, check the reference."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -48,7 +47,13 @@ class TranscriptLog:
         self._gathered = gathered
 
     def write(
-        self, sampled: Sequence[Share], *, trained: Sequence[Share] = (), step: int, tokenizer: PreTrainedTokenizerBase
+        self,
+        sampled: Sequence[Share],
+        *,
+        trained: Sequence[Share] = (),
+        step: int,
+        tokenizer: PreTrainedTokenizerBase,
+        **fields: Any,
     ) -> None:
         """Append completions, those of all ranks, once each and in one order; every rank calls this.
 
@@ -57,6 +62,7 @@ class TranscriptLog:
             trained: those of the batch, with their advantages: refills may have brought them from another rank.
             step: the first optimizer step that they feed.
             tokenizer: decodes prompts.
+            fields: of every record.
 
         Raises:
             FileError: they cannot be written.
@@ -70,8 +76,7 @@ class TranscriptLog:
             # What is replayed was written when it was sampled.
             if not is_copy or key in found:
                 found[key] = record
-        now = time.time()
-        self.records.append([{"step": step, "time": now, **record} for record in found.values()])
+        self.records.append([{"step": step, **fields, **record} for record in found.values()])
 
 
 def _entries(
