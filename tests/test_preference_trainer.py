@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import tiny
 from burnish import CheckFailed, ConfigError, DataError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -270,9 +271,15 @@ def tiny_prepared() -> Any:
 def test_dropout_is_off(tmp_path: Path) -> None:
     from peft import LoraConfig
 
+    class Watches(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.append({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)})
+
+    seen: list[set[float]] = []
     trainer = dpo(tmp_path, peft_config=LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj"]), max_steps=1)
+    trainer.add_callback(Watches())
     trainer.train()
-    assert all(m.p == 0 for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout))
+    assert seen == [{0.0}]
 
 
 @pytest.mark.parametrize(

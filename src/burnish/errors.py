@@ -6,6 +6,9 @@ fix. Each class also inherits the standard exception of its kind, so `except Val
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -15,9 +18,12 @@ __all__ = [
     "DataError",
     "EngineError",
     "FileError",
+    "Interrupted",
     "ModelError",
     "RewardError",
+    "contained",
     "show",
+    "user_code",
 ]
 
 _LONGEST_MESSAGE = 2000
@@ -59,6 +65,27 @@ class FileError(BurnishError, OSError):
     """A file or folder of the run cannot be read or written."""
 
 
+class Interrupted(BurnishError):
+    """A signal ended training at a step boundary, after a checkpoint was saved.
+
+    Attributes:
+        signal_name: such as "SIGTERM".
+        exit_status: 128 + the signal's number, as shells report a process that it ended.
+        step: optimizer steps taken.
+        checkpoint: folder to resume from; None where training had ended and saved none.
+    """
+
+    def __init__(self, signum: int, step: int, checkpoint: str | None) -> None:
+        self.signal_name = signal.Signals(signum).name
+        self.exit_status = 128 + signum
+        self.step = step
+        self.checkpoint = checkpoint
+        found = "no checkpoint was saved" if checkpoint is None else f"saved {checkpoint}"
+        super().__init__(
+            f"{self.signal_name}: stopped after step {step}, {found}; train(resume_from_checkpoint=True) continues."
+        )
+
+
 class CheckFailed(BurnishError, RuntimeError):
     """A run-time check against silent failure fired (sampler and trainer apart, NaN, stale weights...)."""
 
@@ -72,3 +99,30 @@ def show(value: Any, limit: int = 200) -> str:
     except Exception:  # too deep, an integer inside that is too long, or an object with a broken repr
         return f"(a {type(value).__name__} that cannot be printed)"
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def contained(error: BaseException, kind: type[BurnishError] = BurnishError) -> Exception:
+    """Make an error of what would end the process with the status of its choice, such as `sys.exit()`."""
+    if isinstance(error, Exception):
+        return error
+    return kind(f"it raised {type(error).__name__}({error}), which would end the program").with_traceback(
+        error.__traceback__
+    )
+
+
+@contextmanager
+def user_code(what: str) -> Generator[None]:
+    """Let a function of the user's fail, and not end the run as if it were finished.
+
+    Args:
+        what: its name, for the message.
+
+    Raises:
+        BurnishError: it called `sys.exit()`, or raised something of that kind.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise BurnishError(f"{what}: {contained(error)}. Raise an exception instead.") from error

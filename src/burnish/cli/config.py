@@ -292,7 +292,9 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     document = apply_overrides(read_file(path), overrides)
     _refuse_single_stage(document, path)
     tables = check_mapping(_infos(_PIPELINE_TABLES), document, str(path))
-    for kind, name in itertools.product(PIPELINE_STAGES, ("output_dir", "resume_from_checkpoint")):
+    for kind, name in itertools.product(
+        PIPELINE_STAGES, ("output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+    ):
         if name in tables.get(kind, {}):
             raise ConfigError(
                 f"[{kind}] {name} = {tables[kind][name]!r}: stages live in the pipeline's folder and continue there by "

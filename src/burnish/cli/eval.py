@@ -10,16 +10,19 @@ from burnish.cli.config import load_run_file
 from burnish.data import load_rows
 from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, compare
+from burnish.runs.files import read_json, write_json
+from burnish.runs.processes import refuse_ranks
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the file, sample, score, print the result as JSON."""
+    refuse_ranks("eval")
     file = load_run_file(args.file, args.overrides, "eval")
     assert file.data.eval is not None and file.rubric is not None and file.evaluation is not None
     rows = load_rows(file.data.eval, "data.eval")
-    from burnish.cli.stages import evaluate_model, write_json
+    from burnish.cli.stages import evaluate_model
 
     section = file.evaluation
     before = None if section.compare_with is None else _earlier(Path(section.compare_with))
@@ -36,6 +39,4 @@ def run(args: argparse.Namespace) -> None:
 def _earlier(file: Path) -> Evaluation:
     if not file.is_file():
         raise ConfigError(f"[evaluation] compare_with = {str(file)!r}: no such file; evaluation.output writes one.")
-    from burnish.cli.stages import read_json
-
     return Evaluation.from_dict(read_json(file, {}))

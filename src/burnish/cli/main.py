@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import textwrap
 import traceback
@@ -12,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import burnish
-from burnish.errors import BurnishError
+from burnish.errors import BurnishError, Interrupted
 from burnish.schema import Kind, known_fields
 
 __all__ = ["build_parser", "console", "main", "split_overrides"]
@@ -97,20 +98,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; None means `sys.argv`.
 
     Returns:
-        The exit status: 0, 2 for an error of the user's, 130 when interrupted.
+        The exit status: 0, 2 for an error of the user's, 128 + the signal's number when one ended it.
     """
-    words, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words, overrides = split_overrides(given)
     args = build_parser().parse_args(words, argparse.Namespace(overrides=overrides))
+    resume = _how_to_continue(args.command, given)
     try:
         module = "train" if args.command in _STAGES else args.command
         import_module(f"burnish.cli.{module}").run(args)
+    except Interrupted as error:
+        print(f"burnish {args.command}: {error.signal_name} after step {error.step}. {resume}", file=sys.stderr)
+        return error.exit_status
     except BurnishError as error:
         if args.debug:
             traceback.print_exc()
         print(f"burnish {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"burnish {args.command}: error: sys.exit({error.code!r}) in {where.filename}, line {where.lineno}, ended "
+            "the run before it was done; raise an exception there instead.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
-        print(f"\nburnish {args.command}: interrupted. {_how_to_continue(args.command)}", file=sys.stderr)
+        print(f"\nburnish {args.command}: interrupted. {resume}", file=sys.stderr)
         return 130
     return 0
 
@@ -134,11 +148,13 @@ def console() -> int:
         return 1
 
 
-def _how_to_continue(command: str) -> str:
+def _how_to_continue(command: str, words: Sequence[str]) -> str:
     if command in _STAGES:
-        return "To continue from the last checkpoint, repeat the command with --training.resume_from_checkpoint=true"
+        option = "--training.resume_from_checkpoint=true"
+        line = shlex.join(["burnish", *(word for word in words if word != option), option])
+        return f"To continue from the last checkpoint: {line}"
     if command in ("pairs", "pipeline"):
-        return "Repeat the command to continue: what is done is not done again."
+        return f"Repeat the command to continue, what is done is not done again: {shlex.join(['burnish', *words])}"
     return "Repeat the command to start over."
 
 

@@ -7,12 +7,14 @@ import argparse
 from burnish.cli.config import load_run_file
 from burnish.data import disjoint, load_rows
 from burnish.progress import say
+from burnish.runs.processes import refuse_ranks
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the file, sample what has not been sampled yet, write the rows."""
+    refuse_ranks("pairs")
     file = load_run_file(args.file, args.overrides, "pairs")
     assert file.data.train is not None and file.rubric is not None and file.pairs is not None
     rows = load_rows(file.data.train, "data.train")

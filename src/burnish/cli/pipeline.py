@@ -16,15 +16,19 @@ from burnish.evaluate import Evaluation, compare
 from burnish.progress import format_seconds, say
 from burnish.report import write_report
 from burnish.rewards import check_gold
+from burnish.runs.files import read_json, write_json
+from burnish.runs.lock import locked
+from burnish.runs.processes import refuse_ranks
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the file, then do what has not been done yet."""
+    refuse_ranks("pipeline")
     file = load_pipeline_file(args.file, args.overrides)
-    pipeline = Pipeline(file, Path(file.output_dir))
-    pipeline.run()
+    with locked(file.output_dir):
+        Pipeline(file, Path(file.output_dir)).run()
 
 
 Rows = list[dict[str, Any]]
@@ -85,7 +89,7 @@ class Pipeline:
         say(f"done in {format_seconds(time.monotonic() - started)}: model in {model}, report in {page}")
 
     def _claim_folder(self) -> None:
-        from burnish.cli.stages import environment, read_json, write_json
+        from burnish.cli.stages import environment
 
         document = {key: value for key, value in self.file.document.items() if key != "report"}
         before = read_json(self.folder / "config.json", None)
@@ -160,8 +164,8 @@ class Pipeline:
         target = self.folder / "evaluations" / "reward.json"
         if not target.is_file():
             ranking = stages.rank_with(model, rows)
-            stages.write_json(target, {**asdict(ranking), "summary": ranking.summary("reward")})
-        for name, figure in stages.read_json(target, {})["summary"]["criteria"].items():
+            write_json(target, {**asdict(ranking), "summary": ranking.summary("reward")})
+        for name, figure in read_json(target, {})["summary"]["criteria"].items():
             ends = f" [{figure['low']:.4g}, {figure['high']:.4g}]" if "low" in figure else ""
             say(f"reward: {name} {figure['mean']:.4g}{ends}")
 
@@ -196,20 +200,16 @@ class Pipeline:
         if not target.is_file():
             shared: dict[str, Any] = {"name": name, "model_init": self._model_init(model)}
             result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, **shared)
-            stages.write_json(target, result.to_dict())
+            write_json(target, result.to_dict())
         result = self._evaluation(name)
         passes = "  ".join(f"pass@{k} {interval}" for k, interval in result.pass_at_k.items())
         say(f"{name}: {passes}  ({len(result.problems)} problems, {result.mean_completion_tokens:.0f} tokens)")
 
     def _evaluation(self, name: str) -> Evaluation:
-        from burnish.cli.stages import read_json
-
         return Evaluation.from_dict(read_json(self.folder / "evaluations" / f"{name}.json", {}))
 
     def _summarise(self, names: list[str]) -> None:
         """Every evaluation, and paired differences between every two policies: printed, and written for the report."""
-        from burnish.cli.stages import read_json, write_json
-
         results = {name: self._evaluation(name) for name in names}
         comparisons: list[dict[str, Any]] = []
         metrics = [f"pass@{k}" for k in self.file.evaluation.ks]

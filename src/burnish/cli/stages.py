@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.data import encode_rows, prompt_group, sft_groups
-from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, evaluate, mean_nll
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import fast_bf16
@@ -25,6 +24,7 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
+from burnish.runs.lock import locked
 from burnish.trainers import (
     DPOConfig,
     DPOTrainer,
@@ -43,10 +43,10 @@ from burnish.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from burnish.trainers.base import COMPLETE
 from burnish.trainers.callbacks import EngineProgress, MetricsCallback
+from burnish.trainers.checkpoint import start
 
-__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "rank_with", "train"]
+__all__ = ["environment", "evaluate_model", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,27 +97,23 @@ def train(
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
+    start(config, config.resume_from_checkpoint, check_only=True)  # the trainer asks again, when weights are loaded
     rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}
-    trainer = trainer_class(
-        model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft), **rewards
-    )
-    return _train(trainer, metrics)
+    # From before the model is loaded until it is saved; other ranks end with the first one.
+    with locked(config.output_dir) if config.process_index == 0 else nullcontext():
+        trainer = trainer_class(
+            model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft),
+            **rewards,
+        )  # fmt: skip
+        return _train(trainer, metrics)
 
 
 def _train(trainer: Any, metrics: Path | None) -> Any:
     folder = Path(trainer.args.output_dir)
     trainer.add_callback(MetricsCallback(metrics or folder / "metrics.jsonl", trainer.args.kind))
-    asked = trainer.args.resume_from_checkpoint
-    checkpoint = last_checkpoint(folder) if asked in (True, "True", "true") else asked
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train()
     trainer.save_model()
     return trainer
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written whole, or None."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    return next((path for path in found if (path / COMPLETE).is_file()), None)
 
 
 def _lora(fields: dict[str, Any] | None) -> Any:
@@ -163,6 +159,13 @@ def make_pairs(
     model: str, rows: Rows, rubric: Rubric, section: PairsSection, *, model_init: dict[str, Any] | None = None
 ) -> dict[str, int]:
     """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
+    with locked(section.output_dir):
+        return _make_pairs(model, rows, rubric, section, model_init)
+
+
+def _make_pairs(
+    model: str, rows: Rows, rubric: Rubric, section: PairsSection, model_init: dict[str, Any] | None
+) -> dict[str, int]:
     tokenizer, folder = load_processing_class(model), Path(section.output_dir)
     groups = encode_rows(prompt_group, rows, tokenizer, name="data.train")
     loaded, engine = _engine(model, tokenizer, model_init)
@@ -216,21 +219,3 @@ def environment() -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in names},
         "command": " ".join(Path(word).name if word == sys.argv[0] else word for word in sys.argv),
     }
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    draft.replace(file)
-
-
-def read_json(file: Path, default: Any) -> Any:
-    """What `write_json` wrote, or the default where there is no file."""
-    if not file.is_file():
-        return default
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is not JSON ({error}); delete it to start that part over.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,7 +15,18 @@ import torch
 
 from burnish.errors import ConfigError, ModelError
 
-__all__ = ["Exact", "SavedAdapters", "add_adapters", "put_adapters", "saved_adapters", "without_base_config"]
+__all__ = [
+    "Exact",
+    "SavedAdapters",
+    "add_adapters",
+    "carries_adapters",
+    "put_adapters",
+    "saved_adapters",
+    "without_adapters",
+    "without_base_config",
+]
+
+logger = logging.getLogger(__name__)
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
 """fp32 values of parameters that were rounded."""
@@ -83,6 +95,7 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
 
     if isinstance(model, PeftModel):
         raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
+    model = _without_earlier(model)
     config = copy.deepcopy(peft_config)
     config.task_type = config.task_type or "CAUSAL_LM"
     with torch.random.fork_rng(devices=[]):
@@ -93,6 +106,44 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
         except ValueError as error:
             raise ConfigError(f"peft_config does not fit {type(model).__name__}: {error}") from error
     return made, _round_trained(made)
+
+
+def carries_adapters(model: Any) -> bool:
+    """Whether adapters were put into a bare model, which peft does in place when it wraps one."""
+    layers = (type(module).__module__.startswith("peft.") for module in model.modules())
+    return not hasattr(model, "get_base_model") and any(layers)
+
+
+def _without_earlier(model: Any) -> Any:
+    """The base of a bare model that an earlier trainer has put adapters into: its weights in modules of its own.
+
+    The earlier trainer's model keeps its adapters.
+
+    Raises:
+        ModelError: the adapters were put there by transformers (`load_adapter`, `add_adapter`), to be used.
+    """
+    if not carries_adapters(model):
+        return model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            "peft_config was given with a model that has adapters (load_adapter, add_adapter): pass one or the other."
+        )
+    logger.warning(
+        "%s carries the adapters of an earlier trainer: the new ones go on its base without them. Pass that trainer's "
+        "`model` to train them further.",
+        type(model).__name__,
+    )
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    # A copy of the modules alone: deepcopy takes every tensor in `shared` for copied already.
+    base = copy.deepcopy(model, shared)
+    for name, module in list(base.named_modules()):
+        if hasattr(module, "base_layer") and callable(getattr(module, "get_base_layer", None)):
+            base.set_submodule(name, module.get_base_layer())
+        elif hasattr(module, "original_module"):
+            base.set_submodule(name, module.original_module)
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    return base
 
 
 def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
@@ -109,6 +160,21 @@ def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
 
     made = PeftModel.from_pretrained(model, str(saved.folder), is_trainable=True, autocast_adapter_dtype=False)
     return made, _round_trained(made)
+
+
+@contextmanager
+def without_adapters(model: Any) -> Generator[None]:
+    """Switch the adapters of a peft model off; afterwards every weight is as frozen or trained as it was before.
+
+    peft's own `disable_adapter` makes all active adapters trainable at its end, those that were frozen by hand too.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
 import torch
 
-__all__ = ["disable_dropout"]
+__all__ = ["disable_dropout", "without_dropout"]
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -15,9 +18,31 @@ def disable_dropout(model: torch.nn.Module) -> None:
     Args:
         model: changed in place.
     """
+    for module, name, _ in list(_probabilities(model)):
+        setattr(module, name, 0.0)
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Generator[None]:
+    """Run with every dropout probability at 0; the next trainer of the model finds its own back.
+
+    Args:
+        model: its probabilities are restored at the end, also of an error.
+    """
+    own = list(_probabilities(model))
+    disable_dropout(model)
+    try:
+        yield
+    finally:
+        for module, name, value in own:
+            setattr(module, name, value)
+
+
+def _probabilities(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, float]]:
+    """(module, attribute, probability) of everything in a model that drops out."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]
-            module.p = 0.0
-        for name, value in vars(module).items():
+            yield module, "p", module.p
+        for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in name or name.endswith(("_drop", "_pdrop"))):
-                setattr(module, name, 0.0)
+                yield module, name, value

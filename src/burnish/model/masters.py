@@ -17,15 +17,19 @@ values, and from the first step on a fraction of them moves, by as much on avera
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from burnish.errors import CheckFailed
 
-__all__ = ["MasterWeights", "average_gradients"]
+__all__ = ["MasterWeights", "average_gradients", "over_masters"]
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 2**22
 """Weights whose masters are joined at once, or one parameter if it has more: 32 MB with their fp32 gradients."""
@@ -133,7 +137,29 @@ class _Master:
         # What the inner optimizer knows the master by; it has the master's value during `step` only.
         self.handle = torch.nn.Parameter(torch.zeros((), device=parameter.device).expand(parameter.shape))
         self._empty = self.handle.data
-        parameter.register_post_accumulate_grad_hook(self._collect)
+        self._hook: RemovableHandle | None = None
+        self.attach()
+
+    def attach(self) -> None:
+        """Take every gradient that reaches the parameter; another optimizer's master of it is released."""
+        if self._hook is not None:
+            return
+        hooks = cast("dict[int, Any] | None", getattr(self.parameter, "_post_accumulate_grad_hooks", None))
+        for hook in list((hooks or {}).values()):
+            if isinstance(owner := getattr(hook, "__self__", None), _Master):
+                owner.release()
+        if self.rest is not None and self.rest.dtype != torch.int16:
+            # The lower halves of bf16 fit any weights; a whole master is dropped if the weights have moved meanwhile.
+            moved = self.rest.to(self.parameter.dtype) != self.parameter.detach()
+            self.rest = torch.where(moved, self.parameter.detach().float(), self.rest)
+        self._hook = self.parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def release(self) -> None:
+        """Leave the parameter to others, without a gradient."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            self.forget_gradient()
 
     def _collect(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
@@ -259,6 +285,16 @@ class MasterWeights(torch.optim.Optimizer):
             self._blocks.append(_Gradients(parameter.dtype, parameter.device))
         return self._blocks[-1]
 
+    def attach(self) -> None:
+        """Collect the gradients of the parameters, as from the start; see `release`."""
+        for master in self._masters.values():
+            master.attach()
+
+    def release(self) -> None:
+        """Leave the parameters to other optimizers, until `attach`; gradients of an unfinished step are dropped."""
+        for master in self._masters.values():
+            master.release()
+
     @property
     def trained(self) -> list[torch.nn.Parameter]:
         """The parameters that it updates."""
@@ -353,6 +389,36 @@ class MasterWeights(torch.optim.Optimizer):
         self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != "masters"})
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
+
+
+def over_masters(
+    optimizer: torch.optim.Optimizer, masters: dict[torch.nn.Parameter, torch.Tensor] | None = None
+) -> torch.optim.Optimizer:
+    """Let an optimizer that was made over low-precision parameters update fp32 masters of them instead.
+
+    Args:
+        optimizer: its groups hold the masters afterwards, so that a scheduler over it stays in force.
+        masters: as `MasterWeights` takes them.
+
+    Returns:
+        The `MasterWeights`; or the optimizer itself, with a warning, where it has stepped already, swaps weights by
+        `train` and `eval`, or comes from a package that is not known to update every parameter by itself.
+    """
+    known = f"{type(optimizer).__module__}.".startswith(_ONE_BY_ONE) and not hasattr(optimizer, "eval")
+    if not known or optimizer.state:
+        logger.warning(
+            "optimizers: %s updates 16-bit weights in place, and steps smaller than their rounding are lost. Pass one "
+            "of torch.optim that has not stepped yet, which gets fp32 masters, or train in fp32 (bf16=False).",
+            type(optimizer).__name__,
+        )
+        return optimizer
+
+    def over(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        for own, group in zip([own for own in optimizer.param_groups if own["params"]], groups, strict=True):
+            own["params"] = group["params"]
+        return optimizer
+
+    return MasterWeights([dict(group) for group in optimizer.param_groups], over, masters)
 
 
 def _lower_halves(weights: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor:

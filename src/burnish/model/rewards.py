@@ -137,7 +137,8 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
     Raises:
         ModelError: transformers has no sequence classifier with this decoder.
     """
-    config = model.config
+    # A copy: the decoder may still serve the language model, whose configuration has no labels.
+    config = copy.deepcopy(model.config)
     prefix = model.base_model_prefix
     classes = cast("Mapping[type, Any]", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
     fix = "use an architecture that has <Name>ForSequenceClassification"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from burnish.errors import CheckFailed
 
 __all__ = [
@@ -191,10 +193,47 @@ class Liveness:
         self.dead_steps = 0
         """Steps in a row, up to now, that could not."""
         self.start_loss: float | None = None
+        self.has_work = False
+        """Whether the step has a completion with a gradient, on any rank."""
+        self._denominator = 0.0
+        self._own_losses: list[torch.Tensor] = []
+        self._watched: list[torch.Tensor] = []
         self._seen = self._streak = _NO_REWARDS
         self._level: float | None = None
         self._last = UNJUDGED
         self._said: set[str] = set()
+
+    def begin_step(self, denominator: float, *, has_work: bool) -> None:
+        """Take the denominator of a step's loss, over all ranks, and forget the losses of the step before."""
+        self._denominator, self.has_work = denominator, has_work
+        self._own_losses, self._watched = [], []
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add a part of the step's loss."""
+        self._own_losses.append(loss.detach())
+
+    def watch(self, loss: torch.Tensor) -> None:
+        """Add a part of another loss, which is watched instead."""
+        self._watched.append(loss.detach())
+
+    @property
+    def step_loss(self) -> float:
+        """This rank's share of the loss that grows where the weights are destroyed."""
+        return float(sum(self._watched or self._own_losses))
+
+    def judge_step(self, loss: float, grad_norm: float, *, uniform: float | None) -> Verdict:
+        """Judge a step of a stage that learns from a data set.
+
+        Args:
+            loss: `step_loss` over all ranks.
+            grad_norm: of the complete gradient.
+            uniform: see `judge_loss`.
+        """
+        if self._denominator == 0:
+            return nothing_scored()
+        start = self.start_loss = loss if self.start_loss is None else self.start_loss
+        flat = judge_gradient(grad_norm, loss_left=abs(loss) / max(abs(start), 1e-6))
+        return flat if flat.kind != "alive" else judge_loss(loss, start, uniform=uniform)
 
     def end_step(self, step: int, verdict: Verdict) -> None:
         """Count one optimizer step, before its update.

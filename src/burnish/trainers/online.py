@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.dropout import disable_dropout
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
@@ -31,10 +31,10 @@ from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quan
 from burnish.trainers.base import GroupTrainer, collate
 from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, judge_rewards, only_said
-from burnish.trainers.metrics import criterion_values, total
+from burnish.trainers.metrics import means_over_ranks, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
-from burnish.trainers.reference import Reference, check_reference
+from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
@@ -101,10 +101,12 @@ class OnlineTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+        for criterion in self.rubric.criteria:
+            if isinstance(criterion.function, RewardModel):
+                refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
         self._prepare_rollouts(engine)
         self.set_up()
 
@@ -132,6 +134,11 @@ class OnlineTrainer(GroupTrainer):
 
     def set_up(self) -> None:
         """Hook: what the loss keeps between steps."""
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Never: samples are drawn without it."""
+        return False
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
@@ -399,7 +406,7 @@ class OnlineTrainer(GroupTrainer):
         if self._verdict.kind != "alive":
             # Later passes over the same samples are no more evidence.
             return UNJUDGED if is_repeated else self._verdict
-        if not self._has_work:
+        if not self.liveness.has_work:
             return UNJUDGED
         flat = judge_gradient(grad_norm)
         return self._verdict if flat.kind == "alive" else flat
@@ -412,7 +419,7 @@ class OnlineTrainer(GroupTrainer):
         fresh_N = ~sampled_N.isnan()
         self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         own_reference = self.reference is not None and self.reference.is_initial_policy
-        if own_reference and self.state.global_step == 0:
+        if own_reference and self.is_untrained and self.state.global_step == 0:
             apart = float(kl_k3(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N]).mean())
             bound = default_bound(self.model.dtype)
             if not apart <= max(bound, self.args.logprob_check_bound or 0.0):
@@ -456,27 +463,17 @@ class OnlineTrainer(GroupTrainer):
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
         self.rubric.score([share.group for share in shares])
-        metrics = self._held_out_means([c for share in shares for c in share.group.completions])
+        metrics = means_over_ranks(
+            [c for share in shares for c in share.group.completions], self.rubric.names, self.sum_over_ranks
+        )
         if self.metrics_of_groups is not None:
-            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            with user_code("compute_metrics"):
+                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _held_out_means(self, completions: Sequence[Completion]) -> dict[str, float]:
-        """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""
-        rewards = [r for c in completions if (r := total(c)) is not None]
-        sums = {"reward": (sum(rewards), len(rewards))}
-        for name in self.rubric.names:
-            values = criterion_values(completions, name)
-            sums[f"rewards/{name}/mean"] = (sum(values), len(values))
-        sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
-        return {
-            name: self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
-            for name, (value, count) in sums.items()
-        }
 
     def save_own_state(self, folder: Path) -> None:
         """What has been sampled and what is in flight."""
@@ -498,11 +495,22 @@ class OnlineTrainer(GroupTrainer):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Hook: what `own_state` gave."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+    def reward_names(self) -> Sequence[str]:
+        """The criteria."""
+        return self.rubric.names
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the samples in flight."""
+        state = RolloutState.load(
+            folder,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            prompts=self.prompts,
+        )
         self._rollouts, self._rounds = state.rollouts, state.rounds
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.dropout import disable_dropout
 from burnish.model.scoring import eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
@@ -84,8 +83,6 @@ class ReferenceTrainer(GroupTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.disable_dropout:
-            disable_dropout(self.model)
         self.reference = Reference.of(self.model, ref_model) if needs_reference else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.train_dataset, "ref_model on train_dataset")
@@ -107,6 +104,11 @@ class ReferenceTrainer(GroupTrainer):
 
     def set_up(self) -> None:
         """Hook: what the loss keeps between steps."""
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Only where it is asked for."""
+        return not self.args.disable_dropout
 
     @classmethod
     def needs_reference(cls, args: Any) -> bool:
@@ -179,14 +181,19 @@ class ReferenceTrainer(GroupTrainer):
         if missing:
             known.add(missing, self.reference_sums(missing))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; with `precompute_ref_log_probs` score the data set with the reference first, or read the cache."""
+    def before_training(self) -> None:
+        """With `precompute_ref_log_probs` score the data set with the reference, or read the cache."""
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self._precompute()
-        return super().train(*args, **kwargs)
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
 
     def _precompute(self) -> None:
         assert self.reference is not None
+        if self.reference.released:  # by an earlier train(): all that it would be asked is known
+            return
         sets = {"train": self.train_dataset, "eval": self.eval_dataset}
         for split, groups in sets.items():
             if groups is None:
@@ -222,7 +229,8 @@ class ReferenceTrainer(GroupTrainer):
 
     def check_start(self, sums_S: torch.Tensor, batch: PackedBatch) -> None:
         """Before the first update the policy is its own reference."""
-        if self.state.global_step > 0 or self.reference is None or not self.reference.is_initial_policy:
+        is_start = self.is_untrained and self.state.global_step == 0
+        if not is_start or self.reference is None or not self.reference.is_initial_policy:
             return
         apart = float((sums_S - batch.sequence["reference"]).abs().sum()) / max(batch.num_scored_tokens, 1)
         bound = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.1

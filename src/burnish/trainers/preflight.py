@@ -11,13 +11,20 @@ from transformers import PreTrainedTokenizerBase
 from transformers.training_args import ParallelMode
 
 from burnish.errors import ConfigError, ModelError
-from burnish.model.adapters import saved_adapters
+from burnish.model.adapters import carries_adapters, saved_adapters
 from burnish.model.loading import load_processing_class
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
 from burnish.types import Group
 
-__all__ = ["check_loaded", "check_run", "check_vocabulary", "resolve_tokenizer", "use_non_reentrant_checkpointing"]
+__all__ = [
+    "check_loaded",
+    "check_optimizer",
+    "check_run",
+    "check_vocabulary",
+    "resolve_tokenizer",
+    "use_non_reentrant_checkpointing",
+]
 
 
 def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> None:
@@ -37,9 +44,34 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
     Raises:
         ConfigError, ModelError: it does not.
     """
+    if carries_adapters(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"model = {type(model).__name__}: it carries the adapters of an earlier trainer. Pass that trainer's "
+            "`model` to train them further, its `model.merge_and_unload()`, or a model that was loaded anew."
+        )
     _check_trains(model)
     check_vocabulary(model, train_dataset, "train_dataset")
     check_vocabulary(model, eval_dataset, "eval_dataset")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
+    """Refuse an optimizer that would leave trained weights where they are.
+
+    Raises:
+        ConfigError: naming a weight that it lacks.
+    """
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
+    if missing:
+        raise ConfigError(
+            f"optimizers: {type(optimizer).__name__} holds {len(trained) - len(missing)} of the {len(trained)} tensors "
+            f"that train ({missing[0]} is missing), so the others would stay as they are. Make it over the parameters "
+            "of the very model that you pass, with its adapters on it (peft.get_peft_model, and no peft_config here), "
+            "freeze what is not to train, or name an optimizer by optim instead."
+        )
 
 
 def check_vocabulary(model: Any, groups: Any, name: str) -> None:

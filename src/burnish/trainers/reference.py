@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.errors import ModelError
+from burnish.model.adapters import without_adapters
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 
-__all__ = ["MovingReference", "Reference", "check_reference"]
+__all__ = ["MovingReference", "Reference", "check_reference", "refuse_shared_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,13 @@ class Reference:
         if ref_model is not None:
             if causal_lm(ref_model) is causal_lm(policy):
                 raise ModelError("ref_model is the model itself, which trains: leave it out, a frozen copy is made.")
+            refuse_shared_weights(policy, ref_model, "ref_model")
             _warn_of_sizes(policy, ref_model)
             prepare_for_scoring(ref_model)
-            return cls(_frozen(ref_model), is_initial_policy=False)
+            # Not frozen: it may be the model of another trainer, and no gradient ever reaches it here.
+            return cls(ref_model, is_initial_policy=False)
         if not (hasattr(policy, "peft_config") and hasattr(policy, "disable_adapter")):
-            return cls(_frozen(copy.deepcopy(policy)), is_initial_policy=True)
+            return cls(copy.deepcopy(policy).requires_grad_(False).eval(), is_initial_policy=True)
         if _trains_adapters_only(policy) and _adapters_change_nothing(policy):
             return cls(None, is_initial_policy=True)
         trained = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
@@ -75,7 +78,11 @@ class Reference:
     def _switched(self, policy: Any) -> AbstractContextManager[Any]:
         if self.model is not None:
             return nullcontext()
-        return policy.disable_adapter() if self.start is None else _weights_of(policy, self.start)
+        return without_adapters(policy) if self.start is None else _weights_of(policy, self.start)
+
+    def given_models(self) -> dict[str, torch.nn.Module]:
+        """The reference where it is a model of its own, and no copy of the policy."""
+        return {} if self.model is None or self.is_initial_policy else {"ref_model": self.model}
 
     def fingerprint(self, policy: Any) -> str:
         """SHA-256 over the names, shapes and values of every weight that scores."""
@@ -103,7 +110,7 @@ def _adapters_change_nothing(policy: Any) -> bool:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with eval_mode(policy):
         on = policy(**inputs).logits
-        with policy.disable_adapter():
+        with without_adapters(policy):
             return torch.equal(on, policy(**inputs).logits)
 
 
@@ -166,6 +173,21 @@ def check_reference(ref_model: Any) -> None:
         )
 
 
+def refuse_shared_weights(policy: torch.nn.Module, other: torch.nn.Module, name: str) -> None:
+    """Refuse a model that would change with the policy, because it holds weights that train.
+
+    Raises:
+        ModelError: naming one of them.
+    """
+    own = {id(parameter) for parameter in other.parameters()}
+    shared = [weight for weight, p in policy.named_parameters() if p.requires_grad and id(p) in own]
+    if shared:
+        raise ModelError(
+            f"{name} = {type(other).__name__}: {len(shared)} of its weights ({shared[0]}) are the policy's, which "
+            "train, so it would change with every step. Pass a copy (copy.deepcopy), or the folder of a saved model."
+        )
+
+
 def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
     own, other = (causal_lm(model).get_input_embeddings().weight.shape[0] for model in (policy, ref_model))
     if own != other:
@@ -175,7 +197,3 @@ def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
             other,
             own,
         )
-
-
-def _frozen(model: Any) -> Any:
-    return model.requires_grad_(False).eval()

@@ -13,7 +13,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, errors_of, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
-from burnish.model.dropout import disable_dropout
 from burnish.model.rewards import (
     classifier_adapters,
     group_places,
@@ -139,10 +138,13 @@ class RewardTrainer(GroupTrainer):
         return loaded, exact
 
     def prepare_model(self, model: torch.nn.Module) -> None:
-        """Scores on packed rows, without dropout where that is asked for."""
-        if self.args.disable_dropout:
-            disable_dropout(model)
+        """Scores on packed rows."""
         prepare_for_rewards(model)
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Only where it is asked for."""
+        return not self.args.disable_dropout
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""

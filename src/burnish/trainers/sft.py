@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_row, as_rows, encode_rows, sft_groups
-from burnish.errors import DataError
+from burnish.errors import DataError, user_code
 from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
@@ -152,14 +152,6 @@ class SFTTrainer(GroupTrainer):
             self.train_dataset.report()
         return result
 
-    def prepare_groups(self, groups: Sequence[Group]) -> None:
-        """No token of the step has been scored yet."""
-        self._step_nll = torch.zeros((), device=self.args.device)
-
-    def watched_loss(self) -> torch.Tensor:
-        """The negative log-likelihood, whatever is trained on: dft weighs tokens that are lost with 0."""
-        return self._step_nll
-
     def uniform_loss(self) -> float:
         """Ln V."""
         return math.log(causal_lm(self.model).config.get_text_config().vocab_size)
@@ -172,7 +164,8 @@ class SFTTrainer(GroupTrainer):
         assert scores.entropy is not None
         self._metrics.add_tokens("entropy", scores.entropy)
         self._metrics.add_tokens("mean_token_accuracy", scores.correct.float())
-        self._step_nll += -scores.logprobs.detach().sum() * self.data_parallel_size / denominator
+        # dft weighs tokens that are lost with 0, so its own loss would hide that they are.
+        self.liveness.watch(-scores.logprobs.detach().sum() * self.data_parallel_size / denominator)
         return aggregate(
             SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs),
             sequence_index_N=batch.sequence_index,
@@ -211,7 +204,8 @@ class SFTTrainer(GroupTrainer):
 
 
 def _formatted(formatting_func: Callable[[Any], str], row: Mapping[str, Any], index: int) -> str:
-    text = formatting_func(row)
+    with user_code("formatting_func"):
+        text = formatting_func(row)
     if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(f"row {index}: formatting_func returned {type(text).__name__}: return one string for one row.")
     return text
