@@ -22,6 +22,7 @@ from burnish.rollout.stepping import (
     OnProgress,
     RolloutStats,
     Track,
+    Vocabulary,
     check_bounds,
     check_requests,
     draw_for,
@@ -52,6 +53,7 @@ class LockstepEngine(Engine):
         self._model = model
         self._lm = causal_lm(model)
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._max_running = max_running
         self._max_cache_tokens = max_cache_tokens
         keeps = "logits_to_keep" in inspect.signature(type(self._lm).forward).parameters
@@ -63,7 +65,7 @@ class LockstepEngine(Engine):
         self, requests: Sequence[Request], *, seed: int, step: int, on_progress: OnProgress | None = None
     ) -> list[list[Completion]]:
         """Completions of each request, in order; see `NativeEngine.generate`."""
-        check_requests(requests)
+        check_requests(requests, self._lm)
         self.last_stats = stats = RolloutStats()
         started = time.perf_counter()
         tracks = [
@@ -116,7 +118,7 @@ class LockstepEngine(Engine):
             logits, cache = self._forward(tokens, cache)
             live = [place for place, track in enumerate(rows) if track is not None]
             tracks = [track for track in rows if track is not None]
-            ended = draw_for(logits[live], tracks, HeadSpec())
+            ended = draw_for(logits[live], tracks, HeadSpec(), self._vocabulary)
             self.last_stats.decoded_tokens += len(tracks)
             self.last_stats.forwards += 1
             for place, is_done in zip(live, ended, strict=True):

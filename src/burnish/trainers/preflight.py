@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.training_args import ParallelMode
 
 from burnish.errors import ConfigError, ModelError
+from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapters import carries_adapters, saved_adapters
 from burnish.model.loading import load_processing_class
+from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
 from burnish.types import Group
@@ -49,9 +51,12 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
             f"model = {type(model).__name__}: it carries the adapters of an earlier trainer. Pass that trainer's "
             "`model` to train them further, its `model.merge_and_unload()`, or a model that was loaded anew."
         )
+    for adapters in cast("dict[str, Any]", getattr(model, "peft_config", {})).values():
+        refuse_outside_weights(adapters.peft_type, f"model = {type(model).__name__}")
     _check_trains(model)
-    check_vocabulary(model, train_dataset, "train_dataset")
-    check_vocabulary(model, eval_dataset, "eval_dataset")
+    for groups, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+        check_vocabulary(model, groups, name)
+        check_lengths(causal_lm(model), groups, name, "set max_length, or leave out the rows that are longer")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
