@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from burnish import ConfigError, ModelError
+from burnish.model.scoring import prepare_for_scoring, score
+from burnish.packing import pack
 from burnish.rollout import Request, SamplingParams, make_engine
+from burnish.types import Completion, Group
 from test_chaining import SAMPLES, STAGES, made
 
 # Positions
@@ -141,3 +145,44 @@ def test_of_a_general_list_what_matches_is_used(tmp_path: Path, caplog: pytest.L
     )
     made("sft", tmp_path, tiny.model(), peft_config=adapters).train()
     assert "peft_config.target_modules = 'c_attn'" in caplog.text
+
+
+# Depth, experts
+
+
+def deeper(kind: str, *, copied: bool = True) -> Any:
+    """Depth up-scaling (2312.15166): the layers twice."""
+    model = tiny.model(kind)
+    layers = list(model.model.layers)
+    again = copy.deepcopy(layers) if copied else layers
+    model.model.layers = torch.nn.ModuleList([*layers, *again])
+    model.config.num_hidden_layers = len(model.model.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = list(model.config.layer_types) * 2
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_deep_copied_layers_attend_by_the_layout(tmp_path: Path, kind: str) -> None:
+    groups = [Group([5, 6, 7, 8, 9], [Completion([9, 10, 11]), Completion([12, 13, 14, 15, 0])])]
+    model, plain = deeper(kind), deeper(kind)
+    prepare_for_scoring(model)
+    with torch.no_grad():
+        got = score(model, pack(groups)).logprobs.split([3, 5])
+        for completion, values in zip(groups[0].completions, got, strict=True):
+            ids = torch.tensor([groups[0].prompt_ids + completion.token_ids])
+            logprobs = plain(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            expected = logprobs[range(4, ids.shape[1] - 1), completion.token_ids]
+            torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
+    made("grpo", tmp_path, deeper(kind)).train()  # whose own check compares sampler and trainer
+
+
+def test_one_layer_at_two_depths_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.layers: layers 0 and 2 are one module"):
+        made("sft", tmp_path, deeper("llama", copied=False))
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "reward"])
+def test_the_loss_of_routers_is_refused(tmp_path: Path, stage: str) -> None:
+    with pytest.raises(ConfigError, match=r"^output_router_logits = True .* which is not added here"):
+        made(stage, tmp_path, tiny.model("mixtral", output_router_logits=True))

@@ -24,6 +24,7 @@ __all__ = [
     "check_optimizer",
     "check_run",
     "check_vocabulary",
+    "refuse_router_loss",
     "resolve_tokenizer",
     "use_non_reentrant_checkpointing",
 ]
@@ -76,6 +77,24 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Mod
             f"that train ({missing[0]} is missing), so the others would stay as they are. Make it over the parameters "
             "of the very model that you pass, with its adapters on it (peft.get_peft_model, and no peft_config here), "
             "freeze what is not to train, or name an optimizer by optim instead."
+        )
+
+
+def refuse_router_loss(model: torch.nn.Module) -> None:
+    """Refuse a mixture of experts whose configuration asks for the load-balancing loss of its routers.
+
+    That loss is a product of means over the tokens of a batch: with shared prompts and steps that are split it would be
+    another one.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    lm = causal_lm(model)
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            f"output_router_logits = True in the configuration of {type(lm).__name__}: it asks for the load-balancing "
+            "loss of the experts, which is not added here. Train without it: model.config.output_router_logits = "
+            "False, or model_init_kwargs = {'output_router_logits': False}."
         )
 
 
