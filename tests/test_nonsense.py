@@ -20,7 +20,7 @@ from datasets import Dataset, DatasetDict
 import burnish
 import tiny
 from burnish.cli.main import main
-from burnish.errors import BurnishError, CheckFailed, ConfigError, DataError, ModelError
+from burnish.errors import BurnishError, ConfigError, DataError, ModelError
 from burnish.model.rewards import to_reward_model
 from test_trainers import settings
 
@@ -263,7 +263,7 @@ def tokenizer(**changes: Any) -> Any:
             "sft",
             CHATS,
             {"processing_class": tokenizer(chat_template="hello"), "config": {"assistant_only_loss": True}},
-            "none of 4 rows has a token to learn from",
+            "row 0: the chat template leaves out the key 'content' of message 0 (user)",
         ),
         (PAIRED, None, {"processing_class": tokenizer(eos_token=None, pad_token=None)}, "tokenizer has no eos_token"),
         (EVERY, None, {"processing_class": "abc"}, "processing_class = str: pass a tokenizer of transformers"),
@@ -439,7 +439,8 @@ def test_one_label_alone_is_mentioned(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_a_run_that_diverges_stops_with_a_reason(tmp_path: Path) -> None:
     for stage in ("sft", "dpo", "grpo"):
         trainer = build(stage, tmp_path, good(stage), tiny.model(), config={"learning_rate": 1e30, "max_steps": 3})
-        with pytest.raises(CheckFailed, match=r"^step 1: .*the step is not taken"):
+        # Online, the engine sees it first: the next round of samples has no probabilities.
+        with pytest.raises(BurnishError, match=r"^step 1: .*the step is not taken|the model's logits overflowed"):
             trainer.train()
 
 
@@ -496,9 +497,9 @@ ANY = ("SFT", "Reward", "DPO", "KTO", "OnlineDPO", "GRPO")
         ("seed", -1, "use an integer of at least 0"),
         ("bf16", "yes", "bf16 = 'yes': expected bool | None, got str"),
         ("report_to", ["nope"], "nope is not supported"),
-        ("lr_scheduler_type", "cosin", "cosin is not a valid SchedulerType"),
-        ("optim", "adam", "adam is not a valid OptimizerNames"),
-        ("eval_strategy", "sometimes", "sometimes is not a valid IntervalStrategy"),
+        ("lr_scheduler_type", "cosin", "lr_scheduler_type = 'cosin': use one of linear, cosine"),
+        ("optim", "adam", "optim = 'adam': use one of adamw_torch"),
+        ("eval_strategy", "sometimes", "eval_strategy = 'sometimes': use one of no, steps, epoch"),
         ("token_budget", 0, "token_budget = 0: use a number of tokens"),
         ("output_dir", __file__, "that is a file; name a folder"),
         ("nonsense", 1, "nonsense = 1: unknown field"),

@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 from burnish.errors import ConfigError, show
+from burnish.schema.predicates import text_problem
 
 __all__ = ["apply_overrides", "check_document", "parse_overrides", "parse_value", "read_file"]
 
@@ -91,30 +92,20 @@ def check_document(document: Mapping[Any, Any], where: str) -> None:
             _check_keys(entries, where, place)
         elif isinstance(value, list):
             rest += [((*place, i), item) for i, item in enumerate(cast("list[Any]", value))]
-        elif isinstance(value, str) and (problem := _text_problem(value)):
-            raise ConfigError(f"{where}: {_joined(place)} = {show(value)} {problem}.")
+        elif isinstance(value, str) and (problem := text_problem(value)):
+            raise ConfigError(f"{where}: {_joined(place)} = {show(value)}: {problem}.")
 
 
 def _check_keys(table: Mapping[Any, Any], where: str, place: tuple[Any, ...]) -> None:
     for key in table:
         if not isinstance(key, str):
             raise ConfigError(f"{where}: {_joined((*place, key))}: a name is text; put {show(key)} in quotes.")
-        if problem := _text_problem(key):
-            raise ConfigError(f"{where}: the name {show(key)} {problem}.")
+        if problem := text_problem(key):
+            raise ConfigError(f"{where}: the name {show(key)}: {problem}.")
 
 
 def _joined(place: tuple[Any, ...]) -> str:
     return ".".join(map(str, place))
-
-
-def _text_problem(text: str) -> str | None:
-    if "\0" in text:
-        return "holds a NUL character; remove it"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "holds half a character (a lone surrogate); write whole characters in UTF-8"
-    return None
 
 
 class _CheckedLoader(yaml.SafeLoader):

@@ -17,6 +17,7 @@ from burnish.schema.algorithms import apply_algorithm
 from burnish.schema.elsewhere import drop_elsewhere
 from burnish.schema.fields import known_fields, stages_with
 from burnish.schema.inherited import FieldInfo
+from burnish.schema.predicates import text_problem
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
@@ -119,6 +120,8 @@ def _coerced(info: FieldInfo, value: Any, what: str) -> Any:
         raise ConfigError(f"{what}: that does not fit 64 bits; use a smaller integer.")
     if isinstance(coerced, float) and not math.isfinite(coerced) and not (coerced > 0 and info.name == "max_grad_norm"):
         raise ConfigError(f"{what}: use a finite number.")
+    if isinstance(coerced, str) and (problem := text_problem(coerced)) is not None:
+        raise ConfigError(f"{what}: {problem}.")
     return coerced
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from burnish.errors import ConfigError
 
-__all__ = ["FieldInfo", "lora_fields", "training_argument_fields"]
+__all__ = ["FieldInfo", "lora_fields", "training_argument_fields", "words_of"]
 
 # What peft writes down by itself, or what only a Python object can hold.
 _LORA_INTERNAL = frozenset(
@@ -54,15 +54,31 @@ def lora_fields() -> dict[str, FieldInfo]:
     return {name: info for name, info in found.items() if name not in _LORA_INTERNAL}
 
 
+@cache
+def words_of(path: str, class_name: str) -> tuple[str, ...]:
+    """The values of one of transformers' enumerations. Loads neither transformers nor torch."""
+    node = _source_class("transformers", path, class_name)
+    return tuple(
+        str(item.value.value)
+        for item in node.body
+        if isinstance(item, ast.Assign) and isinstance(item.value, ast.Constant)
+    )
+
+
 def _source_fields(package: str, path: str, class_name: str) -> dict[str, FieldInfo]:
     """Fields that the dataclass declares in the installed package's source, without those it inherits."""
+    node = _source_class(package, path, class_name)
+    return {info.name: info for info in _class_fields(node)}
+
+
+def _source_class(package: str, path: str, class_name: str) -> ast.ClassDef:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{package} is not installed: `pip install burnish` brings it.")
     source = Path(spec.submodule_search_locations[0], path)
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return {info.name: info for info in _class_fields(node)}
+            return node
     raise ConfigError(f"{source} defines no {class_name}: this version of {package} is not supported.")
 
 

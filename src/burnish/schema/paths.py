@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from burnish.schema.predicates import text_problem
+
 __all__ = ["expanded", "file_problem", "folder_problem", "is_file", "is_folder", "path_problem"]
 
 _LONGEST_NAME_BYTES = 255
@@ -33,9 +35,9 @@ def path_problem(path: str) -> str | None:
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
-        return "it holds half a character (a lone surrogate); give a path in whole characters"
+        return text_problem(path)
     if b"\0" in encoded:
-        return "it holds a NUL character; remove it"
+        return text_problem(path)
     longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
     if longest > _LONGEST_NAME_BYTES or len(encoded) > _LONGEST_PATH_BYTES:
         return f"a name in it has {longest} bytes; give names of at most {_LONGEST_NAME_BYTES}"

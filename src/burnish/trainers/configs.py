@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
-from transformers import TrainingArguments
+import torch
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.model.precision import fast_bf16
 from burnish.schema import (
     DPOFields,
@@ -47,7 +49,7 @@ def _with_checked_arguments(config: T) -> T:
     names = [item.name for item in dataclasses.fields(config)]
 
     @functools.wraps(own_init)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(self: Any, /, *args: Any, **kwargs: Any) -> None:
         given = check_keywords(config.kind, dict(zip(names, args, strict=False)) | kwargs)
         self._given = set(given)
         own_init(self, **given)
@@ -55,6 +57,50 @@ def _with_checked_arguments(config: T) -> T:
 
     config.__init__ = init
     return config
+
+
+_REFUSALS = (AttributeError, ImportError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
+"""What transformers and torch raise where arguments do not fit."""
+
+_NEEDS_THE_MODEL = ("adalomo", "apollo", "galore", "lomo")
+"""Optimizers whose arguments transformers reads only beside the model."""
+
+
+def _check_parts(config: Any) -> None:
+    """Make the reporter, the optimizer's arguments and the schedule once, on one number: the real ones come last."""
+    name = str(getattr(config.optim, "value", config.optim))
+    tried: dict[str, Callable[[], object]] = {
+        "report_to": lambda: get_reporting_integration_callbacks(config.report_to),
+        "lr_scheduler_kwargs": lambda: _try_schedule(config),
+    }
+    if not name.startswith(_NEEDS_THE_MODEL):
+        tried["optim_args"] = lambda: Trainer.get_optimizer_cls_and_kwargs(config)
+    with_type = {"lr_scheduler_kwargs": "lr_scheduler_type", "optim_args": "optim"}
+    for field, attempt in tried.items():
+        try:
+            attempt()
+        except _REFUSALS as error:
+            kind = with_type.get(field)
+            beside = "" if kind is None else f" with {kind} = {str(getattr(config, kind))!r}"
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{field} = {show(getattr(config, field))}{beside}: transformers refuses it ({reason})."
+            ) from error
+
+
+def _try_schedule(config: Any) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule: Any = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=2,
+        num_training_steps=8,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )
+    by_metric = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    for _ in range(4):
+        optimizer.step()
+        schedule.step(*([0.0] if by_metric else []))
 
 
 def _finish(config: Any) -> None:
@@ -66,9 +112,9 @@ def _finish(config: Any) -> None:
     config.bf16 = False
     try:
         TrainingArguments.__post_init__(config)
-        get_reporting_integration_callbacks(config.report_to)
-    except (AttributeError, ImportError, OSError, OverflowError, TypeError, ValueError) as error:
+    except _REFUSALS as error:
         raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
+    _check_parts(config)
     check_world_size(config)
     config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
     if config.token_budget is None:

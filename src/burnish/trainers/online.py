@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
@@ -425,7 +425,8 @@ class OnlineTrainer(GroupTrainer):
         self.rubric.score([share.group for share in shares])
         metrics = self._held_out_means([c for share in shares for c in share.group.completions])
         if self.metrics_of_groups is not None:
-            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            with user_code("compute_metrics"):
+                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
@@ -465,11 +466,22 @@ class OnlineTrainer(GroupTrainer):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Hook: what `own_state` gave."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+    def reward_names(self) -> Sequence[str]:
+        """The criteria."""
+        return self.rubric.names
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the samples in flight."""
+        state = RolloutState.load(
+            folder,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            prompts=self.prompts,
+        )
         self._rollouts, self._rounds = state.rollouts, state.rounds
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay

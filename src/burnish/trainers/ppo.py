@@ -236,14 +236,13 @@ class PPOTrainer(PolicyTrainer):
         if self.is_world_process_zero():
             torch.save(self.critic.state_dict(), folder / _STATE)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / _STATE
+    def load_own_state(self, folder: Path) -> None:
+        """The rollouts and the critic."""
+        super().load_own_state(folder)
+        file = folder / _STATE
         if not file.is_file():
             raise ConfigError(
-                f"resume_from_checkpoint = {checkpoint!r}: {_STATE} is missing, so the critic is unknown."
+                f"resume_from_checkpoint = {str(folder)!r}: {_STATE} is missing, so the critic is unknown."
             )
         self.critic.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
 

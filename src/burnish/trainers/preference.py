@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -184,11 +184,14 @@ class ReferenceTrainer(GroupTrainer):
         if missing:
             known.add(missing, self.reference_sums(missing))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; with `precompute_ref_log_probs` score the data set with the reference first, or read the cache."""
+    def before_training(self) -> None:
+        """With `precompute_ref_log_probs` score the data set with the reference, or read the cache."""
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self._precompute()
-        return super().train(*args, **kwargs)
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
 
     def _precompute(self) -> None:
         assert self.reference is not None
