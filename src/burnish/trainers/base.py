@@ -30,7 +30,13 @@ from burnish.trainers.handover import handed_over
 from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
-from burnish.trainers.preflight import check_loaded, check_optimizer, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.preflight import (
+    check_loaded,
+    check_optimizer,
+    check_run,
+    refuse_router_loss,
+    use_non_reentrant_checkpointing,
+)
 from burnish.trainers.processes import claimed_folder
 from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
@@ -205,6 +211,7 @@ class GroupTrainer(Trainer):
 
     def prepare_model(self, model: torch.nn.Module) -> None:
         """Teach the loaded model, adapters included, what `batch_loss` asks of its forward."""
+        refuse_router_loss(model)
         prepare_for_scoring(model)
 
     def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from burnish.data import as_rows, encode_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
@@ -104,6 +105,8 @@ class OnlineTrainer(GroupTrainer):
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+            self.check_sampled_lengths(ref_model)
+        self.check_sampled_lengths(self.model)
         for criterion in self.rubric.criteria:
             if isinstance(criterion.function, RewardModel):
                 refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
@@ -139,6 +142,12 @@ class OnlineTrainer(GroupTrainer):
     def uses_dropout(self) -> bool:
         """Never: samples are drawn without it."""
         return False
+
+    def check_sampled_lengths(self, model: Any) -> None:
+        """Refuse prompts whose completions may grow beyond a model's positions."""
+        more = self.args.max_completion_length
+        for groups, name in ((self.prompts, "train_dataset"), (self.eval_prompts, "eval_dataset")):
+            check_lengths(causal_lm(model), groups, name, "lower max_completion_length or max_prompt_length", more=more)
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""

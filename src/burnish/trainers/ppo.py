@@ -124,6 +124,7 @@ class PPOTrainer(PolicyTrainer):
             # The policy is in memory already, whatever it was loaded with.
             init_kwargs = args.model_init_kwargs if isinstance(source, str | Path) else None
             model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=init_kwargs, **common)
+        self.check_sampled_lengths(model)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
         rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         return Critic(

@@ -15,7 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.scoring import eval_mode, score
+from burnish.model.positions import check_lengths
+from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -85,7 +86,9 @@ class ReferenceTrainer(GroupTrainer):
         )
         self.reference = Reference.of(self.model, ref_model) if needs_reference else None
         if ref_model is not None:
-            check_vocabulary(ref_model, self.train_dataset, "ref_model on train_dataset")
+            name = "ref_model on train_dataset"
+            check_vocabulary(ref_model, self.train_dataset, name)
+            check_lengths(causal_lm(ref_model), self.train_dataset, name, "set max_length")
         self._known = {"train": ReferenceSums(), "eval": ReferenceSums()}
         self._evaluated: Any = self.eval_dataset
         """The data set that the sums of "eval" are of."""
