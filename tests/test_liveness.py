@@ -46,8 +46,9 @@ def run(kind: str, folder: Path, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("kind", sorted(TRAINERS))
 def test_destroyed_weights_stop_every_stage(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(CheckFailed, match=r"step [45]: [34] optimizer steps in a row taught nothing: .*learning_rate"):
-        run(kind, tmp_path, learning_rate=1e3)
+    with pytest.raises(CheckFailed, match=r"step \d+: [34] optimizer steps in a row taught nothing: .*learning_rate"):
+        # Logits of 1e6 differ between sampler and trainer by more than rounding, which stops the run earlier.
+        run(kind, tmp_path, learning_rate=1e3, **({"logprob_check_bound": 1e9} if kind in ONLINE else {}))
 
 
 @pytest.mark.parametrize("kind", ONLINE)
