@@ -86,6 +86,7 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
     common: dict[str, Any] = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
     if isinstance(common["weight"], bool) or not isinstance(common["weight"], int | float):
         raise ConfigError(f"{where}.weight = {common['weight']!r}: use a number.")
+    common["weight"] = float(common["weight"])
     if "timeout_seconds" not in inspect.signature(CRITERIA[kind]).parameters:  # graders have one for each completion
         common["timeout_seconds"] = options.pop("timeout_seconds", None)
         if common["timeout_seconds"] is not None:
@@ -103,7 +104,7 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
     try:
-        return Criterion(name, factory(**options), **{**common, "weight": float(common["weight"])})
+        return Criterion(name, factory(**options), **common)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
