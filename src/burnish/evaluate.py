@@ -19,7 +19,7 @@ from burnish.packing import pack, split_by_tokens
 from burnish.rewards import Rubric
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
-from burnish.types import Group, Score, StopReason
+from burnish.types import Completion, Group, Score, StopReason
 
 __all__ = [
     "Evaluation",
@@ -158,6 +158,7 @@ class Problem:
         num_truncated: completions cut by the token limit.
         mean_tokens: mean length of its completions in tokens.
         criteria: mean of each criterion over the completions that have it; None where none has.
+        samples: its completions, `{text, stop_reason, num_tokens, reward, criteria, answers, errors}` each.
     """
 
     key: str
@@ -167,6 +168,7 @@ class Problem:
     num_truncated: int
     mean_tokens: float
     criteria: dict[str, float | None]
+    samples: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +238,8 @@ class Evaluation:
         """
         try:
             fields = dict(data)
-            fields["problems"] = tuple(Problem(**problem) for problem in fields["problems"])
+            kept: list[dict[str, Any]] = [{"samples": (), **problem} for problem in fields["problems"]]
+            fields["problems"] = tuple(Problem(**{**own, "samples": tuple(own["samples"])}) for own in kept)
             fields["pass_at_k"] = {int(k): Interval(**interval) for k, interval in fields["pass_at_k"].items()}
             fields["criteria"] = {name: Interval(**interval) for name, interval in fields["criteria"].items()}
             fields["errors"] = tuple(fields["errors"])
@@ -411,7 +414,20 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
         num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
+        samples=tuple(_sample(completion, own) for completion, own in zip(group.completions, scores, strict=True)),
     )
+
+
+def _sample(completion: Completion, score: Score) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "stop_reason": completion.stop_reason and completion.stop_reason.value,
+        "num_tokens": len(completion.token_ids),
+        "reward": score.total,
+        "criteria": score.criteria,
+        "answers": score.answers,
+        "errors": score.errors,
+    }
 
 
 def _key(row: Mapping[str, Any]) -> str:
