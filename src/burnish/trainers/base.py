@@ -25,7 +25,7 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
-from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
@@ -416,7 +416,7 @@ class GroupTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config():
+        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
