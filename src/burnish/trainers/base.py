@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import CheckFailed, ConfigError
 from burnish.model.adapters import add_adapters, without_base_config
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
@@ -27,6 +27,7 @@ from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.handover import handed_over
+from burnish.trainers.held_out import check_best_metric, own_set
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.preflight import check_loaded, check_optimizer, check_run, use_non_reentrant_checkpointing
@@ -164,6 +165,7 @@ class GroupTrainer(Trainer):
             raise ConfigError(
                 f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
             )
+        check_best_metric(self, self.evaluation_names())
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
         with claimed_folder(self), handing_over, stopping_on_signals(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -436,16 +438,33 @@ class GroupTrainer(Trainer):
         """The groups of a data set's rows; `name` is for messages."""
         raise NotImplementedError
 
+    def held_out(self, given: Any = None) -> list[Group]:
+        """The trainer's own held-out set (None, or its name), or the groups of other rows."""
+        own = own_set(self.eval_dataset, given)
+        return self.encode(given, "eval_dataset") if own is None else own
+
+    def evaluation_names(self) -> Collection[str] | None:
+        """Names of the metrics of an evaluation without their prefix; None where they cannot be known."""
+        return None
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: predictions would be logits of padded rows.
+
+        Raises:
+            ConfigError: always, with what to call instead.
+        """
+        raise ConfigError(
+            "predict(): logits of padded rows do not exist here. Metrics come from evaluate(rows, "
+            "metric_key_prefix='test'), texts from `burnish eval` or burnish.rollout, scores from burnish.RewardModel."
+        )
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A plain loader over groups; rows that were not given to the trainer are encoded.
 
         Raises:
             DataError: there is nothing to evaluate on.
         """
-        given = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if given is None:
-            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
-        return self._plain_loader(given if given is self.eval_dataset else self.encode(given, "eval_dataset"))
+        return self._plain_loader(self.held_out(eval_dataset))
 
     def _plain_loader(self, dataset: Any) -> DataLoader[Any]:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -23,18 +22,18 @@ from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
-from burnish.rewards.verifiers import soft_overlong
 from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
 from burnish.rollout.validation import generate
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer, collate
 from burnish.trainers.callbacks import RecordsCallback
-from burnish.trainers.metrics import criterion_values, total
+from burnish.trainers.held_out import encode_sets, sets_of_rows
+from burnish.trainers.metrics import StepMetrics, held_out_means, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
-from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
+from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of, whole_groups
 from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
-from burnish.trainers.reward_funcs import RewardFunction, as_rubric
+from burnish.trainers.reward_funcs import RewardFunction, as_rubric, penalise_overlong
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
 from burnish.trainers.transcripts import TranscriptLog
@@ -88,14 +87,13 @@ class OnlineTrainer(GroupTrainer):
         self.metrics_of_groups = compute_metrics
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self.prompts = self.encode(train_dataset, "train_dataset")
-        self.eval_prompts = [] if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
         self._check_sizes()
         super().__init__(
             model,
             args,
             processing_class=self.tokenizer,
             train_dataset=self.prompts,
-            eval_dataset=self.eval_prompts or None,
+            eval_dataset=encode_sets(eval_dataset, self.encode),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -225,9 +223,7 @@ class OnlineTrainer(GroupTrainer):
             later += [group for group in steps[0] if self.needs_old_logprobs(group)]
             unknown = groups if self.passes > 1 else later
             self._fill([group for group in unknown if _is_fresh(group)], "old_logprobs", self.model)
-            if self.reference is not None:
-                with self.reference.active(self.model) as reference:
-                    self._fill(groups, "ref_logprobs", reference)
+            self._fill_reference(groups)
         self.judge(shares)
         self._rollouts += 1
         self._metrics.add("seconds/rollout", sampled - started)
@@ -272,7 +268,7 @@ class OnlineTrainer(GroupTrainer):
         self._rounds += 1
         super().count_tokens(groups)
         started = time.perf_counter()
-        self.rubric.score(groups)
+        self.rubric.score(groups, trainer_state=self.state)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
         self._log_round(shares)
         rewards: dict[int, list[float | None]] = defaultdict(list)
@@ -287,27 +283,12 @@ class OnlineTrainer(GroupTrainer):
 
     def _everywhere(self, shares: Sequence[Share]) -> dict[int, Group]:
         """The whole groups of all ranks, by place, on every rank."""
-        groups: dict[int, Group] = {}
-        for share in sorted(self.gathered(shares), key=lambda share: (share.place, share.first)):
-            if share.place in groups:
-                groups[share.place].completions += share.group.completions
-            else:
-                groups[share.place] = dataclasses.replace(share.group, completions=list(share.group.completions))
-        return groups
+        return whole_groups(self.gathered(shares))
 
     def _punish_overlong(self, groups: Sequence[Group]) -> None:
-        """DAPO's punishment, as one more criterion: after the filter, so that it does not make spread by itself."""
-        buffer, limit = self.args.overlong_buffer, self.args.max_completion_length
-        if buffer is None:
-            return
-        tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
-        judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
-        punish = soft_overlong(max_completion_length=limit, cache=tokens)
-        values = [self.args.overlong_penalty * value for value in punish(completion_ids=[ids for _, ids in judged])]
-        for (own, _), value in zip(judged, values, strict=True):
-            own.criteria["overlong"] = value
-            own.total = None if own.total is None else own.total + value
-        if values:
+        """DAPO's penalty, as one more criterion: after the filter, so that it does not make spread by itself."""
+        args = self.args
+        if args.overlong_buffer is not None and (values := penalise_overlong(groups, args)):
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
@@ -355,6 +336,18 @@ class OnlineTrainer(GroupTrainer):
                     )
                 setattr(completion, name, values)
 
+    def _fill_reference(self, groups: Sequence[Group]) -> None:
+        if self.reference is not None:
+            with self.reference.active(self.model) as reference:
+                self._fill(groups, "ref_logprobs", reference)
+
+    def prepare_terms(self, groups: Sequence[Group]) -> None:
+        """Hook: what the loss of these groups needs to know of all of them."""
+
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """What the loss needs to know of the step."""
+        self.prepare_terms(groups)
+
     def in_loss(self, completion: Completion) -> bool:
         """Whether a completion has a reward, and is not masked as truncated."""
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
@@ -399,13 +392,22 @@ class OnlineTrainer(GroupTrainer):
             )
         self.transcripts.write(shares, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
+    def evaluation_names(self) -> Collection[str] | None:
+        """Names of the metrics of `evaluate`, unless a function of the user's adds some."""
+        if self.metrics_of_groups is not None:
+            return None
+        criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
+        return ("loss", "reward", "completions/mean_length", *criteria)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample on held-out prompts and report the mean reward and each criterion."""
-        prompts = self.eval_prompts if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
-        if not prompts:
-            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
+        """Sample on held-out prompts; report the loss, the mean reward and each criterion, of each set by its name."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if (sets := sets_of_rows(given)) is not None:
+            parts = [self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        prompts = self.held_out(given)
         samples = self.args.num_generations_eval or self.args.num_generations
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         shares = [
@@ -413,28 +415,37 @@ class OnlineTrainer(GroupTrainer):
         ]
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
-        self.rubric.score([share.group for share in shares])
-        metrics = self._held_out_means([c for share in shares for c in share.group.completions])
+        self.rubric.score([share.group for share in shares], trainer_state=self.state)
+        completions = [c for share in shares for c in share.group.completions]
+        metrics = held_out_means(completions, self.rubric.names, self.sum_over_ranks)
         if self.metrics_of_groups is not None:
             own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
+        metrics = {"loss": self._held_out_loss(shares), **metrics}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _held_out_means(self, completions: Sequence[Completion]) -> dict[str, float]:
-        """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""
-        rewards = [r for c in completions if (r := total(c)) is not None]
-        sums = {"reward": (sum(rewards), len(rewards))}
-        for name in self.rubric.names:
-            values = criterion_values(completions, name)
-            sums[f"rewards/{name}/mean"] = (sum(values), len(values))
-        sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
-        return {
-            name: self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
-            for name, (value, count) in sums.items()
-        }
+    def _held_out_loss(self, shares: Sequence[Share]) -> float:
+        """The loss of the training steps on held-out samples; neither metrics nor coefficients of training move."""
+        groups = [share.group for share in shares]
+        kept = self._metrics, self._fresh, self.own_state()
+        self._metrics, self._fresh = StepMetrics(), False
+        try:
+            with torch.no_grad(), eval_mode(self.model):
+                self._fill([group for group in groups if self.needs_old_logprobs(group)], "old_logprobs", self.model)
+                self._fill_reference(groups)
+                self.judge(shares)
+                self.prepare_terms(groups)
+                denominator = max(self.sum_over_ranks(self.step_denominator(groups)), 1.0)
+                parts = self.split(trainable) if (trainable := self.trainable_groups(groups)) else []
+                batches = [self.pack_groups(part).to(self.args.device) for part in parts]
+                losses = [float(self.batch_loss(self.model, batch, denominator=denominator)) for batch in batches]
+                return self.sum_over_ranks(sum(losses))
+        finally:
+            self._metrics, self._fresh, state = kept
+            self.load_state(state)
 
     def save_own_state(self, folder: Path) -> None:
         """What has been sampled and what is in flight."""

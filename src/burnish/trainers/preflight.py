@@ -15,6 +15,7 @@ from burnish.model.adapters import carries_adapters, saved_adapters
 from burnish.model.loading import load_processing_class
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
+from burnish.trainers.held_out import named_sets
 from burnish.types import Group
 
 __all__ = [
@@ -51,7 +52,8 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
         )
     _check_trains(model)
     check_vocabulary(model, train_dataset, "train_dataset")
-    check_vocabulary(model, eval_dataset, "eval_dataset")
+    for name, groups in named_sets(eval_dataset).items():
+        check_vocabulary(model, groups, name.replace("eval", "eval_dataset", 1))
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
