@@ -1,4 +1,4 @@
-"""Held-out sets: by name, steering a run in every stage, and what cannot be steered by is known before the first step."""
+"""Held-out sets: by name, steering a run in every stage; metrics are known before the first step."""
 
 from __future__ import annotations
 

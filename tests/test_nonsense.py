@@ -263,7 +263,7 @@ def tokenizer(**changes: Any) -> Any:
             "sft",
             CHATS,
             {"processing_class": tokenizer(chat_template="hello"), "config": {"assistant_only_loss": True}},
-            "none of 4 rows has a token to learn from",
+            "row 0: the chat template leaves out the key 'content' of message 0 (user)",
         ),
         (PAIRED, None, {"processing_class": tokenizer(eos_token=None, pad_token=None)}, "tokenizer has no eos_token"),
         (EVERY, None, {"processing_class": "abc"}, "processing_class = str: pass a tokenizer of transformers"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from burnish.data.chat import chat_spans, render_chat, resolve_chat_template
 from burnish.data.formats import Message, check_roles, messages_of, row_template_kwargs, row_tools
 from burnish.data.limits import EncodeStats
 from burnish.data.tokens import tokenize_chat
+from burnish.data.traces import check_traces, fit_to_template
 from burnish.errors import DataError
 from burnish.types import Completion
 
@@ -37,7 +40,7 @@ class ChatRow:
 
     def conversation(self, messages: Any, assistant_only: bool, stats: EncodeStats | None) -> Completion:
         """A whole conversation as one completion."""
-        messages = self._checked(messages)
+        messages = self._fitted(self._checked(messages))
         with naming_row(self.index):
             if not assistant_only:
                 ids = tokenize_chat(self.processing_class, self._render(messages), ())[0]
@@ -65,8 +68,9 @@ class ChatRow:
             raise DataError(
                 f"row {self.index}: the prompt ends with an assistant message: merge it with the completion's first."
             )
+        messages = self._fitted([*prompt, *completion])
         with naming_row(self.index):
-            chat = chat_spans(self.processing_class, [*prompt, *completion], first_turn=len(prompt), **self.options)
+            chat = chat_spans(self.processing_class, messages, first_turn=len(prompt), **self.options)
             first, last = chat.spans[0][0], chat.spans[-1][1]
             ids, mask, num_prompt = tokenize_chat(self.processing_class, chat.text[:last], chat.spans, boundary=first)
         _count_rerendered(stats, chat.rerendered)
@@ -75,7 +79,7 @@ class ChatRow:
 
     def prompt(self, messages: Any) -> list[int]:
         """A prompt for generation."""
-        messages = self._checked(messages)
+        messages = self._fitted(self._checked(messages))
         open_turn = messages[-1]["role"] == "assistant"
         with naming_row(self.index):
             text = self._render(messages, prompt=True, open_turn=open_turn)
@@ -87,13 +91,23 @@ class ChatRow:
             check_roles(messages, self.options["template"])
         return messages
 
-    def _render(self, messages: Sequence[Message], *, prompt: bool = False, open_turn: bool = False) -> str:
+    def _fitted(self, messages: Sequence[Message]) -> list[Message]:
+        """The conversation in the form that the template expects, with nothing that it would leave out."""
+        with naming_row(self.index):
+            fitted = fit_to_template(self._render, messages)
+            without_tools = partial(self._render, tools=None) if self.options["tools"] else None
+            check_traces(self._render, fitted, render_without_tools=without_tools)
+        return fitted
+
+    def _render(
+        self, messages: Sequence[Message], *, prompt: bool = False, open_turn: bool = False, **options: Any
+    ) -> str:
         return render_chat(
             self.processing_class,
             messages,
             add_generation_prompt=prompt and not open_turn,
             continue_final_message=prompt and open_turn,
-            **self.options,
+            **{**self.options, **options},
         )
 
 
@@ -107,9 +121,15 @@ def naming_row(index: int) -> Generator[None]:
 
 
 def _spoken(messages: Sequence[Message]) -> str:
-    """What the assistant says in the messages, as text."""
-    said = (message.get("content") for message in messages if message["role"] == "assistant")
-    return "\n".join(text if isinstance(text, str) else _block_text(text) for text in said if text)
+    """What the assistant says in the messages, as text; tool calls as JSON."""
+    said: list[str] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            content = message.get("content") or ""
+            said.append(content if isinstance(content, str) else _block_text(content))
+            if calls := message.get("tool_calls"):
+                said.append(json.dumps(calls, ensure_ascii=False, default=str))
+    return "\n".join(filter(None, said))
 
 
 def _block_text(blocks: Any) -> str:

@@ -7,12 +7,12 @@ messages (conversational).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias, cast
 
+from burnish.data.parsing import check_text, parse_json, short
 from burnish.errors import ConfigError, DataError
 
 __all__ = [
@@ -99,11 +99,13 @@ def as_row(value: Any, index: int) -> Mapping[str, Any]:
         DataError: not columns by name, or columns that burnish cannot look at.
     """
     if not isinstance(value, Mapping):
-        raise DataError(f"row {index} is {_short(value)}: each row must be columns by name, such as {{'text': '...'}}.")
+        raise DataError(f"row {index} is {short(value)}: each row must be columns by name, such as {{'text': '...'}}.")
     row = cast("Mapping[str, Any]", value)
     for name in ("image", "images"):
         if row.get(name) is not None:
             raise DataError(f"row {index} has {name}: burnish trains on text; drop the column, or the row.")
+    for name, content in row.items():
+        check_text(content, f"row {index}", name)
     return row
 
 
@@ -164,7 +166,7 @@ def _is_conversation(value: Any, name: str, index: int) -> bool:
         return False
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"row {index}: {name} = {_short(value)}: use a string, or a non-empty list of messages "
+            f"row {index}: {name} = {short(value)}: use a string, or a non-empty list of messages "
             '[{"role": "user", "content": "..."}].'
         )
     for message in cast("list[Any]", value):
@@ -179,25 +181,25 @@ def _check_message(value: Any, name: str, index: int) -> None:
         if isinstance(value, Mapping) and "from" in message:
             fix = "rename from to role (human to user, gpt to assistant) and value to content"
         raise DataError(
-            f"row {index}: {name} holds {_short(value)}, which is not a message: {fix} "
+            f"row {index}: {name} holds {short(value)}, which is not a message: {fix} "
             '({"role": "user", "content": "..."}).'
         )
     content = message.get("content")
     if content is None and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
         raise DataError(
-            f"row {index}: {name} holds {_short(value)}, a message without content: give it a string, or drop the row."
+            f"row {index}: {name} holds {short(value)}, a message without content: give it a string, or drop the row."
         )
     blocks = cast("list[Any]", content) if isinstance(content, list) else []
     if not (content is None or isinstance(content, str | list)) or not all(_is_text_block(block) for block in blocks):
         raise DataError(
-            f"row {index}: {name} holds {_short(value)}, whose content is no text: use a string, or blocks "
+            f"row {index}: {name} holds {short(value)}, whose content is no text: use a string, or blocks "
             '{"type": "text", "text": "..."}.'
         )
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(map(_is_call, cast("list[Any]", calls)))):
         raise DataError(
-            f"row {index}: {name}: tool_calls = {_short(calls)}: use a list of calls "
-            '{"function": {"name": "...", "arguments": {...}}}.'
+            f"row {index}: {name}: tool_calls = {short(calls)}: use a list of calls "
+            '{"function": {"name": "...", "arguments": {...}}}, arguments an object or its JSON.'
         )
 
 
@@ -213,7 +215,15 @@ def _is_call(call: Any) -> bool:
     if not isinstance(call, Mapping):
         return False
     function: Any = cast("Mapping[str, Any]", call).get("function", call)
-    return isinstance(function, Mapping) and isinstance(cast("Mapping[str, Any]", function).get("name"), str)
+    if not isinstance(function, Mapping) or not isinstance(cast("Mapping[str, Any]", function).get("name"), str):
+        return False
+    arguments: Any = cast("Mapping[str, Any]", function).get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments or "{}", "arguments")
+        except DataError:
+            return False
+    return arguments is None or isinstance(arguments, Mapping)
 
 
 def check_roles(messages: Sequence[Message], template: str) -> None:
@@ -231,11 +241,6 @@ def check_roles(messages: Sequence[Message], template: str) -> None:
             )
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 def row_tools(row: Mapping[str, Any], index: int = 0) -> list[dict[str, Any]] | None:
     """The `tools` column: JSON schemas as a list, or that list as a JSON string; None where there are none.
 
@@ -246,10 +251,10 @@ def row_tools(row: Mapping[str, Any], index: int = 0) -> list[dict[str, Any]] | 
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list):
-        raise DataError(f"row {index}: tools = {_short(tools)}: use a list of JSON schemas.")
+        raise DataError(f"row {index}: tools = {short(tools)}: use a list of JSON schemas.")
     schemas = [_parsed(tool, "tools", index) for tool in cast("list[Any]", tools)]
     if not all(isinstance(schema, dict) for schema in schemas):
-        raise DataError(f"row {index}: tools = {_short(tools)}: each tool must be a JSON schema (an object).")
+        raise DataError(f"row {index}: tools = {short(tools)}: each tool must be a JSON schema (an object).")
     return [_without_none(schema) for schema in schemas]
 
 
@@ -263,17 +268,14 @@ def row_template_kwargs(row: Mapping[str, Any], index: int = 0) -> dict[str, Any
     if kwargs is None:
         return {}
     if not isinstance(kwargs, Mapping):
-        raise DataError(f"row {index}: chat_template_kwargs = {_short(kwargs)}: use a mapping of template variables.")
+        raise DataError(f"row {index}: chat_template_kwargs = {short(kwargs)}: use a mapping of template variables.")
     return {str(k): v for k, v in cast("Mapping[Any, Any]", kwargs).items() if v is not None}
 
 
 def _parsed(value: Any, name: str, index: int) -> Any:
     if not isinstance(value, str):
         return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"row {index}: {name} = {_short(value)} is not JSON ({error}).") from error
+    return parse_json(value, f"row {index}: {name} = {short(value)}")
 
 
 def _without_none(value: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from burnish.data.parsing import half_character
 from burnish.errors import DataError
 
 __all__ = ["inner_tokenizer", "plain_ids", "split_ids", "tokenize_chat", "with_bos", "with_eos"]
@@ -34,13 +35,9 @@ def _called(tokenizer: Any, text: str, **options: Any) -> Any:
     try:
         return tokenizer(text, add_special_tokens=False, **options)
     except (TypeError, UnicodeEncodeError) as error:
-        place = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
-        if place is None:
+        if (problem := half_character(text)) is None:
             raise
-        raise DataError(
-            f"the text holds half a character (a lone surrogate, {text[place]!r} at character {place}): it was cut "
-            "within an emoji or decoded wrongly; repair the text, or drop the row."
-        ) from error
+        raise DataError(problem) from error
 
 
 def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:

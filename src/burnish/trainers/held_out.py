@@ -47,13 +47,13 @@ def _holds_rows(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes)
 
 
-def named_sets(dataset: Any) -> dict[str, list[Group]]:
+def named_sets(dataset: Any, prefix: str = "eval") -> dict[str, list[Group]]:
     """Encoded data sets by the prefix of their metrics: `eval`, or `eval_NAME` for each of several."""
     if dataset is None:
         return {}
     if isinstance(dataset, Mapping):
-        return {f"eval_{name}": groups for name, groups in cast("Mapping[str, list[Group]]", dataset).items()}
-    return {"eval": cast("list[Group]", dataset)}
+        return {f"{prefix}_{name}": groups for name, groups in cast("Mapping[str, list[Group]]", dataset).items()}
+    return {prefix: cast("list[Group]", dataset)}
 
 
 def own_set(dataset: Any, given: Any) -> list[Group] | None:

@@ -16,19 +16,21 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
-from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.rollout import Engine, Request, SamplingParams, make_engine
 from burnish.rollout.validation import generate
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate
+from burnish.trainers.base import GroupTrainer
+from burnish.trainers.batches import collate
 from burnish.trainers.callbacks import RecordsCallback
-from burnish.trainers.held_out import encode_sets, sets_of_rows
+from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
 from burnish.trainers.metrics import StepMetrics, held_out_means, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of, whole_groups
@@ -36,6 +38,7 @@ from burnish.trainers.reference import Reference, check_reference, refuse_shared
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric, penalise_overlong
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
+from burnish.trainers.sampling import sampling_params
 from burnish.trainers.transcripts import TranscriptLog
 from burnish.types import Completion, Group, PackedBatch, StopReason
 
@@ -101,6 +104,8 @@ class OnlineTrainer(GroupTrainer):
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+            self.check_sampled_lengths(ref_model)
+        self.check_sampled_lengths(self.model)
         for criterion in self.rubric.criteria:
             if isinstance(criterion.function, RewardModel):
                 refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
@@ -113,7 +118,7 @@ class OnlineTrainer(GroupTrainer):
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog(args, is_main=self.is_world_process_zero(), gathered=self.gathered)
         self.add_callback(RecordsCallback(self.transcripts.records))
-        self.params = self._sampling_params()
+        self.params = sampling_params(args, causal_lm(self.model), self.tokenizer)
         self._buffer: list[list[Group]] = []
         order = args.prompt_sampling if args.shuffle_dataset else "given"
         self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
@@ -133,6 +138,12 @@ class OnlineTrainer(GroupTrainer):
         """Never: samples are drawn without it."""
         return False
 
+    def check_sampled_lengths(self, model: Any) -> None:
+        """Refuse prompts whose completions may grow beyond a model's positions."""
+        more = self.args.max_completion_length
+        for name, groups in {"train_dataset": self.prompts, **named_sets(self.eval_dataset, "eval_dataset")}.items():
+            check_lengths(causal_lm(model), groups, name, "lower max_completion_length or max_prompt_length", more=more)
+
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
         return encode_rows(
@@ -142,24 +153,6 @@ class OnlineTrainer(GroupTrainer):
             name=name,
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
-        )
-
-    def _sampling_params(self) -> SamplingParams:
-        args = self.args
-        ends = eos_token_ids(causal_lm(self.model), self.tokenizer)
-        if not ends and not args.stop:
-            raise ConfigError(
-                "neither the tokenizer nor the model's generation_config has an eos_token, so every completion would "
-                "run to max_completion_length: set tokenizer.eos_token, or stop."
-            )
-        return SamplingParams(
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p or 0.0,
-            stop=tuple(args.stop or ()),
-            eos_token_ids=ends,
         )
 
     @property
@@ -272,7 +265,9 @@ class OnlineTrainer(GroupTrainer):
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
         self._log_round(shares)
         rewards: dict[int, list[float | None]] = defaultdict(list)
-        for place, _, values in sorted(self.gathered([_rewards_of(share) for share in shares])):
+        for place, _, values in sorted(
+            self.gathered([(s.place, s.first, [total(c) for c in s.group.completions]) for s in shares])
+        ):
             rewards[place] += values
         self._metrics.add_rewards(list(rewards.values()))
         known = [r for row in rewards.values() for r in row if r is not None]
@@ -419,7 +414,8 @@ class OnlineTrainer(GroupTrainer):
         completions = [c for share in shares for c in share.group.completions]
         metrics = held_out_means(completions, self.rubric.names, self.sum_over_ranks)
         if self.metrics_of_groups is not None:
-            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            with user_code("compute_metrics"):
+                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         metrics = {"loss": self._held_out_loss(shares), **metrics}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -467,19 +463,26 @@ class OnlineTrainer(GroupTrainer):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Hook: what `own_state` gave."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+    def reward_names(self) -> Sequence[str]:
+        """The criteria."""
+        return self.rubric.names
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the samples in flight."""
+        state = RolloutState.load(
+            folder,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            prompts=self.prompts,
+        )
         self._rollouts, self._rounds = state.rollouts, state.rounds
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
         self.load_state(state.own)
-
-
-def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:
-    return share.place, share.first, [total(c) for c in share.group.completions]
 
 
 def _is_fresh(group: Group) -> bool:

@@ -24,7 +24,7 @@ from burnish.objectives.policy import (
     log_ratio,
 )
 from burnish.packing import pack
-from burnish.trainers.base import scored_tokens
+from burnish.trainers.batches import scored_tokens
 from burnish.trainers.metrics import total
 from burnish.trainers.online import OnlineTrainer
 from burnish.trainers.prompts import Share

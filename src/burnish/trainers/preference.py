@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,7 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.scoring import eval_mode, score
+from burnish.model.positions import check_lengths
+from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -90,7 +91,9 @@ class ReferenceTrainer(GroupTrainer):
         )
         self.reference = Reference.of(self.model, ref_model) if needs_reference else None
         if ref_model is not None:
-            check_vocabulary(ref_model, self.train_dataset, "ref_model on train_dataset")
+            name = "ref_model on train_dataset"
+            check_vocabulary(ref_model, self.train_dataset, name)
+            check_lengths(causal_lm(ref_model), self.train_dataset, name, "set max_length")
         self._known = {name: ReferenceSums() for name in ("train", *named_sets(self.eval_dataset))}
         self._evaluated = _OTHER_ROWS
         """The key of the data set that is being evaluated."""
@@ -187,22 +190,21 @@ class ReferenceTrainer(GroupTrainer):
         if missing:
             known.add(missing, self.reference_sums(missing))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; with `precompute_ref_log_probs` score the data set with the reference first, or read the cache."""
+    def before_training(self) -> None:
+        """With `precompute_ref_log_probs` score the data set with the reference, or read the cache."""
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self._precompute()
-        return super().train(*args, **kwargs)
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
 
     def _precompute(self) -> None:
         assert self.reference is not None
         if self.reference.released:  # by an earlier train(): all that it would be asked is known
             return
-        if self.reference.released:  # by an earlier train(), which scored the same sets
-            return
-        for split, groups in {
-            "train": cast("list[Group]", self.train_dataset),
-            **named_sets(self.eval_dataset),
-        }.items():
+        sets = {"train": cast("list[Group]", self.train_dataset), **named_sets(self.eval_dataset)}
+        for split, groups in sets.items():
             own = groups[self.accelerator.process_index :: self.accelerator.num_processes]
             self._known[split].load_or_compute(
                 Path(self.args.output_dir) / f"reference_log_probs_{_file_name(split)}.json",

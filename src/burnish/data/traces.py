@@ -1,0 +1,172 @@
+"""What a chat template makes of a conversation's parts: every one must leave a trace in the rendering.
+
+A template silently skips the keys that it does not read. Under a template without tool calls, for example, a turn that
+only calls a tool becomes a bare end of turn, and a model trained on it learns to say nothing. Nothing can be read off a
+template's source with certainty, so each part is left out once and the two renderings are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import product
+from typing import Any, TypeAlias, cast
+
+from burnish.data.formats import Message
+from burnish.errors import DataError
+
+__all__ = ["check_traces", "fit_to_template"]
+
+Render: TypeAlias = Callable[[Sequence[Message]], str]
+"""Messages to text; raises `DataError` where the template rejects them."""
+
+_MISSING: Any = object()
+
+
+def fit_to_template(render: Render, messages: Sequence[Message]) -> list[Message]:
+    """Write absent contents and the arguments of tool calls in the form that the template expects.
+
+    Templates differ: some concatenate arguments and need JSON text, most apply `tojson` and would encode a text twice;
+    some need `content` to be None beside tool calls, others need a string.
+
+    Args:
+        render: messages to text.
+        messages: a conversation without keys that are None.
+
+    Returns:
+        The messages in the first form that renders, arguments written once and as JSON.
+
+    Raises:
+        DataError: no form does.
+    """
+    absent = any("content" not in message for message in messages)
+    called = any(message.get("tool_calls") for message in messages)
+    if not absent and not called:
+        return list(messages)
+    problem: DataError | None = None
+    for content, as_text in product((_MISSING, None, "") if absent else (_MISSING,), (False, True)[: 1 + called]):
+        fitted = [_fitted(message, content, as_text=as_text) for message in messages]
+        try:
+            text = render(fitted)
+        except DataError as error:
+            problem = problem or error
+            continue
+        if wrong := next((a for a in _arguments(fitted) if _is_miswritten(a, text)), None):
+            problem = problem or DataError(f"the chat template does not write the arguments {wrong!r:.80} as JSON.")
+            continue
+        return fitted
+    assert problem is not None
+    raise problem
+
+
+def check_traces(render: Render, messages: Sequence[Message], *, render_without_tools: Render | None = None) -> None:
+    """Refuse a conversation of which the template leaves something out.
+
+    A key that shows only while its turn is the last one (reasoning that later turns strip) has a trace. The id that
+    ties a tool's result to its call, and a tool's name beside its result, may be left out.
+
+    Args:
+        render: messages to text.
+        messages: the conversation, as it will be rendered.
+        render_without_tools: the same without tools, where the row has some.
+
+    Raises:
+        DataError: naming the message, the key and the fix.
+    """
+    text = render(messages)
+    if render_without_tools is not None and _try(render_without_tools, messages) == text:
+        raise _no_trace("tools")
+    for place, message in enumerate(messages):
+        for key, without in _parts(message):
+            if key == "content" and _is_verbatim(message["content"], text):
+                continue
+            if _try(render, [*messages[:place], without, *messages[place + 1 :]]) != text:
+                continue
+            served = _try(render, messages[: place + 1])
+            if served is not None and _try(render, [*messages[:place], without]) != served:
+                continue
+            raise _no_trace(f"the key {key!r} of message {place} ({message['role']})")
+
+
+def _no_trace(part: str) -> DataError:
+    return DataError(
+        f"the chat template leaves out {part}, so the model would be trained without it: use a chat template that "
+        "reads it (chat_template, or the tokenizer's own), move what it says into content, or drop it."
+    )
+
+
+def _parts(message: Message) -> Generator[tuple[str, Message]]:
+    """The parts of a message that must show, each with the message without it."""
+    for key, value in message.items():
+        if key in ("role", "tool_call_id") or (key == "name" and message["role"] == "tool"):
+            continue
+        if value is not None and value not in ("", [], {}):
+            yield key, {name: own for name, own in message.items() if name != key}
+    calls: list[Any] = message.get("tool_calls") or []
+    for number, call in enumerate(calls):
+        if _function(call).get("arguments") not in (None, "", "{}", {}):
+            bare = _with_arguments(call, _MISSING)
+            yield f"tool_calls[{number}].arguments", {**message, "tool_calls": _replaced(calls, number, bare)}
+        if len(calls) > 1:
+            yield f"tool_calls[{number}]", {**message, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
+
+
+def _is_verbatim(content: Any, text: str) -> bool:
+    """A quick yes for most contents, which need no second rendering."""
+    if isinstance(content, str):
+        return content.strip() in text
+    blocks = cast("Sequence[Mapping[str, Any]]", content)
+    return all(str(block.get("text", "")).strip() in text for block in blocks)
+
+
+def _try(render: Render, messages: Sequence[Message]) -> str | None:
+    try:
+        return render(messages)
+    except DataError:
+        return None
+
+
+def _fitted(message: Message, content: Any, *, as_text: bool) -> Message:
+    if "content" not in message and content is not _MISSING:
+        message = {**message, "content": content}
+    if calls := message.get("tool_calls"):
+        message = {**message, "tool_calls": [_with_arguments(call, _form(call, as_text)) for call in calls]}
+    return message
+
+
+def _form(call: Any, as_text: bool) -> Any:
+    given = _function(call).get("arguments", _MISSING)
+    if as_text and isinstance(given, Mapping):
+        return json.dumps(given, ensure_ascii=False)
+    return json.loads(given or "{}") if isinstance(given, str) and not as_text else given
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", call.get("function", call))
+
+
+def _with_arguments(call: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
+    function = {key: value for key, value in _function(call).items() if key != "arguments"}
+    if arguments is not _MISSING:
+        function["arguments"] = arguments
+    return {**call, "function": function} if "function" in call else function
+
+
+def _replaced(items: list[Any], place: int, item: Any) -> list[Any]:
+    return [*items[:place], item, *items[place + 1 :]]
+
+
+def _arguments(messages: Sequence[Message]) -> list[Any]:
+    return [
+        arguments
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if (arguments := _function(call).get("arguments"))
+    ]
+
+
+def _is_miswritten(arguments: Any, text: str) -> bool:
+    """Whether arguments stand in the text as Python would print them, or as JSON within a JSON string."""
+    if isinstance(arguments, str):
+        return any(json.dumps(arguments, ensure_ascii=escaped) in text for escaped in (False, True))
+    return str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in text
