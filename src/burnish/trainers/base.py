@@ -28,6 +28,7 @@ from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading
 from burnish.trainers.handover import handed_over
 from burnish.trainers.held_out import check_best_metric, own_set
+from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.preflight import (
@@ -96,6 +97,7 @@ class GroupTrainer(Trainer):
         use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self.liveness = Liveness(args.max_dead_steps)
         self.is_untrained = True
         """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
         self.num_tokens = 0
@@ -149,7 +151,9 @@ class GroupTrainer(Trainer):
         with claimed_folder(self), handing_over, stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
             self.before_training()
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            self.liveness.end_run()
+            return result
 
     def before_training(self) -> None:
         """Hook: what must be known before the first step of a run, new or resumed."""
@@ -230,6 +234,7 @@ class GroupTrainer(Trainer):
         self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         trainable = self.trainable_groups(groups)
+        self.liveness.begin_step(denominator, has_work=self.max_over_ranks(len(trainable)) > 0)
         batches = [self._micro_batch(part) for part in partition(trainable, num_batches, whole=self.whole_groups)]
         return batches, torch.tensor(max(denominator, 1.0), device=device)
 
@@ -257,6 +262,7 @@ class GroupTrainer(Trainer):
                 loss = self.compute_loss(model, part.to(self.args.device), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.liveness.add_loss(total)
         return total
 
     def compute_loss(
@@ -349,8 +355,18 @@ class GroupTrainer(Trainer):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
+        self.liveness.end_step(self.state.global_step + 1, self.verdict(float(norm)))
         self.is_untrained = False
         return norm
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """Hook: whether this step can teach anything; the same on every rank."""
+        loss = self.sum_over_ranks(self.liveness.step_loss) / self.accelerator.num_processes
+        return self.liveness.judge_step(loss, grad_norm, uniform=self.uniform_loss())
+
+    def uniform_loss(self) -> float | None:
+        """Hook: the watched loss of a model that guesses, where there is such a number."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
@@ -364,11 +380,13 @@ class GroupTrainer(Trainer):
 
     def metrics_state(self) -> dict[str, Any]:
         """What `step_metrics` has collected since the last log, as JSON."""
-        return {"metrics": self._metrics.state_dict()}
+        return {"metrics": self._metrics.state_dict(), "liveness": self.liveness.state_dict()}
 
     def load_metrics_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `metrics_state` gave."""
         self._metrics.load_state_dict(state["metrics"])
+        if "liveness" in state:
+            self.liveness.load_state_dict(state["liveness"])
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
         """Hook: add a step's tokens to `num_tokens`."""

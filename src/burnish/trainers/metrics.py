@@ -11,7 +11,7 @@ import torch
 
 from burnish.types import Completion, Group, StopReason
 
-__all__ = ["StepMetrics", "criterion_values", "held_out_means", "total"]
+__all__ = ["StepMetrics", "criterion_values", "means_over_ranks", "total"]
 
 
 def total(completion: Completion) -> float | None:
@@ -25,7 +25,7 @@ def criterion_values(completions: Sequence[Completion], name: str) -> list[float
     return [value for value in scores if value is not None]
 
 
-def held_out_means(
+def means_over_ranks(
     completions: Sequence[Completion], criteria: Sequence[str], sum_over_ranks: Callable[[float], float]
 ) -> dict[str, float]:
     """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""

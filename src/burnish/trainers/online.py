@@ -31,7 +31,9 @@ from burnish.trainers.base import GroupTrainer
 from burnish.trainers.batches import collate
 from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
-from burnish.trainers.metrics import StepMetrics, held_out_means, total
+from burnish.trainers.held_out_loss import held_out_loss
+from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, judge_rewards, only_said
+from burnish.trainers.metrics import means_over_ranks, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of, whole_groups
 from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
@@ -127,6 +129,10 @@ class OnlineTrainer(GroupTrainer):
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
         self._fresh = False
+        self._sampled: list[Share] = []
+        """Completions sampled since the last rollout began, whether they are trained on or not."""
+        self._verdict = UNJUDGED
+        """Of the rollout that feeds the present steps; unknown where a checkpoint holds the rest of one."""
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
 
@@ -205,6 +211,7 @@ class OnlineTrainer(GroupTrainer):
     def _rollout(self) -> list[list[Group]]:
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
+        self._sampled, level = [], self.source.level
         shares = self._collect()
         sampled = time.perf_counter()
         groups = [share.group for share in shares]
@@ -218,6 +225,9 @@ class OnlineTrainer(GroupTrainer):
             self._fill([group for group in unknown if _is_fresh(group)], "old_logprobs", self.model)
             self._fill_reference(groups)
         self.judge(shares)
+        self._verdict = self._judge_rollout(shares, moved=self.source.level != level)
+        step = self.state.global_step + 1
+        self.transcripts.write(self._sampled, trained=shares, step=step, tokenizer=self.tokenizer)
         self._rollouts += 1
         self._metrics.add("seconds/rollout", sampled - started)
         self._metrics.add("seconds/reference", time.perf_counter() - sampled)
@@ -263,11 +273,11 @@ class OnlineTrainer(GroupTrainer):
         started = time.perf_counter()
         self.rubric.score(groups, trainer_state=self.state)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
-        self._log_round(shares)
+        self._log_round([share.group for share in shares])
+        self._sampled += shares
         rewards: dict[int, list[float | None]] = defaultdict(list)
-        for place, _, values in sorted(
-            self.gathered([(s.place, s.first, [total(c) for c in s.group.completions]) for s in shares])
-        ):
+        own = [(share.place, share.first, [total(c) for c in share.group.completions]) for share in shares]
+        for place, _, values in sorted(self.gathered(own)):
             rewards[place] += values
         self._metrics.add_rewards(list(rewards.values()))
         known = [r for row in rewards.values() for r in row if r is not None]
@@ -348,6 +358,47 @@ class OnlineTrainer(GroupTrainer):
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
         return total(completion) is not None and not masked
 
+    @property
+    def compared(self) -> str:
+        """Hook: with what a completion's reward is compared; see `judge_rewards`."""
+        return "group"
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """Hook: the numbers that a completion is judged by, or None where it has no reward."""
+        reward = total(completion)
+        return None if reward is None else (reward,)
+
+    def learns_otherwise(self) -> bool:
+        """Hook: whether terms of the loss teach where no reward differs."""
+        return False
+
+    def _judge_rollout(self, shares: Sequence[Share], *, moved: bool) -> Verdict:
+        """Whether the rewards of a rollout, over all ranks, carry a signal; `moved`: the curriculum has."""
+        own = [(share.place, [self._outcome(c) for c in share.group.completions]) for share in shares]
+        groups: dict[int, list[Outcome]] = defaultdict(list)
+        for place, outcomes in self.gathered(own):
+            groups[place] += outcomes
+        limit = self.args.max_completion_length
+        verdict = judge_rewards(list(groups.values()), compared=self.compared, max_completion_length=limit)
+        if verdict.kind != "constant_reward":
+            return verdict
+        return UNJUDGED if moved else only_said(verdict) if self.learns_otherwise() else verdict
+
+    def _outcome(self, completion: Completion) -> Outcome:
+        rewards = self.signals(completion)
+        return Outcome(rewards, is_masked=rewards is not None and not self.in_loss(completion))
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """The rollout's; where its rewards differ, that of the gradient, if they do in this step, too."""
+        is_repeated = self._reuse - len(self._buffer) > self._reuse // self.passes
+        if self._verdict.kind != "alive":
+            # Later passes over the same samples are no more evidence.
+            return UNJUDGED if is_repeated else self._verdict
+        if not self.liveness.has_work:
+            return UNJUDGED
+        flat = judge_gradient(grad_norm)
+        return self._verdict if flat.kind == "alive" else flat
+
     def compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
         """Remember how far trainer and sampler are apart; first of all, check the reference."""
         sampled_N = batch.token.get("policy_logprobs")
@@ -372,8 +423,7 @@ class OnlineTrainer(GroupTrainer):
         for name, value in metrics.items():
             self._metrics.add(name, value)
 
-    def _log_round(self, shares: Sequence[Share]) -> None:
-        groups = [share.group for share in shares]
+    def _log_round(self, groups: Sequence[Group]) -> None:
         clipped = self._metrics.add_completions(groups, self.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
@@ -385,7 +435,6 @@ class OnlineTrainer(GroupTrainer):
                 100 * clipped,
                 self.args.max_completion_length,
             )
-        self.transcripts.write(shares, step=self.state.global_step + 1, tokenizer=self.tokenizer)
 
     def evaluation_names(self) -> Collection[str] | None:
         """Names of the metrics of `evaluate`, unless a function of the user's adds some."""
@@ -411,37 +460,18 @@ class OnlineTrainer(GroupTrainer):
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
         self.rubric.score([share.group for share in shares], trainer_state=self.state)
-        completions = [c for share in shares for c in share.group.completions]
-        metrics = held_out_means(completions, self.rubric.names, self.sum_over_ranks)
+        metrics = means_over_ranks(
+            [c for share in shares for c in share.group.completions], self.rubric.names, self.sum_over_ranks
+        )
         if self.metrics_of_groups is not None:
             with user_code("compute_metrics"):
                 own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
-        metrics = {"loss": self._held_out_loss(shares), **metrics}
+        metrics = {"loss": held_out_loss(self, shares), **metrics}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _held_out_loss(self, shares: Sequence[Share]) -> float:
-        """The loss of the training steps on held-out samples; neither metrics nor coefficients of training move."""
-        groups = [share.group for share in shares]
-        kept = self._metrics, self._fresh, self.own_state()
-        self._metrics, self._fresh = StepMetrics(), False
-        try:
-            with torch.no_grad(), eval_mode(self.model):
-                self._fill([group for group in groups if self.needs_old_logprobs(group)], "old_logprobs", self.model)
-                self._fill_reference(groups)
-                self.judge(shares)
-                self.prepare_terms(groups)
-                denominator = max(self.sum_over_ranks(self.step_denominator(groups)), 1.0)
-                parts = self.split(trainable) if (trainable := self.trainable_groups(groups)) else []
-                batches = [self.pack_groups(part).to(self.args.device) for part in parts]
-                losses = [float(self.batch_loss(self.model, batch, denominator=denominator)) for batch in batches]
-                return self.sum_over_ranks(sum(losses))
-        finally:
-            self._metrics, self._fresh, state = kept
-            self.load_state(state)
 
     def save_own_state(self, folder: Path) -> None:
         """What has been sampled and what is in flight."""

@@ -95,6 +95,16 @@ class PolicyTrainer(OnlineTrainer):
                 "sampler_logprobs, which the correction needs; use an engine that does, or remove it."
             )
 
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """The reward within its range."""
+        reward = self.clipped_reward(completion)
+        return None if reward is None else (reward,)
+
+    def learns_otherwise(self) -> bool:
+        """Whether an entropy bonus, or the pull towards a reference that is another model, moves the policy."""
+        pulls = self.reference is not None and not self.reference.is_initial_policy
+        return self.args.entropy_coef != 0 or pulls
+
     def needs_old_logprobs(self, group: Group) -> bool:
         """Whether a divergence that is no part of the loss cannot take the sampler's word for the policy's."""
         args = self.args

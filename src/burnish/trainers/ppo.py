@@ -17,6 +17,7 @@ from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.trainers.configs import PPOConfig
 from burnish.trainers.critic import Critic
+from burnish.trainers.liveness import UNJUDGED, Verdict
 from burnish.trainers.policy import PolicyTrainer
 from burnish.trainers.prompts import Share
 from burnish.types import Completion, Group, StopReason
@@ -153,6 +154,20 @@ class PPOTrainer(PolicyTrainer):
         for completion in (c for c, reward in judged if reward is None):
             completion.token_advantages = [0.0] * len(completion.token_ids)
             completion.returns = completion.values
+
+    @property
+    def compared(self) -> str:
+        """A critic that has learned the reward of all other steps makes a lone constant one."""
+        return "run"
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """The reward within its range, less the penalty of a missing end."""
+        reward = self._reward(completion)
+        return None if reward is None else (reward,)
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """None while only the critic learns."""
+        return UNJUDGED if self.state.global_step < self.args.value_prefit_steps else super().verdict(grad_norm)
 
     def _reward(self, completion: Completion) -> float | None:
         reward, penalty = self.clipped_reward(completion), self.args.missing_eos_penalty
