@@ -17,7 +17,7 @@ from burnish.model.rewards import reward_scores
 from burnish.model.scoring import eval_mode
 from burnish.objectives.value import clipped_value_loss, explained_variance, moments
 from burnish.packing import pack, partition, split_by_tokens, unpack, zero_weight_group
-from burnish.trainers.base import scored_tokens
+from burnish.trainers.batches import scored_tokens
 from burnish.trainers.checkpoint import writing_checkpoint
 from burnish.types import Completion, Group, PackedBatch
 
