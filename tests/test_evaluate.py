@@ -178,7 +178,7 @@ def test_json_round_trip() -> None:
     result = run(BASE, name="base")
     text = json.dumps(result.to_dict())
     assert Evaluation.from_dict(json.loads(text)) == result
-    with pytest.raises(ConfigError, match="no evaluation"):
+    with pytest.raises(ConfigError, match="not an evaluation"):
         Evaluation.from_dict({"name": "x"})
 
 

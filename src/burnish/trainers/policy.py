@@ -24,7 +24,7 @@ from burnish.objectives.policy import (
     log_ratio,
 )
 from burnish.packing import pack
-from burnish.trainers.base import scored_tokens
+from burnish.trainers.batches import scored_tokens
 from burnish.trainers.metrics import total
 from burnish.trainers.online import OnlineTrainer
 from burnish.trainers.prompts import Share
@@ -181,7 +181,7 @@ class PolicyTrainer(OnlineTrainer):
         """P rows of G advantages of completions, or of lists of advantages of tokens."""
         raise NotImplementedError
 
-    def prepare_groups(self, groups: Sequence[Group]) -> None:
+    def prepare_terms(self, groups: Sequence[Group]) -> None:
         """What the terms of tokens need of the whole step: how many there are, and the least entropy that counts."""
         kept = self._kept(groups)
         if self.args.entropy_coef != 0:

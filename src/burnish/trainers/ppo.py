@@ -233,7 +233,9 @@ class PPOTrainer(PolicyTrainer):
 
     def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
         """None while only the critic learns."""
-        return [] if self.state.global_step < self.args.value_prefit_steps else super().trainable_groups(groups)
+        only_critic = self.state.global_step < self.args.value_prefit_steps
+        # An evaluation, which runs without gradient, reports the policy's loss all the same.
+        return [] if only_critic and torch.is_grad_enabled() else super().trainable_groups(groups)
 
     def saved_models(self) -> dict[str, torch.nn.Module]:
         """The policy and the critic."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +19,10 @@ from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate
+from burnish.trainers.base import GroupTrainer
+from burnish.trainers.batches import collate
 from burnish.trainers.configs import SFTConfig
+from burnish.trainers.held_out import encode_sets
 from burnish.trainers.preflight import resolve_tokenizer
 from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
@@ -94,7 +96,7 @@ class SFTTrainer(GroupTrainer):
             args,
             processing_class=self.tokenizer,
             train_dataset=self._training_groups(train_dataset),
-            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            eval_dataset=encode_sets(eval_dataset, self.encode),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -173,6 +175,10 @@ class SFTTrainer(GroupTrainer):
             reduction="token",
             denominator=denominator,
         )
+
+    def evaluation_names(self) -> Collection[str]:
+        """Names of the metrics below."""
+        return ("loss", "entropy", "mean_token_accuracy")
 
     def evaluation_loop(
         self,
