@@ -272,7 +272,8 @@ class FileOperations:
         if isinstance(directory, int) and directory >= 0 and not os.path.isabs(target):
             target = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), target)
         target = os.path.abspath(target)
-        if not target.startswith(self.folder):
+        is_refused = name == "os.mkdir" and os.path.isdir(target)
+        if is_refused or not target.startswith(self.folder):
             return
         with self._own():
             if self.count == self.event:
@@ -438,6 +439,4 @@ class Zygote:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()

@@ -28,21 +28,22 @@ VOLATILE = ("time", "seconds", "runtime", "per_second", "rate")
 """Parts of the names of what a clock says."""
 
 NEEDED = (
-    "save checkpoint-#/model.safetensors",
-    "save checkpoint-#/adapter_model.safetensors",
-    "save checkpoint-#/optimizer.pt",
-    "save checkpoint-#/scheduler.pt",
-    "save checkpoint-#/rng_state.pth",
-    "save checkpoint-#/critic.pt",
-    "rollout_#.json",
+    "checkpoint-#/model.safetensors",
+    "checkpoint-#/adapter_model.safetensors",
+    "checkpoint-#/optimizer.pt",
+    "checkpoint-#/scheduler.pt",
+    "checkpoint-#/rng_state.pth",
+    "checkpoint-#/critic.pt",
+    "checkpoint-#/rollout_#.json",
     "checkpoint-#/trainer.json",
     "checkpoint-#/complete",
-    "os.rmdir checkpoint-#",
+    "os.rename checkpoint-#",
+    "os.rmdir .saving/removed-checkpoint-#",
     "metrics.jsonl",
-    "transcripts",
+    "transcripts.jsonl",
     "samples.jsonl",
 )
-"""Operations that the four configurations must have between them, or a kind of write would be missed."""
+"""Operations that the configurations must have between them, or a kind of write would be missed."""
 
 
 @pytest.fixture(scope="session")
