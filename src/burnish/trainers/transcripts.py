@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from burnish.data.tokens import decode_text
 from burnish.runs.records import StepRecords
 from burnish.trainers.prompts import Share
 from burnish.types import Completion
@@ -48,7 +49,7 @@ class TranscriptLog:
             {"place": share.place, "step": step, "prompt_index": share.group.index, "sample": share.first + number,
              "prompt": prompt, **_record(completion)}
             for share in shares
-            for prompt in [tokenizer.decode(share.group.prompt_ids)]
+            for prompt in [decode_text(tokenizer, share.group.prompt_ids)]
             for number, completion in enumerate(share.group.completions)
         ]  # fmt: skip
         everyone = sorted(self._gathered(own), key=lambda record: (record["place"], record["sample"]))
