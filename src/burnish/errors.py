@@ -7,6 +7,8 @@ fix. Each class also inherits the standard exception of its kind, so `except Val
 from __future__ import annotations
 
 import signal
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -19,7 +21,9 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "RewardError",
+    "contained",
     "show",
+    "user_code",
 ]
 
 _LONGEST_MESSAGE = 2000
@@ -95,3 +99,30 @@ def show(value: Any, limit: int = 200) -> str:
     except Exception:  # too deep, an integer inside that is too long, or an object with a broken repr
         return f"(a {type(value).__name__} that cannot be printed)"
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def contained(error: BaseException, kind: type[BurnishError] = BurnishError) -> Exception:
+    """Make an error of what would end the process with the status of its choice, such as `sys.exit()`."""
+    if isinstance(error, Exception):
+        return error
+    return kind(f"it raised {type(error).__name__}({error}), which would end the program").with_traceback(
+        error.__traceback__
+    )
+
+
+@contextmanager
+def user_code(what: str) -> Generator[None]:
+    """Let a function of the user's fail, and not end the run as if it were finished.
+
+    Args:
+        what: its name, for the message.
+
+    Raises:
+        BurnishError: it called `sys.exit()`, or raised something of that kind.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise BurnishError(f"{what}: {contained(error)}. Raise an exception instead.") from error

@@ -115,6 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"burnish {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"burnish {args.command}: error: sys.exit({error.code!r}) in {where.filename}, line {where.lineno}, ended "
+            "the run before it was done; raise an exception there instead.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"\nburnish {args.command}: interrupted. {resume}", file=sys.stderr)
         return 130

@@ -66,7 +66,7 @@ def rubric_from_config(entries: Sequence[Mapping[str, Any]]) -> Rubric:
 
     Args:
         entries: each with `kind` (a name in :data:`CRITERIA`), optionally `name` (default: the kind, or the function's
-            name), `weight` (default 1), `isolate` (default true) and the options of that kind.
+            name), `weight` (default 1), `isolate` (default true), `timeout_seconds` and the options of that kind.
 
     Raises:
         ConfigError: an unknown kind or option, a missing or bad value; the message names it and what is allowed.
@@ -83,23 +83,27 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
     name = options.pop("name", kind)
     if kind == "python" and "name" not in entry:
         name = str(options.get("function", kind)).rpartition(":")[2]
-    common = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
+    common: dict[str, Any] = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
     if isinstance(common["weight"], bool) or not isinstance(common["weight"], int | float):
         raise ConfigError(f"{where}.weight = {common['weight']!r}: use a number.")
+    if "timeout_seconds" not in inspect.signature(CRITERIA[kind]).parameters:  # graders have one for each completion
+        common["timeout_seconds"] = options.pop("timeout_seconds", None)
+        if common["timeout_seconds"] is not None:
+            _check_type(f"{where}.timeout_seconds", common["timeout_seconds"], "float")
     if not isinstance(common["isolate"], bool):
         raise ConfigError(f"{where}.isolate = {common['isolate']!r}: use true or false.")
     factory = CRITERIA[kind]
     parameters = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in _NOT_IN_FILES}
     for key, value in options.items():
         if key not in parameters:
-            names = [*parameters, "isolate", "kind", "name", "weight"]
+            names = {*parameters, "isolate", "kind", "name", "timeout_seconds", "weight"}
             raise ConfigError(f"{where}.{key} = {value!r} is no option of kind {kind!r}: {_allowed(key, names)}")
         _check_type(f"{where}.{key}", value, str(parameters[key].annotation))
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
     try:
-        return Criterion(name, factory(**options), float(common["weight"]), common["isolate"])
+        return Criterion(name, factory(**options), **{**common, "weight": float(common["weight"])})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 

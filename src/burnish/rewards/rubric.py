@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
-import os
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from burnish.errors import ConfigError, RewardError
+from burnish.rewards.calls import Call, CallTimeout
 from burnish.types import Group, Score
 
 __all__ = ["Criterion", "RewardFunction", "Rubric"]
@@ -23,6 +21,9 @@ RewardFunction: TypeAlias = Callable[..., Any]
 """TRL's shape: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, plain or async."""
 
 _Outcome: TypeAlias = float | Exception | None
+
+_MOST_TIMEOUTS = 3
+"""Completions of one call that may take too long, each in a call of its own, before the others are given up."""
 
 _RESERVED_COLUMNS = frozenset({"completion", "completion_ids", "completions", "prompt", "prompts", "trainer_state"})
 
@@ -41,15 +42,21 @@ class Criterion:
         weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
         isolate: when the call raises, call again one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
+        timeout_seconds: most seconds that one call may take, None for no limit. Its completions are then judged one at
+            a time, each within the same limit, and those that take longer are excluded from the loss; after three,
+            so are the others. Without `isolate` all completions of the call are. See `burnish.rewards.calls.Call` for
+            what can be interrupted.
 
     Raises:
-        ConfigError: an empty or reserved name, something that cannot be called, a weight that is not finite.
+        ConfigError: an empty or reserved name, something that cannot be called, a weight that is not finite, a time-out
+            that is not positive.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     isolate: bool = True
+    timeout_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name == "total":
@@ -63,6 +70,11 @@ class Criterion:
             )
         if isinstance(self.weight, bool) or not math.isfinite(self.weight):
             raise ConfigError(f"weight = {self.weight!r} of criterion {self.name!r}: use a finite number.")
+        limit = self.timeout_seconds
+        if limit is not None and (isinstance(limit, bool) or not 0 < limit <= threading.TIMEOUT_MAX):
+            raise ConfigError(
+                f"timeout_seconds = {limit!r} of criterion {self.name!r}: use a positive number of seconds, or None."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +180,8 @@ class Rubric:
     def _outcomes(self, batch: _Batch, shared: dict[str, Any]) -> dict[str, list[_Outcome]]:
         # Async functions first: they wait while the plain ones work.
         order = sorted(self.criteria, key=lambda criterion: not inspect.iscoroutinefunction(criterion.function))
-        started = [(criterion, _start(criterion.function, batch, shared)) for criterion in order]
-        done = {criterion.name: _finish(criterion, future, batch, shared) for criterion, future in started}
+        started = [(criterion, _start(criterion, batch, shared)) for criterion in order]
+        done = {criterion.name: _finish(criterion, call, batch, shared) for criterion, call in started}
         return {name: done[name] for name in self.names}
 
     def _combine(self, place: str, i: int, outcomes: dict[str, list[_Outcome]]) -> Score:
@@ -217,17 +229,10 @@ def _flatten(groups: Sequence[Group]) -> _Batch:
     )
 
 
-def _start(function: RewardFunction, batch: _Batch, shared: dict[str, Any]) -> Future[Any]:
-    """Call a function; the future holds its result, or waits for it where it is async."""
-    future: Future[Any] = Future()
-    try:
-        result = function(**_accepted(function, batch.arguments() | shared))
-        if inspect.isawaitable(result):
-            return asyncio.run_coroutine_threadsafe(_await(result), _loop(os.getpid()))
-        future.set_result(result)
-    except Exception as error:
-        future.set_exception(error)
-    return future
+def _start(criterion: Criterion, batch: _Batch, shared: dict[str, Any]) -> Call:
+    call = Call(criterion.name, len(batch.places), criterion.timeout_seconds)
+    call.start(criterion.function, _accepted(criterion.function, batch.arguments() | shared))
+    return call
 
 
 def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -240,16 +245,14 @@ def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, 
     return {parameter.name: arguments[parameter.name] for parameter in parameters if parameter.name in arguments}
 
 
-def _finish(criterion: Criterion, future: Future[Any], batch: _Batch, shared: dict[str, Any]) -> list[_Outcome]:
+def _finish(criterion: Criterion, call: Call, batch: _Batch, shared: dict[str, Any]) -> list[_Outcome]:
     size = len(batch.places)
     try:
-        result = future.result()
+        result = call.result()
     except Exception as error:
         if size == 1 or not criterion.isolate:
             return [error] * size
-        singles = [batch.one(i) for i in range(size)]
-        started = [_start(criterion.function, single, shared) for single in singles]
-        return [_finish(criterion, f, single, shared)[0] for f, single in zip(started, singles, strict=True)]
+        return _one_by_one(criterion, batch, shared)
     values = _as_list(result)
     if values is None:
         return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
@@ -257,6 +260,20 @@ def _finish(criterion: Criterion, future: Future[Any], batch: _Batch, shared: di
         # Never shortened, padded or broadcast: nothing says which value belongs to which completion.
         return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
     return [_as_number(value) for value in values]
+
+
+def _one_by_one(criterion: Criterion, batch: _Batch, shared: dict[str, Any]) -> list[_Outcome]:
+    """Judge each completion by a call of its own; where several take too long, give up on the others."""
+    singles = [batch.one(i) for i in range(len(batch.places))]
+    started: list[Call | None] = []
+    for single in singles:
+        late = sum(call is not None and call.timed_out for call in started)
+        started.append(_start(criterion, single, shared) if late < _MOST_TIMEOUTS else None)
+    untried = CallTimeout(f"not tried, since {_MOST_TIMEOUTS} completions of this call took too long")
+    return [
+        untried if call is None else _finish(criterion, call, single, shared)[0]
+        for call, single in zip(started, singles, strict=True)
+    ]
 
 
 def _as_list(result: Any) -> list[Any] | None:
@@ -287,21 +304,10 @@ def _raise_if_all_failed(name: str, values: list[_Outcome], places: list[str]) -
     first = values[0] if values else None
     if len(values) < 2 or not isinstance(first, Exception) or not all(isinstance(v, Exception) for v in values):
         return
+    if any(isinstance(v, CallTimeout) for v in values):  # a judge that is busy now may answer at the next step
+        return
     frames = "".join(traceback.format_tb(first.__traceback__)[-2:])
     raise RewardError(
         f"{_message(name, places[0], first)}. It failed on all {len(values)} completions of the call, so the function "
         f"or its columns are wrong.{chr(10) + frames if frames else ''}"
     ) from first
-
-
-async def _await(result: Awaitable[Any]) -> Any:
-    return await result
-
-
-@functools.cache
-def _loop(pid: int) -> asyncio.AbstractEventLoop:
-    """One event loop for the life of a process (a fork has no thread to run it): clients stay bound to it."""
-    assert pid == os.getpid()
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="burnish-async-rewards", daemon=True).start()
-    return loop

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import as_rows, encode_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
@@ -416,7 +416,8 @@ class OnlineTrainer(GroupTrainer):
         self.rubric.score([share.group for share in shares])
         metrics = self._held_out_means([c for share in shares for c in share.group.completions])
         if self.metrics_of_groups is not None:
-            own = self.metrics_of_groups(list(self._everywhere(shares).values()))
+            with user_code("compute_metrics"):
+                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_row, as_rows, encode_rows, sft_groups
-from burnish.errors import DataError
+from burnish.errors import DataError, user_code
 from burnish.model.scoring import eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
@@ -197,7 +197,8 @@ class SFTTrainer(GroupTrainer):
 
 
 def _formatted(formatting_func: Callable[[Any], str], row: Mapping[str, Any], index: int) -> str:
-    text = formatting_func(row)
+    with user_code("formatting_func"):
+        text = formatting_func(row)
     if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(f"row {index}: formatting_func returned {type(text).__name__}: return one string for one row.")
     return text
