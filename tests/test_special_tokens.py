@@ -78,7 +78,8 @@ def test_a_special_token_can_be_a_stop_string(engine: Any) -> None:
     assert len(stopped) > 8
     for whole, part in stopped:
         assert part.stop_reason == StopReason.STOP
-        assert whole.text.startswith(part.text) and not VISIBLE & set(part.text)
+        assert whole.text.startswith(part.text)
+        assert not VISIBLE & set(part.text)
         assert tokenizer.convert_ids_to_tokens(part.token_ids[-1]) in VISIBLE
 
 

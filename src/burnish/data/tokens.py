@@ -154,7 +154,11 @@ def _encode_pieces(tokenizer: Any, text: str, cuts: list[int], joint: list[int])
     starts: list[int] = []
     edges = [0, *cuts, len(text)]
     for low, high in pairwise(edges):
-        want = decode_text(tokenizer, _encode(tokenizer, text[:high])[0]) if high < len(text) else decode_text(tokenizer, joint)
+        want = (
+            decode_text(tokenizer, _encode(tokenizer, text[:high])[0])
+            if high < len(text)
+            else decode_text(tokenizer, joint)
+        )
         piece, places = _piece_ids(tokenizer, ids, text[low:high], want)
         ids += piece
         starts += [low + place for place in places]

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.data import as_rows, encode_rows, prompt_group
+from burnish.data import as_rows, encode_rows, errors_of, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
@@ -137,7 +137,7 @@ class OnlineTrainer(GroupTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        return encode_rows(
+        groups = encode_rows(
             prompt_group,
             as_rows(dataset, name),
             self.tokenizer,
@@ -145,6 +145,9 @@ class OnlineTrainer(GroupTrainer):
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
+        with errors_of(name):
+            self.rubric.check_columns(groups)
+        return groups
 
     def _sampling_params(self) -> SamplingParams:
         args = self.args
