@@ -16,6 +16,7 @@ import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
+from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, evaluate, mean_nll
 from burnish.model.loading import adopt_chat_template, load_model, load_processing_class
 from burnish.model.precision import fast_bf16
@@ -43,10 +44,10 @@ from burnish.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from burnish.trainers.base import COMPLETE
 from burnish.trainers.callbacks import EngineProgress, MetricsCallback
+from burnish.trainers.checkpoint import start
 
-__all__ = ["environment", "evaluate_model", "last_checkpoint", "make_pairs", "rank_with", "train"]
+__all__ = ["environment", "evaluate_model", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def train(
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
+    start(config, config.resume_from_checkpoint, check_only=True)  # the trainer asks again, when weights are loaded
     rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}
     # From before the model is loaded until it is saved; other ranks end with the first one.
     with locked(config.output_dir) if config.process_index == 0 else nullcontext():
@@ -110,17 +112,9 @@ def train(
 def _train(trainer: Any, metrics: Path | None) -> Any:
     folder = Path(trainer.args.output_dir)
     trainer.add_callback(MetricsCallback(metrics or folder / "metrics.jsonl", trainer.args.kind))
-    asked = trainer.args.resume_from_checkpoint
-    checkpoint = last_checkpoint(folder) if asked in (True, "True", "true") else asked
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train()
     trainer.save_model()
     return trainer
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written whole, or None."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    return next((path for path in found if (path / COMPLETE).is_file()), None)
 
 
 def _lora(fields: dict[str, Any] | None) -> Any:
@@ -128,7 +122,10 @@ def _lora(fields: dict[str, Any] | None) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(**fields)
+    try:
+        return LoraConfig(**fields)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"[peft]: peft refuses it ({' '.join(str(error).split())}).") from error
 
 
 def evaluate_model(

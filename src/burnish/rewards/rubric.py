@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 
 from burnish.errors import ConfigError, DataError, RewardError
 from burnish.rewards.calls import Call, CallTimeout
+from burnish.rewards.verifiers import AnswerVerifier
 from burnish.types import Group, Score
 
 __all__ = ["Criterion", "RewardFunction", "Rubric"]
@@ -36,8 +37,8 @@ class Criterion:
     Args:
         name: unique in its rubric; the name in metrics and errors. "total" is taken.
         function: called with `prompts`, `completions`, `completion_ids` and every other column of the data set
-            (a demonstration in `completion` too) as lists of one length, by keyword, and `trainer_state`; a function without `**kwargs` gets what its signature names.
-            Completions are strings, or `[{"role": "assistant", "content": text}]` where the prompt is a list of
+            (a demonstration in `completion` too) as lists of one length, by keyword, and `trainer_state`; a function
+            without `**kwargs` gets what its signature names. Completions are strings, or `[{"role": "assistant", "content": text}]` where the prompt is a list of
             messages. It returns one value a completion: a number, None (does not apply), or an Exception (this
             completion cannot be judged).
         weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
@@ -187,7 +188,13 @@ class Rubric:
         outcomes = self._outcomes(batch, shared) if batch.places else {name: [] for name in self.names}
         for name, values in outcomes.items():
             _raise_if_all_failed(name, values, batch.places)
-        flat = iter([self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))])
+        scored = [self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))]
+        for criterion in self.criteria:
+            if isinstance(criterion.function, AnswerVerifier):
+                for score, completion in zip(scored, batch.completions, strict=True):
+                    if (answer := criterion.function.extract(completion)) is not None:
+                        score.answers[criterion.name] = answer
+        flat = iter(scored)
         scores: list[list[Score]] = []
         for group in groups:
             for completion in group.completions:

@@ -60,7 +60,14 @@ class CommonFields:
         None, "Compute in bf16 with fp32 master weights. None: yes where the hardware is fast at it."
     )
     resume_from_checkpoint: str | bool | None = _own(
-        None, "Commands continue from this checkpoint folder; true: from the last complete one in output_dir."
+        None,
+        "Continue from this checkpoint folder; true: from the latest whole one in output_dir, or from the start "
+        "where it has none.",
+    )
+    overwrite_output_dir: bool = _own(
+        False,
+        "Before a run that resumes nothing, delete the checkpoints, metrics and transcripts that an earlier one wrote "
+        "into output_dir; without it such a folder is refused.",
     )
     progress: bool = _own(True, "Show live progress, metrics and rates in the terminal.")
     logging_steps: float = _own(10, "Log every so many optimizer steps; below 1 it is a share of all steps.")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import BurnishError, CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, without_base_config
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
@@ -26,16 +25,22 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
 from burnish.trainers.callbacks import ProgressCallback
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading
 from burnish.trainers.handover import handed_over
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
-from burnish.trainers.preflight import check_loaded, check_optimizer, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.preflight import (
+    check_loaded,
+    check_optimizer,
+    check_run,
+    refuse_router_loss,
+    use_non_reentrant_checkpointing,
+)
 from burnish.trainers.processes import claimed_folder
 from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
 
 __all__ = [
-    "COMPLETE",
     "GroupTrainer",
     "MicroBatch",
     "collate",
@@ -45,12 +50,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_STATE = "trainer.json"
-"""What a checkpoint holds of every trainer's own."""
-
-COMPLETE = "complete"
-"""File that is written last into a checkpoint: a killed run may leave a folder without it."""
 
 
 @dataclass(slots=True)
@@ -114,6 +113,7 @@ class GroupTrainer(Trainer):
         )
         self.tokenizer = processing_class
         loaded, self._exact = self.load(model, args)
+        self.checkpoints = RunCheckpoints(self, loaded)
         if peft_config is not None:
             loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
         check_loaded(loaded, train_dataset=train_dataset, eval_dataset=eval_dataset)
@@ -123,7 +123,7 @@ class GroupTrainer(Trainer):
         self._metrics = StepMetrics()
         self.is_untrained = True
         """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
-        self._num_tokens = 0
+        self.num_tokens = 0
         """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         super().__init__(
             model=loaded,
@@ -146,27 +146,53 @@ class GroupTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What the first process finds, on every process; its error too, so that none waits for it."""
+        if self.accelerator.num_processes == 1:
+            return work()
+        answer: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                answer[0] = work()
+            except BurnishError as error:
+                answer[1] = error
+        broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint where one is named.
+        """Train, from a checkpoint where one is named here or in the configuration.
 
         Raises:
-            ConfigError: there is no such checkpoint.
+            ConfigError: there is no such checkpoint, it is of another run, or a new run would mix with an earlier one.
             FileError: another run writes to `output_dir`.
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
-        folder = self.args.output_dir
-        if resume_from_checkpoint is True and not any(Path(folder).glob("checkpoint-*")):
-            raise ConfigError(
-                f"resume_from_checkpoint = True: output_dir = {folder!r} has no checkpoint; name one, or remove it to "
-                "start anew."
-            )
-        if isinstance(resume_from_checkpoint, str) and not Path(resume_from_checkpoint).is_dir():
-            raise ConfigError(
-                f"resume_from_checkpoint = {resume_from_checkpoint!r}: no such folder; name a checkpoint."
-            )
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
         with claimed_folder(self), handing_over, stopping_on_signals(self):
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.before_training()
+            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+
+    def before_training(self) -> None:
+        """Hook: what must be known before the first step of a run, new or resumed."""
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """Hook: models beside the trained one that the loss depends on, by argument."""
+        return {}
+
+    def reward_names(self) -> Sequence[str]:
+        """Hook: what rewards the samples."""
+        return ()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # transformers looks at the limit after a step only.
+            logger.warning("step %d of max_steps = %d: no step is left", self.state.global_step, self.state.max_steps)
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     @property
     def uses_dropout(self) -> bool:
@@ -181,6 +207,7 @@ class GroupTrainer(Trainer):
 
     def prepare_model(self, model: torch.nn.Module) -> None:
         """Teach the loaded model, adapters included, what `batch_loss` asks of its forward."""
+        refuse_router_loss(model)
         prepare_for_scoring(model)
 
     def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
@@ -369,11 +396,11 @@ class GroupTrainer(Trainer):
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
         """Hook: add a step's tokens to `num_tokens`."""
-        self._num_tokens += sum(group.num_tokens for group in groups)
+        self.num_tokens += sum(group.num_tokens for group in groups)
 
     def total_tokens(self) -> float:
         """Tokens trained on so far by all ranks, each prompt counted once for its group."""
-        return self.sum_over_ranks(float(self._num_tokens))
+        return self.sum_over_ranks(float(self.num_tokens))
 
     def before_optimizer_step(self) -> None:
         """Hook: gradients of the step are complete, nothing has been updated; run-time checks raise here."""
@@ -399,38 +426,37 @@ class GroupTrainer(Trainer):
         with without_base_config():
             super()._save(output_dir, state_dict)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return self.checkpoints.place(super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.checkpoints.drafting:
+            super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        self.save_own_state(folder)
-        self.log_state.save(folder)
-        state = {"num_tokens": int(self.total_tokens())}
-        if self.is_world_process_zero():
-            (folder / _STATE).write_text(json.dumps(state))
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            (folder / COMPLETE).touch()
+        write = super()._save_checkpoint
+        self.checkpoints.save(Path(self._get_output_dir(trial=trial)), lambda: write(model, trial))
+
+    def load_own_state(self, folder: Path) -> None:
+        """Hook: read back what `save_own_state` wrote."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self.log_state.load(Path(checkpoint))
-        self._num_tokens = 0
-        if not self.is_world_process_zero():
-            return
-        if (file := Path(checkpoint) / _STATE).is_file():
-            self._num_tokens = int(json.loads(file.read_text())["num_tokens"])
-        else:
-            logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _STATE)
+        load = super()._load_optimizer_and_scheduler
+        self.checkpoints.load(Path(checkpoint), lambda: load(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         # peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        check_weights(self.model, load_result.missing_keys, load_result.unexpected_keys)
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """The groups of a data set's rows; `name` is for messages."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from burnish.data import as_rows, encode_rows, errors_of, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
@@ -103,6 +104,8 @@ class OnlineTrainer(GroupTrainer):
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+            self.check_sampled_lengths(ref_model)
+        self.check_sampled_lengths(self.model)
         for criterion in self.rubric.criteria:
             if isinstance(criterion.function, RewardModel):
                 refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
@@ -134,6 +137,12 @@ class OnlineTrainer(GroupTrainer):
     def uses_dropout(self) -> bool:
         """Never: samples are drawn without it."""
         return False
+
+    def check_sampled_lengths(self, model: Any) -> None:
+        """Refuse prompts whose completions may grow beyond a model's positions."""
+        more = self.args.max_completion_length
+        for groups, name in ((self.prompts, "train_dataset"), (self.eval_prompts, "eval_dataset")):
+            check_lengths(causal_lm(model), groups, name, "lower max_completion_length or max_prompt_length", more=more)
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
@@ -460,11 +469,22 @@ class OnlineTrainer(GroupTrainer):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Hook: what `own_state` gave."""
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = RolloutState.load(checkpoint, self.accelerator.process_index)
+    def reward_names(self) -> Sequence[str]:
+        """The criteria."""
+        return self.rubric.names
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the samples in flight."""
+        state = RolloutState.load(
+            folder,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            prompts=self.prompts,
+        )
         self._rollouts, self._rounds = state.rollouts, state.rounds
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay

@@ -123,6 +123,7 @@ class PPOTrainer(PolicyTrainer):
             # The policy is in memory already, whatever it was loaded with.
             init_kwargs = args.model_init_kwargs if isinstance(source, str | Path) else None
             model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=init_kwargs, **common)
+        self.check_sampled_lengths(model)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
         rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         return Critic(
@@ -235,14 +236,13 @@ class PPOTrainer(PolicyTrainer):
         if self.is_world_process_zero():
             torch.save(self.critic.state_dict(), folder / _STATE)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / _STATE
+    def load_own_state(self, folder: Path) -> None:
+        """The rollouts and the critic."""
+        super().load_own_state(folder)
+        file = folder / _STATE
         if not file.is_file():
             raise ConfigError(
-                f"resume_from_checkpoint = {checkpoint!r}: {_STATE} is missing, so the critic is unknown."
+                f"resume_from_checkpoint = {str(folder)!r}: {_STATE} is missing, so the critic is unknown."
             )
         self.critic.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.scoring import eval_mode, score
+from burnish.model.positions import check_lengths
+from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -85,7 +86,9 @@ class ReferenceTrainer(GroupTrainer):
         )
         self.reference = Reference.of(self.model, ref_model) if needs_reference else None
         if ref_model is not None:
-            check_vocabulary(ref_model, self.train_dataset, "ref_model on train_dataset")
+            name = "ref_model on train_dataset"
+            check_vocabulary(ref_model, self.train_dataset, name)
+            check_lengths(causal_lm(ref_model), self.train_dataset, name, "set max_length")
         self._known = {"train": ReferenceSums(), "eval": ReferenceSums()}
         self._evaluated: Any = self.eval_dataset
         """The data set that the sums of "eval" are of."""
@@ -180,11 +183,14 @@ class ReferenceTrainer(GroupTrainer):
         if missing:
             known.add(missing, self.reference_sums(missing))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; with `precompute_ref_log_probs` score the data set with the reference first, or read the cache."""
+    def before_training(self) -> None:
+        """With `precompute_ref_log_probs` score the data set with the reference, or read the cache."""
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self._precompute()
-        return super().train(*args, **kwargs)
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """A reference of its own."""
+        return {} if self.reference is None else self.reference.given_models()
 
     def _precompute(self) -> None:
         assert self.reference is not None

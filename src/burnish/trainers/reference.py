@@ -80,6 +80,10 @@ class Reference:
             return nullcontext()
         return without_adapters(policy) if self.start is None else _weights_of(policy, self.start)
 
+    def given_models(self) -> dict[str, torch.nn.Module]:
+        """The reference where it is a model of its own, and no copy of the policy."""
+        return {} if self.model is None or self.is_initial_policy else {"ref_model": self.model}
+
     def fingerprint(self, policy: Any) -> str:
         """SHA-256 over the names, shapes and values of every weight that scores."""
         digest = hashlib.sha256()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from burnish.errors import ConfigError
+from burnish.runs.files import read_json, replacing
 from burnish.types import Completion, Group, Score, StopReason
 
 __all__ = ["RolloutState"]
@@ -37,25 +39,37 @@ class RolloutState:
     own: dict[str, Any]
 
     def save(self, folder: Path, rank: int) -> None:
-        """Write this rank's file."""
-        _file(folder, rank).write_text(json.dumps(dataclasses.asdict(self), default=str))
+        """Write this rank's file; rows stay in the data set, which need not be JSON."""
+        state = dataclasses.asdict(dataclasses.replace(self, buffer=[], replay={}))
+        state["buffer"] = [[_group_to_dict(group) for group in groups] for groups in self.buffer]
+        state["replay"] = {place: _group_to_dict(group) for place, group in self.replay.items()}
+        with replacing(_file(folder, rank)) as stream:
+            json.dump(state, stream)
 
     @classmethod
-    def load(cls, folder: str, rank: int) -> RolloutState:
-        """Read it back.
+    def load(cls, folder: Path, *, rank: int, world: int, prompts: Sequence[Group]) -> RolloutState:
+        """Read it back; another number of processes shares what no sample is in flight of.
+
+        Args:
+            folder: of the checkpoint.
+            rank: this process.
+            world: processes.
+            prompts: the data set, whose rows the samples belong to.
 
         Raises:
-            ConfigError: the rank has no file there.
+            ConfigError: samples are in flight on other processes, or of other prompts.
         """
-        file = _file(Path(folder), rank)
-        if not file.is_file():
+        files = sorted(folder.glob("rollout_*.json"))
+        states: list[dict[str, Any]] = [read_json(file) for file in files]
+        if len(files) != world and (not states or any(state["buffer"] for state in states)):
             raise ConfigError(
-                f"resume_from_checkpoint = {folder!r}: {file.name} is missing, so the prompts and samples in "
-                "flight are unknown. Resume with as many processes as wrote the checkpoint."
+                f"resume_from_checkpoint = {str(folder)!r}: {len(files)} processes have samples in flight and {world} "
+                f"would continue. Resume with {len(files)}, or from a checkpoint at the end of a rollout."
             )
-        state = json.loads(file.read_text())
-        state["buffer"] = [[_group_from_dict(group) for group in groups] for groups in state["buffer"]]
-        state["replay"] = {int(place): _group_from_dict(group) for place, group in state["replay"].items()}
+        state = states[0] if len(files) != world else read_json(_file(folder, rank))
+        rows = {prompt.index: prompt.row for prompt in prompts}
+        state["buffer"] = [[_group_from_dict(group, rows) for group in groups] for groups in state["buffer"]]
+        state["replay"] = {int(place): _group_from_dict(group, rows) for place, group in state["replay"].items()}
         return cls(**state)
 
 
@@ -63,11 +77,20 @@ def _file(folder: Path, rank: int) -> Path:
     return folder / f"rollout_{rank}.json"
 
 
-def _group_from_dict(values: dict[str, Any]) -> Group:
+def _group_to_dict(group: Group) -> dict[str, Any]:
+    return dataclasses.asdict(dataclasses.replace(group, row={}))
+
+
+def _group_from_dict(values: dict[str, Any], rows: Mapping[int, dict[str, Any]]) -> Group:
+    if values["index"] not in rows:
+        raise ConfigError(
+            f"resume_from_checkpoint: samples in flight are of row {values['index']} of train_dataset, which is not "
+            "there: resume with the data that the run began with."
+        )
     completions: list[Completion] = []
     for entry in cast("list[dict[str, Any]]", values["completions"]):
         reason, scores = entry["stop_reason"], entry["score"]
         entry["stop_reason"] = StopReason(reason) if reason else None
         entry["score"] = Score(**scores) if scores else None
         completions.append(Completion(**entry))
-    return Group(values["prompt_ids"], completions, values["row"], values["index"])
+    return Group(values["prompt_ids"], completions, rows[values["index"]], values["index"])
