@@ -18,6 +18,7 @@ from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
 from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, evaluate, mean_nll
+from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.loading import adopt_chat_template, load_model, load_processing_class
 from burnish.model.precision import fast_bf16
 from burnish.model.reward_model import RewardModel
@@ -190,7 +191,7 @@ def _make_pairs(
         ),
         num_samples=section.num_samples,
         file=folder / "samples.jsonl",
-        model=model,
+        model=weights_fingerprint(loaded),
         seed=section.seed,
     )
     pairs = [

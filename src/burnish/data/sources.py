@@ -336,9 +336,11 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
 
     try:
         saved: Any = cast("Any", datasets).load_from_disk(path)
-    except FileNotFoundError as error:
+    except Exception as error:  # whatever pyarrow and json say of files that are missing, cut or of another format
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"{field}.path = {path!r} is a directory, but not one saved by datasets: give a file or a glob."
+            f"{field}.path = {path!r} is a directory, but not one saved whole by datasets ({reason}): give a file or a "
+            "glob, or save it again."
         ) from error
     if isinstance(saved, Mapping):
         splits = sorted(cast("Mapping[str, Any]", saved))

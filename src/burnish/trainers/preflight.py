@@ -17,6 +17,7 @@ from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
+from burnish.trainers.held_out import named_sets
 from burnish.types import Group
 
 __all__ = [
@@ -55,7 +56,7 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
     for adapters in cast("dict[str, Any]", getattr(model, "peft_config", {})).values():
         refuse_outside_weights(adapters.peft_type, f"model = {type(model).__name__}")
     _check_trains(model)
-    for groups, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+    for name, groups in {"train_dataset": train_dataset, **named_sets(eval_dataset, "eval_dataset")}.items():
         check_vocabulary(model, groups, name)
         check_lengths(causal_lm(model), groups, name, "set max_length, or leave out the rows that are longer")
 
