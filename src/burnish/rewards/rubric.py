@@ -39,8 +39,8 @@ class Criterion:
         function: called with `prompts`, `completions`, `completion_ids` and every other column of the data set
             (a demonstration in `completion` too) as lists of one length, by keyword, and `trainer_state`; a function
             without `**kwargs` gets what its signature names. Completions are strings, or
-            `[{"role": "assistant", "content": text}]` where the prompt is a list of messages. It returns one value a completion: a number, None (does not apply), or an Exception (this
-            completion cannot be judged).
+            `[{"role": "assistant", "content": text}]` where the prompt is a list of messages. It returns one value
+            a completion: a number, None (does not apply), or an Exception (this completion cannot be judged).
         weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
         isolate: when the call raises, call again one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
