@@ -29,6 +29,7 @@ from burnish import (
 from burnish.model.finite import non_finite_weights
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"} for i in range(8)]
+PROMPTS = [{"prompt": row["prompt"], "difficulty": i, "answer": row["chosen"]} for i, row in enumerate(PAIRS)]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS],
     "dpo": PAIRS,
@@ -67,14 +68,20 @@ def make(kind: str, folder: Path, *, peft_config: Any = None, **changes: Any) ->
     }
     if online:
         fields |= {"num_generations": 4, "max_completion_length": 8}
-    rewards = {"reward_funcs": digits} if online else {}
+    own: dict[str, Any] = {"reward_funcs": changes.pop("reward_funcs", digits)} if online else {}
+    if "ref_model" in changes:
+        own["ref_model"] = changes.pop("ref_model")
     return trainer(
         model=tiny.model(),
         args=config(**{**fields, **changes}),
-        train_dataset=[{"prompt": row["prompt"]} for row in PAIRS] if online else ROWS[kind],
+        train_dataset=[
+            {"prompt": row["prompt"], "difficulty": i, "answer": row["chosen"]} for i, row in enumerate(PAIRS)
+        ]
+        if online
+        else ROWS[kind],
         processing_class=tiny.tokenizer(),
         peft_config=peft_config,
-        **rewards,
+        **own,
     )
 
 

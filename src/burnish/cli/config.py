@@ -15,7 +15,8 @@ from burnish.data.sources import check_source
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
-from burnish.schema import Kind, check_fields, check_mapping, lora_fields
+from burnish.schema import Kind, check_fields, check_mapping
+from burnish.schema.adapters import check_lora
 from burnish.schema.fields import stages_with
 from burnish.schema.inherited import FieldInfo
 from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, path_problem
@@ -64,6 +65,9 @@ def _check_path(value: str | None, where: str, problem_of: Callable[[str], str |
         raise ConfigError(f"{where} = {show(value)}: {problem}.")
 
 
+_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+
 @dataclass(frozen=True)
 class DataSection:
     """`[data]`: where rows come from; sources are as `burnish.data.load_rows` takes them.
@@ -93,6 +97,8 @@ class EvaluationSection:
     """Most tokens of one completion."""
     solved: str | None = None
     """The criterion that says whether a completion solved its prompt; None where the rubric has one criterion."""
+    chat_template: str | None = None
+    """A .jinja file, Jinja source, a tokenizer's folder, or chatml; None means the tokenizer's own."""
     output: str | None = None
     """`burnish eval` only: JSON file for the whole evaluation, problem by problem."""
     compare_with: str | None = None
@@ -131,6 +137,8 @@ class PairsSection:
     """Rewards of a pair differ by more than this."""
     min_reward: float | None = None
     """Best-of-n rows need at least this reward; None keeps the best whatever it got."""
+    chat_template: str | None = None
+    """A .jinja file, Jinja source, a tokenizer's folder, or chatml; None means the tokenizer's own."""
     seed: int = 0
     """Of the random numbers."""
 
@@ -378,7 +386,7 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     return {
         "model": _model(tables["model"]),
         "model_init": _model_init(tables.get("model_init", {})),
-        "peft": check_mapping(lora_fields(), tables["peft"], "peft") if "peft" in tables else None,
+        "peft": check_lora(tables["peft"]) if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
         "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
         "evaluation": None
@@ -401,6 +409,11 @@ def _model(value: str | dict[str, Any]) -> str:
 
 def _model_init(table: Mapping[str, Any]) -> dict[str, Any]:
     values = check_mapping(_infos(_MODEL_INIT), table, "model_init")
+    for name, value in values.items():
+        if value == "":
+            raise ConfigError(f"[model_init] {name} = '': that names nothing; leave it out.")
+    if "dtype" in values and values["dtype"] not in _DTYPES:
+        raise ConfigError(f"[model_init] dtype = {show(values['dtype'])}: use one of {', '.join(_DTYPES)}.")
     if (given := values.get("quantization_config")) is not None:
         values["quantization_config"] = check_quantization(given, "model_init.quantization_config")
     return values

@@ -22,6 +22,7 @@ __all__ = [
     "read_json_lines",
     "replacing",
     "write_json",
+    "write_json_lines",
     "writing",
 ]
 
@@ -60,9 +61,10 @@ def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
                 stream.flush()
                 os.fsync(stream.fileno())
             draft.replace(path)
-        finally:
+        except BaseException:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -89,6 +91,16 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}); check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: not a JSON file ({error}); delete it to start that part over.") from error
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records, one a line, whole or not at all.
+
+    Raises:
+        FileError: they cannot be written.
+    """
+    with replacing(path) as stream:
+        stream.writelines(_dumps(record) + "\n" for record in records)
 
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

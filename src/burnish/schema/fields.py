@@ -35,6 +35,12 @@ def _own(default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})  # pyright: ignore[reportReturnType]
 
 
+_CHAT_TEMPLATE = (
+    "A .jinja file, Jinja source, a tokenizer's folder (its EOS token is taken over too), or chatml; saved with the "
+    "tokenizer, for later stages. None: the tokenizer's own."
+)
+
+
 @dataclass
 class CommonFields:
     """Fields of every stage. Inherit it before `transformers.TrainingArguments`, so that its defaults win."""
@@ -64,6 +70,12 @@ class CommonFields:
         "into output_dir; without it such a folder is refused.",
     )
     progress: bool = _own(True, "Show live progress, metrics and rates in the terminal.")
+    max_dead_steps: int | None = _own(
+        20,
+        "Stop after so many optimizer steps in a row that teach nothing: no reward differs or every one failed, every "
+        "completion is cut and masked, nothing is in the loss, the gradient is zero, or the loss is far above its "
+        "start. A run that has learned goes on where it may be done. 0 or None: only warn.",
+    )
     logging_steps: float = _own(10, "Log every so many optimizer steps; below 1 it is a share of all steps.")
     logging_nan_inf_filter: bool = _own(False, "Always off: a NaN in the log should be seen.")
     remove_unused_columns: bool = _own(False, "Always off: rewards and formats need the data set's columns.")
@@ -91,9 +103,7 @@ class SFTFields(CommonFields):
         "text becomes several sequences).",
     )
     dataset_text_field: str = _own("text", "Column of plain text, for language modelling rows.")
-    chat_template: str | None = _own(
-        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
-    )
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     eos_token: str | None = _own(None, "Token that ends a turn, where it is not the tokenizer's own.")
     completion_only_loss: bool | None = _own(
         None, "Loss on the completion only. None: yes for prompt-completion rows, no for plain text."
@@ -123,9 +133,7 @@ class RewardFields(CommonFields):
         "one, so before EOS where EOS pads. None: the tokenizer's own, else EOS.",
     )
     step_separator: str = _own("\n", "Text that ends every step of rows with step labels; their scores are read there.")
-    chat_template: str | None = _own(
-        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
-    )
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     disable_dropout: bool = _own(True, "Train without dropout, in the model and in adapters.")
     center_rewards_coefficient: float | None = _own(
         None, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0, such as 0.01. None: no such term."
@@ -138,9 +146,7 @@ class _ReferenceFields(CommonFields):
 
     learning_rate: float = _own(1e-6, "Peak learning rate.")
     max_length: int | None = _own(1024, "Longest sequence in tokens; the rest is cut off. None: no limit.")
-    chat_template: str | None = _own(
-        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
-    )
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     disable_dropout: bool = _own(True, "Train without dropout, in the model and in adapters.")
     beta: float = _own(0.1, "Strength of the pull towards the reference.")
     precompute_ref_log_probs: bool = _own(
@@ -208,6 +214,7 @@ class _OnlineFields(CommonFields):
     top_k: int = _own(0, "Sample from the k most likely tokens. 0: all.")
     min_p: float | None = _own(None, "Sample from tokens at least this fraction as likely as the likeliest. None: all.")
     stop: list[str] | None = _own(None, "Strings that end a completion.")
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     chat_template_kwargs: dict[str, Any] | None = _own(None, "Extra arguments of the chat template.")
     disable_dropout: bool = _own(True, "Always on: samples are drawn without dropout, so they are trained on so too.")
     shuffle_dataset: bool = _own(True, "Draw prompts in a new order each epoch.")
