@@ -13,6 +13,7 @@ from typing import Any, cast
 from accelerate.utils import gather_object
 
 from burnish.progress import say
+from burnish.runs.files import read_json, write_json
 from burnish.types import Group
 
 __all__ = ["ReferenceSums"]
@@ -43,6 +44,22 @@ class ReferenceSums:
     def clear(self) -> None:
         """Forget: the reference has changed."""
         self._values.clear()
+
+    def save(self, file: Path) -> None:
+        """Write what is known, so that a resumed run computes nothing twice, which packs differently and rounds anew.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        write_json(file, self._values, indent=None)
+
+    def load(self, file: Path) -> None:
+        """Know what `save` wrote, and nothing else; a checkpoint of other ranks or an older version has no file.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        self._values = {int(index): values for index, values in read_json(file, {}).items()}
 
     def load_or_compute(
         self,
