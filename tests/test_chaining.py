@@ -67,6 +67,7 @@ def made(
     stage: str, folder: Path, model: Any, *, callbacks: Any = None, peft_config: Any = None, **changes: Any
 ) -> Any:
     config, trainer, rows = STAGES[stage]
+    rows = changes.pop("rows", rows)
     optimizers = {name: changes.pop(name) for name in ("optimizers", "value_model") if name in changes}
     options = {"per_device_train_batch_size": 4, "max_steps": 1, **(ONLINE if stage in SAMPLES else {})}
     args = config(**settings(folder, **{**options, **changes}))

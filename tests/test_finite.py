@@ -67,14 +67,18 @@ def make(kind: str, folder: Path, *, peft_config: Any = None, **changes: Any) ->
     }
     if online:
         fields |= {"num_generations": 4, "max_completion_length": 8}
-    rewards = {"reward_funcs": digits} if online else {}
+    own: dict[str, Any] = {"reward_funcs": changes.pop("reward_funcs", digits)} if online else {}
+    if "ref_model" in changes:
+        own["ref_model"] = changes.pop("ref_model")
     return trainer(
         model=tiny.model(),
         args=config(**{**fields, **changes}),
-        train_dataset=[{"prompt": row["prompt"]} for row in PAIRS] if online else ROWS[kind],
+        train_dataset=[{"prompt": row["prompt"], "difficulty": i} for i, row in enumerate(PAIRS)]
+        if online
+        else ROWS[kind],
         processing_class=tiny.tokenizer(),
         peft_config=peft_config,
-        **rewards,
+        **own,
     )
 
 

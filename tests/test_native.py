@@ -21,7 +21,7 @@ from burnish.rollout.native import NativeEngine
 from burnish.rollout.stopping import StopMatcher
 from burnish.types import Completion, Group, StopReason
 
-VOCABULARY = 272
+VOCABULARY = 257
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

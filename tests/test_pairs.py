@@ -78,6 +78,9 @@ def test_what_makes_no_pair() -> None:
     assert preference_rows(record(sample("a", 1.0), sample("a", 0.0))) == [], "equal texts"
     assert preference_rows(record(sample("a", 1.0), sample("b", None))) == [], "a failed reward is no 0"
     assert preference_rows(record(sample("a", 1.0), sample("", 0.0))) == [], "empty"
+    for blank in (" ", "\n\n", "\u2028", "\u3000\t"):
+        assert preference_rows(record(sample("a", 1.0), sample(blank, 0.0))) == [], "blank"
+        assert best_row(record(sample(blank, 1.0))) is None
     assert preference_rows(record(sample("a", 1.0), sample("b", 0.0, "length"))) == [], "cut off"
     assert best_row(record(sample("a", None))) is None
     assert best_row(record(sample("a", 0.4)), min_reward=0.5) is None
@@ -98,7 +101,8 @@ def sampled(file: Path, rows: Any = ROWS, **changes: Any) -> list[dict[str, Any]
     engine = make_engine(tiny.model(), tokenizer)
     options: dict[str, Any] = {"params": PARAMS, "num_samples": 4, "model": "tiny", "prompts_per_round": 2, **changes}
     groups = encode_rows(prompt_group, rows, tokenizer)
-    return sample_rows(engine, groups, Rubric.from_functions(digits, None), file=file, **options)
+    rubric = options.pop("rubric", None) or Rubric.from_functions(digits, None)
+    return sample_rows(engine, groups, rubric, file=file, **options)
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
@@ -110,7 +114,18 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert sorted((tmp_path / "b.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
 
 
-@pytest.mark.parametrize("changes", [{"model": "other"}, {"num_samples": 5}, {"seed": 1}, {"rows": ROWS[:5]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "other"},
+        {"num_samples": 5},
+        {"seed": 1},
+        {"rows": ROWS[:5]},
+        {"rows": [{**ROWS[0], "answer": "another"}, *ROWS[1:]]},
+        {"rubric": Rubric.from_functions(digits, [2.0])},
+        {"rubric": Rubric.from_functions(lambda completions, **_: [1.0] * len(completions))},
+    ],
+)
 def test_samples_of_another_run_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     sampled(tmp_path / "a.jsonl")
     with pytest.raises(ConfigError, match="samples of another model"):
@@ -154,6 +169,11 @@ max_completion_length = 6
     assert (tmp_path / "out" / "best.jsonl").is_file()
     assert main(["pairs", str(tmp_path / "run.toml"), "--pairs.num_samples=1"]) == 2
     assert "a pair needs at least 2" in capsys.readouterr().err
+    before = (tmp_path / "out" / "pairs.jsonl").read_bytes()
+    tiny.model(seed=1).save_pretrained(tmp_path / "model")  # trained again, of the same name
+    assert main(["pairs", str(tmp_path / "run.toml")]) == 2
+    assert "holds samples of another model" in capsys.readouterr().err
+    assert (tmp_path / "out" / "pairs.jsonl").read_bytes() == before
 
 
 def test_held_out_prompts_make_no_pairs_and_evaluations_compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -290,3 +291,57 @@ def test_later_stages_train_the_adapters_of_the_first(file: Path) -> None:
     assert [m["kl"] for m in metrics if m["stage"] == "grpo"] == [0.0] * 4, "the reference is the SFT policy"
     summary = json.loads((run / "evaluations.json").read_text())
     assert [e["name"] for e in summary["evaluations"]] == ["raw", "sft", "grpo"]
+
+
+def test_a_step_is_reused_only_where_all_that_it_was_made_from_is_the_same(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run, words = file.parent, file.parent / "run", ["pipeline", str(file)]
+    (folder / "taste.py").write_text("def likes(completions, **_):\n    return [len(c) for c in completions]\n")
+    monkeypatch.syspath_prepend(folder)
+    file.write_text(file.read_text() + '[[rubric]]\nkind = "python"\nfunction = "taste:likes"\n')
+    assert main(words) == 0
+
+    def refused(table: str, step: str, *overrides: str) -> None:
+        capsys.readouterr()
+        assert main([*words, *overrides]) == 2
+        assert f"holds a run with another [{table}], from which {step} was made" in capsys.readouterr().err
+
+    def changed(name: str, before: str, after: str) -> str:
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(before, after))
+        return text
+
+    rows = changed("held.jsonl", "0+1=", "00+1=")
+    refused("data", "evaluations/raw.json")
+    (folder / "held.jsonl").write_text(rows)
+    source = changed("taste.py", "len(c)", "-len(c)")
+    refused("rubric", "evaluations/raw.json")
+    (folder / "taste.py").write_text(source)
+    tiny.model(seed=1).save_pretrained(folder / "model")  # trained again, of the same name
+    refused("model", "evaluations/raw.json")
+    tiny.model().save_pretrained(folder / "model")
+    assert main(words) == 0
+    # A stage that is trained anew takes with it what came after, unless it ends the same.
+    shutil.rmtree(run / "sft")
+    assert main(words) == 0
+    shutil.rmtree(run / "sft")
+    refused("model", "evaluations/sft.json", "--sft.learning_rate=0.5")
+
+
+def test_a_pipeline_that_failed_on_its_data_does_not_block_the_next_try(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, words = file.parent / "run", ["pipeline", str(file)]
+    assert main([*words, "--data.eval.prompt_template={nothing}"]) == 2
+    assert not (run / "config.json").exists()
+    # After the first evaluation: what it was made from stays, the rest may change.
+    monkeypatch.setattr("burnish.cli.stages.train", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(words)
+    before = (run / "evaluations" / "raw.json").stat().st_mtime_ns
+    monkeypatch.undo()
+    assert main([*words, "--data.train.limit=16", "--sft.max_steps=2"]) == 0
+    assert (run / "evaluations" / "raw.json").stat().st_mtime_ns == before
+    assert json.loads((run / "config.json").read_text())["sft"]["max_steps"] == 2
+    assert "holds a run with another" not in capsys.readouterr().err

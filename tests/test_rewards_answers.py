@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
 from burnish.errors import ConfigError
+from burnish.rewards import Criterion, Rubric, count_answers, exact_answer, format_tags, numeric_answer
 from burnish.rewards.answers import SOURCES, answer_text, extract_answer, parse_number, render_answer
 
 
@@ -135,3 +139,38 @@ def test_units_can_be_refused() -> None:
 
 def test_gold_answers_as_text() -> None:
     assert [answer_text(value) for value in (3, 3.0, 2.5, "3.0")] == ["3", "3", "2.5", "3.0"]
+
+
+PIECES = [
+    r"\boxed{", r"\boxed ", r"\boxed{1}", "{", "}", "{}", "<answer>", "</answer>", "<answer>1</answer>", "<answer", "<",
+    "1", "1,", "1,111", "1 111 ", "1.", "1/", "-", "- 1", ".", " ", "\n", "$", "\\", r"\frac{1}", "a", "1e",
+    "\N{MINUS SIGN}",
+]  # fmt: skip
+
+
+def _seconds(scan: Callable[[str], Any], text: str) -> float:
+    times: list[float] = []
+    for _ in range(2):
+        start = time.process_time()
+        scan(text)
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_scanning_in_the_trainer_takes_linear_time(piece: str) -> None:
+    """Eight times the text takes about 8 times as long; a scan in quadratic time takes 64 times as long."""
+    columns: Any = {"prompts": ["p"], "answer": ["1"]}
+    rubric = Rubric([Criterion("numeric", numeric_answer())])
+    scans: dict[str, Callable[[str], Any]] = {
+        "numeric": lambda text: numeric_answer(sources=["text"])(completions=[text], **columns),
+        "exact": lambda text: exact_answer(sources=["text"], ignore_case=True)(completions=[text], **columns),
+        "format": lambda text: format_tags()([text]),
+        "diagnosis": lambda text: count_answers(rubric, [text]),
+        **{source: lambda text, source=source: extract_answer(text, sources=[source]) for source in SOURCES},
+    }
+    for name, scan in scans.items():
+        for prefix, suffix in (("", ""), ("<answer>", "</answer>"), (r"\boxed{", "}")):
+            short, long = (prefix + piece * (length // len(piece)) + suffix for length in (10_000, 80_000))
+            # The added time drowns the noise of scans that are over at once.
+            assert _seconds(scan, long) < 24 * _seconds(scan, short) + 0.01, (name, prefix)

@@ -153,3 +153,35 @@ def test_uniforms_are_pinned() -> None:
     assert keys.tolist() == [8760411249752654535, 1732964936235031996]
     assert uniforms(keys, np.array([0, 9])).tolist() == [0.4437839116774617, 0.37136973166212817]
     assert stream_key(-1, 5, 7, 3) == stream_key(2**64 - 1, 5, 7, 3) != stream_key(5, -1, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(1), [0, 1, 4]),
+        (SamplingParams(1, top_k=2), [1, 4]),
+        (SamplingParams(1, top_p=0.6), [1]),  # 0.30 of the 0.45 that may be drawn
+        (SamplingParams(1, min_p=0.3), [1, 4]),  # of the most likely that may be drawn
+    ],
+)
+def test_unknown_tokens_count_in_the_policy_and_are_never_drawn(params: SamplingParams, kept: list[int]) -> None:
+    count = 2000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    logits = PROBS.log()[None].float().expand(count, -1)
+    drawn = draw(logits, uniform, SamplingBatch.of([params] * count), unknown=torch.tensor([2, 3]))
+    expected = torch.zeros(5, dtype=torch.float64)
+    expected[kept] = PROBS[kept] / PROBS[kept].sum()
+    torch.testing.assert_close(shares(drawn.token_ids, 5), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(drawn.sampler_logprobs.double(), expected.log()[drawn.token_ids], atol=1e-6, rtol=0)
+    torch.testing.assert_close(drawn.policy_logprobs.double(), PROBS.log()[drawn.token_ids], atol=1e-6, rtol=0)
+
+
+def test_greedy_and_peaks_pass_over_unknown_tokens() -> None:
+    """An unknown token 100 nats above the others, which fp32 weights relative to it could not hold."""
+    logits = torch.tensor([[0.0, 100.0, 1.0, 1.0]])
+    for temperature in (0.0, 1.0):
+        params = SamplingBatch.of([SamplingParams(1, temperature=temperature)])
+        drawn = draw(logits, torch.tensor([0.3], dtype=torch.float64), params, unknown=torch.tensor([1]))
+        assert drawn.token_ids.tolist() == [2]
+        torch.testing.assert_close(drawn.policy_logprobs, torch.tensor([-99.0]))
+        assert -1 < float(drawn.sampler_logprobs) <= 0

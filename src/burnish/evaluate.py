@@ -7,7 +7,8 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import fields as dataclass_fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from burnish.packing import pack, split_by_tokens
 from burnish.rewards import Rubric
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
+from burnish.schema.checks import check_mapping
+from burnish.schema.inherited import FieldInfo
 from burnish.types import Group, Score, StopReason
 
 __all__ = [
@@ -235,14 +238,41 @@ class Evaluation:
             ConfigError: fields are missing or unknown.
         """
         try:
-            fields = dict(data)
-            fields["problems"] = tuple(Problem(**problem) for problem in fields["problems"])
-            fields["pass_at_k"] = {int(k): Interval(**interval) for k, interval in fields["pass_at_k"].items()}
-            fields["criteria"] = {name: Interval(**interval) for name, interval in fields["criteria"].items()}
+            fields = check_mapping(_STORED, dict(data), "evaluation")
+            fields["problems"] = tuple(_stored(Problem, problem) for problem in fields["problems"])
+            fields["pass_at_k"] = {int(k): _stored(Interval, interval) for k, interval in fields["pass_at_k"].items()}
+            fields["criteria"] = {name: _stored(Interval, interval) for name, interval in fields["criteria"].items()}
             fields["errors"] = tuple(fields["errors"])
             return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"data is no evaluation written by to_dict: {error}.") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"data is not an evaluation written by to_dict: {error}.") from error
+
+
+_STORED = {
+    name: FieldInfo(name, type_, None, own=True)
+    for name, type_ in {
+        "name": "str",
+        "solved": "str",
+        "num_samples": "int",
+        "seed": "int",
+        "params": "dict[str, Any]",
+        "problems": "list[dict[str, Any]]",
+        "pass_at_k": "dict[str, dict[str, Any]]",
+        "criteria": "dict[str, dict[str, Any]]",
+        "mean_completion_tokens": "float",
+        "truncated_fraction": "float",
+        "num_failed": "int",
+        "errors": "list[str]",
+    }.items()
+}
+"""An evaluation as JSON."""
+
+_R = TypeVar("_R", Problem, Interval)
+
+
+def _stored(record: type[_R], data: Mapping[str, Any]) -> _R:
+    infos = {item.name: FieldInfo(item.name, str(item.type), None, own=True) for item in dataclass_fields(record)}
+    return record(**check_mapping(infos, data, record.__name__))
 
 
 def evaluate(

@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -25,8 +25,10 @@ from burnish.evaluate import Interval, mean_interval
 from burnish.objectives.reward import calibration_bins, calibration_error
 from burnish.progress import format_seconds, say
 from burnish.rewards import Rubric
+from burnish.rewards.identity import rubric_identity
 from burnish.rollout import Engine, SamplingParams
 from burnish.rollout.collect import collect
+from burnish.runs.files import append_json_lines, filter_json_lines, read_json_lines, write_json_lines
 from burnish.types import Group
 
 __all__ = ["PairRanking", "best_row", "preference_rows", "rank_pairs", "sample_rows", "write_rows"]
@@ -55,7 +57,8 @@ def sample_rows(
         params: how tokens are drawn.
         num_samples: completions a prompt.
         file: JSON lines, one record a prompt.
-        model: its name, for the record: a file of another model or other settings is refused.
+        model: its identity, such as the fingerprint of its weights: samples of another model, other prompts or columns,
+            another rubric or other settings are refused.
         seed: of the random numbers.
         prompts_per_round: prompts sampled and written together.
 
@@ -65,21 +68,19 @@ def sample_rows(
     Raises:
         ConfigError: the file holds samples of another run.
     """
-    key = _key(model, groups, params, num_samples, seed)
+    key = _key(model, groups, rubric, params, num_samples, seed)
     done = {record["index"]: record for record in _read(file, key)}
     missing = [group for group in groups if group.index not in done]
     if done:
         say(f"pairs: {len(done)} of {len(groups)} prompts sampled before")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(_line(record) for record in done.values()), encoding="utf-8")
+    filter_json_lines(file, lambda record: True)  # a line that a kill has cut off
     started = time.monotonic()
     for begin in range(0, len(missing), prompts_per_round):
         part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
         collect(engine, part, num_generations=num_samples, params=params, seed=seed, step=0)
         rubric.score(part)
         records = [_record(group, key) for group in part]
-        with file.open("a", encoding="utf-8") as stream:
-            stream.writelines(_line(record) for record in records)
+        append_json_lines(file, records)
         done |= {record["index"]: record for record in records}
         left = (time.monotonic() - started) / (begin + len(part)) * (len(missing) - begin - len(part))
         say(f"pairs: {len(done)}/{len(groups)} prompts sampled  left {format_seconds(left)}")
@@ -91,8 +92,8 @@ def preference_rows(
 ) -> list[dict[str, Any]]:
     """The i-th best sample over the i-th worst, while their rewards differ by more than `min_margin`.
 
-    Equal rewards are ordered by a random number of (seed, prompt), equal texts count once, and empty or cut texts and
-    samples without a reward not at all.
+    Equal rewards are ordered by a random number of (seed, prompt), equal texts count once, and empty, blank or cut
+    texts and samples without a reward not at all.
 
     Args:
         record: of `sample_rows`.
@@ -210,21 +211,16 @@ def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]],
     )
 
 
-def write_rows(file: Path, rows: Iterable[Row]) -> int:
+def write_rows(file: Path, rows: Sequence[Row]) -> int:
     """Write JSON lines whole or not at all; returns their number."""
-    draft, count = file.with_suffix(".tmp"), 0
-    with draft.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(_line(row))
-            count += 1
-    draft.replace(file)
-    return count
+    write_json_lines(file, rows)
+    return len(rows)
 
 
 def _ranked(record: Row, seed: int) -> list[Row]:
     rng = random.Random(f"{seed}-{record['index']}")
-    # Nothing but EOS has no token that a reward model could be read at.
-    samples: dict[str, Row] = {s["text"]: s for s in record["samples"] if s["reward"] is not None and s["text"]}
+    # What has no text teaches to say nothing, and the stages that read the pairs refuse it.
+    samples: dict[str, Row] = {s["text"]: s for s in record["samples"] if s["reward"] is not None and s["text"].strip()}
     # A truncated text would teach the model to stop in the middle, or that stopping there is bad for its content.
     whole = [s for s in samples.values() if s["stop_reason"] != "length"]
     return sorted(whole, key=lambda s: (-s["reward"], rng.random()))
@@ -249,28 +245,20 @@ def _record(group: Group, key: str) -> dict[str, Any]:
     return {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row, "samples": samples}
 
 
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
-
-
-def _key(model: str, groups: Sequence[Group], params: SamplingParams, num_samples: int, seed: int) -> str:
-    asked = [model, repr(params), num_samples, seed, [(g.index, g.prompt_ids) for g in groups]]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+def _key(
+    model: str, groups: Sequence[Group], rubric: Rubric, params: SamplingParams, num_samples: int, seed: int
+) -> str:
+    rows = [(group.index, group.prompt_ids, group.row) for group in groups]
+    asked = [model, repr(params), num_samples, seed, rubric_identity(rubric), rows]
+    text = json.dumps(asked, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _read(file: Path, key: str) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    records: list[dict[str, Any]] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a killed run was writing
-        if record.get("key") != key:
-            raise ConfigError(
-                f"{file} holds samples of another model, other prompts or other settings: give another output_dir, or "
-                "delete the file."
-            )
-        records.append(record)
+    records = list(read_json_lines(file))
+    if any(record.get("key") != key for record in records):
+        raise ConfigError(
+            f"{file} holds samples of another model, other prompts, another rubric or other settings: give another "
+            "output_dir, or delete the file."
+        )
     return records

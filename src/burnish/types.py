@@ -49,11 +49,13 @@ class Score:
         total: weighted sum of the criteria, or None where one failed: the completion then leaves the loss.
         criteria: value of each criterion by name; None where it failed or abstained.
         errors: message of each failure by criterion name.
+        answers: answer that each criterion read from the text, by criterion name; absent where it found none.
     """
 
     total: float | None
     criteria: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
     errors: dict[str, str] = field(default_factory=dict[str, str])
+    answers: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(slots=True)

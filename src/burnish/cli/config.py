@@ -15,7 +15,8 @@ from burnish.data.sources import check_source
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
-from burnish.schema import Kind, check_fields, check_mapping, lora_fields
+from burnish.schema import Kind, check_fields, check_mapping
+from burnish.schema.adapters import check_lora
 from burnish.schema.fields import stages_with
 from burnish.schema.inherited import FieldInfo
 from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, path_problem
@@ -62,6 +63,9 @@ _MODEL_INIT = {
 def _check_path(value: str | None, where: str, problem_of: Callable[[str], str | None]) -> None:
     if value is not None and (problem := problem_of(value)) is not None:
         raise ConfigError(f"{where} = {show(value)}: {problem}.")
+
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -378,7 +382,7 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     return {
         "model": _model(tables["model"]),
         "model_init": _model_init(tables.get("model_init", {})),
-        "peft": check_mapping(lora_fields(), tables["peft"], "peft") if "peft" in tables else None,
+        "peft": check_lora(tables["peft"]) if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
         "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
         "evaluation": None
@@ -401,6 +405,11 @@ def _model(value: str | dict[str, Any]) -> str:
 
 def _model_init(table: Mapping[str, Any]) -> dict[str, Any]:
     values = check_mapping(_infos(_MODEL_INIT), table, "model_init")
+    for name, value in values.items():
+        if value == "":
+            raise ConfigError(f"[model_init] {name} = '': that names nothing; leave it out.")
+    if "dtype" in values and values["dtype"] not in _DTYPES:
+        raise ConfigError(f"[model_init] dtype = {show(values['dtype'])}: use one of {', '.join(_DTYPES)}.")
     if (given := values.get("quantization_config")) is not None:
         values["quantization_config"] = check_quantization(given, "model_init.quantization_config")
     return values

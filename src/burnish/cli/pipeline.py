@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from burnish.cli.config import PipelineFile, load_pipeline_file
+from burnish.cli.steps import StepInputs, model_identity
 from burnish.data import disjoint, load_rows
 from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, compare
 from burnish.progress import format_seconds, say
 from burnish.report import write_report
 from burnish.rewards import check_gold
+from burnish.rewards.identity import rubric_identity
 from burnish.runs.files import read_json, write_json
 from burnish.runs.lock import locked
 from burnish.runs.processes import refuse_ranks
@@ -32,6 +33,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 Rows = list[dict[str, Any]]
+
+_ONLINE = ("online_dpo", "grpo", "rloo", "ppo")
+_FROM_PAIRS = ("reward", "dpo", "kto")
+_JUDGED = (*_ONLINE, "pairs", "evaluation")
+"""Tables of what the rubric judges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,16 @@ class Pipeline:
 
     file: PipelineFile
     folder: Path
+    inputs: StepInputs = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inputs = StepInputs(self.folder)
 
     def run(self) -> None:
         """All stages, then the report."""
         started = time.monotonic()
-        self._claim_folder()
         data = self._rows()
+        self._claim_folder(data)
         model, pairs, policies = self.file.model, _Pairs([], []), ["raw"]
         self._evaluate("raw", model, data.held_out)
         for name in self.file.stages:
@@ -88,19 +98,35 @@ class Pipeline:
         )
         say(f"done in {format_seconds(time.monotonic() - started)}: model in {model}, report in {page}")
 
-    def _claim_folder(self) -> None:
+    def _claim_folder(self, data: _Data) -> None:
+        """Refuse to go on from steps that were made from something else; nothing is written before the data is read."""
         from burnish.cli.stages import environment
 
-        document = {key: value for key, value in self.file.document.items() if key != "report"}
-        before = read_json(self.folder / "config.json", None)
-        if before is not None and before != _plain(document):
-            changed = sorted(key for key in {*before, *document} if before.get(key) != _plain(document).get(key))
-            raise ConfigError(
-                f"output_dir = {str(self.folder)!r} holds a run with another [{'], ['.join(changed)}]: give another "
-                "output_dir, or delete that folder."
-            )
-        write_json(self.folder / "config.json", document)
+        for name in ("raw", *self.file.stages):
+            if name == "pairs":
+                for part, rows in (("train", self._prompts(data)), ("held_out", data.held_out)):
+                    self.inputs.check(f"pairs/{part}", self._made_from("pairs", data=rows))
+                continue
+            if name != "reward":
+                self.inputs.check(f"evaluations/{name}.json", self._made_from("evaluation", data=data.held_out))
+            if name != "raw":
+                rows = {} if name in _FROM_PAIRS else {"data": _rows_of(name, data, _Pairs([], []))}
+                self.inputs.check(name, self._made_from(name, **rows))
+        write_json(self.folder / "config.json", {k: v for k, v in self.file.document.items() if k != "report"})
         write_json(self.folder / "environment.json", environment())
+
+    def _made_from(self, table: str, **rows: Any) -> dict[str, Any]:
+        """What a step is made from as far as the file says it, by table."""
+        settings = getattr(self.file, table)
+        found: dict[str, Any] = {
+            table: asdict(settings) if table in ("pairs", "evaluation") else settings,
+            "model_init": self.file.model_init,
+        }
+        if table in _JUDGED:
+            found["rubric"] = rubric_identity(self.file.rubric)
+        if table not in ("pairs", "evaluation"):
+            found["peft"] = self.file.peft
+        return found | rows
 
     def _rows(self) -> _Data:
         """Training, held-out and SFT rows; nothing held out is trained on, and the rubric solves its own answers."""
@@ -133,15 +159,20 @@ class Pipeline:
 
     def _sample_pairs(self, model: str, data: _Data) -> _Pairs:
         """Pairs of the current model on training prompts, each once, and on held-out ones where a stage reads those."""
-        train = self._pairs_in("train", model, disjoint(data.train, data.held_out)[0])
+        train = self._pairs_in("train", model, self._prompts(data))
         measured = self.file.reward is not None or self._evaluates("dpo") or self._evaluates("kto")
         return _Pairs(train, self._pairs_in("held_out", model, data.held_out) if measured else [])
+
+    def _prompts(self, data: _Data) -> Rows:
+        return disjoint(data.train, data.held_out)[0]
 
     def _pairs_in(self, name: str, model: str, prompts: Rows) -> Rows:
         from burnish.cli import stages
 
         assert self.file.pairs is not None
         folder = self.folder / "pairs" / name
+        made_from = self._made_from("pairs", data=prompts, model=model_identity(model))
+        self.inputs.begin(f"pairs/{name}", made_from)
         if (folder / "done").is_file():
             say(f"pairs, {name}: done before")
         else:
@@ -162,6 +193,7 @@ class Pipeline:
         from burnish.cli import stages
 
         target = self.folder / "evaluations" / "reward.json"
+        self.inputs.begin("evaluations/reward.json", {"data": rows, "reward": model_identity(model)})
         if not target.is_file():
             ranking = stages.rank_with(model, rows)
             write_json(target, {**asdict(ranking), "summary": ranking.summary("reward")})
@@ -173,6 +205,7 @@ class Pipeline:
         from burnish.cli import stages
 
         folder = self.folder / name
+        self.inputs.begin(name, self._made_from(name, data=(rows, eval_rows), model=model_identity(model)))
         if (folder / "done").is_file():
             say(f"{name}: done before")
             return str(folder)
@@ -183,7 +216,7 @@ class Pipeline:
         # A later stage trains the adapters of the one before it.
         shared["peft"] = self.file.peft if model == self.file.model else None
         shared["eval_rows"] = eval_rows if self._evaluates(name) else None
-        if name in ("online_dpo", "grpo", "rloo", "ppo"):
+        if name in _ONLINE:
             training.setdefault("log_completions", str(self.folder))
         stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)
         (folder / "done").touch()
@@ -197,6 +230,9 @@ class Pipeline:
         from burnish.cli import stages
 
         target = self.folder / "evaluations" / f"{name}.json"
+        self.inputs.begin(
+            f"evaluations/{name}.json", self._made_from("evaluation", data=rows, model=model_identity(model))
+        )
         if not target.is_file():
             shared: dict[str, Any] = {"name": name, "model_init": self._model_init(model)}
             result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, **shared)
@@ -238,8 +274,4 @@ def _rows_of(name: str, data: _Data, pairs: _Pairs) -> tuple[Rows, Rows]:
     """What a stage trains on, and what it is measured on meanwhile."""
     if name == "sft":
         return data.sft, data.held_out
-    return (pairs.train, pairs.held_out) if name in ("reward", "dpo", "kto") else (data.train, data.held_out)
-
-
-def _plain(document: Any) -> Any:
-    return json.loads(json.dumps(document, default=str))
+    return (pairs.train, pairs.held_out) if name in _FROM_PAIRS else (data.train, data.held_out)

@@ -16,7 +16,9 @@ import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.data import encode_rows, prompt_group, sft_groups
+from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, evaluate, mean_nll
+from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.precision import fast_bf16
 from burnish.model.reward_model import RewardModel
@@ -122,7 +124,10 @@ def _lora(fields: dict[str, Any] | None) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(**fields)
+    try:
+        return LoraConfig(**fields)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"[peft]: peft refuses it ({' '.join(str(error).split())}).") from error
 
 
 def evaluate_model(
@@ -181,7 +186,7 @@ def _make_pairs(
         ),
         num_samples=section.num_samples,
         file=folder / "samples.jsonl",
-        model=model,
+        model=weights_fingerprint(loaded),
         seed=section.seed,
     )
     pairs = [

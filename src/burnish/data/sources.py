@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from string import Formatter
 from typing import Any, TypeAlias, cast
 
 from burnish.data.formats import messages_of
-from burnish.errors import ConfigError, DataError
+from burnish.errors import ConfigError, DataError, show
+from burnish.schema.paths import is_file, is_folder, path_problem
+from burnish.schema.predicates import is_seed, is_text
 
 __all__ = ["DisjointCounts", "as_rows", "check_source", "disjoint", "load_rows"]
 
@@ -22,6 +25,9 @@ _COMMON = frozenset({"columns", "completion_template", "limit", "prompt_template
 _FILE_KEYS = frozenset({"path", "split"}) | _COMMON
 _GYM_KEYS = frozenset({"options", "seed", "size", "source", "task"}) | _COMMON
 _MIX_KEYS = frozenset({"mix"}) | _COMMON
+_MOST_TASKS = 10_000_000
+_PLACE = re.compile(r"[^\W\d]\w*(\[\w+\])*")
+_FORMAT = re.compile(r"[^{}]?[<>=^]?[-+ ]?#?\d{0,3},?(\.\d{1,2})?[a-zA-Z%]?")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "columns": Mapping,
     "completion_template": str,
@@ -66,41 +72,72 @@ def check_source(spec: Mapping[str, Any], field: str = "data") -> None:
         expected = _TYPES[key]
         if not isinstance(value, expected) or isinstance(value, bool) or (key == "mix" and isinstance(value, str)):
             names = expected if isinstance(expected, tuple) else (expected,)
-            raise ConfigError(f"{field}.{key} = {value!r}: use a {' or '.join(t.__name__ for t in names)}.")
+            raise ConfigError(f"{field}.{key} = {show(value)}: use a {' or '.join(t.__name__ for t in names)}.")
     _check_values(spec, kind, field)
     for i, part in enumerate(spec.get("mix", ())):
         if not isinstance(part, Mapping):
-            raise ConfigError(f"{field}.mix[{i}] = {part!r}: use a source, such as {{path = 'train.jsonl'}}.")
+            raise ConfigError(f"{field}.mix[{i}] = {show(part)}: use a source, such as {{path = 'train.jsonl'}}.")
         check_source(cast("Mapping[str, Any]", part), f"{field}.mix[{i}]")
 
 
 def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
     for key in ("size", "limit"):
-        if key in spec and spec[key] < 1:
-            raise ConfigError(f"{field}.{key} = {spec[key]}: use a positive number of rows.")
+        if key in spec and not 1 <= spec[key] < 2**63:
+            raise ConfigError(f"{field}.{key} = {show(spec[key])}: use a positive number of rows.")
+    if spec.get("size", 1) > _MOST_TASKS:
+        raise ConfigError(f"{field}.size = {spec['size']}: tasks are made in memory; use at most {_MOST_TASKS:,}.")
+    for key in ("path", "split", "task"):
+        if key in spec and (problem := path_problem(str(spec[key]))) is not None:
+            raise ConfigError(f"{field}.{key} = {show(spec[key])}: {problem}.")
     if kind == "source" and spec["source"] != "reasoning_gym":
         raise ConfigError(f"{field}.source = {spec['source']!r}: use 'reasoning_gym'; for files give path.")
     if kind == "source":
         for key in ("task", "size"):
             if key not in spec:
                 raise ConfigError(f"{field}.{key} is missing: a reasoning_gym source needs task and size.")
+        if not is_seed(spec.get("seed", 0)):
+            raise ConfigError(f"{field}.seed = {show(spec['seed'])}: use an integer of at least 0, below 2^32.")
     if kind == "mix" and not spec["mix"]:
         raise ConfigError(f"{field}.mix is empty: list at least one source.")
-    template = spec.get("prompt_template")
-    if template is not None:
-        _check_template(template, f"{field}.prompt_template")
+    _check_columns(spec.get("columns", {}), f"{field}.columns")
+    if (template := spec.get("prompt_template")) is not None:
+        places = _check_template(template, f"{field}.prompt_template")
+        if set(places) != {"prompt"}:
+            raise ConfigError(
+                f"{field}.prompt_template = {show(template)} has the places {sorted(set(places))}: it needs {{prompt}} "
+                "and nothing else; write literal braces as {{ and }}."
+            )
+        try:
+            template.format(prompt="text")
+        except ValueError as error:
+            raise ConfigError(f"{field}.prompt_template = {show(template)}: {error}; a prompt is text.") from error
+    if (template := spec.get("completion_template")) is not None:
+        _check_template(template, f"{field}.completion_template")
 
 
-def _check_template(template: str, field: str) -> None:
+def _check_columns(columns: Mapping[Any, Any], field: str) -> None:
+    for old, new in columns.items():
+        if not is_text(old) or not is_text(new):
+            raise ConfigError(f"{field} = {show(dict(columns))}: use names, such as {{question = 'prompt'}}.")
+    if len(set(columns.values())) < len(columns):
+        raise ConfigError(f"{field} = {show(dict(columns))}: two columns become one; give each a name of its own.")
+
+
+def _check_template(template: str, field: str) -> list[str]:
+    """The places of a template: names, with a conversion or a short format where a value needs one."""
     try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        places = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ConfigError(f"{field} = {template!r}: {error}; write literal braces as {{{{ and }}}}.") from error
-    if set(names) != {"prompt"}:
-        raise ConfigError(
-            f"{field} = {template!r} has the places {sorted(set(names))}: it needs {{prompt}} and nothing else; write "
-            "literal braces as {{ and }}."
-        )
+        raise ConfigError(f"{field} = {show(template)}: {error}; write literal braces as {{{{ and }}}}.") from error
+    for name, spec, conversion in places:
+        # `{0}` and `{}` count arguments, of which there are none; `{x.y}` reaches into Python, a wide pad fills memory.
+        known = _PLACE.fullmatch(str(name)) and _FORMAT.fullmatch(spec or "")
+        if not known or conversion not in (None, "s", "r", "a"):
+            raise ConfigError(
+                f"{field} = {show(template)}: the place {{{name}}} is not the name of a column, with a short format at "
+                "most, such as {value:.2f}; write literal braces as {{ and }}."
+            )
+    return [str(name) for name, _, _ in places]
 
 
 def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
@@ -125,7 +162,7 @@ def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
         rows = _path_rows(str(spec["path"]), spec.get("split"), field)
     rows = rows[: spec.get("limit")]
     if not rows:
-        raise DataError(f"{field}: {dict(spec)!r} has no rows.")
+        raise DataError(f"{field}: {show(dict(spec))} has no rows.")
     return [_shaped(row, spec, field, index) for index, row in enumerate(rows)]
 
 
@@ -166,7 +203,7 @@ def _with_completion(row: Row, template: str, field: str, index: int) -> Row:
     values = {**metadata, **row}
     try:
         text = template.format_map(values)
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{field}.completion_template = {template!r}: {error!r} for row {index}; its places are {sorted(values)}."
         ) from error
@@ -193,11 +230,11 @@ def _filled(prompt: Any, template: str, field: str, index: int) -> Any:
 
 
 def _path_rows(path: str, split: str | None, field: str) -> list[Row]:
-    if Path(path).is_dir():
+    if is_folder(path):
         return _saved_rows(path, split, field)
     if split is not None:
         raise ConfigError(f"{field}.split = {split!r}: only a directory saved by datasets has splits, not {path!r}.")
-    files = sorted(glob.glob(path, recursive=True)) if not Path(path).is_file() else [path]
+    files = sorted(glob.glob(path, recursive=True)) if not is_file(path) else [path]
     if not files:
         raise ConfigError(f"{field}.path = {path!r}: no such file; check it, or give a glob that matches.")
     rows: list[Row] = []
@@ -209,12 +246,14 @@ def _path_rows(path: str, split: str | None, field: str) -> list[Row]:
             rows += reader(Path(name))
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from error
+        except OSError as error:
+            raise DataError(f"{name}: cannot be read ({error.strerror or error}): check its permissions.") from error
     return rows
 
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows: list[Row] = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 rows.append(_object(_json(line, f"{path}:{number}"), f"{path}:{number}"))
@@ -222,7 +261,7 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> list[Row]:
-    value = _json(path.read_text(encoding="utf-8"), str(path))
+    value = _json(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(value, list):
         raise DataError(f"{path}: the file holds a {type(value).__name__}: use a list of objects, or .jsonl.")
     return [_object(item, f"{path}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
@@ -231,7 +270,9 @@ def _read_json(path: Path) -> list[Row]:
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, place))
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply to be a row: flatten it.") from error
+    except ValueError as error:  # also integers of 5,000 digits
         raise DataError(f"{place} is not JSON: {error}.") from error
 
 
@@ -254,7 +295,7 @@ def _object(value: Any, place: str) -> Row:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader, rows = csv.DictReader(file, strict=True), list[Row]()
         try:
             names = list(reader.fieldnames or ())
@@ -295,9 +336,11 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
 
     try:
         saved: Any = cast("Any", datasets).load_from_disk(path)
-    except FileNotFoundError as error:
+    except Exception as error:  # whatever pyarrow and json say of files that are missing, cut or of another format
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"{field}.path = {path!r} is a directory, but not one saved by datasets: give a file or a glob."
+            f"{field}.path = {path!r} is a directory, but not one saved whole by datasets ({reason}): give a file or a "
+            "glob, or save it again."
         ) from error
     if isinstance(saved, Mapping):
         splits = sorted(cast("Mapping[str, Any]", saved))
@@ -352,7 +395,9 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
             )
         return load_rows(cast("Mapping[str, Any]", data), field)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise ConfigError(f"{field} = {data!r}: use a list of rows, a data set, or a source such as {{path = ...}}.")
+        raise ConfigError(
+            f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = ...}}."
+        )
     return cast("Iterable[Mapping[str, Any]]", data)
 
 

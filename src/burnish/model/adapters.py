@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from burnish.errors import ConfigError, ModelError
+from burnish.model.adapter_checks import check_fit, refuse_outside_weights
 
 __all__ = [
     "Exact",
@@ -44,6 +45,7 @@ class SavedAdapters:
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         self.folder = folder
+        refuse_outside_weights(config.get("peft_type"), f"model = {str(folder)!r}")
         self.task_type: str | None = config.get("task_type")
         self._base: str | None = config.get("base_model_name_or_path")
 
@@ -95,7 +97,9 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
 
     if isinstance(model, PeftModel):
         raise ModelError("peft_config was given with a model that already has adapters: pass one or the other.")
+    refuse_outside_weights(peft_config.peft_type, "peft_config")
     model = _without_earlier(model)
+    check_fit(peft_config, model)
     config = copy.deepcopy(peft_config)
     config.task_type = config.task_type or "CAUSAL_LM"
     with torch.random.fork_rng(devices=[]):

@@ -187,6 +187,7 @@ def install(model: nn.Module) -> None:
     """
     pretrained = find_pretrained(model)
     name = type(pretrained).__name__
+    _refuse_repeated(pretrained)
     fix = "use a model whose attention goes through transformers' AttentionInterface, or train it with padded rows"
     if not pretrained._can_set_attn_implementation():  # pyright: ignore[reportPrivateUsage]
         raise ModelError(f"install: {name} does not let its attention implementation be chosen: {fix}.")
@@ -197,6 +198,29 @@ def install(model: nn.Module) -> None:
     chosen = pretrained.config.get_text_config()._attn_implementation  # pyright: ignore[reportPrivateUsage]
     if chosen != IMPLEMENTATION:
         raise ModelError(f"install: {name} kept the attention implementation {chosen!r}: {fix}.")
+    for module in pretrained.modules():
+        # Layers that were deep-copied (depth up-scaling, 2312.15166) have a configuration of their own.
+        own = cast("Any", getattr(module, "config", None))
+        if type(own) is type(pretrained.config.get_text_config()):
+            own._attn_implementation_internal = IMPLEMENTATION  # pyright: ignore[reportPrivateUsage]
+
+
+def _refuse_repeated(model: nn.Module) -> None:
+    """Refuse one layer at two depths: caches of keys and values, and saved files, know a layer by itself.
+
+    Raises:
+        ModelError: naming both places.
+    """
+    for name, layers in model.named_modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        first: dict[int, int] = {}
+        for place, layer in enumerate(layers):
+            if (earlier := first.setdefault(id(layer), place)) != place:
+                raise ModelError(
+                    f"{name}: layers {earlier} and {place} are one module, whose keys and values a rollout could not "
+                    "tell apart and which transformers does not save. Repeat layers by copy.deepcopy."
+                )
 
 
 def math_attention(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:

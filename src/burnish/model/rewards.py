@@ -26,10 +26,12 @@ from transformers import (
 )
 
 from burnish.errors import CheckFailed, ModelError
+from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapters import put_adapters, saved_adapters
 from burnish.model.attention import install
 from burnish.model.lean import save_less
 from burnish.model.loading import find_model, hub_arguments, load_model
+from burnish.model.positions import learned_positions, refuse_beyond
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout, mark_quantized
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
@@ -172,6 +174,7 @@ def classifier_adapters(peft_config: Any) -> Any:
 
     if not hasattr(peft_config, "peft_type"):
         return peft_config  # refused with the other arguments
+    refuse_outside_weights(peft_config.peft_type, "peft_config")
     task = cast("TaskType | str | None", getattr(peft_config, "task_type", None))
     if task not in (None, TaskType.SEQ_CLS):
         raise ModelError(
@@ -226,6 +229,7 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
     save_less(classifier)
     classifier.forward = MethodType(_reward_forward, classifier)
     classifier._burnish_prefix = support.ok
+    classifier._burnish_positions = learned_positions(classifier)
     _probe_score(classifier)
 
 
@@ -313,6 +317,7 @@ def reward_scores(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
         raise CheckFailed(
             f"{type(classifier).__name__} was not prepared for scores: call prepare_for_rewards(model) first."
         )
+    refuse_beyond(classifier._burnish_positions, batch, classifier)
     inputs, layout, score_index = model_inputs(batch, prefix=prefix)
     return model(**inputs, use_cache=False, scoring=RewardRequest(layout, score_index))
 

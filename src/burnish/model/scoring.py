@@ -21,6 +21,7 @@ from burnish.errors import CheckFailed, ModelError
 from burnish.model.attention import install, use_layout
 from burnish.model.head import head_logprobs, head_spec
 from burnish.model.lean import recomputing, save_less
+from burnish.model.positions import learned_positions, refuse_beyond
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout
 from burnish.model.support import supports_prefix
@@ -78,6 +79,7 @@ class _Setup:
     prefix: bool
     fused: bool
     spec: HeadSpec
+    positions: int | None
 
 
 def causal_lm(model: torch.nn.Module) -> Any:
@@ -153,7 +155,8 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
     save_less(lm)
     spec = head_spec(lm.config)
     lm.forward = MethodType(_scoring_forward, lm)
-    lm._burnish_scoring = _Setup(prefix=support.ok, fused=True, spec=spec)
+    positions = learned_positions(lm)
+    lm._burnish_scoring = _Setup(prefix=support.ok, fused=True, spec=spec, positions=positions)
     difference = _probe_head(lm)
     if difference is not None:
         logger.warning(
@@ -162,7 +165,7 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
             type(lm).__name__,
             difference,
         )
-        lm._burnish_scoring = _Setup(prefix=support.ok, fused=False, spec=spec)
+        lm._burnish_scoring = _Setup(prefix=support.ok, fused=False, spec=spec, positions=positions)
 
 
 @torch.no_grad()
@@ -288,6 +291,7 @@ def score(
     setup = cast("_Setup | None", getattr(lm, "_burnish_scoring", None))
     if setup is None:
         raise CheckFailed(f"{type(lm).__name__} was not prepared for scoring: call prepare_for_scoring(model) first.")
+    refuse_beyond(setup.positions, batch, lm)
     inputs, layout, score_index = model_inputs(batch, prefix=setup.prefix)
     request = ScoringRequest(layout, score_index, batch.target_ids, temperature, with_entropy, with_collision)
     logprobs_N, entropy_N, correct_N, collision_N = model(**inputs, use_cache=False, scoring=request)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from burnish.rewards.answers import extract_answer, parse_number
+from burnish.rewards.diagnosis import AnswerCounts, count_answers
 from burnish.rewards.pool import WorkerPool
 from burnish.rewards.registry import CRITERIA, rubric_from_config
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CRITERIA",
+    "AnswerCounts",
     "AnswerVerifier",
     "Criterion",
     "GoldFailure",
@@ -37,6 +39,7 @@ __all__ = [
     "Rubric",
     "WorkerPool",
     "check_gold",
+    "count_answers",
     "exact_answer",
     "extract_answer",
     "format_tags",

@@ -82,19 +82,26 @@ def answer_text(value: object) -> str:
 
 
 def _last_tag(text: str, tag: str) -> str | None:
-    name = re.escape(tag)
-    found = re.findall(rf"<{name}>((?:(?!</?{name}>).)*)</{name}>", text, flags=re.DOTALL)
-    return found[-1] if found else None
+    found: tuple[int, int] | None = None
+    start: int | None = None
+    for match in re.finditer(rf"<(/?){re.escape(tag)}>", text):
+        if not match[1]:
+            start = match.end()
+        elif start is not None:
+            found, start = (start, match.start()), None
+    return text[slice(*found)] if found else None
 
 
 def _last_boxed(text: str) -> str | None:
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for place in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[match.end() : place]
-    return None
+    # One pass: models repeat an unclosed `\boxed{` thousands of times.
+    open_braces: list[int | None] = []
+    found: tuple[int, int] | None = None
+    for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if match[0] != "}":
+            open_braces.append(match.end() if len(match[0]) > 1 else None)
+        elif open_braces and (start := open_braces.pop()) is not None:
+            found = max(found or (0, 0), (start, match.start()))
+    return text[slice(*found)] if found else None
 
 
 def parse_number(text: str, *, units: bool = True) -> Fraction | None:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.verifiers import (
     exact_answer,
@@ -19,6 +19,7 @@ from burnish.rewards.verifiers import (
     numeric_answer,
     soft_overlong,
 )
+from burnish.schema.predicates import is_number
 
 __all__ = ["CRITERIA", "python_function", "rubric_from_config"]
 
@@ -34,14 +35,16 @@ def python_function(*, function: str, options: Mapping[str, Any] | None = None) 
         ConfigError: it cannot be imported or called.
     """
     module_name, colon, name = function.partition(":")
-    if not (module_name and colon and name):
-        raise ConfigError(f"function = {function!r}: write 'module:name'.")
+    if not (colon and all(part.isidentifier() for part in (*module_name.split("."), *name.split(".")))):
+        raise ConfigError(f"function = {show(function)}: write 'module:name'.")
     try:
         target: Any = importlib.import_module(module_name)
         for part in name.split("."):
             target = getattr(target, part)
-    except (AttributeError, ImportError) as error:
-        raise ConfigError(f"function = {function!r} cannot be imported ({error}): check module and name.") from error
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise ConfigError(
+            f"function = {show(function)} cannot be imported ({type(error).__name__}: {error}): check module and name."
+        ) from error
     if not callable(target):
         raise ConfigError(f"function = {function!r} is {type(target).__name__}: name something that can be called.")
     return functools.partial(target, **options) if options else target
@@ -61,6 +64,9 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
 _NOT_IN_FILES = frozenset({"pool"})
 
 
+_LARGEST_WEIGHT = 1e100
+
+
 def rubric_from_config(entries: Sequence[Mapping[str, Any]]) -> Rubric:
     """A rubric from a list of tables such as `{kind = "math", weight = 2.0, timeout_seconds = 3}`.
 
@@ -78,14 +84,17 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
     options = dict(entry)
     where = f"rewards[{i}]"
     kind = options.pop("kind", None)
-    if kind not in CRITERIA:
-        raise ConfigError(f"{where}.kind = {kind!r}: {_allowed(str(kind), CRITERIA)}")
+    if not isinstance(kind, str) or kind not in CRITERIA:
+        raise ConfigError(f"{where}.kind = {show(kind)}: {_allowed(str(kind)[:100], CRITERIA)}")
     name = options.pop("name", kind)
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{where}.name = {show(name)}: use a text.")
     if kind == "python" and "name" not in entry:
         name = str(options.get("function", kind)).rpartition(":")[2]
     common: dict[str, Any] = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
-    if isinstance(common["weight"], bool) or not isinstance(common["weight"], int | float):
-        raise ConfigError(f"{where}.weight = {common['weight']!r}: use a number.")
+    if not is_number(common["weight"]) or abs(common["weight"]) > _LARGEST_WEIGHT:
+        raise ConfigError(f"{where}.weight = {show(common['weight'])}: use a finite number.")
+    common["weight"] = float(common["weight"])
     if "timeout_seconds" not in inspect.signature(CRITERIA[kind]).parameters:  # graders have one for each completion
         common["timeout_seconds"] = options.pop("timeout_seconds", None)
         if common["timeout_seconds"] is not None:
@@ -97,13 +106,13 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
     for key, value in options.items():
         if key not in parameters:
             names = {*parameters, "isolate", "kind", "name", "timeout_seconds", "weight"}
-            raise ConfigError(f"{where}.{key} = {value!r} is no option of kind {kind!r}: {_allowed(key, names)}")
+            raise ConfigError(f"{where}.{key} = {show(value)} is no option of kind {kind!r}: {_allowed(key, names)}")
         _check_type(f"{where}.{key}", value, str(parameters[key].annotation))
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
     try:
-        return Criterion(name, factory(**options), **{**common, "weight": float(common["weight"])})
+        return Criterion(name, factory(**options), **common)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
@@ -127,4 +136,4 @@ def _check_type(where: str, value: Any, annotation: str) -> None:
         "Mapping[str, Any] | None": (isinstance(value, Mapping), "a table"),
     }[annotation]
     if not ok:
-        raise ConfigError(f"{where} = {value!r}: use {wanted}.")
+        raise ConfigError(f"{where} = {show(value)}: use {wanted}.")

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, cast
 
 from burnish.errors import ConfigError, RewardError
 from burnish.rewards.calls import Call, CallTimeout
+from burnish.rewards.verifiers import AnswerVerifier
 from burnish.types import Group, Score
 
 __all__ = ["Criterion", "RewardFunction", "Rubric"]
@@ -169,7 +170,13 @@ class Rubric:
         outcomes = self._outcomes(batch, shared) if batch.places else {name: [] for name in self.names}
         for name, values in outcomes.items():
             _raise_if_all_failed(name, values, batch.places)
-        flat = iter([self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))])
+        scored = [self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))]
+        for criterion in self.criteria:
+            if isinstance(criterion.function, AnswerVerifier):
+                for score, completion in zip(scored, batch.completions, strict=True):
+                    if (answer := criterion.function.extract(completion)) is not None:
+                        score.answers[criterion.name] = answer
+        flat = iter(scored)
         scores: list[list[Score]] = []
         for group in groups:
             for completion in group.completions:

@@ -79,6 +79,10 @@ class AnswerVerifier:
     def __name__(self) -> str:
         return self.kind
 
+    def extract(self, completion: Any) -> str | None:
+        """Extract the answer that would be graded, or None where the completion gives none."""
+        return extract_answer(completion_text(completion), tag=self.tag, sources=self.sources)
+
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | Exception | None]:
@@ -100,7 +104,7 @@ class AnswerVerifier:
             if row[self.gold_column] is None:
                 results[i] = None
                 continue
-            answer = extract_answer(completion_text(completion), tag=self.tag, sources=self.sources)
+            answer = self.extract(completion)
             if answer is not None:
                 pending.append(i)
                 pairs.append((answer, row))

@@ -1,12 +1,13 @@
 """Rollouts of models that cannot share a prompt (state-space layers, ALiBi, ...): one row per completion.
 
 Rows of one batch have prompts of one length, so they stay in step and need no padding: padding changes what such models
-compute. Their cache is transformers' own.
+compute. Their cache is transformers' own, where decoding with it gives what whole rows give; else rows are read whole.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from burnish.rollout.stepping import (
     OnProgress,
     RolloutStats,
     Track,
+    Vocabulary,
     check_bounds,
     check_requests,
     draw_for,
@@ -30,6 +32,12 @@ from burnish.rollout.stepping import (
 from burnish.types import Completion
 
 __all__ = ["LockstepEngine"]
+
+_logger = logging.getLogger(__name__)
+
+_MAX_NATS = 1e-3
+_MAX_NATS_HALF = 0.25
+"""How far a cached token may be from one of a whole row; a lost state shows as whole nats."""
 
 
 class LockstepEngine(Engine):
@@ -52,10 +60,12 @@ class LockstepEngine(Engine):
         self._model = model
         self._lm = causal_lm(model)
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._max_running = max_running
         self._max_cache_tokens = max_cache_tokens
         keeps = "logits_to_keep" in inspect.signature(type(self._lm).forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps else {}
+        self._cached: bool | None = None
         self.version = 0
         self.last_stats = RolloutStats()
 
@@ -63,7 +73,7 @@ class LockstepEngine(Engine):
         self, requests: Sequence[Request], *, seed: int, step: int, on_progress: OnProgress | None = None
     ) -> list[list[Completion]]:
         """Completions of each request, in order; see `NativeEngine.generate`."""
-        check_requests(requests)
+        check_requests(requests, self._lm)
         self.last_stats = stats = RolloutStats()
         started = time.perf_counter()
         tracks = [
@@ -109,14 +119,15 @@ class LockstepEngine(Engine):
         """Decode one batch; yields how many completions each forward ended."""
         device = self._lm.device
         rows: list[Track | None] = list(batch)
-        tokens = torch.tensor([list(track.request.prompt_ids) for track in batch], device=device)
-        self.last_stats.prompt_tokens += tokens.numel()
+        new = torch.tensor([list(track.request.prompt_ids) for track in batch], device=device)
+        self.last_stats.prompt_tokens += new.numel()
         cache: dict[str, Any] = {}
+        tokens = new
         while True:
-            logits, cache = self._forward(tokens, cache)
+            logits, cache = self._forward(new, cache) if self._caches() else (self._whole(tokens), {})
             live = [place for place, track in enumerate(rows) if track is not None]
             tracks = [track for track in rows if track is not None]
-            ended = draw_for(logits[live], tracks, HeadSpec())
+            ended = draw_for(logits[live], tracks, HeadSpec(), self._vocabulary)
             self.last_stats.decoded_tokens += len(tracks)
             self.last_stats.forwards += 1
             for place, is_done in zip(live, ended, strict=True):
@@ -124,8 +135,12 @@ class LockstepEngine(Engine):
             yield sum(ended)
             if all(ended):
                 return
-            rows = _drop_finished(rows, cache)
-            tokens = torch.tensor([[track.last_token if track else 0] for track in rows], device=device)
+            kept = _kept(rows)
+            if len(kept) < len(rows):
+                rows, tokens = [rows[place] for place in kept], tokens[kept]
+                _reorder(cache, kept)
+            new = torch.tensor([[track.last_token if track else 0] for track in rows], device=device)
+            tokens = torch.cat((tokens, new), dim=1)
 
     def _forward(self, tokens: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """[B, V] last logits by the model's own forward, and its cache under the name it takes it by."""
@@ -133,13 +148,52 @@ class LockstepEngine(Engine):
         for name in ("past_key_values", "cache_params"):
             if output.get(name) is not None:
                 return output.logits[:, -1], {name: output[name]}
-        raise EngineError(f"{type(self._lm).__name__} returned no cache, so it cannot decode token by token.")
+        raise EngineError(f"{type(self._lm).__name__} returned no cache")
+
+    def _whole(self, tokens: Tensor) -> Tensor:
+        """[B, V] last logits of whole rows, without a cache."""
+        return self._lm(input_ids=tokens, use_cache=False, **self._last_only).logits[:, -1]
+
+    def _caches(self) -> bool:
+        """Whether decoding with the model's cache gives what whole rows give, rows that leave included; tried once."""
+        if self._cached is None:
+            try:
+                worst = self._probe_cache()
+            except Exception as error:  # foreign caches may fail in any way; the reason is the result
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                bound = _MAX_NATS if self._lm.dtype in (torch.float32, torch.float64) else _MAX_NATS_HALF
+                reason = "" if worst <= bound else f"log-probabilities differ by {worst:.2g} nats"
+            self._cached = not reason
+            if reason:
+                _logger.warning(
+                    "rollouts of %s: its cache cannot be used (%s), so every token reads its whole row again: slow.",
+                    type(self._lm).__name__, reason,
+                )  # fmt: skip
+        return self._cached
+
+    def _probe_cache(self) -> float:
+        """Largest difference in nats between cached and whole rows, before and after one of three has left."""
+        size = min(int(self._lm.get_input_embeddings().weight.shape[0]), 64)
+        tokens = torch.randint(size, (3, 8), generator=torch.Generator().manual_seed(0)).to(self._lm.device)
+        cache: dict[str, Any] = {}
+        worst, start = 0.0, 0
+        for stop in (5, 6, 7, 8):
+            logits, cache = self._forward(tokens[:, start:stop], cache)
+            difference = logits.float().log_softmax(-1) - self._whole(tokens[:, :stop]).float().log_softmax(-1)
+            worst, start = max(worst, float(difference.abs().max().nan_to_num(torch.inf))), stop
+            if stop == 6:
+                tokens = tokens[[0, 2]]
+                _reorder(cache, [0, 2])
+        return worst
 
 
-def _drop_finished(rows: list[Track | None], cache: dict[str, Any]) -> list[Track | None]:
-    """Take finished rows out of the cache once they are half of it; until then they run idle."""
+def _reorder(cache: dict[str, Any], kept: list[int]) -> None:
+    for held in cache.values():
+        held.reorder_cache(torch.tensor(kept))
+
+
+def _kept(rows: list[Track | None]) -> list[int]:
+    """Rows to keep: finished ones leave once they are half of all; until then they run idle."""
     live = [place for place, track in enumerate(rows) if track is not None]
-    if 2 * len(live) > len(rows):
-        return rows
-    next(iter(cache.values())).reorder_cache(torch.tensor(live))
-    return [rows[place] for place in live]
+    return list(range(len(rows))) if 2 * len(live) > len(rows) else live

@@ -30,6 +30,7 @@ from burnish.rollout.stepping import (
     OnProgress,
     RolloutStats,
     Track,
+    Vocabulary,
     check_bounds,
     check_requests,
     draw_for,
@@ -107,6 +108,7 @@ class NativeEngine(Engine):
         self._model = model
         self._lm = causal_lm(model)
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._max_running = max_running
         self._max_cache_tokens = max_cache_tokens
         self._spec = head_spec(self._lm.config) if spec is None else spec
@@ -129,7 +131,7 @@ class NativeEngine(Engine):
         Raises:
             EngineError: an empty prompt, no samples asked, or one completion that exceeds `max_cache_tokens`.
         """
-        check_requests(requests)
+        check_requests(requests, self._lm)
         prompts = [_Prompt(request, [None] * request.num_samples) for request in requests]
         run = _Run(deque(prompts), CacheLayout(self._max_cache_tokens), seed=seed, step=step)
         self.last_stats = RolloutStats()
@@ -312,7 +314,7 @@ class NativeEngine(Engine):
 
     def _draw(self, logits: Tensor, tracks: list[Track]) -> list[bool]:
         self.last_stats.decoded_tokens += len(tracks)
-        return draw_for(logits, tracks, self._spec)
+        return draw_for(logits, tracks, self._spec, self._vocabulary)
 
 
 def _complete(prompt: _Prompt) -> list[Completion]:

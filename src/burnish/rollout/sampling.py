@@ -122,13 +122,15 @@ def draw(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    unknown: torch.Tensor | None = None,
 ) -> DrawnTokens:
     """Draw one token per row by the inverse of the cumulative distribution, in vocabulary order.
 
     z = cap tanh(scale logits / cap), p = softmax(z / temperature), kept(p) by top-k, then top-p of what top-k kept,
     then min-p (1904.09751, 2407.01082); the token is the first whose cumulative kept probability exceeds u. Tokens
     tied with the last kept one are kept too, so the result does not depend on a sort's order. A token of probability
-    zero is never drawn. Temperature 0 takes the first of the most likely tokens; its sampler log-probability is 0.
+    zero is never drawn, nor is one of `unknown`: the truncations see the others alone. Temperature 0 takes the first of
+    the most likely tokens; its sampler log-probability is 0.
 
     Args:
         logits: [B, V] of any float dtype, as the head gives them.
@@ -136,12 +138,13 @@ def draw(
         params: B rows.
         scale: the model's own factor on its logits.
         softcap: the model's own cap on its logits; None where it has none.
+        unknown: [U] tokens that are never drawn; they count in `policy_logprobs`, as in the loss.
 
     Returns:
         Tokens and their log-probabilities.
     """
     parts = [
-        _draw_rows(logits[i : i + _ROWS], uniform[i : i + _ROWS], params.rows(i, i + _ROWS), scale, softcap)
+        _draw_rows(logits[i : i + _ROWS], uniform[i : i + _ROWS], params.rows(i, i + _ROWS), scale, softcap, unknown)
         for i in range(0, logits.shape[0], _ROWS)
     ]
     columns = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -149,7 +152,12 @@ def draw(
 
 
 def _draw_rows(
-    logits: torch.Tensor, uniform: torch.Tensor, params: SamplingBatch, scale: float, softcap: float | None
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    params: SamplingBatch,
+    scale: float,
+    softcap: float | None,
+    unknown: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scores = logits.to(torch.float32, copy=True)
     if scale != 1.0:
@@ -159,18 +167,24 @@ def _draw_rows(
     greedy = params.temperature == 0
     if bool((params.temperature != 1).any()):
         scores.div_(torch.where(greedy, 1.0, params.temperature)[:, None])
+    excluded = None
+    if unknown is not None:
+        excluded = scores[:, unknown].logsumexp(-1)
+        scores[:, unknown] = -torch.inf
     peak, best = scores.max(dim=-1)
     # In place from here: log-probabilities come from the drawn token's weight, log(exp(z - peak)) would lose its tail.
     scores.sub_(peak[:, None])
     thresholds = _thresholds(scores, params)
     weights = scores.exp()
-    normaliser = _block_sums(weights).sum(-1)
+    normaliser = _block_sums(weights).sum(-1).log()
+    if excluded is not None:
+        normaliser = torch.logaddexp(normaliser, (excluded - peak).to(torch.float64))
     if thresholds is not None:
         weights.masked_fill_(scores < thresholds[:, None], 0.0)
     blocks = _block_sums(weights)
     token = torch.where(greedy, best, _invert(weights, blocks, uniform))
     score = scores.gather(1, token[:, None])[:, 0].to(torch.float64)
-    policy = score - normaliser.log()
+    policy = score - normaliser
     sampler = torch.where(greedy, 0.0, score - blocks.sum(-1).log())
     return token, sampler.to(torch.float32), policy.to(torch.float32)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.errors import ConfigError, EngineError
+from burnish.model.positions import check_positions
 from burnish.model.scoring import eval_mode
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
@@ -23,6 +24,7 @@ __all__ = [
     "OnProgress",
     "RolloutStats",
     "Track",
+    "Vocabulary",
     "check_bounds",
     "check_requests",
     "draw_for",
@@ -129,7 +131,32 @@ def sampling_mode(model: nn.Module) -> Generator[None]:
         yield
 
 
-def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec) -> list[bool]:
+class Vocabulary:
+    """The columns of a head that are not tokens, of which padded vocabularies and gaps have some.
+
+    Args:
+        tokenizer: knows the others.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._unknown: dict[tuple[Any, ...], Tensor | None] = {}
+
+    def unknown(self, logits: Tensor, tracks: Sequence[Track]) -> Tensor | None:
+        """[U] columns of the logits [B, V] that no track may draw, or None where all are tokens."""
+        if not callable(getattr(self._tokenizer, "get_vocab", None)):
+            return None
+        ends = frozenset(token for track in tracks for token in track.request.params.eos_token_ids)
+        key = (len(self._tokenizer), logits.shape[-1], logits.device, ends)
+        if key not in self._unknown:
+            known = torch.tensor(sorted({*self._tokenizer.get_vocab().values(), *ends}), device=logits.device)
+            absent = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            absent[known[known < logits.shape[-1]]] = False
+            self._unknown = {key: absent.nonzero()[:, 0] if bool(absent.any()) and not bool(absent.all()) else None}
+        return self._unknown[key]
+
+
+def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec, vocabulary: Vocabulary) -> list[bool]:
     """Draw the next token of each track from its row of logits [B, V]; which of them have ended."""
     keys = np.array([track.key for track in tracks], dtype=np.uint64)
     numbers = uniforms(keys, np.array([track.length for track in tracks]))
@@ -139,6 +166,7 @@ def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec) -> list[bo
         SamplingBatch.of([track.request.params for track in tracks], logits.device),
         scale=spec.scale,
         softcap=spec.softcap,
+        unknown=vocabulary.unknown(logits, tracks),
     )
     columns = (drawn.token_ids.tolist(), drawn.sampler_logprobs.tolist(), drawn.policy_logprobs.tolist())
     return [track.push(*values) for track, *values in zip(tracks, *columns, strict=True)]
@@ -151,10 +179,12 @@ def check_bounds(max_running: int, max_cache_tokens: int | None) -> None:
             raise ConfigError(f"{name} = {value!r}: use a positive integer.")
 
 
-def check_requests(requests: Sequence[Request]) -> None:
-    """Raise EngineError for a request that no engine can serve."""
+def check_requests(requests: Sequence[Request], model: nn.Module) -> None:
+    """Raise EngineError for a request that no engine can serve, ModelError for one beyond the model's positions."""
     for place, request in enumerate(requests):
         if not len(request.prompt_ids):
             raise EngineError(f"requests[{place}].prompt_ids is empty: give at least one token (for example BOS).")
         if request.num_samples < 1:
             raise EngineError(f"requests[{place}].num_samples = {request.num_samples}: ask for at least one sample.")
+    longest = max((len(request.prompt_ids) + request.params.max_new_tokens for request in requests), default=0)
+    check_positions(model, longest, "a prompt with its completion", "lower max_completion_length, or shorten prompts")

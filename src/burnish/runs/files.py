@@ -22,6 +22,7 @@ __all__ = [
     "read_json_lines",
     "replacing",
     "write_json",
+    "write_json_lines",
     "writing",
 ]
 
@@ -89,6 +90,16 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}); check its permissions.") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: not a JSON file ({error}); delete it to start that part over.") from error
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records, one a line, whole or not at all.
+
+    Raises:
+        FileError: they cannot be written.
+    """
+    with replacing(path) as stream:
+        stream.writelines(_dumps(record) + "\n" for record in records)
 
 
 def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

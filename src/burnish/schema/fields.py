@@ -64,6 +64,12 @@ class CommonFields:
         "into output_dir; without it such a folder is refused.",
     )
     progress: bool = _own(True, "Show live progress, metrics and rates in the terminal.")
+    max_dead_steps: int | None = _own(
+        20,
+        "Stop after so many optimizer steps in a row that teach nothing: no reward differs or every one failed, every "
+        "completion is cut and masked, nothing is in the loss, the gradient is zero, or the loss is far above its "
+        "start. A run that has learned goes on where it may be done. 0 or None: only warn.",
+    )
     logging_steps: float = _own(10, "Log every so many optimizer steps; below 1 it is a share of all steps.")
     logging_nan_inf_filter: bool = _own(False, "Always off: a NaN in the log should be seen.")
     remove_unused_columns: bool = _own(False, "Always off: rewards and formats need the data set's columns.")

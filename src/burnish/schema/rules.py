@@ -95,6 +95,7 @@ _COMMON: tuple[Rule, ...] = (
     ("logging_steps", above(0), "use a number of steps above 0; below 1 it is a share of all"),
     ("save_steps", above(0), "use a number of steps above 0; below 1 it is a share of all"),
     ("eval_steps", optional(above(0)), "use a number of steps above 0, or leave it out"),
+    ("max_dead_steps", optional(count(0)), "use a number of steps of at least 1, or 0 to go on whatever happens"),
     ("seed", is_seed, "use an integer of at least 0, below 2^32"),
     ("data_seed", optional(is_seed), "use an integer of at least 0, below 2^32, or leave it out"),
     ("dataloader_num_workers", lambda value: count(0)(value) and value <= 1024, "use an integer in [0, 1024]"),

@@ -10,6 +10,7 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from burnish.errors import ConfigError
+from burnish.model.adapter_checks import refuse_outside_weights
 
 __all__ = ["check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
 
@@ -78,6 +79,8 @@ def check_parts(
         raise ConfigError(
             f"peft_config = {_short(peft_config)}: pass a configuration of peft, such as LoraConfig(r=16)."
         )
+    if peft_config is not None:
+        refuse_outside_weights(peft_config.peft_type, "peft_config")
     for callback in callbacks or ():
         kind: Any = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):

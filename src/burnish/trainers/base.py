@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -16,7 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from burnish.errors import BurnishError, CheckFailed, ConfigError, DataError
+from burnish.errors import BurnishError, CheckFailed, ConfigError
 from burnish.model.adapters import add_adapters, without_base_config
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
@@ -24,49 +23,32 @@ from burnish.model.masters import MasterWeights, over_masters
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_parts
+from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import ProgressCallback
-from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
+from burnish.trainers.held_out import check_best_metric, own_set
+from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
-from burnish.trainers.preflight import check_loaded, check_optimizer, check_run, use_non_reentrant_checkpointing
+from burnish.trainers.preflight import (
+    check_loaded,
+    check_optimizer,
+    check_run,
+    refuse_router_loss,
+    use_non_reentrant_checkpointing,
+)
 from burnish.trainers.processes import claimed_folder
 from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
 
 __all__ = [
     "GroupTrainer",
-    "MicroBatch",
-    "collate",
-    "scored_tokens",
 ]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class MicroBatch(Mapping[str, Any]):
-    """One of the n batches of an optimizer step, as parts that each fit the token budget."""
-
-    parts: list[PackedBatch]
-
-    def __getitem__(self, name: str) -> Any:
-        if name != "input_ids":
-            raise KeyError(name)
-        return torch.cat([part.input_ids for part in self.parts], dim=1)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(("input_ids",))
-
-    def __len__(self) -> int:
-        return 1
-
-
-def collate(groups: list[Group]) -> list[Group]:
-    """Leave a batch as the list of its groups: packing happens once per optimizer step."""
-    return groups
 
 
 class GroupTrainer(Trainer):
@@ -115,6 +97,7 @@ class GroupTrainer(Trainer):
         use_non_reentrant_checkpointing(args)
         self.prepare_model(loaded)
         self._metrics = StepMetrics()
+        self.liveness = Liveness(args.max_dead_steps)
         self.is_untrained = True
         """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
         self.num_tokens = 0
@@ -163,11 +146,14 @@ class GroupTrainer(Trainer):
             FileError: another run writes to `output_dir`.
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
+        check_best_metric(self, self.evaluation_names())
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
         with claimed_folder(self), handing_over, stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
             self.before_training()
-            return super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            self.liveness.end_run()
+            return result
 
     def before_training(self) -> None:
         """Hook: what must be known before the first step of a run, new or resumed."""
@@ -201,6 +187,7 @@ class GroupTrainer(Trainer):
 
     def prepare_model(self, model: torch.nn.Module) -> None:
         """Teach the loaded model, adapters included, what `batch_loss` asks of its forward."""
+        refuse_router_loss(model)
         prepare_for_scoring(model)
 
     def step_groups(self, epoch_iterator: Iterator[Any], num_batches: int) -> list[Group] | None:
@@ -247,6 +234,7 @@ class GroupTrainer(Trainer):
         self.prepare_groups(groups)
         denominator = self.sum_over_ranks(self.step_denominator(groups))
         trainable = self.trainable_groups(groups)
+        self.liveness.begin_step(denominator, has_work=self.max_over_ranks(len(trainable)) > 0)
         batches = [self._micro_batch(part) for part in partition(trainable, num_batches, whole=self.whole_groups)]
         return batches, torch.tensor(max(denominator, 1.0), device=device)
 
@@ -274,6 +262,7 @@ class GroupTrainer(Trainer):
                 loss = self.compute_loss(model, part.to(self.args.device), num_items_in_batch=num_items_in_batch)
                 self.accelerator.backward(loss)
             total += loss.detach()
+        self.liveness.add_loss(total)
         return total
 
     def compute_loss(
@@ -366,8 +355,18 @@ class GroupTrainer(Trainer):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
+        self.liveness.end_step(self.state.global_step + 1, self.verdict(float(norm)))
         self.is_untrained = False
         return norm
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """Hook: whether this step can teach anything; the same on every rank."""
+        loss = self.sum_over_ranks(self.liveness.step_loss) / self.accelerator.num_processes
+        return self.liveness.judge_step(loss, grad_norm, uniform=self.uniform_loss())
+
+    def uniform_loss(self) -> float | None:
+        """Hook: the watched loss of a model that guesses, where there is such a number."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
@@ -381,11 +380,13 @@ class GroupTrainer(Trainer):
 
     def metrics_state(self) -> dict[str, Any]:
         """What `step_metrics` has collected since the last log, as JSON."""
-        return {"metrics": self._metrics.state_dict()}
+        return {"metrics": self._metrics.state_dict(), "liveness": self.liveness.state_dict()}
 
     def load_metrics_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `metrics_state` gave."""
         self._metrics.load_state_dict(state["metrics"])
+        if "liveness" in state:
+            self.liveness.load_state_dict(state["liveness"])
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
         """Hook: add a step's tokens to `num_tokens`."""
@@ -420,7 +421,7 @@ class GroupTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config():
+        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -459,16 +460,33 @@ class GroupTrainer(Trainer):
         """The groups of a data set's rows; `name` is for messages."""
         raise NotImplementedError
 
+    def held_out(self, given: Any = None) -> list[Group]:
+        """The trainer's own held-out set (None, or its name), or the groups of other rows."""
+        own = own_set(self.eval_dataset, given)
+        return self.encode(given, "eval_dataset") if own is None else own
+
+    def evaluation_names(self) -> Collection[str] | None:
+        """Names of the metrics of an evaluation without their prefix; None where they cannot be known."""
+        return None
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: predictions would be logits of padded rows.
+
+        Raises:
+            ConfigError: always, with what to call instead.
+        """
+        raise ConfigError(
+            "predict(): logits of padded rows do not exist here. Metrics come from evaluate(rows, "
+            "metric_key_prefix='test'), texts from `burnish eval` or burnish.rollout, scores from burnish.RewardModel."
+        )
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A plain loader over groups; rows that were not given to the trainer are encoded.
 
         Raises:
             DataError: there is nothing to evaluate on.
         """
-        given = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if given is None:
-            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
-        return self._plain_loader(given if given is self.eval_dataset else self.encode(given, "eval_dataset"))
+        return self._plain_loader(self.held_out(eval_dataset))
 
     def _plain_loader(self, dataset: Any) -> DataLoader[Any]:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -477,13 +495,3 @@ class GroupTrainer(Trainer):
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=collate,
         )
-
-
-def scored_tokens(group: Group) -> int:
-    """Tokens of a group that enter the loss; without a prompt nothing predicts the first token."""
-    total = 0
-    for completion in group.completions:
-        total += completion.num_scored_tokens
-        if not group.prompt_ids and (completion.loss_mask is None or completion.loss_mask[0]):
-            total -= 1
-    return total

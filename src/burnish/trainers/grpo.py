@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 from burnish.trainers.configs import GRPOConfig, RLOOConfig
 from burnish.trainers.policy import PolicyTrainer, Record, estimate
+from burnish.types import Completion
 
 __all__ = ["GRPOTrainer", "RLOOTrainer"]
+
+_OF_A_GROUP = ("group", "leave_one_out", "group_batch", "mean_normalized")
+"""Estimators that are 0 where the rewards of a group are equal."""
 
 
 class GRPOTrainer(PolicyTrainer):
@@ -46,6 +50,24 @@ class GRPOTrainer(PolicyTrainer):
 
     args: GRPOConfig
     config_class = GRPOConfig
+
+    @property
+    def compared(self) -> str:
+        """With what an estimator compares a reward; one that was registered may compare with anything."""
+        estimator = self.args.advantage_estimator
+        return "batch" if estimator == "batch" or estimator not in _OF_A_GROUP else "group"
+
+    def learns_otherwise(self) -> bool:
+        """Whether terms of the loss, or an estimator that was registered, teach where no reward differs."""
+        return super().learns_otherwise() or self.args.advantage_estimator not in (*_OF_A_GROUP, "batch")
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """The reward, or its criteria where each is normalised by itself."""
+        rewards = super().signals(completion)
+        if rewards is None or completion.score is None or self.args.multi_objective_aggregation == "sum_then_normalize":
+            return rewards
+        values = [completion.score.criteria.get(name) for name in self.rubric.names]
+        return tuple(value for value in values if value is not None)
 
     def advantages(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
         """By the configured row of `burnish.advantages.ADVANTAGES`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,11 @@ class KTOTrainer(ReferenceTrainer):
                 labels.pop(),
             )
 
+    @property
+    def asks_reference_anew(self) -> bool:
+        """For the KL estimate of kto, completions meet other prompts in every step."""
+        return self.args.loss_type == "kto"
+
     def prepare_groups(self, groups: Sequence[Group]) -> None:
         """Reference log-probabilities, and the KL estimate of the whole step."""
         super().prepare_groups(groups)
@@ -153,6 +158,11 @@ class KTOTrainer(ReferenceTrainer):
     def step_metrics(self) -> dict[str, float]:
         """Those of the steps, and how far apart desirable and other completions are rewarded."""
         return _with_margin(super().step_metrics())
+
+    def evaluation_names(self) -> Collection[str]:
+        """Names of the metrics below; of one label alone there are fewer."""
+        sides = ("chosen", "rejected")
+        return ("loss", "kl", "rewards/margins", *(f"{of}/{side}" for of in ("rewards", "logps") for side in sides))
 
     def evaluate_records(
         self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]

@@ -11,7 +11,7 @@ import torch
 
 from burnish.types import Completion, Group, StopReason
 
-__all__ = ["StepMetrics", "criterion_values", "total"]
+__all__ = ["StepMetrics", "criterion_values", "means_over_ranks", "total"]
 
 
 def total(completion: Completion) -> float | None:
@@ -23,6 +23,19 @@ def criterion_values(completions: Sequence[Completion], name: str) -> list[float
     """The values of one criterion over the completions that have it."""
     scores = [c.score.criteria.get(name) for c in completions if c.score is not None]
     return [value for value in scores if value is not None]
+
+
+def means_over_ranks(
+    completions: Sequence[Completion], criteria: Sequence[str], sum_over_ranks: Callable[[float], float]
+) -> dict[str, float]:
+    """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""
+    rewards = [r for c in completions if (r := total(c)) is not None]
+    sums = {"reward": (sum(rewards), len(rewards))}
+    for name in criteria:
+        values = criterion_values(completions, name)
+        sums[f"rewards/{name}/mean"] = (sum(values), len(values))
+    sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
+    return {name: sum_over_ranks(value) / max(sum_over_ranks(count), 1.0) for name, (value, count) in sums.items()}
 
 
 class StepMetrics:

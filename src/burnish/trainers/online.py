@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -18,25 +17,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from burnish.data import as_rows, encode_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
-from burnish.rewards.verifiers import soft_overlong
-from burnish.rollout import Engine, Request, SamplingParams, eos_token_ids, make_engine
+from burnish.rollout import Engine, Request, SamplingParams, make_engine
 from burnish.rollout.validation import generate
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate
+from burnish.trainers.base import GroupTrainer
+from burnish.trainers.batches import collate
 from burnish.trainers.callbacks import RecordsCallback
-from burnish.trainers.metrics import criterion_values, total
+from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
+from burnish.trainers.held_out_loss import held_out_loss
+from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, judge_rewards, only_said
+from burnish.trainers.metrics import means_over_ranks, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
-from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of
+from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of, whole_groups
 from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
-from burnish.trainers.reward_funcs import RewardFunction, as_rubric
+from burnish.trainers.reward_funcs import RewardFunction, as_rubric, penalise_overlong
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rounds import Replay, fill_batch
+from burnish.trainers.sampling import sampling_params
 from burnish.trainers.transcripts import TranscriptLog
 from burnish.types import Completion, Group, PackedBatch, StopReason
 
@@ -88,14 +92,13 @@ class OnlineTrainer(GroupTrainer):
         self.metrics_of_groups = compute_metrics
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self.prompts = self.encode(train_dataset, "train_dataset")
-        self.eval_prompts = [] if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
         self._check_sizes()
         super().__init__(
             model,
             args,
             processing_class=self.tokenizer,
             train_dataset=self.prompts,
-            eval_dataset=self.eval_prompts or None,
+            eval_dataset=encode_sets(eval_dataset, self.encode),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -103,6 +106,8 @@ class OnlineTrainer(GroupTrainer):
         self.reference = Reference.of(self.model, ref_model) if args.beta > 0 else None
         if ref_model is not None:
             check_vocabulary(ref_model, self.prompts, "ref_model on train_dataset")
+            self.check_sampled_lengths(ref_model)
+        self.check_sampled_lengths(self.model)
         for criterion in self.rubric.criteria:
             if isinstance(criterion.function, RewardModel):
                 refuse_shared_weights(self.model, criterion.function.model, f"reward model {criterion.name!r}")
@@ -115,7 +120,7 @@ class OnlineTrainer(GroupTrainer):
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
         self.transcripts = TranscriptLog(args, is_main=self.is_world_process_zero(), gathered=self.gathered)
         self.add_callback(RecordsCallback(self.transcripts.records))
-        self.params = self._sampling_params()
+        self.params = sampling_params(args, causal_lm(self.model), self.tokenizer)
         self._buffer: list[list[Group]] = []
         order = args.prompt_sampling if args.shuffle_dataset else "given"
         self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
@@ -124,6 +129,10 @@ class OnlineTrainer(GroupTrainer):
         self._rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
         self._fresh = False
+        self._sampled: list[Share] = []
+        """Completions sampled since the last rollout began, whether they are trained on or not."""
+        self._verdict = UNJUDGED
+        """Of the rollout that feeds the present steps; unknown where a checkpoint holds the rest of one."""
         bound = args.logprob_check_bound
         self.agreement = Agreement(default_bound(self.model.dtype) if bound is None else bound)
 
@@ -135,6 +144,12 @@ class OnlineTrainer(GroupTrainer):
         """Never: samples are drawn without it."""
         return False
 
+    def check_sampled_lengths(self, model: Any) -> None:
+        """Refuse prompts whose completions may grow beyond a model's positions."""
+        more = self.args.max_completion_length
+        for name, groups in {"train_dataset": self.prompts, **named_sets(self.eval_dataset, "eval_dataset")}.items():
+            check_lengths(causal_lm(model), groups, name, "lower max_completion_length or max_prompt_length", more=more)
+
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
         return encode_rows(
@@ -144,24 +159,6 @@ class OnlineTrainer(GroupTrainer):
             name=name,
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
-        )
-
-    def _sampling_params(self) -> SamplingParams:
-        args = self.args
-        ends = eos_token_ids(causal_lm(self.model), self.tokenizer)
-        if not ends and not args.stop:
-            raise ConfigError(
-                "neither the tokenizer nor the model's generation_config has an eos_token, so every completion would "
-                "run to max_completion_length: set tokenizer.eos_token, or stop."
-            )
-        return SamplingParams(
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p or 0.0,
-            stop=tuple(args.stop or ()),
-            eos_token_ids=ends,
         )
 
     @property
@@ -214,6 +211,7 @@ class OnlineTrainer(GroupTrainer):
     def _rollout(self) -> list[list[Group]]:
         started = time.perf_counter()
         self.engine.sync(self.state.global_step)
+        self._sampled, level = [], self.source.level
         shares = self._collect()
         sampled = time.perf_counter()
         groups = [share.group for share in shares]
@@ -225,10 +223,11 @@ class OnlineTrainer(GroupTrainer):
             later += [group for group in steps[0] if self.needs_old_logprobs(group)]
             unknown = groups if self.passes > 1 else later
             self._fill([group for group in unknown if _is_fresh(group)], "old_logprobs", self.model)
-            if self.reference is not None:
-                with self.reference.active(self.model) as reference:
-                    self._fill(groups, "ref_logprobs", reference)
+            self._fill_reference(groups)
         self.judge(shares)
+        self._verdict = self._judge_rollout(shares, moved=self.source.level != level)
+        step = self.state.global_step + 1
+        self.transcripts.write(self._sampled, trained=shares, step=step, tokenizer=self.tokenizer)
         self._rollouts += 1
         self._metrics.add("seconds/rollout", sampled - started)
         self._metrics.add("seconds/reference", time.perf_counter() - sampled)
@@ -272,11 +271,13 @@ class OnlineTrainer(GroupTrainer):
         self._rounds += 1
         super().count_tokens(groups)
         started = time.perf_counter()
-        self.rubric.score(groups)
+        self.rubric.score(groups, trainer_state=self.state)
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
-        self._log_round(shares)
+        self._log_round([share.group for share in shares])
+        self._sampled += shares
         rewards: dict[int, list[float | None]] = defaultdict(list)
-        for place, _, values in sorted(self.gathered([_rewards_of(share) for share in shares])):
+        own = [(share.place, share.first, [total(c) for c in share.group.completions]) for share in shares]
+        for place, _, values in sorted(self.gathered(own)):
             rewards[place] += values
         self._metrics.add_rewards(list(rewards.values()))
         known = [r for row in rewards.values() for r in row if r is not None]
@@ -287,27 +288,12 @@ class OnlineTrainer(GroupTrainer):
 
     def _everywhere(self, shares: Sequence[Share]) -> dict[int, Group]:
         """The whole groups of all ranks, by place, on every rank."""
-        groups: dict[int, Group] = {}
-        for share in sorted(self.gathered(shares), key=lambda share: (share.place, share.first)):
-            if share.place in groups:
-                groups[share.place].completions += share.group.completions
-            else:
-                groups[share.place] = dataclasses.replace(share.group, completions=list(share.group.completions))
-        return groups
+        return whole_groups(self.gathered(shares))
 
     def _punish_overlong(self, groups: Sequence[Group]) -> None:
-        """DAPO's punishment, as one more criterion: after the filter, so that it does not make spread by itself."""
-        buffer, limit = self.args.overlong_buffer, self.args.max_completion_length
-        if buffer is None:
-            return
-        tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
-        judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
-        punish = soft_overlong(max_completion_length=limit, cache=tokens)
-        values = [self.args.overlong_penalty * value for value in punish(completion_ids=[ids for _, ids in judged])]
-        for (own, _), value in zip(judged, values, strict=True):
-            own.criteria["overlong"] = value
-            own.total = None if own.total is None else own.total + value
-        if values:
+        """DAPO's penalty, as one more criterion: after the filter, so that it does not make spread by itself."""
+        args = self.args
+        if args.overlong_buffer is not None and (values := penalise_overlong(groups, args)):
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
@@ -355,10 +341,63 @@ class OnlineTrainer(GroupTrainer):
                     )
                 setattr(completion, name, values)
 
+    def _fill_reference(self, groups: Sequence[Group]) -> None:
+        if self.reference is not None:
+            with self.reference.active(self.model) as reference:
+                self._fill(groups, "ref_logprobs", reference)
+
+    def prepare_terms(self, groups: Sequence[Group]) -> None:
+        """Hook: what the loss of these groups needs to know of all of them."""
+
+    def prepare_groups(self, groups: Sequence[Group]) -> None:
+        """What the loss needs to know of the step."""
+        self.prepare_terms(groups)
+
     def in_loss(self, completion: Completion) -> bool:
         """Whether a completion has a reward, and is not masked as truncated."""
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
         return total(completion) is not None and not masked
+
+    @property
+    def compared(self) -> str:
+        """Hook: with what a completion's reward is compared; see `judge_rewards`."""
+        return "group"
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """Hook: the numbers that a completion is judged by, or None where it has no reward."""
+        reward = total(completion)
+        return None if reward is None else (reward,)
+
+    def learns_otherwise(self) -> bool:
+        """Hook: whether terms of the loss teach where no reward differs."""
+        return False
+
+    def _judge_rollout(self, shares: Sequence[Share], *, moved: bool) -> Verdict:
+        """Whether the rewards of a rollout, over all ranks, carry a signal; `moved`: the curriculum has."""
+        own = [(share.place, [self._outcome(c) for c in share.group.completions]) for share in shares]
+        groups: dict[int, list[Outcome]] = defaultdict(list)
+        for place, outcomes in self.gathered(own):
+            groups[place] += outcomes
+        limit = self.args.max_completion_length
+        verdict = judge_rewards(list(groups.values()), compared=self.compared, max_completion_length=limit)
+        if verdict.kind != "constant_reward":
+            return verdict
+        return UNJUDGED if moved else only_said(verdict) if self.learns_otherwise() else verdict
+
+    def _outcome(self, completion: Completion) -> Outcome:
+        rewards = self.signals(completion)
+        return Outcome(rewards, is_masked=rewards is not None and not self.in_loss(completion))
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """The rollout's; where its rewards differ, that of the gradient, if they do in this step, too."""
+        is_repeated = self._reuse - len(self._buffer) > self._reuse // self.passes
+        if self._verdict.kind != "alive":
+            # Later passes over the same samples are no more evidence.
+            return UNJUDGED if is_repeated else self._verdict
+        if not self.liveness.has_work:
+            return UNJUDGED
+        flat = judge_gradient(grad_norm)
+        return self._verdict if flat.kind == "alive" else flat
 
     def compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
         """Remember how far trainer and sampler are apart; first of all, check the reference."""
@@ -384,8 +423,7 @@ class OnlineTrainer(GroupTrainer):
         for name, value in metrics.items():
             self._metrics.add(name, value)
 
-    def _log_round(self, shares: Sequence[Share]) -> None:
-        groups = [share.group for share in shares]
+    def _log_round(self, groups: Sequence[Group]) -> None:
         clipped = self._metrics.add_completions(groups, self.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
@@ -397,15 +435,23 @@ class OnlineTrainer(GroupTrainer):
                 100 * clipped,
                 self.args.max_completion_length,
             )
-        self.transcripts.write(shares, step=self.state.global_step + 1, tokenizer=self.tokenizer)
+
+    def evaluation_names(self) -> Collection[str] | None:
+        """Names of the metrics of `evaluate`, unless a function of the user's adds some."""
+        if self.metrics_of_groups is not None:
+            return None
+        criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
+        return ("loss", "reward", "completions/mean_length", *criteria)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Sample on held-out prompts and report the mean reward and each criterion."""
-        prompts = self.eval_prompts if eval_dataset is None else self.encode(eval_dataset, "eval_dataset")
-        if not prompts:
-            raise DataError("eval_dataset = None: pass held-out rows to the trainer or to evaluate().")
+        """Sample on held-out prompts; report the loss, the mean reward and each criterion, of each set by its name."""
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if (sets := sets_of_rows(given)) is not None:
+            parts = [self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        prompts = self.held_out(given)
         samples = self.args.num_generations_eval or self.args.num_generations
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         shares = [
@@ -413,29 +459,19 @@ class OnlineTrainer(GroupTrainer):
         ]
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
-        self.rubric.score([share.group for share in shares])
-        metrics = self._held_out_means([c for share in shares for c in share.group.completions])
+        self.rubric.score([share.group for share in shares], trainer_state=self.state)
+        metrics = means_over_ranks(
+            [c for share in shares for c in share.group.completions], self.rubric.names, self.sum_over_ranks
+        )
         if self.metrics_of_groups is not None:
             with user_code("compute_metrics"):
                 own = self.metrics_of_groups(list(self._everywhere(shares).values()))
             metrics |= {name: float(value) for name, value in own.items()}
+        metrics = {"loss": held_out_loss(self, shares), **metrics}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _held_out_means(self, completions: Sequence[Completion]) -> dict[str, float]:
-        """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""
-        rewards = [r for c in completions if (r := total(c)) is not None]
-        sums = {"reward": (sum(rewards), len(rewards))}
-        for name in self.rubric.names:
-            values = criterion_values(completions, name)
-            sums[f"rewards/{name}/mean"] = (sum(values), len(values))
-        sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
-        return {
-            name: self.sum_over_ranks(value) / max(self.sum_over_ranks(count), 1.0)
-            for name, (value, count) in sums.items()
-        }
 
     def save_own_state(self, folder: Path) -> None:
         """What has been sampled and what is in flight."""
@@ -479,10 +515,6 @@ class OnlineTrainer(GroupTrainer):
         self.source.place, self.source.level = state.place, state.level
         self._buffer, self.replay.groups = state.buffer, state.replay
         self.load_state(state.own)
-
-
-def _rewards_of(share: Share) -> tuple[int, int, list[float | None]]:
-    return share.place, share.first, [total(c) for c in share.group.completions]
 
 
 def _is_fresh(group: Group) -> bool:

@@ -24,7 +24,7 @@ from burnish.objectives.policy import (
     log_ratio,
 )
 from burnish.packing import pack
-from burnish.trainers.base import scored_tokens
+from burnish.trainers.batches import scored_tokens
 from burnish.trainers.metrics import total
 from burnish.trainers.online import OnlineTrainer
 from burnish.trainers.prompts import Share
@@ -94,6 +94,16 @@ class PolicyTrainer(OnlineTrainer):
                 f"sampling_correction = {self.args.sampling_correction!r}: {type(self.engine).__name__} gives no "
                 "sampler_logprobs, which the correction needs; use an engine that does, or remove it."
             )
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """The reward within its range."""
+        reward = self.clipped_reward(completion)
+        return None if reward is None else (reward,)
+
+    def learns_otherwise(self) -> bool:
+        """Whether an entropy bonus, or the pull towards a reference that is another model, moves the policy."""
+        pulls = self.reference is not None and not self.reference.is_initial_policy
+        return self.args.entropy_coef != 0 or pulls
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Whether a divergence that is no part of the loss cannot take the sampler's word for the policy's."""
@@ -171,7 +181,7 @@ class PolicyTrainer(OnlineTrainer):
         """P rows of G advantages of completions, or of lists of advantages of tokens."""
         raise NotImplementedError
 
-    def prepare_groups(self, groups: Sequence[Group]) -> None:
+    def prepare_terms(self, groups: Sequence[Group]) -> None:
         """What the terms of tokens need of the whole step: how many there are, and the least entropy that counts."""
         kept = self._kept(groups)
         if self.args.entropy_coef != 0:

@@ -18,6 +18,7 @@ from burnish.rollout import Engine
 from burnish.trainers.checkpoint import keeping_hyperparameters
 from burnish.trainers.configs import PPOConfig
 from burnish.trainers.critic import Critic
+from burnish.trainers.liveness import UNJUDGED, Verdict
 from burnish.trainers.policy import PolicyTrainer
 from burnish.trainers.prompts import Share
 from burnish.types import Completion, Group, StopReason
@@ -124,6 +125,7 @@ class PPOTrainer(PolicyTrainer):
             # The policy is in memory already, whatever it was loaded with.
             init_kwargs = args.model_init_kwargs if isinstance(source, str | Path) else None
             model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=init_kwargs, **common)
+        self.check_sampled_lengths(model)
         cls, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
         rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
         return Critic(
@@ -153,6 +155,20 @@ class PPOTrainer(PolicyTrainer):
         for completion in (c for c, reward in judged if reward is None):
             completion.token_advantages = [0.0] * len(completion.token_ids)
             completion.returns = completion.values
+
+    @property
+    def compared(self) -> str:
+        """A critic that has learned the reward of all other steps makes a lone constant one."""
+        return "run"
+
+    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+        """The reward within its range, less the penalty of a missing end."""
+        reward = self._reward(completion)
+        return None if reward is None else (reward,)
+
+    def verdict(self, grad_norm: float) -> Verdict:
+        """None while only the critic learns."""
+        return UNJUDGED if self.state.global_step < self.args.value_prefit_steps else super().verdict(grad_norm)
 
     def _reward(self, completion: Completion) -> float | None:
         reward, penalty = self.clipped_reward(completion), self.args.missing_eos_penalty
@@ -218,7 +234,9 @@ class PPOTrainer(PolicyTrainer):
 
     def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
         """None while only the critic learns."""
-        return [] if self.state.global_step < self.args.value_prefit_steps else super().trainable_groups(groups)
+        only_critic = self.state.global_step < self.args.value_prefit_steps
+        # An evaluation, which runs without gradient, reports the policy's loss all the same.
+        return [] if only_critic and torch.is_grad_enabled() else super().trainable_groups(groups)
 
     def saved_models(self) -> dict[str, torch.nn.Module]:
         """The policy and the critic."""

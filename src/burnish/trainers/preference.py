@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,7 +16,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_rows, encode_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
-from burnish.model.scoring import eval_mode, score
+from burnish.model.positions import check_lengths
+from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
     PREFERENCE_LOSSES,
@@ -29,6 +31,7 @@ from burnish.packing import pack
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import DPOConfig
+from burnish.trainers.held_out import encode_sets, named_sets
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.reference import MovingReference, Reference, check_reference
 from burnish.trainers.reference_sums import ReferenceSums
@@ -37,6 +40,9 @@ from burnish.types import Completion, Group, PackedBatch
 __all__ = ["DPOTrainer", "ReferenceTrainer"]
 
 logger = logging.getLogger(__name__)
+
+_OTHER_ROWS = "other rows"
+"""Key of what the reference says of rows that only evaluate() was given."""
 
 
 class ReferenceTrainer(GroupTrainer):
@@ -78,17 +84,19 @@ class ReferenceTrainer(GroupTrainer):
             args,
             processing_class=self.tokenizer,
             train_dataset=self.encode(train_dataset, "train_dataset"),
-            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            eval_dataset=encode_sets(eval_dataset, self.encode),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.reference = Reference.of(self.model, ref_model) if needs_reference else None
         if ref_model is not None:
-            check_vocabulary(ref_model, self.train_dataset, "ref_model on train_dataset")
-        self._known = {"train": ReferenceSums(), "eval": ReferenceSums()}
-        self._evaluated: Any = self.eval_dataset
-        """The data set that the sums of "eval" are of."""
+            name = "ref_model on train_dataset"
+            check_vocabulary(ref_model, self.train_dataset, name)
+            check_lengths(causal_lm(ref_model), self.train_dataset, name, "set max_length")
+        self._known = {name: ReferenceSums() for name in ("train", *named_sets(self.eval_dataset))}
+        self._evaluated = _OTHER_ROWS
+        """The key of the data set that is being evaluated."""
         if args.sync_ref_model:
             if self.reference is None or self.reference.model is None:
                 raise ConfigError("sync_ref_model = True: adapters switched off cannot move; pass ref_model.")
@@ -167,12 +175,13 @@ class ReferenceTrainer(GroupTrainer):
             return self.group_sums(groups, reference)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """As of every trainer; what the reference said of another data set is forgotten."""
-        given = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if given is not self._evaluated:
-            self._known["eval"].clear()
-            self._evaluated = given
-        return super().get_eval_dataloader(eval_dataset)
+        """As of every trainer; what the reference says of the trainer's own sets is kept, of other rows forgotten."""
+        groups = self.held_out(eval_dataset)
+        sets = named_sets(self.eval_dataset)
+        self._evaluated = next((name for name, own in sets.items() if own is groups), _OTHER_ROWS)
+        if self._evaluated == _OTHER_ROWS:
+            self._known[_OTHER_ROWS] = ReferenceSums()
+        return self._plain_loader(groups)
 
     def _fill(self, groups: Sequence[Group], split: str) -> None:
         """Know the reference's log-probabilities of these groups; each is computed once."""
@@ -211,23 +220,26 @@ class ReferenceTrainer(GroupTrainer):
         assert self.reference is not None
         if self.reference.released:  # by an earlier train(): all that it would be asked is known
             return
-        sets = {"train": self.train_dataset, "eval": self.eval_dataset}
+        sets = {"train": cast("list[Group]", self.train_dataset), **named_sets(self.eval_dataset)}
         for split, groups in sets.items():
-            if groups is None:
-                continue
-            own = cast("list[Group]", groups)[self.accelerator.process_index :: self.accelerator.num_processes]
+            own = groups[self.accelerator.process_index :: self.accelerator.num_processes]
             self._known[split].load_or_compute(
-                Path(self.args.output_dir) / f"reference_log_probs_{split}.json",
-                cast("list[Group]", groups),
+                Path(self.args.output_dir) / f"reference_log_probs_{_file_name(split)}.json",
+                groups,
                 own,
                 fingerprint=self.reference.fingerprint(self.model),
                 options={"ld_alpha": getattr(self.args, "ld_alpha", None)},
                 compute=self.reference_sums,
                 accelerator=self.accelerator,
             )
-        if self.reference.model is not None:
+        if self.reference.model is not None and not self.asks_reference_anew:
             logger.info("reference log-probabilities are known: its weights leave memory")
             self.reference = dataclasses.replace(self.reference, model=None, released=True)
+
+    @property
+    def asks_reference_anew(self) -> bool:
+        """Whether steps ask the reference for more than the rows of the data sets."""
+        return False
 
     def prepare_groups(self, groups: Sequence[Group]) -> None:
         """Reference log-probabilities of this step's groups."""
@@ -267,9 +279,9 @@ class ReferenceTrainer(GroupTrainer):
     ) -> EvalLoopOutput:
         """The loss over the whole held-out set at once, so that it depends on no split, and the step's metrics."""
         groups = [group for batch in cast("Iterator[list[Group]]", dataloader) for group in batch]
-        self._fill(groups, "eval")
+        self._fill(groups, self._evaluated)
         policy = self.group_sums(groups, self.model)
-        reference = [self._known["eval"][group.index] for group in groups]
+        reference = [self._known[self._evaluated][group.index] for group in groups]
         records = self.gathered([(g, p, r) for g, p, r in zip(groups, policy, reference, strict=True)])
         found = self.evaluate_records([r[0] for r in records], [r[1] for r in records], [r[2] for r in records])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -409,6 +421,11 @@ class DPOTrainer(ReferenceTrainer):
         normalised = all(loss.length_normalised for loss, _ in self.losses)
         return pair_metrics(pairs, self.options.beta, normalised=normalised)
 
+    def evaluation_names(self) -> Collection[str]:
+        """Names of the metrics below."""
+        of_pairs = ("chosen", "rejected", "margins", "accuracies")
+        return ("loss", *(f"rewards/{name}" for name in of_pairs), *(f"logps/{name}" for name in of_pairs[:2]))
+
     def evaluate_records(
         self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
     ) -> dict[str, float]:
@@ -423,6 +440,10 @@ class DPOTrainer(ReferenceTrainer):
         )
         means = {name: float(values.mean()) for name, values in self._pair_metrics(pairs).items()}
         return {"loss": float(loss), **means}
+
+
+def _file_name(split: str) -> str:
+    return re.sub(r"[^\w.-]", "_", split)
 
 
 def _weighted_losses(args: Any) -> list[tuple[PreferenceLoss, float]]:

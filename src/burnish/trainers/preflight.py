@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.training_args import ParallelMode
 
 from burnish.errors import ConfigError, ModelError
+from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapters import carries_adapters, saved_adapters
 from burnish.model.loading import load_processing_class
+from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
+from burnish.trainers.held_out import named_sets
 from burnish.types import Group
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "check_optimizer",
     "check_run",
     "check_vocabulary",
+    "refuse_router_loss",
     "resolve_tokenizer",
     "use_non_reentrant_checkpointing",
 ]
@@ -49,9 +53,12 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
             f"model = {type(model).__name__}: it carries the adapters of an earlier trainer. Pass that trainer's "
             "`model` to train them further, its `model.merge_and_unload()`, or a model that was loaded anew."
         )
+    for adapters in cast("dict[str, Any]", getattr(model, "peft_config", {})).values():
+        refuse_outside_weights(adapters.peft_type, f"model = {type(model).__name__}")
     _check_trains(model)
-    check_vocabulary(model, train_dataset, "train_dataset")
-    check_vocabulary(model, eval_dataset, "eval_dataset")
+    for name, groups in {"train_dataset": train_dataset, **named_sets(eval_dataset, "eval_dataset")}.items():
+        check_vocabulary(model, groups, name)
+        check_lengths(causal_lm(model), groups, name, "set max_length, or leave out the rows that are longer")
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
@@ -71,6 +78,24 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Mod
             f"that train ({missing[0]} is missing), so the others would stay as they are. Make it over the parameters "
             "of the very model that you pass, with its adapters on it (peft.get_peft_model, and no peft_config here), "
             "freeze what is not to train, or name an optimizer by optim instead."
+        )
+
+
+def refuse_router_loss(model: torch.nn.Module) -> None:
+    """Refuse a mixture of experts whose configuration asks for the load-balancing loss of its routers.
+
+    That loss is a product of means over the tokens of a batch: with shared prompts and steps that are split it would be
+    another one.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    lm = causal_lm(model)
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            f"output_router_logits = True in the configuration of {type(lm).__name__}: it asks for the load-balancing "
+            "loss of the experts, which is not added here. Train without it: model.config.output_router_logits = "
+            "False, or model_init_kwargs = {'output_router_logits': False}."
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from burnish.errors import DataError
 from burnish.types import Completion, Group
 
-__all__ = ["Order", "PromptSource", "Share", "share_of", "shares_of"]
+__all__ = ["Order", "PromptSource", "Share", "share_of", "shares_of", "whole_groups"]
 
 Order = Literal["given", "permutation", "weighted", "curriculum"]
 
@@ -157,3 +157,14 @@ def _cumulative(weights: Sequence[float]) -> list[float]:
     if not sum(weights) > 0:
         raise DataError("column weight of train_dataset: every weight is 0, so no prompt can be drawn.")
     return list(accumulate(weights))
+
+
+def whole_groups(shares: Sequence[Share]) -> dict[int, Group]:
+    """The groups that shares of several ranks are parts of, by place."""
+    groups: dict[int, Group] = {}
+    for share in sorted(shares, key=lambda share: (share.place, share.first)):
+        if share.place in groups:
+            groups[share.place].completions += share.group.completions
+        else:
+            groups[share.place] = dataclasses.replace(share.group, completions=list(share.group.completions))
+    return groups

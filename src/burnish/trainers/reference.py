@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapters import without_adapters
+from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 
 __all__ = ["MovingReference", "Reference", "check_reference", "refuse_shared_weights"]
@@ -112,13 +112,9 @@ class Reference:
 
     def fingerprint(self, policy: Any) -> str:
         """SHA-256 over the names, shapes and values of every weight that scores."""
-        digest = hashlib.sha256()
+        own = self.model is not None or self.start is not None
         with self.active(policy) as model:
-            for name, weight in sorted(causal_lm(model).state_dict().items()):
-                if self.model is not None or self.start is not None or "lora_" not in name:
-                    digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-                    digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+            return weights_fingerprint(causal_lm(model), counts=lambda name: own or "lora_" not in name)
 
 
 def _trains_adapters_only(policy: Any) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from accelerate.utils import gather_object
 
+from burnish.errors import FileError
 from burnish.progress import say
 from burnish.runs.files import read_json, write_json
 from burnish.types import Group
@@ -96,23 +96,21 @@ class ReferenceSums:
         if accelerator.num_processes > 1:
             self._values = dict(cast("list[tuple[int, list[float]]]", gather_object(list(self._values.items()))))
         if accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps({"key": key, "values": self._values}))
-            os.replace(partial, file)
+            write_json(file, {"key": key, "values": self._values}, indent=None)
 
 
 def _read(file: Path, key: str) -> dict[int, list[float]] | None:
     if not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_text())
-    except json.JSONDecodeError:
-        stored = {}
-    if stored.get("key") != key:
+        stored = read_json(file)
+    except FileError:
+        stored = None
+    if not isinstance(stored, dict) or cast("dict[str, Any]", stored).get("key") != key:
         logger.warning("%s is of another reference or other data: it is computed again", file)
         return None
-    return {int(index): values for index, values in stored["values"].items()}
+    values = cast("dict[str, list[float]]", stored["values"])
+    return {int(index): own for index, own in values.items()}
 
 
 def _key(groups: Sequence[Group], fingerprint: str, options: Mapping[str, Any]) -> str:

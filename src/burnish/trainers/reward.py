@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from burnish.objectives.reward import (
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import RewardConfig
+from burnish.trainers.held_out import encode_sets
 from burnish.trainers.preflight import resolve_tokenizer
 from burnish.types import Group, PackedBatch
 
@@ -110,7 +111,7 @@ class RewardTrainer(GroupTrainer):
             args,
             processing_class=self.tokenizer,
             train_dataset=self.encode(train_dataset, "train_dataset"),
-            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            eval_dataset=encode_sets(eval_dataset, self.encode),
             peft_config=None if peft_config is None else classifier_adapters(peft_config),
             callbacks=callbacks,
             optimizers=optimizers,
@@ -224,6 +225,11 @@ class RewardTrainer(GroupTrainer):
         """Go on from what `metrics_state` gave."""
         super().load_metrics_state(state)
         self._stats.load_state_dict(state["scores"])
+
+    def evaluation_names(self) -> Collection[str]:
+        """Names of the metrics below; steps have no margin."""
+        of_rewards = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+        return ("loss", *of_rewards, "calibration_error", "brier_score")
 
     def evaluation_loop(
         self,

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 from burnish.errors import ConfigError
 from burnish.model.reward_model import RewardModel
 from burnish.rewards import Rubric
+from burnish.rewards.verifiers import soft_overlong
+from burnish.types import Group
 
-__all__ = ["RewardFunction", "as_rubric"]
+__all__ = ["RewardFunction", "as_rubric", "penalise_overlong"]
 
 RewardFunction: TypeAlias = Callable[..., Any] | str | Path | PreTrainedModel
 
@@ -43,3 +45,24 @@ def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes:
     models = (str, Path, PreTrainedModel)
     functions = [RewardModel(f, t) if isinstance(f, models) else f for f, t in zip(listed, tokenizers, strict=True)]
     return Rubric.from_functions(functions, weights)
+
+
+def penalise_overlong(groups: Sequence[Group], args: Any) -> list[float]:
+    """Add DAPO's soft overlong penalty (2503.14476) to scored completions, as the criterion `overlong`.
+
+    Args:
+        groups: scored.
+        args: `overlong_buffer`, `overlong_penalty` and `max_completion_length`.
+
+    Returns:
+        The penalty of each completion that has a score.
+    """
+    buffer, limit = args.overlong_buffer, args.max_completion_length
+    tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
+    judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
+    penalty = soft_overlong(max_completion_length=limit, cache=tokens)
+    values = [args.overlong_penalty * value for value in penalty(completion_ids=[ids for _, ids in judged])]
+    for (own, _), value in zip(judged, values, strict=True):
+        own.criteria["overlong"] = value
+        own.total = None if own.total is None else own.total + value
+    return values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -14,12 +15,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_row, as_rows, encode_rows, sft_groups
 from burnish.errors import DataError, user_code
-from burnish.model.scoring import eval_mode, noisy_embeddings, score
+from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer, collate
+from burnish.trainers.base import GroupTrainer
+from burnish.trainers.batches import collate
 from burnish.trainers.configs import SFTConfig
+from burnish.trainers.held_out import encode_sets
 from burnish.trainers.preflight import resolve_tokenizer
 from burnish.trainers.stream import GroupStream
 from burnish.types import Group, PackedBatch
@@ -93,7 +96,7 @@ class SFTTrainer(GroupTrainer):
             args,
             processing_class=self.tokenizer,
             train_dataset=self._training_groups(train_dataset),
-            eval_dataset=None if eval_dataset is None else self.encode(eval_dataset, "eval_dataset"),
+            eval_dataset=encode_sets(eval_dataset, self.encode),
             peft_config=peft_config,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -151,6 +154,10 @@ class SFTTrainer(GroupTrainer):
             self.train_dataset.report()
         return result
 
+    def uniform_loss(self) -> float:
+        """Ln V."""
+        return math.log(causal_lm(self.model).config.get_text_config().vocab_size)
+
     def batch_loss(self, model: torch.nn.Module, batch: PackedBatch, *, denominator: float) -> torch.Tensor:
         """This batch's share of the loss."""
         alpha = self.args.neftune_noise_alpha if model.training else None
@@ -159,6 +166,8 @@ class SFTTrainer(GroupTrainer):
         assert scores.entropy is not None
         self._metrics.add_tokens("entropy", scores.entropy)
         self._metrics.add_tokens("mean_token_accuracy", scores.correct.float())
+        # dft weighs tokens that are lost with 0, so its own loss would hide that they are.
+        self.liveness.watch(-scores.logprobs.detach().sum() * self.data_parallel_size / denominator)
         return aggregate(
             SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs),
             sequence_index_N=batch.sequence_index,
@@ -166,6 +175,10 @@ class SFTTrainer(GroupTrainer):
             reduction="token",
             denominator=denominator,
         )
+
+    def evaluation_names(self) -> Collection[str]:
+        """Names of the metrics below."""
+        return ("loss", "entropy", "mean_token_accuracy")
 
     def evaluation_loop(
         self,

@@ -1,10 +1,11 @@
-"""Every sampled completion with its reward breakdown, as JSON lines."""
+"""Every sampled completion with its reward breakdown and advantage, as JSON lines."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,8 @@ from burnish.types import Completion
 
 __all__ = ["TranscriptLog"]
 
-Record = dict[str, Any]
+Entry = tuple[tuple[int, int], bool, dict[str, Any]]
+"""The completion's place and number, whether it is a copy that another rank sampled, and its record."""
 
 
 class TranscriptLog:
@@ -25,40 +27,84 @@ class TranscriptLog:
         args: `log_completions` says whether and where.
         is_main: whether this rank writes; the others hand their completions to it.
         gathered: the same list of all ranks.
+        name: of the file.
     """
 
-    def __init__(self, args: Any, *, is_main: bool, gathered: Callable[[Sequence[Record]], list[Record]]) -> None:
+    def __init__(
+        self,
+        args: Any,
+        *,
+        is_main: bool,
+        gathered: Callable[[Sequence[Entry]], list[Entry]],
+        name: str = "transcripts.jsonl",
+    ) -> None:
         self.enabled = bool(args.log_completions)
         folder = Path(args.output_dir if args.log_completions in (True, False) else args.log_completions)
         # Runs that share a folder must not cut each other's records back.
         run = os.path.relpath(args.output_dir, folder)
         labels = {"stage": args.kind, **({} if run == "." else {"run": run})}
-        self.records = StepRecords(folder / "transcripts.jsonl" if self.enabled and is_main else None, **labels)
+        self.records = StepRecords(folder / name if self.enabled and is_main else None, **labels)
         self._gathered = gathered
 
-    def write(self, shares: Sequence[Share], *, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Append the completions of one rollout, those of all ranks; every rank calls this.
+    def write(
+        self,
+        sampled: Sequence[Share],
+        *,
+        trained: Sequence[Share] = (),
+        step: int,
+        tokenizer: PreTrainedTokenizerBase,
+        **fields: Any,
+    ) -> None:
+        """Append completions, those of all ranks, once each and in one order; every rank calls this.
+
+        Args:
+            sampled: every completion that was sampled, whether it is trained on or not.
+            trained: those of the batch, with their advantages: refills may have brought them from another rank.
+            step: the first optimizer step that they feed.
+            tokenizer: decodes prompts.
+            fields: of every record.
 
         Raises:
             FileError: they cannot be written.
         """
         if not self.enabled:
             return
-        own = [
-            {"place": share.place, "step": step, "prompt_index": share.group.index, "sample": share.first + number,
-             "prompt": prompt, **_record(completion)}
-            for share in shares
-            for prompt in [tokenizer.decode(share.group.prompt_ids)]
-            for number, completion in enumerate(share.group.completions)
-        ]  # fmt: skip
-        everyone = sorted(self._gathered(own), key=lambda record: (record["place"], record["sample"]))
-        for record in everyone:
-            del record["place"]
-        self.records.append(everyone)
+        here = {id(completion) for share in sampled for completion in share.group.completions}
+        own = [*_entries(sampled, tokenizer), *_entries(trained, tokenizer, but=here)]
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for key, is_copy, record in sorted(self._gathered(own), key=lambda entry: entry[:2]):
+            # What is replayed was written when it was sampled.
+            if not is_copy or key in found:
+                found[key] = record
+        self.records.append([{"step": step, **fields, **record} for record in found.values()])
 
 
-def _record(completion: Completion) -> Record:
-    score = completion.score
+def _entries(
+    shares: Sequence[Share], tokenizer: PreTrainedTokenizerBase, but: Collection[int] | None = None
+) -> list[Entry]:
+    """Entries of completions; with `but`, of copies of what other ranks sampled."""
+    return [
+        (
+            (share.place, share.first + number),
+            but is not None,
+            {
+                "prompt_index": share.group.index,
+                "sample": share.first + number,
+                "prompt": prompt,
+                **_record(completion),
+            },
+        )
+        for share in shares
+        for prompt in [tokenizer.decode(share.group.prompt_ids)]
+        for number, completion in enumerate(share.group.completions)
+        if but is None or id(completion) not in but
+    ]
+
+
+def _record(completion: Completion) -> dict[str, Any]:
+    score, advantage = completion.score, completion.advantage
+    if completion.token_advantages is not None:
+        advantage = fmean(completion.token_advantages)
     return {
         "completion": completion.text,
         "stop_reason": completion.stop_reason,
@@ -66,5 +112,5 @@ def _record(completion: Completion) -> Record:
         "reward": None if score is None else score.total,
         "criteria": {} if score is None else score.criteria,
         "errors": {} if score is None else score.errors,
-        "advantage": completion.advantage,
+        "advantage": advantage,
     }

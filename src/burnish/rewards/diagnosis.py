@@ -1,0 +1,93 @@
+"""Why answer verifiers read nothing: how many completions give an answer where, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from burnish.rewards.answers import SOURCES, extract_answer
+from burnish.rewards.rubric import Rubric
+from burnish.rewards.verifiers import AnswerVerifier, completion_text
+
+__all__ = ["AnswerCounts", "count_answers"]
+
+_NAMES = {"boxed": r"\boxed{}", "last_number": "number", "text": "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCounts:
+    """How many completions one criterion could read an answer from.
+
+    Attributes:
+        criterion: its name.
+        tag: name of its answer tag.
+        sources: where it reads answers from, in order.
+        num_completions: completions looked at.
+        num_read: those from which `sources` yield an answer.
+        by_source: those from which each of :data:`burnish.rewards.answers.SOURCES` alone would.
+        num_unclosed: those that open the tag and never close it.
+    """
+
+    criterion: str
+    tag: str
+    sources: tuple[str, ...]
+    num_completions: int
+    num_read: int
+    by_source: Mapping[str, int]
+    num_unclosed: int
+
+    def message(self) -> str | None:
+        """Say what to change where no completion gives an answer; None where one does."""
+        if self.num_read or not self.num_completions:
+            return None
+        names = _NAMES | {"tag": f"<{self.tag}> tag"}
+        wanted = " or ".join(names[source] for source in self.sources)
+        total = self.num_completions
+        found = f"criterion {self.criterion!r}: no {wanted} in any of {total} completions, so all score 0"
+        if "tag" in self.sources and self.num_unclosed:
+            return (
+                f"{found}; {self.num_unclosed} of {total} open <{self.tag}> and never close it: raise "
+                f"max_completion_length, and remove '</{self.tag}>' from stop (stop strings are cut from the text)."
+            )
+        # "text" always yields something, so it says nothing about these completions.
+        others = [source for source in SOURCES if source not in (*self.sources, "text")]
+        best = max(others, key=lambda source: self.by_source[source], default=None)
+        if best is None or not self.by_source[best]:
+            return f"{found}: ask for one in the prompt, show it in SFT first, or change `sources`."
+        listed = ", ".join(f'"{source}"' for source in (*self.sources, best))
+        where = "hold a number" if best == "last_number" else f"have a {names[best]}"
+        return f"{found}; {self.by_source[best]} of {total} {where}: set sources = [{listed}]."
+
+
+def count_answers(rubric: Rubric, completions: Sequence[Any]) -> list[AnswerCounts]:
+    """Count, for each answer verifier of a rubric, the completions from which an answer can be read, by source.
+
+    Args:
+        rubric: the criteria; those that extract no answer (format, length, functions of the user) are passed over.
+        completions: texts, or lists of messages.
+
+    Returns:
+        One record a verifier, in order.
+    """
+    texts = [completion_text(completion) for completion in completions]
+    return [
+        _count(criterion.name, criterion.function, texts)
+        for criterion in rubric.criteria
+        if isinstance(criterion.function, AnswerVerifier)
+    ]
+
+
+def _count(name: str, verifier: AnswerVerifier, texts: Sequence[str]) -> AnswerCounts:
+    def count(*sources: str) -> int:
+        return sum(extract_answer(text, tag=verifier.tag, sources=sources) is not None for text in texts)
+
+    return AnswerCounts(
+        criterion=name,
+        tag=verifier.tag,
+        sources=verifier.sources,
+        num_completions=len(texts),
+        num_read=count(*verifier.sources),
+        by_source={source: count(source) for source in SOURCES},
+        num_unclosed=sum(text.rfind(f"<{verifier.tag}>") > text.rfind(f"</{verifier.tag}>") for text in texts),
+    )

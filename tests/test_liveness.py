@@ -1,0 +1,190 @@
+"""Runs that teach nothing are named and stopped; runs that may learn, or are done, are left alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from burnish import CheckFailed
+from burnish.trainers.liveness import (
+    UNJUDGED,
+    Liveness,
+    Outcome,
+    Verdict,
+    judge_gradient,
+    judge_loss,
+    judge_rewards,
+    only_said,
+)
+from test_finite import TRAINERS, make
+
+ONLINE = ["grpo", "online_dpo", "ppo"]
+
+
+def constant(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def varied(completions: list[str], **columns: Any) -> list[float]:
+    return [sum(map(ord, text)) / 100 for text in completions]
+
+
+def nothing(completions: list[str], **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def run(kind: str, folder: Path, **changes: Any) -> Any:
+    fields = {"learning_rate": 1e-3, "max_steps": 12, "max_dead_steps": 3, "logging_steps": 1, **changes}
+    trainer = make(kind, folder, **fields)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", sorted(TRAINERS))
+def test_destroyed_weights_stop_every_stage(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(CheckFailed, match=r"step \d+: [34] optimizer steps in a row taught nothing: .*learning_rate"):
+        # Logits of 1e6 differ between sampler and trainer by more than rounding, which stops the run earlier.
+        run(kind, tmp_path, learning_rate=1e3, **({"logprob_check_bound": 1e9} if kind in ONLINE else {}))
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+@pytest.mark.parametrize(
+    ("reward", "changes", "problem"),
+    [
+        (constant, {}, "no reward differs from those it is compared with: all 8 are 0"),
+        (nothing, {}, "none of 8 completions has a reward"),
+        (None, {"mask_truncated_completions": True, "max_completion_length": 1, "learning_rate": 0.0},
+         "completions are cut at max_completion_length = 1 and masked"),
+    ],
+)  # fmt: skip
+def test_rewards_without_a_signal_are_named_at_once_and_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, reward: Any, changes: dict[str, Any], problem: str
+) -> None:
+    rewards = {} if reward is None else {"reward_funcs": reward}
+    with pytest.raises(CheckFailed, match=rf"3 optimizer steps in a row taught nothing: .*{problem}"):
+        run(kind, tmp_path, **rewards, **changes)
+    said = [message for message in caplog.messages if "teaches nothing" in message]
+    assert len(said) == 1
+    assert said[0].startswith("step 1 teaches nothing")
+    assert "after 3 such steps in a row (max_dead_steps)" in said[0]
+
+
+def test_masked_labels_are_named(tmp_path: Path) -> None:
+    trainer = make("sft", tmp_path, learning_rate=1e-3, max_steps=8, max_dead_steps=3)
+    for group in trainer.train_dataset:
+        group.completions[0].loss_mask = [False] * len(group.completions[0].token_ids)
+    with pytest.raises(CheckFailed, match=r"step 3: 3 optimizer steps .* nothing of the step is in the loss"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_the_field_switches_it_off_and_short_runs_end_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int | None
+) -> None:
+    trainer = run("grpo", tmp_path, reward_funcs=constant, max_dead_steps=limit)
+    assert trainer.state.global_step == 12
+    assert "none of the run's 12 steps taught anything" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("grpo", {"entropy_coef": 0.1}),
+        ("grpo", {"beta": 0.1, "ref_model": "another"}),
+        ("ppo", {"value_prefit_steps": 12}),
+        # One completion a step is compared with those of other steps, by the critic.
+        ("ppo", {"num_generations": 1, "per_device_train_batch_size": 1, "reward_funcs": varied}),
+        ("grpo", {"prompt_sampling": "curriculum", "curriculum_target": -1.0}),
+    ],
+)
+def test_runs_that_learn_something_else_go_on(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    if "ref_model" in changes:
+        changes = {**changes, "ref_model": tiny.model(seed=3)}
+    assert run(kind, tmp_path, **{"reward_funcs": constant, **changes}).state.global_step == 12
+
+
+def solved() -> Verdict:
+    return judge_rewards([[Outcome((1.0,))] * 4], max_completion_length=8)
+
+
+def failed(reward: float = 0.0) -> Verdict:
+    return judge_rewards([[Outcome((reward,))] * 4], max_completion_length=8)
+
+
+LEARNING = judge_rewards([[Outcome((1.0,)), Outcome((0.0,))]], max_completion_length=8)
+
+
+def steps_until_stopped(verdicts: list[Verdict], limit: int = 20) -> int | None:
+    liveness = Liveness(limit)
+    for step, verdict in enumerate(verdicts, 1):
+        try:
+            liveness.end_step(step, verdict)
+        except CheckFailed:
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "stopped"),
+    [
+        ([failed()] * 30, 20),
+        ([solved()] * 30, 20),  # from the start: there is nothing to learn
+        ([LEARNING, *[solved()] * 100], None),  # solved
+        ([LEARNING, *[failed()] * 30], 21),  # collapsed
+        ([*[LEARNING] * 50, *[failed()] * 30], 70),
+        ([*[LEARNING] * 50, *[solved(), failed()] * 30], None),  # some prompts always, some never solved
+        ([*[LEARNING] * 5, *[solved(), failed()] * 30], 25),  # too early for that
+        ([*[failed()] * 19, LEARNING] * 5, None),
+        ([*[failed()] * 19, UNJUDGED] * 5, 21),
+        ([only_said(failed())] * 50, None),
+        ([*[LEARNING] * 50, *[judge_rewards([[Outcome(None)]], max_completion_length=8)] * 30], 70),
+        ([*[Verdict()] * 50, *[judge_gradient(0.0, loss_left=1.0)] * 30], 70),
+        ([*[Verdict()] * 50, *[judge_gradient(0.0, loss_left=0.0)] * 30], None),  # nothing is left to learn
+        ([Verdict(), *[judge_gradient(0.0, loss_left=0.0)] * 30], 21),  # saturated by a single step
+        ([*[judge_loss(11.0, 2.0, uniform=10.8)] * 30], 20),
+        ([*[judge_loss(10.9, 10.8, uniform=10.8)] * 30], None),  # from scratch, in its warm-up
+    ],
+)
+def test_the_rule(verdicts: list[Verdict], stopped: int | None) -> None:
+    assert steps_until_stopped(verdicts) == stopped
+    assert steps_until_stopped(verdicts, limit=0) is None
+
+
+@pytest.mark.parametrize(
+    ("compared", "groups", "kind"),
+    [
+        ("group", [[(0.0,), (1.0,)], [(1.0,), (1.0,)]], "alive"),
+        ("group", [[(0.0,), (0.0,)], [(1.0,), (1.0,)]], "constant_reward"),
+        ("batch", [[(0.0,), (0.0,)], [(1.0,), (1.0,)]], "alive"),
+        ("batch", [[(1.0,)], [(1.0,)]], "constant_reward"),
+        ("group", [[(0.0, 1.0), (1.0, 0.0)]], "alive"),  # criteria that cancel, each normalised by itself
+        ("group", [[None, (1.0,)], [(1.0,), (1.0,)]], "constant_reward"),
+        ("group", [[None, None]], "no_reward"),
+    ],
+)
+def test_what_a_reward_is_compared_with(compared: str, groups: list[list[Any]], kind: str) -> None:
+    outcomes = [[Outcome(rewards) for rewards in group] for group in groups]
+    assert judge_rewards(outcomes, compared=compared, max_completion_length=8).kind == kind
+
+
+def test_a_single_dull_batch_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    liveness = Liveness(20)
+    with caplog.at_level(logging.WARNING):
+        for step, verdict in enumerate([LEARNING, failed(), LEARNING, *[failed()] * 4, LEARNING], 1):
+            liveness.end_step(step, verdict)
+        assert caplog.messages == []
+        for step in range(9, 20):
+            liveness.end_step(step, failed())
+    assert len(caplog.messages) == 1
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"reward_funcs": constant, "max_dead_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    run("grpo", tmp_path, **fields, max_steps=2)
+    trainer = make("grpo", tmp_path, learning_rate=1e-3, **{**fields, "max_steps": 9})
+    with pytest.raises(CheckFailed, match=r"step 5: 5 optimizer steps in a row"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
