@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
 from burnish.schema.checks import check_mapping
 from burnish.schema.inherited import FieldInfo
-from burnish.types import Group, Score, StopReason
+from burnish.types import Completion, Group, Score, StopReason
 
 __all__ = [
     "Evaluation",
@@ -161,6 +161,7 @@ class Problem:
         num_truncated: completions cut by the token limit.
         mean_tokens: mean length of its completions in tokens.
         criteria: mean of each criterion over the completions that have it; None where none has.
+        samples: its completions, `{text, stop_reason, num_tokens, reward, criteria, answers, errors}` each.
     """
 
     key: str
@@ -170,6 +171,7 @@ class Problem:
     num_truncated: int
     mean_tokens: float
     criteria: dict[str, float | None]
+    samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,7 +443,20 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
         num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
+        samples=[_sample(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
     )
+
+
+def _sample(completion: Completion, score: Score) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "stop_reason": completion.stop_reason and completion.stop_reason.value,
+        "num_tokens": len(completion.token_ids),
+        "reward": score.total,
+        "criteria": score.criteria,
+        "answers": score.answers,
+        "errors": score.errors,
+    }
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -112,5 +112,6 @@ def _record(completion: Completion) -> dict[str, Any]:
         "reward": None if score is None else score.total,
         "criteria": {} if score is None else score.criteria,
         "errors": {} if score is None else score.errors,
+        "answers": {} if score is None else score.answers,
         "advantage": advantage,
     }
