@@ -190,6 +190,10 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     trainer = make("grpo", tmp_path, learning_rate=1e-3, **{**fields, "max_steps": 9})
     with pytest.raises(CheckFailed, match=r"step 5: 5 optimizer steps in a row"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    # What the message offers: the same run goes on with the limit off.
+    trainer = make("grpo", tmp_path, learning_rate=1e-3, **{**fields, "max_steps": 9, "max_dead_steps": 0})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 9
 
 
 @pytest.mark.parametrize("others", [[], [Criterion("varied", varied)]], ids=["alone", "beside one that varies"])

@@ -165,7 +165,7 @@ def test_an_optimizer_class_is_used(tmp_path: Path, stage: str) -> None:
         ("DPO", {"max_prompt_length": 128}, r"set max_length"),
         ("DPO", {"truncation_mode": "keep_end"}, r"cut at their end; raise max_length"),
         ("KTO", {"precompute_ref_batch_size": 4}, r"set token_budget"),
-        ("Reward", {"chat_template_path": "x"}, r"its name is chat_template"),
+        ("Reward", {"chat_template_path": "x", "chat_template": "chatml"}, r"are one field: set chat_template alone"),
         ("GRPO", {"use_vllm": True}, r"sampled in process"),
         ("GRPO", {"disable_dropout": False}, r"^disable_dropout = False: samples are drawn without dropout"),
         ("OnlineDPO", {"max_new_tokens": 64}, r"its name is max_completion_length"),

@@ -408,6 +408,7 @@ def _check_arguments(
 ) -> str:
     if not groups:
         raise ConfigError("groups = []: an evaluation needs at least one problem.")
+    rubric.check_columns(groups)
     if num_samples < 1:
         raise ConfigError(f"num_samples = {num_samples!r}: use an integer of at least 1.")
     if not ks or min(ks) < 1 or max(ks) > num_samples:

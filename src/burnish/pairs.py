@@ -67,7 +67,9 @@ def sample_rows(
 
     Raises:
         ConfigError: the file holds samples of another run.
+        DataError: a column whose name is an argument of every reward function.
     """
+    rubric.check_columns(groups)
     key = _key(model, groups, rubric, params, num_samples, seed)
     done = {record["index"]: record for record in _read(file, key)}
     missing = [group for group in groups if group.index not in done]

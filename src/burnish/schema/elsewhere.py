@@ -63,9 +63,7 @@ _COMMON: dict[str, Elsewhere] = {
 }
 
 _PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")
-_CHAT_TEMPLATE = Elsewhere(None, "its name is chat_template; it takes a .jinja file, Jinja source or 'chatml'")
 _REFERENCE: dict[str, Elsewhere] = {
-    "chat_template_path": _CHAT_TEMPLATE,
     "force_use_ref_model": Elsewhere(False, "pass ref_model to use one beside adapters; remove the field"),
     "generate_during_eval": Elsewhere(False, "sample with `burnish eval`; remove the field"),
     "is_encoder_decoder": Elsewhere(_OFF, "models are decoders only; remove the field"),
@@ -139,14 +137,13 @@ _POLICY: dict[str, Elsewhere] = {
 
 _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "sft": {
-        "chat_template_path": _CHAT_TEMPLATE,
         "eval_packing": Elsewhere(_OFF, _BLOCKS),
         "packing_strategy": Elsewhere("bfd", _BLOCKS),
         "pad_token": _PAD_TOKEN,
         "padding_free": Elsewhere(False, _PACKED),
         "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
     },
-    "reward": {"chat_template_path": _CHAT_TEMPLATE},
+    "reward": {},
     "dpo": {
         **_REFERENCE,
         "cpo_alpha": Elsewhere(0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, cpo_alpha]'),
@@ -185,6 +182,8 @@ def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
     return _COMMON | _BY_KIND[kind]
 
 
+_EVERYWHERE = {"chat_template_path": "chat_template"}
+
 ALIASES: dict[Kind, dict[str, str]] = {
     "ppo": {
         "cliprange": "epsilon",
@@ -208,7 +207,7 @@ def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, An
         ConfigError: one that asks for something else, or one field by two names.
     """
     kept: dict[str, Any] = {}
-    aliases = ALIASES.get(kind, {})
+    aliases = _EVERYWHERE | ALIASES.get(kind, {})
     for alias, name in aliases.items():
         if alias in values and name in values:
             raise ConfigError(f"{alias} and {name} are one field: set {name} alone.")

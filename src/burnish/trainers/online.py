@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.data import as_rows, encode_rows, prompt_group
+from burnish.data import as_rows, encode_rows, errors_of, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
@@ -156,7 +156,7 @@ class OnlineTrainer(GroupTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        return encode_rows(
+        groups = encode_rows(
             prompt_group,
             as_rows(dataset, name),
             self.tokenizer,
@@ -164,6 +164,9 @@ class OnlineTrainer(GroupTrainer):
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
+        with errors_of(name):
+            self.rubric.check_columns(groups)
+        return groups
 
     @property
     def passes(self) -> int:

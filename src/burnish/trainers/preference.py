@@ -134,7 +134,6 @@ class ReferenceTrainer(GroupTrainer):
             self.tokenizer,
             name=name,
             max_length=self.args.max_length,
-            chat_template=self.args.chat_template,
         )
 
     def step_denominator(self, groups: Sequence[Group]) -> float:

@@ -159,7 +159,6 @@ class RewardTrainer(GroupTrainer):
             self.tokenizer,
             name=name,
             pad_token_id=self.tokenizer.pad_token_id,
-            chat_template=args.chat_template,
             step_separator=args.step_separator,
         )
         limit = args.max_length

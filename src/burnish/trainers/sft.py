@@ -117,7 +117,7 @@ class SFTTrainer(GroupTrainer):
         return encode_rows(self._encode_row, as_rows(dataset, name), self.tokenizer, name=name, **self._encoding())
 
     def _encoding(self) -> dict[str, Any]:
-        names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template")
+        names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss")
         return {name: getattr(self.args, name) for name in names}
 
     def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:
