@@ -207,7 +207,8 @@ class ReferenceTrainer(GroupTrainer):
         if self.args.sync_ref_model:
             assert self.reference is not None
             self.reference.load(folder)
-            self._known["eval"].clear()
+            for known in self._known.values():
+                known.clear()
         if not self.args.precompute_ref_log_probs:
             self._known["train"].load(folder / f"reference_sums_{self.accelerator.process_index}.json")
 
