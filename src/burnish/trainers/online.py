@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.data import as_rows, encode_rows, errors_of, prompt_group
+from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
@@ -158,7 +158,7 @@ class OnlineTrainer(GroupTrainer):
         """Groups of rows."""
         groups = encode_rows(
             prompt_group,
-            as_rows(dataset, name),
+            finite_rows(dataset, name),
             self.tokenizer,
             name=name,
             max_prompt_length=self.args.max_prompt_length,
