@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.data import as_rows, encode_rows, errors_of, prompt_group
+from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
@@ -158,7 +158,7 @@ class OnlineTrainer(GroupTrainer):
         """Groups of rows."""
         groups = encode_rows(
             prompt_group,
-            as_rows(dataset, name),
+            finite_rows(dataset, name),
             self.tokenizer,
             name=name,
             max_prompt_length=self.args.max_prompt_length,
@@ -511,8 +511,10 @@ class OnlineTrainer(GroupTrainer):
         return self.rubric.names
 
     def other_models(self) -> Mapping[str, torch.nn.Module]:
-        """A reference of its own."""
-        return {} if self.reference is None else self.reference.given_models()
+        """A reference of its own, and reward models."""
+        named = {f"reward {criterion.name}": criterion.function for criterion in self.rubric.criteria}
+        rewards = {name: function.model for name, function in named.items() if isinstance(function, RewardModel)}
+        return {**rewards, **({} if self.reference is None else self.reference.given_models())}
 
     def load_own_state(self, folder: Path) -> None:
         """Continue with the samples in flight."""

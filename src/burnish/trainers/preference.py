@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, preference_group
+from burnish.data import encode_rows, finite_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.positions import check_lengths
 from burnish.model.scoring import causal_lm, eval_mode, score
@@ -125,7 +125,7 @@ class ReferenceTrainer(GroupTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        return self._encoded(type(self).encoder, as_rows(dataset, name), name)
+        return self._encoded(type(self).encoder, finite_rows(dataset, name), name)
 
     def _encoded(self, encoder: Callable[..., Group], rows: Iterable[Any], name: str) -> list[Group]:
         return encode_rows(
@@ -193,6 +193,24 @@ class ReferenceTrainer(GroupTrainer):
         """With `precompute_ref_log_probs` score the data set with the reference, or read the cache."""
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self._precompute()
+
+    def save_own_state(self, folder: Path) -> None:
+        """A reference that has moved, and what this rank knows of the reference as it is now."""
+        if self.args.sync_ref_model and self.is_world_process_zero():
+            assert self.reference is not None
+            self.reference.save(folder)
+        if not self.args.precompute_ref_log_probs:  # those have a file of their own
+            self._known["train"].save(folder / f"reference_sums_{self.accelerator.process_index}.json")
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the reference where it was."""
+        if self.args.sync_ref_model:
+            assert self.reference is not None
+            self.reference.load(folder)
+            for known in self._known.values():
+                known.clear()
+        if not self.args.precompute_ref_log_probs:
+            self._known["train"].load(folder / f"reference_sums_{self.accelerator.process_index}.json")
 
     def other_models(self) -> Mapping[str, torch.nn.Module]:
         """A reference of its own."""

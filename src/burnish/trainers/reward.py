@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, errors_of, reward_group, reward_kind
+from burnish.data import encode_rows, errors_of, finite_rows, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
 from burnish.model.rewards import (
     classifier_adapters,
@@ -150,7 +150,7 @@ class RewardTrainer(GroupTrainer):
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
         args = self.args
-        rows = list(as_rows(dataset, name))
+        rows = list(finite_rows(dataset, name))
         with errors_of(name):
             _check_one_kind(rows, centred=bool(args.center_rewards_coefficient))
         groups = encode_rows(
