@@ -7,7 +7,7 @@ TRL_STAMP := .venv-trl/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install memory mutations preference sft slow test trl
+.PHONY: algorithms bench check clean curves demo help install kills memory mutations preference sft slow test trl
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(STAMP)  ## the fast suite
 
 slow: $(STAMP) $(TRL_STAMP)  ## the tests on the real model, on two ranks, and against TRL
 	$(BIN)/python -m pytest -q -m slow
+
+kills: $(STAMP)  ## kill runs at random and at every file operation, resume, compare (most of an hour)
+	$(PYTEST) -m kills
 
 mutations: $(STAMP)  ## break the code on purpose and see the tests fail
 	$(BIN)/python scripts/mutations.py

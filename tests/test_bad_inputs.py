@@ -12,7 +12,7 @@ import pytest
 
 from nonsense.cases import Case, judge
 
-MODULES = ("files", "fields", "tables")
+MODULES = ("files", "fields", "tables", "data_files")
 SAMPLE = 60
 """Cases of a module that the fast suite tries, evenly spread."""
 

@@ -178,7 +178,7 @@ def test_json_round_trip() -> None:
     result = run(BASE, name="base")
     text = json.dumps(result.to_dict())
     assert Evaluation.from_dict(json.loads(text)) == result
-    with pytest.raises(ConfigError, match="no evaluation"):
+    with pytest.raises(ConfigError, match="not an evaluation"):
         Evaluation.from_dict({"name": "x"})
 
 
@@ -272,3 +272,23 @@ def test_compare_refuses() -> None:
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         run(BASE, **options)
+
+
+def test_an_evaluation_keeps_its_completions() -> None:
+    result = Evaluation.from_dict(json.loads(json.dumps(run(BASE).to_dict())))
+    assert [[sample["text"] for sample in problem.samples] for problem in result.problems] == [
+        ["0", "0"], ["1", "2"], ["3", "33"],
+    ]  # fmt: skip
+    last = result.problems[2].samples[1]
+    assert last["stop_reason"] == "length"
+    assert last["num_tokens"] == 3
+    assert last["criteria"]["right"] == 0.0
+    assert last["answers"] == {"right": "33"}
+    assert result == run(BASE)
+
+
+def test_an_evaluation_written_without_completions_is_still_read() -> None:
+    data = run(BASE).to_dict()
+    for problem in data["problems"]:
+        del problem["samples"]
+    assert compare(Evaluation.from_dict(data), run(BASE)).mean == 0.0

@@ -29,6 +29,7 @@ from burnish import (
 from burnish.model.finite import non_finite_weights
 
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "no"} for i in range(8)]
+PROMPTS = [{"prompt": row["prompt"], "difficulty": i, "answer": row["chosen"]} for i, row in enumerate(PAIRS)]
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS],
     "dpo": PAIRS,
@@ -73,7 +74,9 @@ def make(kind: str, folder: Path, *, peft_config: Any = None, **changes: Any) ->
     return trainer(
         model=tiny.model(),
         args=config(**{**fields, **changes}),
-        train_dataset=[{"prompt": row["prompt"], "difficulty": i} for i, row in enumerate(PAIRS)]
+        train_dataset=[
+            {"prompt": row["prompt"], "difficulty": i, "answer": row["chosen"]} for i, row in enumerate(PAIRS)
+        ]
         if online
         else ROWS[kind],
         processing_class=tiny.tokenizer(),

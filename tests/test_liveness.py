@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 import tiny
-from burnish import CheckFailed
+from burnish import CheckFailed, Criterion, Rubric
+from burnish.rewards import exact_answer, numeric_answer
 from burnish.trainers.liveness import (
     UNJUDGED,
     Liveness,
@@ -188,3 +190,45 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     trainer = make("grpo", tmp_path, learning_rate=1e-3, **{**fields, "max_steps": 9})
     with pytest.raises(CheckFailed, match=r"step 5: 5 optimizer steps in a row"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    # What the message offers: the same run goes on with the limit off.
+    trainer = make("grpo", tmp_path, learning_rate=1e-3, **{**fields, "max_steps": 9, "max_dead_steps": 0})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 9
+
+
+@pytest.mark.parametrize("others", [[], [Criterion("varied", varied)]], ids=["alone", "beside one that varies"])
+def test_a_verifier_that_reads_no_answer_is_named_after_the_first_round(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, others: list[Criterion]
+) -> None:
+    rubric = Rubric([Criterion("numeric", numeric_answer()), *others])
+    trainer = make("grpo", tmp_path, reward_funcs=rubric, learning_rate=1e-3, max_dead_steps=0, log_completions=True)
+    trainer.train()
+    said = [message for message in caplog.messages if "no <answer> tag in any of 8 completions" in message]
+    assert len(said) >= 1
+    assert "criterion 'numeric'" in said[0]
+    written = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
+    assert [row["answers"] for row in written] == [{}] * 8
+
+
+def test_transcripts_keep_the_answer_that_was_read(tmp_path: Path) -> None:
+    rubric = Rubric([Criterion("exact", exact_answer(sources=["text"]))])
+    trainer = make("grpo", tmp_path, reward_funcs=rubric, learning_rate=1e-3, log_completions=True)
+    trainer.train()
+    written = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
+    read = [row for row in written if "exact" in row["answers"]]
+    assert read
+    assert all(row["answers"]["exact"] in row["completion"] for row in read)
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_evaluations_of_online_stages_keep_their_completions(tmp_path: Path, kind: str) -> None:
+    trainer = make(kind, tmp_path, learning_rate=1e-3, max_steps=2, log_completions=True)
+    for _ in range(2):
+        trainer.evaluate([{"prompt": "1+1="}, {"prompt": "2+2="}])
+        if trainer.state.global_step == 0:
+            trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "eval_transcripts.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt_index"], row["sample"]) for row in rows] == [
+        (step, prompt, sample) for step in (0, 2) for prompt in (0, 1) for sample in range(4)
+    ]
+    assert all(row["split"] == "eval" and row["criteria"] for row in rows)

@@ -281,6 +281,10 @@ def tokenizer(**changes: Any) -> Any:
         ("grpo", None, {"ref_model": 5, "config": {"beta": 0.1}}, "ref_model = 5"),
         ("grpo", None, {"ref_model": tiny.model(), "config": {"beta": 0.0}}, "beta = 0.0 reads no reference"),
         ("dpo", None, {"ref_model": tiny.model(), "config": {"loss_type": "simpo"}}, "no reference: remove ref_model"),
+        *(
+            ("online_dpo grpo", [{"prompt": "1", name: "x"}] * 4, {}, f"train_dataset: row 0 has a column {name!r}")
+            for name in ("prompts", "completions", "completion_ids", "trainer_state")
+        ),
         ("online_dpo grpo", None, {"reward_funcs": []}, "a rubric needs at least one criterion"),
         ("online_dpo grpo", None, {"reward_funcs": 5}, "function = 5 of criterion 'int': pass a callable"),
         ("online_dpo grpo", None, {"reward_funcs": None}, "pass a callable"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from burnish.errors import ConfigError, RewardError
+from burnish.errors import ConfigError, DataError, RewardError
 from burnish.rewards import Criterion, Rubric
 from burnish.types import Completion, Group
 
@@ -49,7 +49,7 @@ def test_functions_receive_what_trl_gives() -> None:
         return [0] * len(prompts)
 
     chat = [{"role": "user", "content": "q"}]
-    groups = [group("a", "b", answer="1", completion="gone"), group("c", prompt=chat, answer="2", extra=3)]
+    groups = [group("a", "b", answer="1", completion="shown"), group("c", prompt=chat, answer="2", extra=3)]
     Rubric([Criterion("spy", spy)]).score(groups, trainer_state="s", log_metric=print)
     assert seen == {
         "prompts": ["p", "p", chat],
@@ -57,6 +57,7 @@ def test_functions_receive_what_trl_gives() -> None:
         "ids": [[7], [7], [7]],
         "answer": ["1", "1", "2"],
         "extra": [None, None, 3],
+        "completion": ["shown", "shown", None],
         "state": "s",
         "log_metric": print,
     }
@@ -236,3 +237,18 @@ def test_rewards_import_without_torch_or_the_extras() -> None:
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "trainer_state"])
+def test_a_column_that_an_argument_would_hide_is_refused(name: str) -> None:
+    rubric = Rubric.from_functions(length)
+    with pytest.raises(DataError, match=rf"row 3 has a column '{name}'.*columns = {{{name} = \"given_{name}\"}}"):
+        rubric.score([group("a", index=3, **{name: "x"})])
+    assert rubric.score([group("a", **{name: None})])[0][0].total == 1.0
+
+
+def test_a_demonstration_reaches_the_functions_that_ask_for_it() -> None:
+    def equals(completions: list[str], completion: list[str]) -> list[float]:
+        return [float(a == b) for a, b in zip(completions, completion, strict=True)]
+
+    assert [s.total for s in Rubric.from_functions(equals).score([group("a", "b", completion="b")])[0]] == [0.0, 1.0]

@@ -163,7 +163,7 @@ def test_an_optimizer_class_is_used(tmp_path: Path, stage: str) -> None:
         ("DPO", {"rpo_alpha": 1.0}, r'^rpo_alpha = 1\.0: .*loss_type = \["sigmoid", "sft"\]'),
         ("DPO", {"max_prompt_length": 128}, r"set max_length"),
         ("DPO", {"truncation_mode": "keep_end"}, r"cut at their end; raise max_length"),
-        ("Reward", {"chat_template_path": "x"}, r"its name is chat_template"),
+        ("Reward", {"chat_template_path": "x", "chat_template": "chatml"}, r"are one field: set chat_template alone"),
         ("GRPO", {"use_vllm": True}, r"sampled in process"),
         ("GRPO", {"disable_dropout": False}, r"^disable_dropout = False: samples are drawn without dropout"),
         ("OnlineDPO", {"max_new_tokens": 64}, r"its name is max_completion_length"),

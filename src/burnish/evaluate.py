@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from burnish.packing import pack, split_by_tokens
 from burnish.rewards import Rubric
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
-from burnish.types import Group, Score, StopReason
+from burnish.schema.checks import check_mapping
+from burnish.schema.inherited import FieldInfo
+from burnish.types import Completion, Group, Score, StopReason
 
 __all__ = [
     "Evaluation",
@@ -158,6 +161,7 @@ class Problem:
         num_truncated: completions cut by the token limit.
         mean_tokens: mean length of its completions in tokens.
         criteria: mean of each criterion over the completions that have it; None where none has.
+        samples: its completions, `{text, stop_reason, num_tokens, reward, criteria, answers, errors}` each.
     """
 
     key: str
@@ -167,6 +171,7 @@ class Problem:
     num_truncated: int
     mean_tokens: float
     criteria: dict[str, float | None]
+    samples: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,14 +240,41 @@ class Evaluation:
             ConfigError: fields are missing or unknown.
         """
         try:
-            fields = dict(data)
-            fields["problems"] = tuple(Problem(**problem) for problem in fields["problems"])
-            fields["pass_at_k"] = {int(k): Interval(**interval) for k, interval in fields["pass_at_k"].items()}
-            fields["criteria"] = {name: Interval(**interval) for name, interval in fields["criteria"].items()}
+            fields = check_mapping(_STORED, dict(data), "evaluation")
+            fields["problems"] = tuple(_stored(Problem, problem) for problem in fields["problems"])
+            fields["pass_at_k"] = {int(k): _stored(Interval, interval) for k, interval in fields["pass_at_k"].items()}
+            fields["criteria"] = {name: _stored(Interval, interval) for name, interval in fields["criteria"].items()}
             fields["errors"] = tuple(fields["errors"])
             return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"data is no evaluation written by to_dict: {error}.") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"data is not an evaluation written by to_dict: {error}.") from error
+
+
+_STORED = {
+    name: FieldInfo(name, type_, None, own=True)
+    for name, type_ in {
+        "name": "str",
+        "solved": "str",
+        "num_samples": "int",
+        "seed": "int",
+        "params": "dict[str, Any]",
+        "problems": "list[dict[str, Any]]",
+        "pass_at_k": "dict[str, dict[str, Any]]",
+        "criteria": "dict[str, dict[str, Any]]",
+        "mean_completion_tokens": "float",
+        "truncated_fraction": "float",
+        "num_failed": "int",
+        "errors": "list[str]",
+    }.items()
+}
+"""An evaluation as JSON."""
+
+_R = TypeVar("_R", Problem, Interval)
+
+
+def _stored(record: type[_R], data: Mapping[str, Any]) -> _R:
+    infos = {item.name: FieldInfo(item.name, str(item.type), None, own=True) for item in dataclass_fields(record)}
+    return record(**check_mapping(infos, data, record.__name__))
 
 
 def evaluate(
@@ -376,6 +408,7 @@ def _check_arguments(
 ) -> str:
     if not groups:
         raise ConfigError("groups = []: an evaluation needs at least one problem.")
+    rubric.check_columns(groups)
     if num_samples < 1:
         raise ConfigError(f"num_samples = {num_samples!r}: use an integer of at least 1.")
     if not ks or min(ks) < 1 or max(ks) > num_samples:
@@ -411,7 +444,20 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
         num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
+        samples=[_sample(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
     )
+
+
+def _sample(completion: Completion, score: Score) -> dict[str, Any]:
+    return {
+        "text": completion.text,
+        "stop_reason": completion.stop_reason and completion.stop_reason.value,
+        "num_tokens": len(completion.token_ids),
+        "reward": score.total,
+        "criteria": score.criteria,
+        "answers": score.answers,
+        "errors": score.errors,
+    }
 
 
 def _key(row: Mapping[str, Any]) -> str:

@@ -63,11 +63,13 @@ def sample_rows(
         prompts_per_round: prompts sampled and written together.
 
     Returns:
-        Records `{index, prompt, row, samples: [{text, reward, criteria, errors, stop_reason}]}`, by index.
+        Records `{index, prompt, row, samples: [{text, reward, criteria, answers, errors, stop_reason}]}`, by index.
 
     Raises:
         ConfigError: the file holds samples of another run.
+        DataError: a column whose name is an argument of every reward function.
     """
+    rubric.check_columns(groups)
     key = _key(model, groups, rubric, params, num_samples, seed)
     done = {record["index"]: record for record in _read(file, key)}
     missing = [group for group in groups if group.index not in done]
@@ -238,8 +240,8 @@ def _record(group: Group, key: str) -> dict[str, Any]:
         reason = completion.stop_reason.value if completion.stop_reason else None
         score = completion.score
         samples.append(
-            {"text": completion.text, "reward": score.total, "criteria": score.criteria, "errors": score.errors,
-             "stop_reason": reason}
+            {"text": completion.text, "reward": score.total, "criteria": score.criteria, "answers": score.answers,
+             "errors": score.errors, "stop_reason": reason}
         )  # fmt: skip
     row = {name: value for name, value in group.row.items() if name not in ("prompt", "completion")}
     return {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row, "samples": samples}

@@ -65,7 +65,7 @@ class Completion:
     Attributes:
         token_ids: [C] tokens, including the end-of-sequence token where one was produced.
         loss_mask: [C] which tokens are scored; None means all.
-        text: decoded text without special tokens and without the stop string.
+        text: decoded text, special tokens included, without the tokens that end it and without the stop string.
         stop_reason: why sampling ended; None for completions from a data set.
         sampler_logprobs: [C] log-probability (nats) of each token under the distribution it was sampled from: after
             temperature, top-k, top-p and min-p.

@@ -97,6 +97,8 @@ class EvaluationSection:
     """Most tokens of one completion."""
     solved: str | None = None
     """The criterion that says whether a completion solved its prompt; None where the rubric has one criterion."""
+    chat_template: str | None = None
+    """A .jinja file, Jinja source, a tokenizer's folder, or chatml; None means the tokenizer's own."""
     output: str | None = None
     """`burnish eval` only: JSON file for the whole evaluation, problem by problem."""
     compare_with: str | None = None
@@ -135,6 +137,8 @@ class PairsSection:
     """Rewards of a pair differ by more than this."""
     min_reward: float | None = None
     """Best-of-n rows need at least this reward; None keeps the best whatever it got."""
+    chat_template: str | None = None
+    """A .jinja file, Jinja source, a tokenizer's folder, or chatml; None means the tokenizer's own."""
     seed: int = 0
     """Of the random numbers."""
 

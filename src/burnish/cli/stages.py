@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
-from burnish.data import encode_rows, prompt_group, sft_groups
+from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
 from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, evaluate, mean_nll
 from burnish.model.fingerprint import weights_fingerprint
-from burnish.model.loading import load_model, load_processing_class
+from burnish.model.loading import adopt_chat_template, load_model, load_processing_class
 from burnish.model.precision import fast_bf16
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import prepare_for_scoring
@@ -134,7 +134,10 @@ def evaluate_model(
 ) -> Evaluation:
     """pass@k of a saved model on rows, and `nll` where they have completions; `shared` is `model_init`."""
     tokenizer = load_processing_class(model)
+    adopt_chat_template(tokenizer, section.chat_template)
     groups = encode_rows(prompt_group, rows, tokenizer, name="data.eval")
+    with errors_of("data.eval"):
+        rubric.check_columns(groups)
     loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
     with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
         result = evaluate(
@@ -172,7 +175,10 @@ def _make_pairs(
     model: str, rows: Rows, rubric: Rubric, section: PairsSection, model_init: dict[str, Any] | None
 ) -> dict[str, int]:
     tokenizer, folder = load_processing_class(model), Path(section.output_dir)
+    adopt_chat_template(tokenizer, section.chat_template)
     groups = encode_rows(prompt_group, rows, tokenizer, name="data.train")
+    with errors_of("data.train"):
+        rubric.check_columns(groups)
     loaded, engine = _engine(model, tokenizer, model_init)
     records = sample_rows(
         engine,

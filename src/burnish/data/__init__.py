@@ -15,7 +15,7 @@ from burnish.data.encode import (
 )
 from burnish.data.formats import Format, Kind, as_row, detect_format, split_turns, unpair
 from burnish.data.rewards import RewardKind, answer_group, read_last, reward_group, reward_kind
-from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, load_rows
+from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, finite_rows, load_rows
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
@@ -33,6 +33,7 @@ __all__ = [
     "encode_lazily",
     "encode_rows",
     "errors_of",
+    "finite_rows",
     "load_rows",
     "preference_group",
     "prompt_group",

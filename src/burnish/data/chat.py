@@ -91,10 +91,14 @@ def resolve_chat_template(chat_template: str | None, processing_class: Any, *, t
     if "{%" in chat_template or "{{" in chat_template:
         return chat_template
     path = Path(chat_template)
-    if path.suffix in (".jinja", ".jinja2") and path.is_file():
-        return path.read_text(encoding="utf-8")
+    if path.suffix in (".j2", ".jinja", ".jinja2") and path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template = {chat_template!r}: cannot be read ({error}).") from error
     raise ConfigError(
-        f'chat_template = {chat_template!r}: use "chatml", the path of an existing .jinja file, or Jinja source.'
+        f'chat_template = {chat_template!r}: use "chatml", the path of an existing .jinja file or tokenizer folder, or '
+        "Jinja source."
     )
 
 

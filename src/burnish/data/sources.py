@@ -6,7 +6,7 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -17,7 +17,7 @@ from burnish.errors import ConfigError, DataError, show
 from burnish.schema.paths import is_file, is_folder, path_problem
 from burnish.schema.predicates import is_seed, is_text
 
-__all__ = ["DisjointCounts", "as_rows", "check_source", "disjoint", "load_rows"]
+__all__ = ["DisjointCounts", "as_rows", "check_source", "disjoint", "finite_rows", "load_rows"]
 
 Row: TypeAlias = dict[str, Any]
 
@@ -336,9 +336,11 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
 
     try:
         saved: Any = cast("Any", datasets).load_from_disk(path)
-    except FileNotFoundError as error:
+    except Exception as error:  # whatever pyarrow and json say of files that are missing, cut or of another format
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"{field}.path = {path!r} is a directory, but not one saved by datasets: give a file or a glob."
+            f"{field}.path = {path!r} is a directory, but not one saved whole by datasets ({reason}): give a file or a "
+            "glob, or save it again."
         ) from error
     if isinstance(saved, Mapping):
         splits = sorted(cast("Mapping[str, Any]", saved))
@@ -397,6 +399,21 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
             f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = ...}}."
         )
     return cast("Iterable[Mapping[str, Any]]", data)
+
+
+def finite_rows(data: Any, field: str) -> Iterable[Mapping[str, Any]]:
+    """As `as_rows`, for rows that are read whole before anything starts.
+
+    Raises:
+        ConfigError: also rows without a length, which may never end.
+    """
+    rows = as_rows(data, field)
+    if not isinstance(rows, Sized):
+        raise ConfigError(
+            f"{field} = {type(rows).__name__} has no length and is read whole here, which may never end: pass a list, "
+            "such as list(itertools.islice(rows, 1000)). SFTTrainer alone reads train_dataset as it comes."
+        )
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,14 @@ cut there by tokenizing the two sides apart, as serving does.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 from burnish.data.parsing import half_character
 from burnish.errors import DataError
 
-__all__ = ["inner_tokenizer", "plain_ids", "split_ids", "tokenize_chat", "with_bos", "with_eos"]
+__all__ = ["decode_text", "inner_tokenizer", "plain_ids", "split_ids", "tokenize_chat", "with_bos", "with_eos"]
 
 
 def inner_tokenizer(processing_class: Any) -> Any:
@@ -40,6 +40,23 @@ def _called(tokenizer: Any, text: str, **options: Any) -> Any:
         raise DataError(problem) from error
 
 
+def decode_text(tokenizer: Any, token_ids: Sequence[int], ends: Collection[int] = ()) -> str:
+    """Text of tokens: special tokens as they are written, nothing tidied.
+
+    What rewards, stop strings, evaluations, pairs and transcripts see. Control tokens such as `<think>` or `</answer>`
+    are often special tokens; only those that end a completion say nothing of their own.
+
+    Args:
+        tokenizer: decodes.
+        token_ids: of a prompt or a completion.
+        ends: end-of-turn and padding tokens, left out where they stand at the end.
+    """
+    last = len(token_ids)
+    while last and token_ids[last - 1] in ends:
+        last -= 1
+    return str(tokenizer.decode(list(token_ids[:last]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
 def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     """Tokens of a plain prompt, and of the completion that follows it.
 
@@ -50,7 +67,7 @@ def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list
     head, joint = plain_ids(tokenizer, prompt), plain_ids(tokenizer, prompt + completion)
     if joint[: len(head)] == head:
         return head, joint[len(head) :]
-    return head, _piece_ids(tokenizer, head, completion, _decode(tokenizer, joint))[0]
+    return head, _piece_ids(tokenizer, head, completion, decode_text(tokenizer, joint))[0]
 
 
 def with_bos(processing_class: Any, ids: list[int]) -> list[int]:
@@ -137,7 +154,11 @@ def _encode_pieces(tokenizer: Any, text: str, cuts: list[int], joint: list[int])
     starts: list[int] = []
     edges = [0, *cuts, len(text)]
     for low, high in pairwise(edges):
-        want = _decode(tokenizer, _encode(tokenizer, text[:high])[0]) if high < len(text) else _decode(tokenizer, joint)
+        want = (
+            decode_text(tokenizer, _encode(tokenizer, text[:high])[0])
+            if high < len(text)
+            else decode_text(tokenizer, joint)
+        )
         piece, places = _piece_ids(tokenizer, ids, text[low:high], want)
         ids += piece
         starts += [low + place for place in places]
@@ -152,13 +173,9 @@ def _piece_ids(tokenizer: Any, head: list[int], piece: str, want: str) -> tuple[
     for anchor in ("", "\n") if head else ("",):
         ids, starts, _ = _encode(tokenizer, anchor + piece)
         skip = sum(start < len(anchor) for start in starts)
-        if _decode(tokenizer, head + ids[skip:]) == want:
+        if decode_text(tokenizer, head + ids[skip:]) == want:
             return ids[skip:], [start - len(anchor) for start in starts[skip:]]
     raise DataError(
         f"one token spans the edge before {piece[:20]!r} and the tokenizer cannot cut it there: move the edge to a "
         "word's start (a space belongs to the completion, not to the prompt's end)."
     )
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -14,11 +14,20 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from burnish.errors import ModelError
+from burnish.data.chat import resolve_chat_template
+from burnish.errors import ConfigError, ModelError
 from burnish.model.adapters import SavedAdapters, put_adapters, saved_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
 
-__all__ = ["ModelSource", "compute_dtype", "find_model", "hub_arguments", "load_model", "load_processing_class"]
+__all__ = [
+    "ModelSource",
+    "adopt_chat_template",
+    "compute_dtype",
+    "find_model",
+    "hub_arguments",
+    "load_model",
+    "load_processing_class",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -242,6 +251,47 @@ def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | No
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def adopt_chat_template(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, *, keep_eos: bool = False
+) -> None:
+    """Give a tokenizer the template to render with, so that it is saved with the model and the next stage has it.
+
+    Args:
+        tokenizer: changed in place.
+        chat_template: see `resolve_chat_template`; also a folder with a tokenizer, whose template and EOS token are
+            taken over. None changes nothing.
+        keep_eos: keep the tokenizer's EOS token.
+
+    Raises:
+        ConfigError: no such template, a folder without a tokenizer, or a template for tokens that are not in the
+            vocabulary.
+        DataError: "chatml", and the tokenizer has no EOS.
+    """
+    if chat_template is None:
+        return
+    if "{" in chat_template or not Path(chat_template).is_dir():
+        tokenizer.chat_template = resolve_chat_template(chat_template, tokenizer)
+        return
+    try:
+        source = AutoTokenizer.from_pretrained(chat_template, local_files_only=True)
+    except Exception as error:  # of a damaged folder, as many kinds as there are parsers
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"chat_template = {chat_template!r}: no tokenizer could be read there ({reason}).") from error
+    if not source.chat_template:
+        raise ConfigError(f"chat_template = {chat_template!r}: the tokenizer there has no chat template.")
+    template = str(source.get_chat_template())
+    known = tokenizer.get_vocab()
+    used = [t for t in source.all_special_tokens if t in template or (t == source.eos_token and not keep_eos)]
+    if missing := [token for token in used if token not in known]:
+        raise ConfigError(
+            f"chat_template = {chat_template!r}: it writes {missing[0]!r}, which is not in the vocabulary of the "
+            "tokenizer; add the token to the tokenizer and the model first, or use another template."
+        )
+    tokenizer.chat_template = template
+    if not keep_eos and source.eos_token is not None:
+        tokenizer.eos_token = source.eos_token
 
 
 @contextmanager

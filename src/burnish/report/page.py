@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from burnish.errors import ConfigError, show
+from burnish.report.findings import findings
 from burnish.report.records import Comparison, Evaluation, Interval, Run, read_run
 from burnish.report.series import histograms, pack_transcripts, sample_evenly, stage_curves
 from burnish.runs.files import replacing
@@ -73,6 +74,7 @@ def write_report(run_dir: str | os.PathLike[str], output: Path | None = None, *,
     if max_transcripts < 0:
         raise ConfigError(f"max_transcripts = {max_transcripts}: use 0 (embed none) or a positive integer.")
     run = read_run(Path(run_dir))
+    run.notes = findings(run.metrics, run.transcripts) + run.notes
     path = run.path / "report.html" if output is None else Path(output)
     if (problem := file_problem(str(path))) is not None:
         raise ConfigError(f"output = {show(str(path))}: {problem}.")

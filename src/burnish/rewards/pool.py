@@ -1,8 +1,8 @@
 """A pool of killable worker processes for graders that may hang.
 
 `signal.alarm` works in the main thread only and cannot stop a C loop; a thread cannot be stopped at all. A process can
-be killed. The workers are started with `subprocess`, not `multiprocessing`: they never import the user's main module
-again, never inherit CUDA or locks, and can be started from any thread.
+be killed, and everything that it started with it. The workers are started with `subprocess`, not `multiprocessing`:
+they never import the user's main module again, never inherit CUDA or locks, and can be started from any thread.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import atexit
 import contextlib
 import functools
 import json
+import math
 import os
 import queue
+import secrets
+import select
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any, cast
 
 from burnish.errors import ConfigError, RewardError
@@ -26,91 +31,130 @@ from burnish.errors import ConfigError, RewardError
 __all__ = ["WorkerPool", "default_pool"]
 
 _STARTUP_SECONDS = 300.0
+_MAX_REPLY_BYTES = 1 << 16
 _BOOT = (
     "import json, sys; sys.path[:0] = [p for p in json.loads(sys.argv[1]) if p not in sys.path]; "
     "from burnish.rewards.worker import main; main()"
 )
-# Graders evaluate what the model wrote: the worker sees no tokens or keys of the environment.
-_KEPT_VARIABLES = (
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "LD_LIBRARY_PATH",
-    "PATH",
-    "PYTHONHOME",
-    "PYTHONPATH",
-    "SYSTEMROOT",
-    "TEMP",
-    "TMP",
-    "TMPDIR",
-    "VIRTUAL_ENV",
-)
+# What an interpreter may need to start. Graders work on what the model wrote: they see no token, key or home folder.
+_KEPT_VARIABLES = ("DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
+_MARK = "BURNISH_WORKER"
 
 
 class _Worker:
-    """One child process and the thread that reads its replies."""
+    """One child process, in a session, a folder and an environment of its own."""
 
     def __init__(self) -> None:
-        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         self._stderr = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115 - closed in kill
+        self._folder = tempfile.TemporaryDirectory(prefix="burnish-worker-", ignore_cleanup_errors=True)
+        self._mark = secrets.token_hex(16)
+        kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+        own = {"HOME": self._folder.name, "TMPDIR": self._folder.name, _MARK: self._mark}
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        paths = json.dumps([os.path.abspath(path) for path in sys.path if path])
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _BOOT, json.dumps([path for path in sys.path if path])],
+            [sys.executable, "-s", "-W", "ignore", "-c", _BOOT, paths],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=kept | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            bufsize=0,
+            cwd=self._folder.name,
+            env=kept | own | threads | {"PYTHONUTF8": "1"},
+            start_new_session=True,
         )
-        self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._requests, self._replies = self.process.stdin.fileno(), self.process.stdout.fileno()
+        os.set_blocking(self._requests, False)
+        os.set_blocking(self._replies, False)
+        self._unread = b""
         self.alive = True
         self.last_words = ""
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._replies.put(line)
-        self._replies.put(b"")
-
     def call(self, kind: str, arguments: Mapping[str, Any], timeout_seconds: float) -> float:
-        request = {"kind": kind, "arguments": arguments, "watchdog_seconds": 2 * timeout_seconds + 10}
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a dead worker shows in the reply
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-            self.process.stdin.flush()
-        reply = self._receive(_STARTUP_SECONDS, f"{kind}: the worker was not ready after {_STARTUP_SECONDS:g} s")
-        if "started" in reply:
-            reply = self._receive(timeout_seconds, f"{kind}: no result after {timeout_seconds:g} s of work")
-        if "error" in reply:
-            raise RewardError(reply["error"])
-        return float(reply["value"])
-
-    def _receive(self, timeout_seconds: float, message: str) -> dict[str, Any]:
+        nonce = secrets.token_hex(16)
+        watchdog_seconds = 2 * timeout_seconds + 10
+        request = {"kind": kind, "arguments": arguments, "watchdog_seconds": watchdog_seconds, "nonce": nonce}
         try:
-            line = self._replies.get(timeout=timeout_seconds)
-        except queue.Empty:
-            self.kill()
-            raise TimeoutError(message) from None
-        if not line:
-            self.kill()
-            raise RewardError(f"the verifier process died (exit {self.process.returncode}): {self.last_words}")
-        return cast("dict[str, Any]", json.loads(line))
+            deadline = time.monotonic() + _STARTUP_SECONDS
+            self._send(json.dumps(request).encode() + b"\n", deadline)
+            reply = self._receive(nonce, deadline)
+            if reply is None:
+                raise TimeoutError(f"{kind}: the worker was not ready after {_STARTUP_SECONDS:g} s")
+            if "started" in reply:
+                reply = self._receive(nonce, time.monotonic() + timeout_seconds)
+                if reply is None:
+                    raise TimeoutError(f"{kind}: no result after {timeout_seconds:g} s of work")
+            value = reply.get("value")
+            if "error" not in reply and not (isinstance(value, float) and math.isfinite(value)):
+                raise RewardError(f"{kind}: the worker replied {value!r:.80}, not a finite number")
+        except BaseException:
+            self.kill()  # an answer that is still to come must not be taken for the next call's
+            raise
+        if "error" in reply:
+            raise RewardError(str(reply["error"]))
+        return cast("float", value)
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a dead worker shows in the reply
+            while data and _wait(self._requests, select.POLLOUT, deadline):
+                data = data[os.write(self._requests, data) :]
+
+    def _receive(self, nonce: str, deadline: float) -> dict[str, Any] | None:
+        """The next reply, or None where there is none at the deadline."""
+        while b"\n" not in self._unread:
+            if not _wait(self._replies, select.POLLIN, deadline):
+                return None
+            received = os.read(self._replies, _MAX_REPLY_BYTES)
+            if not received:
+                self.kill()
+                raise RewardError(f"the verifier process died (exit {self.process.returncode}): {self.last_words}")
+            self._unread += received
+            if len(self._unread) > _MAX_REPLY_BYTES:
+                break
+        line, _, self._unread = self._unread.partition(b"\n")
+        with contextlib.suppress(ValueError, RecursionError):
+            reply: Any = json.loads(line)
+            if isinstance(reply, dict) and cast("dict[str, Any]", reply).get("nonce") == nonce:
+                return cast("dict[str, Any]", reply)
+        raise RewardError("something other than the grader wrote a reply; the worker is replaced")
 
     def kill(self) -> None:
+        """End the process and all that it started; safe to call twice."""
         if not self.alive:
             return
         self.alive = False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
-        self._reader.join()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.stdout.close()
-        self._stderr.seek(0)
+        _kill_marked(f"{_MARK}={self._mark}".encode())
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2000))
         self.last_words = self._stderr.read().decode(errors="replace").strip()[-500:]
         self._stderr.close()
+        self._folder.cleanup()
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> bool:
+    """Whether a descriptor becomes ready before the deadline."""
+    poll = select.poll()
+    poll.register(descriptor, event)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
+
+
+def _kill_marked(mark: bytes) -> None:
+    """Kill processes by a variable of their environment: children that left the worker's session (Linux only)."""
+    found = True
+    while found:  # one of them may start another meanwhile
+        found = False
+        for file in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if mark in file.read_bytes().split(b"\0"):
+                    os.kill(int(file.parent.name), signal.SIGKILL)
+                    found = True
 
 
 class WorkerPool:
@@ -144,7 +188,7 @@ class WorkerPool:
         Returns:
             For each call its value, or the exception that stands in its place (TimeoutError for a hang).
         """
-        keys = [json.dumps(arguments, sort_keys=True) for arguments in calls]
+        keys = [json.dumps(arguments, sort_keys=True, default=repr) for arguments in calls]
         unique = dict(zip(keys, calls, strict=True))
         run = functools.partial(self._run, kind, timeout_seconds)
         with ThreadPoolExecutor(max_workers=self.num_workers) as threads:

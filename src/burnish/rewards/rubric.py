@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
-from burnish.errors import ConfigError, RewardError
+from burnish.errors import ConfigError, DataError, RewardError
 from burnish.rewards.calls import Call, CallTimeout
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.types import Group, Score
@@ -26,7 +26,8 @@ _Outcome: TypeAlias = float | Exception | None
 _MOST_TIMEOUTS = 3
 """Completions of one call that may take too long, each in a call of its own, before the others are given up."""
 
-_RESERVED_COLUMNS = frozenset({"completion", "completion_ids", "completions", "prompt", "prompts", "trainer_state"})
+_OWN_ARGUMENTS = frozenset({"completion_ids", "completions", "prompts", "trainer_state"})
+"""Arguments of every reward function, which no column may be named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,11 @@ class Criterion:
 
     Args:
         name: unique in its rubric; the name in metrics and errors. "total" is taken.
-        function: called with `prompts`, `completions`, `completion_ids` and every column of the data set as lists of
-            one length, by keyword, and `trainer_state`; a function without `**kwargs` gets what its signature names.
-            Completions are strings, or `[{"role": "assistant", "content": text}]` where the prompt is a list of
-            messages. It returns one value a completion: a number, None (does not apply), or an Exception (this
-            completion cannot be judged).
+        function: called with `prompts`, `completions`, `completion_ids` and every other column of the data set
+            (a demonstration in `completion` too) as lists of one length, by keyword, and `trainer_state`; a function
+            without `**kwargs` gets what its signature names. Completions are strings, or
+            `[{"role": "assistant", "content": text}]` where the prompt is a list of messages. It returns one value
+            a completion: a number, None (does not apply), or an Exception (this completion cannot be judged).
         weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
         isolate: when the call raises, call again one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
@@ -151,6 +152,21 @@ class Rubric:
         """Names of the criteria, in order."""
         return tuple(criterion.name for criterion in self.criteria)
 
+    @staticmethod
+    def check_columns(groups: Sequence[Group]) -> None:
+        """Refuse rows with a column that would be lost behind an argument of every reward function.
+
+        Raises:
+            DataError: naming row, column and fix.
+        """
+        for group in groups:
+            for name in sorted(_OWN_ARGUMENTS & group.row.keys()):
+                if group.row[name] is not None:
+                    raise DataError(
+                        f"row {group.index} has a column {name!r}, which is an argument of every reward function: "
+                        f'rename it (in a source: columns = {{{name} = "given_{name}"}}), or drop it.'
+                    )
+
     def score(self, groups: Sequence[Group], *, trainer_state: Any = None, **shared: Any) -> list[list[Score]]:
         """Score every completion of every group; each is also written to `completion.score`.
 
@@ -164,7 +180,9 @@ class Rubric:
 
         Raises:
             RewardError: a criterion failed on every completion (of more than one), or a row has no prompt.
+            DataError: a column whose name is an argument of every reward function.
         """
+        self.check_columns(groups)
         batch = _flatten(groups)
         shared = {"trainer_state": trainer_state, **shared}
         outcomes = self._outcomes(batch, shared) if batch.places else {name: [] for name in self.names}
@@ -225,7 +243,7 @@ def _flatten(groups: Sequence[Group]) -> _Batch:
                 f"the row of prompt {group.index} has no column 'prompt' (it has: {', '.join(map(str, group.row))}): "
                 f"rewards receive the prompt as the data set gives it."
             )
-    names = dict.fromkeys(name for group in groups for name in group.row if name not in _RESERVED_COLUMNS)
+    names = dict.fromkeys(name for group in groups for name in group.row if name not in {"prompt", *_OWN_ARGUMENTS})
     texts = [(group.row["prompt"], group.completions[i].text) for group, i in rows]
     return _Batch(
         places=[f"prompt {group.index}, completion {i}" for group, i in rows],

@@ -1,7 +1,8 @@
 """The child process of the verifier pool: it runs graders that may hang or take the process down.
 
-Protocol, one JSON object a line. In: `{"kind", "arguments", "watchdog_seconds"}`. Out: `{"started": true}` once imports
-and set-up are done, then `{"value": x}`; or `{"error": message}` in place of either.
+Protocol, one JSON object a line. In: `{"kind", "arguments", "watchdog_seconds", "nonce"}`. Out: `{"started": true}`
+once imports and set-up are done, then `{"value": x}`; or `{"error": message}` in place of either. Each reply repeats
+the nonce of its request: a line that something else wrote into the channel is known by its lack.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-__all__ = ["KINDS", "main", "prepare"]
+from burnish.rewards.formulas import stop_sympy_evaluating
+from burnish.rewards.guard import Guard
+from burnish.rewards.gym_tasks import prepare_gym
+
+__all__ = ["KINDS", "main"]
 
 _MEMORY_LIMIT_BYTES = 4 << 30
-# These compare boards of tuples, which JSON gives back as lists: their gold answers would score 0.05.
-_TUPLE_TASKS = frozenset({"arc_agi", "rearc"})
+_FILE_LIMIT_BYTES = 16 << 20
 
 
 def _latex_forms(text: str) -> str:
@@ -37,6 +41,7 @@ def _latex_forms(text: str) -> str:
 
 @functools.cache
 def _math_verify() -> Any:
+    stop_sympy_evaluating()
     # Imported by name: the package ships no types. The first use builds grammar tables, which is no call's own work.
     module: Any = importlib.import_module("math_verify")
     sides = [module.parse(text, parsing_timeout=None) for text in ("$2x+1$", "$x+1+x$")]
@@ -58,71 +63,57 @@ def _prepare_math(gold: str, answer: str) -> Callable[[], float]:
     return work
 
 
-@functools.cache
-def _gym_dataset(task: str, config: str) -> Any:
-    factory: Any = importlib.import_module("reasoning_gym.factory")
-    importlib.import_module("reasoning_gym")
-    return factory.create_dataset(task, **json.loads(config))
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in cast("dict[str, Any]", value).items()}
-    return tuple(_tuples(item) for item in cast("list[Any]", value)) if isinstance(value, list) else value
-
-
-def _prepare_gym(task: str, config: str, entry: str, answer: str) -> Callable[[], float]:
-    dataset = _gym_dataset(task, config)
-    parsed: dict[str, Any] = json.loads(entry)
-    if task in _TUPLE_TASKS:
-        parsed = _tuples(parsed)
-    return lambda: float(dataset.score_answer(answer, parsed))
-
-
 KINDS: dict[str, Callable[..., Callable[[], float]]] = {
-    "gym": _prepare_gym,
+    "gym": prepare_gym,
     "math": _prepare_math,
 }
 """Graders by name: each takes its arguments, does what is slow but bounded, and returns the work that is timed."""
 
 
-def prepare(kind: str, arguments: dict[str, Any]) -> Callable[[], float]:
-    """Import and set up what a call needs, so that only the work itself is timed."""
-    return KINDS[kind](**arguments)
-
-
-def _limit_memory() -> None:
-    # Best effort: Windows has no such limit and macOS may refuse it; the time-out holds everywhere.
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        resource: Any = importlib.import_module("resource")
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
+def _limit_resources() -> None:
+    # Best effort: macOS may refuse a limit on memory; the time-out holds everywhere.
+    resource: Any = importlib.import_module("resource")
+    for name, limit in (("RLIMIT_AS", _MEMORY_LIMIT_BYTES), ("RLIMIT_FSIZE", _FILE_LIMIT_BYTES), ("RLIMIT_CORE", 0)):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(getattr(resource, name), (limit, limit))
 
 
 def main() -> None:
     """Serve calls from standard input until it closes."""
     logging.disable(logging.WARNING)
-    _limit_memory()
-    # Whatever a library prints must not mix with the protocol.
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _limit_resources()
+    sys.dont_write_bytecode = True
+    # The channel moves away from the standard streams, where a library reads and prints, and no child inherits it.
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    guard = Guard()
+    for line in requests:
+        _serve(json.loads(line), guard, lambda message: print(json.dumps(message), file=replies, flush=True))
 
-    def reply(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
 
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
+def _serve(request: dict[str, Any], guard: Guard, reply: Callable[[dict[str, Any]], None]) -> None:
+    nonce = {"nonce": request["nonce"]}
+    try:
+        work = KINDS[request["kind"]](**request["arguments"])
+        reply(nonce | {"started": True})
+        # The parent kills a call that is too slow; should the parent be gone, this ends the process.
+        faulthandler.dump_traceback_later(request["watchdog_seconds"], exit=True)
+        guard.refused, guard.armed = None, True
         try:
-            work = prepare(request["kind"], request["arguments"])
-            reply({"started": True})
-            # The parent kills a call that is too slow; should the parent be gone, this ends the process.
-            faulthandler.dump_traceback_later(request["watchdog_seconds"], exit=True)
             value = work()
+        finally:
+            guard.armed = False
             faulthandler.cancel_dump_traceback_later()
-            reply({"value": value})
-        except Exception as error:
-            faulthandler.cancel_dump_traceback_later()
-            reply({"error": f"{type(error).__name__}: {error}"[:2000]})
+        if guard.refused is not None:
+            raise PermissionError(
+                f"the grader tried to do what the text may have told it to ({guard.refused}): it was refused"
+            )
+        reply(nonce | {"value": value})
+    except Exception as error:
+        reply(nonce | {"error": f"{type(error).__name__}: {error}"[:2000]})
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from burnish.data.tokens import decode_text
 from burnish.errors import ConfigError, EngineError
 from burnish.model.positions import check_positions
 from burnish.model.scoring import eval_mode
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
 from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms
-from burnish.rollout.stopping import StopMatcher, decode_text
+from burnish.rollout.stopping import StopMatcher
 from burnish.types import Completion, StopReason
 
 __all__ = [
@@ -116,7 +117,9 @@ class Track:
     def finish(self, tokenizer: Any) -> Completion:
         """The completion with its text."""
         text = self._stopped_text
-        self.completion.text = decode_text(tokenizer, self.completion.token_ids) if text is None else text
+        if text is None:
+            text = decode_text(tokenizer, self.completion.token_ids, self._eos | {tokenizer.pad_token_id})
+        self.completion.text = text
         return self.completion
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["StopMatcher", "decode_text"]
+from burnish.data.tokens import decode_text
+
+__all__ = ["StopMatcher"]
 
 _REPLACEMENT = "\ufffd"
-
-
-def decode_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """Text of tokens, without special tokens and without any tidying of spaces."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class StopMatcher:

@@ -61,9 +61,10 @@ def replacing(path: Path, mode: str = "w") -> Generator[IO[Any]]:
                 stream.flush()
                 os.fsync(stream.fileno())
             draft.replace(path)
-        finally:
+        except BaseException:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:

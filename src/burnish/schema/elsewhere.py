@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.schema.refused import Kind, met_types
 from burnish.schema.translated import translate
 
@@ -70,9 +70,7 @@ _COMMON: dict[str, Elsewhere] = {
 }
 
 _PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")
-_CHAT_TEMPLATE = Elsewhere(None, "its name is chat_template; it takes a .jinja file, Jinja source or 'chatml'")
 _REFERENCE: dict[str, Elsewhere] = {
-    "chat_template_path": _CHAT_TEMPLATE,
     "force_use_ref_model": Elsewhere(False, "pass ref_model to use one beside adapters; remove the field", (bool,)),
     "generate_during_eval": Elsewhere(False, "sample with `burnish eval`; remove the field"),
     "is_encoder_decoder": Elsewhere(_OFF, "models are decoders only; remove the field"),
@@ -145,14 +143,13 @@ _POLICY: dict[str, Elsewhere] = {
 
 _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "sft": {
-        "chat_template_path": _CHAT_TEMPLATE,
         "eval_packing": Elsewhere(_OFF, _BLOCKS, (bool,)),
         "packing_strategy": Elsewhere(("bfd", "ffd"), _SPLIT),
         "pad_token": _PAD_TOKEN,
         "padding_free": Elsewhere(False, _PACKED, (bool,)),
         "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
     },
-    "reward": {"chat_template_path": _CHAT_TEMPLATE},
+    "reward": {},
     "dpo": {
         **_REFERENCE,
         "cpo_alpha": Elsewhere(0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, cpo_alpha]'),
@@ -220,7 +217,7 @@ def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, An
             kept[name] = value
         elif not _is_neutral(value, there.neutral):
             if type(value) not in there.met:
-                raise ConfigError(f"{name} = {value!r}: not a field of burnish; {there.fix}.")
+                raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
             met.append(name)
     if met:
         logger.info("accepted, since it is done anyway or changes nothing: %s", ", ".join(sorted(met)))

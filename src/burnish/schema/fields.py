@@ -35,6 +35,12 @@ def _own(default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})  # pyright: ignore[reportReturnType]
 
 
+_CHAT_TEMPLATE = (
+    "A .jinja file, Jinja source, a tokenizer's folder (its EOS token is taken over too), or chatml; saved with the "
+    "tokenizer, for later stages. None: the tokenizer's own."
+)
+
+
 @dataclass
 class CommonFields:
     """Fields of every stage. Inherit it before `transformers.TrainingArguments`, so that its defaults win."""
@@ -98,9 +104,7 @@ class SFTFields(CommonFields):
         "text becomes several sequences).",
     )
     dataset_text_field: str = _own("text", "Column of plain text, for language modelling rows.")
-    chat_template: str | None = _own(
-        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
-    )
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     eos_token: str | None = _own(None, "Token that ends a turn, where it is not the tokenizer's own.")
     completion_only_loss: bool | None = _own(
         None, "Loss on the completion only. None: yes for prompt-completion rows, no for plain text."
@@ -130,9 +134,7 @@ class RewardFields(CommonFields):
         "one, so before EOS where EOS pads. None: the tokenizer's own, else EOS.",
     )
     step_separator: str = _own("\n", "Text that ends every step of rows with step labels; their scores are read there.")
-    chat_template: str | None = _own(
-        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
-    )
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     disable_dropout: bool = _own(True, "Train without dropout, in the model and in adapters.")
     center_rewards_coefficient: float | None = _own(
         None, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0, such as 0.01. None: no such term."
@@ -145,9 +147,7 @@ class _ReferenceFields(CommonFields):
 
     learning_rate: float = _own(1e-6, "Peak learning rate.")
     max_length: int | None = _own(1024, "Longest sequence in tokens; the rest is cut off. None: no limit.")
-    chat_template: str | None = _own(
-        None, "A file with a Jinja chat template, or a template's name. None: the tokenizer's own."
-    )
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     disable_dropout: bool = _own(True, "Train without dropout, in the model and in adapters.")
     beta: float = _own(0.1, "Strength of the pull towards the reference.")
     precompute_ref_log_probs: bool = _own(
@@ -220,6 +220,7 @@ class _OnlineFields(CommonFields):
         "a completion is sampled (1909.05858). The loss is that of the policy without it; see sampling_correction.",
     )
     stop: list[str] | None = _own(None, "Strings that end a completion.")
+    chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     chat_template_kwargs: dict[str, Any] | None = _own(None, "Extra arguments of the chat template.")
     disable_dropout: bool = _own(True, "Always on: samples are drawn without dropout, so they are trained on so too.")
     shuffle_dataset: bool = _own(True, "Draw prompts in a new order each epoch.")

@@ -67,4 +67,6 @@ def file_problem(path: str) -> str | None:
         return problem
     if is_folder(path):
         return "that is a folder; name a file"
-    return folder_problem(str(Path(path).parent), writable=True)
+    parent = str(Path(path).parent)
+    problem = folder_problem(parent, writable=True)
+    return f"{parent} is a file; name another folder" if is_file(parent) else problem

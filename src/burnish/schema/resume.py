@@ -19,7 +19,7 @@ FREE = frozenset(
     {
         "debug", "disable_tqdm", "do_eval", "do_train", "enable_jit_checkpoint", "full_determinism",
         "include_num_input_tokens_seen", "load_best_model_at_end", "logprob_check_bound",
-        "model_init_kwargs", "num_generations_eval", "output_dir", "overwrite_output_dir",
+        "max_dead_steps", "model_init_kwargs", "num_generations_eval", "output_dir", "overwrite_output_dir",
         "per_device_eval_batch_size", "precompute_ref_log_probs", "prediction_loss_only", "progress", "project",
         "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
         "skip_memory_metrics", "token_budget", "trust_remote_code", "use_cpu",

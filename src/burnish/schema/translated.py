@@ -21,6 +21,8 @@ ALIASES: dict[Kind, dict[str, str]] = {
 }
 """Names that TRL gave to fields of a stage -> the names here."""
 
+_EVERYWHERE = {"chat_template_path": "chat_template"}
+
 _ONLINE: tuple[Kind, ...] = ("online_dpo", "grpo", "rloo", "ppo")
 
 _GENERATION = {
@@ -60,8 +62,9 @@ def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{other} and {name} are one field: set {name} alone.")
         renamed[name], origin[name] = value, given
 
+    aliases = _EVERYWHERE | ALIASES.get(kind, {})
     for given, value in values.items():
-        put(ALIASES.get(kind, {}).get(given, given), value, given)
+        put(aliases.get(given, given), value, given)
     ratio = renamed.get("warmup_ratio")
     if isinstance(ratio, float) and 0 < ratio < 1:
         put("warmup_steps", renamed.pop("warmup_ratio"), "warmup_ratio")

@@ -25,7 +25,7 @@ from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import ProgressCallback
-from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
 from burnish.trainers.held_out import check_best_metric, own_set
 from burnish.trainers.liveness import Liveness, Verdict
@@ -422,7 +422,7 @@ class GroupTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config():
+        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -369,11 +369,11 @@ def _unreadable(checkpoint: str | Path, error: Exception) -> ConfigError:
 
 
 @contextlib.contextmanager
-def writing_checkpoint(folder: Path) -> Generator[None]:
+def writing_checkpoint(folder: str | Path, what: str = "a checkpoint") -> Generator[None]:
     """Turn a full disk, as torch and safetensors report it, into a `FileError`.
 
     Raises:
-        FileError: the checkpoint cannot be written.
+        FileError: the checkpoint, or whatever else is written there, cannot be.
     """
     try:
         yield
@@ -383,7 +383,7 @@ def writing_checkpoint(folder: Path) -> Generator[None]:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _DISK):
             raise
         raise FileError(
-            f"{folder}: a checkpoint cannot be written ({' '.join(str(error).split()):.200}). Free space or permit "
+            f"{folder}: {what} cannot be written ({' '.join(str(error).split()):.200}). Free space or permit "
             "writing there, then resume: the checkpoints before it are whole."
         ) from error
 

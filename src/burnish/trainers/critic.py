@@ -18,6 +18,7 @@ from burnish.model.scoring import eval_mode
 from burnish.objectives.value import clipped_value_loss, explained_variance, moments
 from burnish.packing import pack, partition, split_by_tokens, unpack, zero_weight_group
 from burnish.trainers.batches import scored_tokens
+from burnish.trainers.checkpoint import writing_checkpoint
 from burnish.types import Completion, Group, PackedBatch
 
 __all__ = ["Critic"]
@@ -242,7 +243,7 @@ class Critic:
             CheckFailed: a weight is not finite; nothing is written.
         """
         check_finite(self.model, "the critic")
-        with without_base_config():
+        with without_base_config(), writing_checkpoint(folder, "the critic"):
             self.model.save_pretrained(folder)
 
     def memory_bytes(self, policy: torch.nn.Module | None = None) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from burnish.data import as_row, as_rows, errors_of, unpair, unpaired_group
+from burnish.data import as_row, errors_of, finite_rows, unpair, unpaired_group
 from burnish.errors import DataError
 from burnish.model.scoring import score
 from burnish.objectives.preference import kto_losses
@@ -58,7 +58,7 @@ class KTOTrainer(ReferenceTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        found = enumerate(as_rows(dataset, name))
+        found = enumerate(finite_rows(dataset, name))
         with errors_of(name):
             expanded = [(place, row) for place, given in found for row in _unpaired(given, place)]
 

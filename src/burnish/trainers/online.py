@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.data import as_rows, encode_rows, prompt_group
+from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
@@ -32,13 +32,14 @@ from burnish.trainers.batches import collate
 from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
 from burnish.trainers.held_out_loss import held_out_loss
-from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, judge_rewards, only_said
+from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, only_said
 from burnish.trainers.metrics import means_over_ranks, total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of, whole_groups
 from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric, penalise_overlong
 from burnish.trainers.rollout_state import RolloutState
+from burnish.trainers.rollout_verdict import judge_rollout
 from burnish.trainers.rounds import Replay, fill_batch
 from burnish.trainers.sampling import sampling_params
 from burnish.trainers.transcripts import TranscriptLog
@@ -118,8 +119,11 @@ class OnlineTrainer(GroupTrainer):
         """The engine, what it samples next, and what a rollout leaves for later steps."""
         args = self.args
         self.engine = engine if engine is not None else make_engine(self.model, self.tokenizer)
-        self.transcripts = TranscriptLog(args, is_main=self.is_world_process_zero(), gathered=self.gathered)
-        self.add_callback(RecordsCallback(self.transcripts.records))
+        shared: dict[str, Any] = {"is_main": self.is_world_process_zero(), "gathered": self.gathered}
+        self.transcripts = TranscriptLog(args, **shared)
+        self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
+        for log in (self.transcripts, self.eval_transcripts):
+            self.add_callback(RecordsCallback(log.records))
         self.params = sampling_params(args, causal_lm(self.model), self.tokenizer)
         self._buffer: list[list[Group]] = []
         order = args.prompt_sampling if args.shuffle_dataset else "given"
@@ -152,14 +156,17 @@ class OnlineTrainer(GroupTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        return encode_rows(
+        groups = encode_rows(
             prompt_group,
-            as_rows(dataset, name),
+            finite_rows(dataset, name),
             self.tokenizer,
             name=name,
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,
         )
+        with errors_of(name):
+            self.rubric.check_columns(groups)
+        return groups
 
     @property
     def passes(self) -> int:
@@ -373,13 +380,16 @@ class OnlineTrainer(GroupTrainer):
         return False
 
     def _judge_rollout(self, shares: Sequence[Share], *, moved: bool) -> Verdict:
-        """Whether the rewards of a rollout, over all ranks, carry a signal; `moved`: the curriculum has."""
-        own = [(share.place, [self._outcome(c) for c in share.group.completions]) for share in shares]
-        groups: dict[int, list[Outcome]] = defaultdict(list)
-        for place, outcomes in self.gathered(own):
-            groups[place] += outcomes
-        limit = self.args.max_completion_length
-        verdict = judge_rewards(list(groups.values()), compared=self.compared, max_completion_length=limit)
+        """Whether the rewards of a rollout carry a signal; `moved`: the curriculum has."""
+        verdict = judge_rollout(
+            shares,
+            rubric=self.rubric,
+            outcome=self._outcome,
+            gathered=self.gathered,
+            compared=self.compared,
+            max_completion_length=self.args.max_completion_length,
+            is_first=self._rollouts == 0,
+        )
         if verdict.kind != "constant_reward":
             return verdict
         return UNJUDGED if moved else only_said(verdict) if self.learns_otherwise() else verdict
@@ -460,6 +470,9 @@ class OnlineTrainer(GroupTrainer):
         self.engine.sync(self.state.global_step)
         self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
         self.rubric.score([share.group for share in shares], trainer_state=self.state)
+        self.eval_transcripts.write(
+            shares, step=self.state.global_step, tokenizer=self.tokenizer, time=time.time(), split=metric_key_prefix
+        )
         metrics = means_over_ranks(
             [c for share in shares for c in share.group.completions], self.rubric.names, self.sum_over_ranks
         )

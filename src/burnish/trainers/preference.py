@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, preference_group
+from burnish.data import encode_rows, finite_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.positions import check_lengths
 from burnish.model.scoring import causal_lm, eval_mode, score
@@ -125,7 +125,7 @@ class ReferenceTrainer(GroupTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        return self._encoded(type(self).encoder, as_rows(dataset, name), name)
+        return self._encoded(type(self).encoder, finite_rows(dataset, name), name)
 
     def _encoded(self, encoder: Callable[..., Group], rows: Iterable[Any], name: str) -> list[Group]:
         return encode_rows(
@@ -134,7 +134,6 @@ class ReferenceTrainer(GroupTrainer):
             self.tokenizer,
             name=name,
             max_length=self.args.max_length,
-            chat_template=self.args.chat_template,
         )
 
     def step_denominator(self, groups: Sequence[Group]) -> float:

@@ -13,7 +13,7 @@ from transformers.training_args import ParallelMode
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapters import carries_adapters, saved_adapters
-from burnish.model.loading import load_processing_class
+from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
@@ -139,11 +139,13 @@ def _refuse_data_parallel(args: Any) -> None:
 def resolve_tokenizer(
     model: Any, processing_class: PreTrainedTokenizerBase | None, args: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one that belongs to the model; it has `args.eos_token` and a pad token afterwards.
+    """The tokenizer given, or the one that belongs to the model.
+
+    It has `args.eos_token`, `args.chat_template` and a pad token afterwards, and is saved with them.
 
     Raises:
         ModelError: no tokenizer is known.
-        ConfigError: `eos_token` is not in the vocabulary.
+        ConfigError: `eos_token` is not in the vocabulary, or there is no such chat template.
     """
     if processing_class is not None:
         tokenizer = processing_class
@@ -166,6 +168,7 @@ def resolve_tokenizer(
                 f"eos_token = {eos_token!r}: not in the vocabulary of the tokenizer; use a token that is."
             )
         tokenizer.eos_token = eos_token
+    adopt_chat_template(tokenizer, args.chat_template, keep_eos=eos_token is not None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_rows, encode_rows, errors_of, reward_group, reward_kind
+from burnish.data import encode_rows, errors_of, finite_rows, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
 from burnish.model.rewards import (
     classifier_adapters,
@@ -151,7 +151,7 @@ class RewardTrainer(GroupTrainer):
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
         args = self.args
-        rows = list(as_rows(dataset, name))
+        rows = list(finite_rows(dataset, name))
         with errors_of(name):
             _check_one_kind(rows, centred=bool(args.center_rewards_coefficient))
         groups = encode_rows(
@@ -160,7 +160,6 @@ class RewardTrainer(GroupTrainer):
             self.tokenizer,
             name=name,
             pad_token_id=self.tokenizer.pad_token_id,
-            chat_template=args.chat_template,
             step_separator=args.step_separator,
         )
         limit = args.max_length

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from burnish.data import as_row, as_rows, encode_rows, sft_groups
+from burnish.data import as_row, as_rows, encode_rows, finite_rows, sft_groups
 from burnish.errors import DataError, user_code
 from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
@@ -115,10 +115,10 @@ class SFTTrainer(GroupTrainer):
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""
-        return encode_rows(self._encode_row, as_rows(dataset, name), self.tokenizer, name=name, **self._encoding())
+        return encode_rows(self._encode_row, finite_rows(dataset, name), self.tokenizer, name=name, **self._encoding())
 
     def _encoding(self) -> dict[str, Any]:
-        names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss", "chat_template")
+        names = ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss")
         return {name: getattr(self.args, name) for name in names}
 
     def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from burnish.data.tokens import decode_text
 from burnish.runs.records import StepRecords
 from burnish.trainers.prompts import Share
 from burnish.types import Completion
@@ -95,7 +96,7 @@ def _entries(
             },
         )
         for share in shares
-        for prompt in [tokenizer.decode(share.group.prompt_ids)]
+        for prompt in [decode_text(tokenizer, share.group.prompt_ids)]
         for number, completion in enumerate(share.group.completions)
         if but is None or id(completion) not in but
     ]
@@ -112,5 +113,6 @@ def _record(completion: Completion) -> dict[str, Any]:
         "reward": None if score is None else score.total,
         "criteria": {} if score is None else score.criteria,
         "errors": {} if score is None else score.errors,
+        "answers": {} if score is None else score.answers,
         "advantage": advantage,
     }

@@ -1,0 +1,52 @@
+"""What went wrong in a run, read from its records: the sentences that a reader needs first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from burnish.report.records import MetricRow, Transcript
+
+__all__ = ["findings"]
+
+_MANY = 0.5
+"""Share of completions from which a fault is the run's and not theirs."""
+
+
+def findings(metrics: Sequence[MetricRow], transcripts: Sequence[Transcript]) -> list[str]:
+    """Name stages whose rewards taught nothing, failed rewards, and completions that were mostly cut."""
+    found: list[str] = []
+    for stage in dict.fromkeys(row.stage for row in [*metrics, *transcripts]):
+        found += _dead_rewards(stage, [row for row in metrics if row.stage == stage])
+        found += _faults(stage, [row for row in transcripts if row.stage == stage])
+    return found
+
+
+def _dead_rewards(stage: str, rows: Sequence[MetricRow]) -> Iterator[str]:
+    flat = [value for row in rows if (value := row.values.get("frac_reward_zero_std")) is not None]
+    rewards = [value for row in rows if (value := row.values.get("reward")) is not None]
+    if flat and min(flat) == 1 and rewards:
+        level = f"all {rewards[0]:g}" if min(rewards) == max(rewards) else f"{min(rewards):g} to {max(rewards):g}"
+        yield (
+            f"{stage}: no prompt's rewards differed in any of {len(flat)} logged steps (mean reward: {level}), so they "
+            "taught nothing. Read the transcripts; check the rubric's sources and the difficulty of the prompts."
+        )
+    gradients = [value for row in rows if (value := row.values.get("grad_norm")) is not None]
+    if len(gradients) > 1 and max(gradients[-max(2, len(gradients) // 2) :]) == 0:
+        yield f"{stage}: the gradient was zero in the later half of its logged steps; nothing was learned there."
+
+
+def _faults(stage: str, rows: Sequence[Transcript]) -> Iterator[str]:
+    failed = [row for row in rows if row.errors]
+    if failed:
+        (name, message), count = Counter(next(iter(row.errors.items())) for row in failed).most_common(1)[0]
+        yield (
+            f"{stage}: a reward failed on {len(failed):,} of {len(rows):,} completions, which are not in the loss; "
+            f"most often {name!r} ({count:,} times): {message}"
+        )
+    cut = sum(row.stop_reason == "length" for row in rows)
+    if rows and cut >= _MANY * len(rows):
+        yield (
+            f"{stage}: {cut:,} of {len(rows):,} completions were cut at the token limit; raise max_completion_length, "
+            "or check that the model writes its end-of-sequence token."
+        )
