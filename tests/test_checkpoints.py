@@ -24,6 +24,8 @@ from burnish.schema.refused import met_types
 from burnish.schema.resume import APPLIED, FREE, FREE_PREFIXES, REFUSED_ON_RESUME, resume_class
 from burnish.trainers.rollout_state import RolloutState
 from burnish.types import Completion, Group
+from test_ppo import ppo
+from test_preference_trainer import dpo, kto, losses_of
 from test_trainers import PROMPTS, TEXTS, assert_same, digits, grpo, settings, sft, weights
 
 SAVED: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -70,6 +72,31 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(run: Path) -> No
     assert not (run / "metrics.jsonl").exists()
 
 
+def test_the_model_of_the_run_that_is_overwritten_goes_too(run: Path) -> None:
+    """A whole model beside adapters of an earlier run would be read as that run's."""
+    adapted = with_lora(run, max_steps=1, overwrite_output_dir=True)
+    adapted.train()
+    adapted.save_model()
+    assert (run / "adapter_config.json").is_file()
+    (run / "README.md").write_text("the user's own words")
+    again = sft(run, max_steps=1, overwrite_output_dir=True)
+    again.train()
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & {path.name for path in run.iterdir()}
+    assert (run / "README.md").read_text() == "the user's own words"
+
+
+@pytest.mark.parametrize("place", ["", "checkpoint-2"])
+def test_the_model_to_start_from_is_not_overwritten(run: Path, place: str) -> None:
+    trainer = sft(run.parent / "base", max_steps=1)
+    trainer.save_model(str(run / place))
+    with pytest.raises(ConfigError, match="holds the model to start from"):
+        sft(run, str(run / place), max_steps=1, overwrite_output_dir=True).train()
+    training = settings(run, overwrite_output_dir=True)
+    with pytest.raises(ConfigError, match="holds the model to start from"):
+        stages.train("sft", str(run / place), TEXTS, training)
+    assert (run / place / "model.safetensors").is_file()
+
+
 def test_nothing_that_burnish_did_not_write_is_deleted(tmp_path: Path) -> None:
     foreign = tmp_path / "checkpoint-5"
     foreign.mkdir()
@@ -91,8 +118,8 @@ def other_data(folder: Path) -> Any:
     return SFTTrainer(tiny.model(), args, train_dataset=ROWS, processing_class=tiny.tokenizer())
 
 
-def with_lora(folder: Path) -> Any:
-    args = SFTConfig(**settings(folder, per_device_train_batch_size=8, **SAVED))
+def with_lora(folder: Path, **changes: Any) -> Any:
+    args = SFTConfig(**settings(folder, per_device_train_batch_size=8, **{**SAVED, **changes}))
     return SFTTrainer(tiny.model(), args, train_dataset=TEXTS, processing_class=tiny.tokenizer(), peft_config=lora())
 
 
@@ -196,27 +223,36 @@ def rates(trainer: Any) -> list[float]:
     return [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
 
 
+@pytest.fixture(scope="module", params=DTYPES)
+def halfway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.dtype]:
+    """A run of four steps that stands at the second."""
+    folder = tmp_path_factory.mktemp("halfway")
+    sft(folder, tiny.model(dtype=request.param), **HALFWAY).train()
+    shutil.rmtree(folder / "checkpoint-4")
+    return folder, request.param
+
+
+HALFWAY: dict[str, Any] = {**SAVED, "max_steps": 4, "save_steps": 2}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"learning_rate": 1e-3},
+        {"learning_rate": 1e-3, "weight_decay": 0.5, "adam_beta1": 0.5},
         {"lr_scheduler_type": "cosine"},
-        {"lr_scheduler_type": "constant", "warmup_steps": 2},
+        {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3},
         {"max_steps": 6},
-        {"weight_decay": 0.5, "adam_beta1": 0.5},
     ],
 )
-@pytest.mark.parametrize("bf16", [False, True])
 def test_learning_rate_and_schedule_take_effect(
-    tmp_path: Path, changes: dict[str, Any], bf16: bool, caplog: pytest.LogCaptureFixture
+    halfway: tuple[Path, torch.dtype], tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The steps after the resume have the rates that a run with the new settings has there."""
-    base = {**SAVED, "max_steps": 4, "save_steps": 2, "bf16": bf16}
-    sft(tmp_path / "a", **base).train()
-    shutil.rmtree(tmp_path / "a" / "checkpoint-4")
-    resumed = sft(tmp_path / "a", **{**base, **changes})
+    shutil.copytree(halfway[0], tmp_path / "a")
+    settings = {**HALFWAY, **changes, "save_strategy": "no"}
+    resumed = sft(tmp_path / "a", tiny.model(dtype=halfway[1]), **settings)
     resumed.train(resume_from_checkpoint=True)
-    new = sft(tmp_path / "b", **{**base, **changes, "save_strategy": "no"})
+    new = sft(tmp_path / "b", **settings)
     new.train()
     assert rates(resumed)[2:] == rates(new)[2:]
     for group, expected in zip(resumed.optimizer.param_groups, new.optimizer.param_groups, strict=True):
@@ -325,7 +361,7 @@ def test_a_broken_checkpoint_is_not_resumed_and_the_one_before_is(
         find_checkpoint(run)
 
 
-@pytest.mark.parametrize("name", ["no complete", "model.safetensors truncated", "optimizer.pt missing", "emptied"])
+@pytest.mark.parametrize("name", ["no complete", "optimizer.pt truncated"])
 def test_python_and_commands_find_the_same(run: Path, name: str) -> None:
     whole = sft(run.parent / "whole", **SAVED)
     whole.train()
@@ -465,6 +501,53 @@ def test_the_best_checkpoint_is_kept_and_named(tmp_path: Path) -> None:
     trainer.train()  # the loss falls, so the highest is the first
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+# State that transformers does not know
+
+
+@pytest.mark.parametrize("make", [dpo, kto])
+def test_a_moved_reference_is_restored_to_the_bit(tmp_path: Path, make: Callable[..., Any]) -> None:
+    """Losses, too: they are what a moved reference changes first. Two epochs, so that known sums are asked again."""
+    changes = {**SAVED, "max_steps": 6, "sync_ref_model": True, "ref_model_sync_steps": 2, "learning_rate": 0.05}
+    whole = make(tmp_path, per_device_train_batch_size=4, **changes)
+    whole.train()
+    for at in (5, 3, 2):
+        resumed = make(tmp_path, per_device_train_batch_size=4, **changes)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        assert losses_of(resumed) == losses_of(whole)
+        assert_same(weights(whole), weights(resumed), 0.0)
+        own = [dict(trainer.reference.model.named_parameters()) for trainer in (whole, resumed)]
+        assert_same(*own, 0.0)
+    older(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "reference.pt").unlink()
+    with pytest.raises(ConfigError, match=r"reference\.pt is missing"):
+        make(tmp_path, per_device_train_batch_size=4, **changes).train(str(tmp_path / "checkpoint-5"))
+
+
+def test_another_reference_model_is_another_run(tmp_path: Path) -> None:
+    dpo(tmp_path, **SAVED, ref_model=tiny.model(seed=5)).train()
+    for changes in ({"ref_model": tiny.model(seed=6)}, {}):
+        with pytest.raises(ConfigError, match="ref_model is not the one that the run began with"):
+            dpo(tmp_path, **SAVED, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_fixed_kl_coefficient_is_the_configuration_s(tmp_path: Path) -> None:
+    changes = {**SAVED, "max_steps": 1}
+    grpo(tmp_path, **changes, beta=0.1).train()
+    resumed = grpo(tmp_path, **{**changes, "max_steps": 2}, beta=0.3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._beta == 0.3
+
+
+def test_the_critic_s_optimizer_takes_changed_settings(tmp_path: Path) -> None:
+    changes = {**SAVED, "max_steps": 1}
+    ppo(tmp_path, **changes).train()
+    resumed = ppo(tmp_path, **{**changes, "max_steps": 2}, weight_decay=0.5, adam_beta1=0.5, value_learning_rate=0.02)
+    resumed.train(resume_from_checkpoint=True)
+    groups = resumed.critic.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {group["betas"][0] for group in groups} == {0.5}
 
 
 # Samples in flight

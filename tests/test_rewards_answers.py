@@ -104,6 +104,13 @@ def test_rendered_answers_are_found_again(source: str) -> None:
         (r"5\text{ cm}", Fraction(5)),
         ("5 m/s^2", Fraction(5)),
         ("3 red apples", Fraction(3)),
+        (r"\frac12", Fraction(1, 2)),
+        (r"\dfrac 1 2", Fraction(1, 2)),
+        (r"-\tfrac{3}4", Fraction(-3, 4)),
+        (r"1\frac{1}{2}", Fraction(3, 2)),
+        ("10^{-3}", Fraction(1, 1000)),
+        ("-10^2", Fraction(-100)),
+        (r"2 \cdot 10^{-3}", Fraction(1, 500)),
     ],
 )
 def test_numbers(text: str, expected: Fraction) -> None:
@@ -120,6 +127,9 @@ def test_numbers(text: str, expected: Fraction) -> None:
         "1 2",
         "3/0",
         r"\frac{1}{0}",
+        r"\frac10",
+        r"1\frac{-1}{2}",
+        "10^{9999}",
         "12 or 13",
         "12 and more",
         "1e999999",

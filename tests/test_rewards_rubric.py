@@ -252,3 +252,18 @@ def test_a_demonstration_reaches_the_functions_that_ask_for_it() -> None:
         return [float(a == b) for a, b in zip(completions, completion, strict=True)]
 
     assert [s.total for s in Rubric.from_functions(equals).score([group("a", "b", completion="b")])[0]] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("value", "weights"), [(1e308, (1.0, 1.0)), (1e308, (10.0, -10.0)), (1e300, (1e300, 1.0))])
+def test_a_total_that_overflows_fails_its_completion(value: float, weights: tuple[float, float]) -> None:
+    def huge(completions: list[str]) -> list[float]:
+        return [value if text == "huge" else 1.0 for text in completions]
+
+    def also(completions: list[str]) -> list[float]:
+        return huge(completions)
+
+    group = Group([1], [Completion([1], text="huge"), Completion([1], text="one")], {"prompt": "p"})
+    [[bad, good]] = Rubric.from_functions([huge, also], weights).score([group])
+    assert bad.total is None
+    assert "overflows" in bad.errors["total"]
+    assert good.total == weights[0] + weights[1]

@@ -99,7 +99,8 @@ def train(
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
-    start(config, config.resume_from_checkpoint, check_only=True)  # the trainer asks again, when weights are loaded
+    # The trainer asks again, when weights are loaded.
+    start(config, config.resume_from_checkpoint, model=model, check_only=True)
     rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}
     # From before the model is loaded until it is saved; other ranks end with the first one.
     with locked(config.output_dir) if config.process_index == 0 else nullcontext():

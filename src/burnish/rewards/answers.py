@@ -20,14 +20,18 @@ _DIGITS = rf"(?:{_COMMAS}|\d{{1,3}}(?: \d{{3}})+|\d+)(?:\.\d+)?|\.\d+"
 _LAST_NUMBER = re.compile(rf"(?<![\w.])-?(?:(?:{_COMMAS}|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?")
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]? ?[$€£]?|[$€£]-)(?P<body>{_DIGITS})"
-    r"(?:(?:[eE]|(?: ?\\times ?| ?[x\u00d7*] ?)10\^?\{?)(?P<exponent>[+-]?\d{1,3})\}?"
+    r"(?:(?:[eE]|(?: ?\\(?:times|cdot) ?| ?[x\u00d7*] ?)10\^?\{?)(?P<exponent>[+-]?\d{1,3})\}?"
     r"|(?P<over>/\d+)|(?P<mixed> \d+/\d+))?"
     r"(?P<unit> ?.*?)\.?"
 )
 # Words of letters with at most a small power each: "5 cm^2" and "3 red apples", but neither "12 or 13" nor "1e9999".
 _UNIT_WORD = r"(?!(?:and|or|to)\b)[A-Za-zµΩ°]+(?:\^?[23²³])?"
 _UNIT = re.compile(rf" ?(?:%|{_UNIT_WORD}(?:[ /·]{_UNIT_WORD}){{0,3}})?")
-_LATEX_FRACTION = re.compile(r"(?P<sign>[+-]?)\\[dt]?frac\{(?P<top>-?\d+)\}\{(?P<bottom>\d+)\}")
+_LATEX_FRACTION = re.compile(
+    r"(?P<sign>[+-]?) ?(?P<whole>\d*) ?\\[dt]?frac ?(?:\{ ?(?P<top>-?\d+) ?\}|(?P<top1>\d)) ?"
+    r"(?:\{ ?(?P<bottom>\d+) ?\}|(?P<bottom1>\d))"
+)
+_POWER_OF_TEN = re.compile(r"(?P<sign>[+-]?)10\^(?:\{ ?(?P<braced>[+-]?\d{1,3}) ?\}|(?P<plain>[+-]?\d{1,3}))")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}")
 _MAX_NUMBER_CHARACTERS = 200
 
@@ -108,8 +112,9 @@ def parse_number(text: str, *, units: bool = True) -> Fraction | None:
     r"""Read one number exactly; None where the text is not one number.
 
     Understood: signs (also U+2212), thousands separators (1,234 or 1 234), decimals, fractions (3/4, 1 1/2,
-    `\frac{3}{4}`), powers of ten (1e3, 2 x 10^3), `$...$` and `\boxed{...}` around it, a currency sign before it and a
-    unit after it. Units are dropped, not converted: "50%" reads as 50 and "5 cm" as 5.
+    `\frac{3}{4}`, `\frac34`, `1\frac{1}{2}`),
+    powers of ten (1e3, 2 x 10^3, `10^{-3}`), `$...$` and `\boxed{...}` around it, a currency sign before it and a unit
+    after it. Units are dropped, not converted: "50%" reads as 50 and "5 cm" as 5.
 
     Args:
         text: at most 200 characters; anything longer is not a number.
@@ -123,8 +128,13 @@ def parse_number(text: str, *, units: bool = True) -> Fraction | None:
     text = _strip_latex(text.translate(_MINUS).translate(_SPACES).strip())
     if latex := _LATEX_FRACTION.fullmatch(text):
         sign = -1 if latex["sign"] == "-" else 1
-        bottom = int(latex["bottom"])
-        return sign * Fraction(int(latex["top"]), bottom) if bottom else None
+        top, bottom = int(latex["top"] or latex["top1"]), int(latex["bottom"] or latex["bottom1"])
+        if not bottom or (latex["whole"] and top < 0):
+            return None
+        return sign * (int(latex["whole"] or 0) + Fraction(top, bottom))
+    if power := _POWER_OF_TEN.fullmatch(text):
+        value = Fraction(10) ** int(power["braced"] or power["plain"])
+        return -value if power["sign"] == "-" else value
     match = _NUMBER.fullmatch(text)
     if match is None or not _UNIT.fullmatch(match["unit"]) or (match["unit"].strip() and not units):
         return None

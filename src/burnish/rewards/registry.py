@@ -82,7 +82,7 @@ def rubric_from_config(entries: Sequence[Mapping[str, Any]]) -> Rubric:
 
 def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
     options = dict(entry)
-    where = f"rewards[{i}]"
+    where = f"rubric[{i}]"  # the name of the list in files
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in CRITERIA:
         raise ConfigError(f"{where}.kind = {show(kind)}: {_allowed(str(kind)[:100], CRITERIA)}")

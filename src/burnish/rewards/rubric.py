@@ -225,7 +225,13 @@ class Rubric:
             score.total = None
         else:
             parts = zip(self.criteria, values, strict=True)
-            score.total = math.fsum(criterion.weight * value for criterion, value in parts if value is not None)
+            try:
+                total = math.fsum(criterion.weight * value for criterion, value in parts if value is not None)
+            except (OverflowError, ValueError):  # infinite partial sums, or infinities of both signs
+                total = math.inf
+            score.total = total if math.isfinite(total) else None
+            if score.total is None:
+                score.errors["total"] = f"the weighted sum of {place} overflows: lower the values or `weight`."
         return score
 
 

@@ -275,8 +275,9 @@ def gym_answer(
     """The score that a reasoning-gym task gives the answer, in [0, 1]; its own partial credit as it is.
 
     Columns: `gym_task` (name of the task; None abstains), `gym_entry` (the entry as JSON) and optionally `gym_config`
-    (options of the task as JSON, for the few tasks whose grading depends on them). Tasks run in worker processes,
-    because several evaluate the answer as code: an answer can hang a task, or run in it. That is no sandbox.
+    (options of the task as JSON, for the few tasks whose grading depends on them). Tasks run in worker processes
+    that are killed with all that they started. Where a task would evaluate an answer as code, the answer is read as
+    data instead (lists, formulas of common functions); a grader that evaluates text anyway fails the completion.
 
     Args:
         sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.

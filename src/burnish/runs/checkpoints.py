@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "delete_run",
     "discard_draft",
     "find_checkpoint",
+    "noting_files",
     "problem_of",
     "publish",
     "rotate",
@@ -43,6 +45,12 @@ COMPLETE = "complete"
 
 DRAFTS = ".saving"
 """Folder, inside a run's, in which a checkpoint is written and what replaces or rotates it out is deleted."""
+
+_RECORDS = ("metrics.jsonl", "transcripts*.jsonl", "reference_log_probs_*.json")
+"""What a run writes beside its checkpoints and its model."""
+
+_RESULT = ".result.json"
+"""Names and sizes of the files of the trained model."""
 
 _HASHED_BYTES = 1 << 20
 """Files up to this size are sealed by their hash too."""
@@ -128,7 +136,7 @@ def settle(folder: Path) -> None:
         FileError: the folder cannot be written.
     """
     for draft in checkpoints_in(folder / DRAFTS):
-        if problem_of(draft) is None:
+        if _is_sealed(draft):
             _move_in(draft, folder)
     discard_draft(folder)
 
@@ -190,7 +198,7 @@ def check_unused(folder: Path) -> None:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete what a run of burnish wrote into its folder: checkpoints, metrics, transcripts and reference caches.
+    """Delete what a run of burnish wrote into its folder: checkpoints, metrics, transcripts, caches and its model.
 
     Raises:
         ConfigError: a checkpoint is not burnish's.
@@ -205,10 +213,31 @@ def delete_run(folder: Path) -> None:
     discard_draft(folder)
     for path in [*checkpoints_in(folder), *folder.glob("superseded-checkpoint-*")]:
         _remove(path, folder)
-    for pattern in ("metrics.jsonl", "transcripts*.jsonl", "reference_log_probs_*.json"):
-        for path in folder.glob(pattern):
-            with writing(path):
-                path.unlink()
+    found = [path for pattern in _RECORDS for path in folder.glob(pattern)]
+    noted: dict[str, int] = read_json(folder / _RESULT, {})
+    result = [path for name, size in noted.items() if (path := folder / name).is_file() and path.stat().st_size == size]
+    for path in [*found, *result, folder / _RESULT]:
+        with writing(path):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def noting_files(folder: Path) -> Generator[None]:
+    """Remember which files of a folder were written inside, for `delete_run`.
+
+    Raises:
+        FileError: the note cannot be written.
+    """
+    before = _times(folder)
+    yield
+    written = [name for name, time in _times(folder).items() if time != before.get(name)]
+    sizes = {name: (folder / name).stat().st_size for name in written}
+    write_json(folder / _RESULT, {**read_json(folder / _RESULT, {}), **sizes})
+
+
+def _times(folder: Path) -> dict[str, int]:
+    files = folder.iterdir() if folder.is_dir() else ()
+    return {path.name: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
 def _is_own(checkpoint: Path) -> bool:
@@ -217,6 +246,13 @@ def _is_own(checkpoint: Path) -> bool:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def _is_sealed(draft: Path) -> bool:
+    try:
+        return (draft / COMPLETE).is_file() and _broken_seal(draft) is None
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

@@ -419,7 +419,11 @@ class GroupTrainer(Trainer):
         """
         for name, model in self.saved_models().items():
             check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
-        super().save_model(output_dir, _internal_call)
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)):
+            super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):

@@ -8,6 +8,7 @@ import pickle
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from burnish.runs.checkpoints import (
     delete_run,
     discard_draft,
     find_checkpoint,
+    noting_files,
     problem_of,
     publish,
     rotate,
@@ -31,7 +33,15 @@ from burnish.runs.files import read_json, write_json
 from burnish.schema.resume import resume_class
 from burnish.trainers.fingerprint import describe_run, model_digest
 
-__all__ = ["RunCheckpoints", "changed_settings", "check_weights", "reading", "start", "writing_checkpoint"]
+__all__ = [
+    "RunCheckpoints",
+    "changed_settings",
+    "check_weights",
+    "keeping_hyperparameters",
+    "reading",
+    "start",
+    "writing_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +73,8 @@ class RunCheckpoints:
         self._trainer = trainer
         self._base = model_digest(model)
         self._run: dict[str, Any] = {}
-        self._changed: Mapping[str, tuple[Any, Any]] = {}
+        self.changed: Mapping[str, tuple[Any, Any]] = {}
+        """Settings that differ from those of the checkpoint that is resumed, as (before, now)."""
         self.drafting = False
         """Whether a checkpoint is being written, beside the finished ones."""
 
@@ -76,7 +87,7 @@ class RunCheckpoints:
         trainer = self._trainer
         args = trainer.args
         resume = args.resume_from_checkpoint if asked is None else asked
-        checkpoint = trainer.agreed(lambda: start(args, resume))
+        checkpoint = trainer.agreed(lambda: start(args, resume, model=_source(trainer.model)))
         if checkpoint is None and asked is True:
             raise ConfigError(
                 f"resume_from_checkpoint = True: output_dir = {args.output_dir!r} has no checkpoint; name one, or "
@@ -91,10 +102,10 @@ class RunCheckpoints:
                 others={name: model_digest(model) for name, model in trainer.other_models().items()},
                 rewards=trainer.reward_names(),
             )
-        self._changed = {}
+        self.changed = {}
         self._run["run"] = trainer.agreed(lambda: uuid.uuid4().hex)
         if checkpoint is not None:
-            self._changed = changed_settings(checkpoint, self._run)
+            self.changed = changed_settings(checkpoint, self._run)
             self._run["run"] = read_json(checkpoint / _RUN, self._run)["run"]
             step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
             trainer.agreed(lambda: set_aside_after(Path(args.output_dir), step))
@@ -140,6 +151,11 @@ class RunCheckpoints:
                     trainer._push_from_checkpoint(str(finished))
             trainer.accelerator.wait_for_everyone()
 
+    def saving_result(self, folder: Path) -> AbstractContextManager[None]:
+        """Save the trained model inside; a later run that overwrites this one knows its files."""
+        own = self._trainer.args.should_save and folder.resolve() == Path(self._trainer.args.output_dir).resolve()
+        return noting_files(folder) if own else contextlib.nullcontext()
+
     def load(self, checkpoint: Path, read: Callable[[], None]) -> None:
         """Restore optimizer, schedule and the trainer's own state; changed settings win over what is restored.
 
@@ -155,9 +171,9 @@ class RunCheckpoints:
         with reading(checkpoint):
             if not (checkpoint / _RUN).is_file():
                 _check_masters(checkpoint, trainer.master_weights is not None)
-            with applying(trainer, self._changed, total_before=total):
+            with applying(trainer, self.changed, total_before=total):
                 read()
-            if {"metric_for_best_model", "greater_is_better"} & set(self._changed):
+            if {"metric_for_best_model", "greater_is_better"} & set(self.changed):
                 trainer.state.best_metric = trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
             own = read_json(checkpoint / _OWN)
             if own is None:
@@ -182,6 +198,11 @@ def _check_masters(checkpoint: Path, masters: bool) -> None:
         )
 
 
+def _source(model: Any) -> str:
+    """Where a model was read from; of adapters on a base, the adapters' folder is not known."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
 def _name_best(trainer: Any, folder: Path, draft: Path) -> None:
     """Record the best checkpoint by the name that it will have."""
     state = trainer.state
@@ -194,12 +215,13 @@ def _name_best(trainer: Any, folder: Path, draft: Path) -> None:
         state.save_to_json(str(draft / "trainer_state.json"))
 
 
-def start(args: Any, resume: str | bool | None, *, check_only: bool = False) -> Path | None:
+def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: bool = False) -> Path | None:
     """Return the checkpoint that a run starts from; None for a new run, whose folder holds no other run.
 
     Args:
         args: the trainer's config.
         resume: a checkpoint; True (in words too) for the latest usable one; None or False for a new run.
+        model: where the model was read from, which `overwrite_output_dir` must not delete.
         check_only: write and delete nothing yet.
 
     Raises:
@@ -207,6 +229,8 @@ def start(args: Any, resume: str | bool | None, *, check_only: bool = False) -> 
         FileError: the folder cannot be written.
     """
     folder, overwrite = Path(args.output_dir), bool(args.overwrite_output_dir)
+    if overwrite:
+        _spare(folder, model)
     if resume is None or str(resume).lower() == "false":
         if not overwrite:
             check_unused(folder)
@@ -228,6 +252,14 @@ def start(args: Any, resume: str | bool | None, *, check_only: bool = False) -> 
             "checkpoint of output_dir."
         )
     return checkpoint
+
+
+def _spare(folder: Path, model: str) -> None:
+    if model and Path(model).exists() and Path(model).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"overwrite_output_dir = True: output_dir = {str(folder)!r} holds the model to start from, {model}; give "
+            "another output_dir."
+        )
 
 
 def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -316,24 +348,29 @@ def applying(trainer: Any, changed: Mapping[str, tuple[Any, Any]], *, total_befo
     own = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and not isinstance(
         scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
     )
-    fresh = [dict(group) for group in optimizer.param_groups]
     state: dict[str, Any] | None = None
     if moved and own and trainer._created_lr_scheduler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # steps of the scheduler before any of the optimizer
             for _ in range(trainer.state.global_step):
                 scheduler.step()  # pyright: ignore[reportCallIssue]
-        fresh = [dict(group) for group in optimizer.param_groups]
         state = scheduler.state_dict()
-    yield
-    keys = {key for name, key in _HYPERPARAMETERS.items() if name in changed}
+    with keeping_hyperparameters(optimizer, changed, *(() if state is None else ("lr", "initial_lr"))):
+        yield
     if state is not None:
         scheduler.load_state_dict(state)
-        keys |= {"lr", "initial_lr"}
     elif "learning_rate" in changed:
         _scale(optimizer, changed["learning_rate"])
-    for group, new in zip(optimizer.param_groups, fresh, strict=True):
-        group.update({key: new[key] for key in keys & new.keys()})
+
+
+@contextlib.contextmanager
+def keeping_hyperparameters(optimizer: Any, changed: Mapping[str, tuple[Any, Any]], *keys: str) -> Generator[None]:
+    """Load an optimizer's state inside; afterwards it has the changed hyperparameters and `keys` that it has now."""
+    now = [dict(group) for group in optimizer.param_groups]
+    wanted = {*keys, *(key for name, key in _HYPERPARAMETERS.items() if name in changed)}
+    yield
+    for group, own in zip(optimizer.param_groups, now, strict=True):
+        group.update({key: own[key] for key in wanted & own.keys()})
 
 
 def _scale(optimizer: Any, change: tuple[float, float]) -> None:

@@ -511,8 +511,10 @@ class OnlineTrainer(GroupTrainer):
         return self.rubric.names
 
     def other_models(self) -> Mapping[str, torch.nn.Module]:
-        """A reference of its own."""
-        return {} if self.reference is None else self.reference.given_models()
+        """A reference of its own, and reward models."""
+        named = {f"reward {criterion.name}": criterion.function for criterion in self.rubric.criteria}
+        rewards = {name: function.model for name, function in named.items() if isinstance(function, RewardModel)}
+        return {**rewards, **({} if self.reference is None else self.reference.given_models())}
 
     def load_own_state(self, folder: Path) -> None:
         """Continue with the samples in flight."""

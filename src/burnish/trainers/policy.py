@@ -299,8 +299,9 @@ class PolicyTrainer(OnlineTrainer):
         return {"beta": self._beta, "next_beta": self._next_beta}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """As it was."""
-        self._beta, self._next_beta = float(state["beta"]), float(state["next_beta"])
+        """Restore an adaptive KL coefficient; one that is fixed is the configuration's."""
+        if self.args.kl_target is not None:
+            self._beta, self._next_beta = float(state["beta"]), float(state["next_beta"])
 
 
 def estimate(

@@ -15,6 +15,7 @@ from burnish.model.values import load_value_model, share_base
 from burnish.objectives.value import gae, moments, token_rewards, whiten
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
+from burnish.trainers.checkpoint import keeping_hyperparameters
 from burnish.trainers.configs import PPOConfig
 from burnish.trainers.critic import Critic
 from burnish.trainers.liveness import UNJUDGED, Verdict
@@ -261,7 +262,12 @@ class PPOTrainer(PolicyTrainer):
             raise ConfigError(
                 f"resume_from_checkpoint = {str(folder)!r}: {_STATE} is missing, so the critic is unknown."
             )
-        self.critic.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
+        with keeping_hyperparameters(self.critic.optimizer, self.checkpoints.changed):
+            self.critic.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """The reference and the critic."""
+        return {**super().other_models(), "value_model": self.critic.model}
 
 
 def _flat(rows: Sequence[list[float] | None]) -> torch.Tensor:

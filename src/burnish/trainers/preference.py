@@ -194,6 +194,24 @@ class ReferenceTrainer(GroupTrainer):
         if self.args.precompute_ref_log_probs and self.reference is not None:
             self._precompute()
 
+    def save_own_state(self, folder: Path) -> None:
+        """A reference that has moved, and what this rank knows of the reference as it is now."""
+        if self.args.sync_ref_model and self.is_world_process_zero():
+            assert self.reference is not None
+            self.reference.save(folder)
+        if not self.args.precompute_ref_log_probs:  # those have a file of their own
+            self._known["train"].save(folder / f"reference_sums_{self.accelerator.process_index}.json")
+
+    def load_own_state(self, folder: Path) -> None:
+        """Continue with the reference where it was."""
+        if self.args.sync_ref_model:
+            assert self.reference is not None
+            self.reference.load(folder)
+            for known in self._known.values():
+                known.clear()
+        if not self.args.precompute_ref_log_probs:
+            self._known["train"].load(folder / f"reference_sums_{self.accelerator.process_index}.json")
+
     def other_models(self) -> Mapping[str, torch.nn.Module]:
         """A reference of its own."""
         return {} if self.reference is None else self.reference.given_models()

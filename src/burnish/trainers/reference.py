@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from burnish.errors import ModelError
+from burnish.errors import ConfigError, ModelError
 from burnish.model.adapters import without_adapters
 from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
@@ -20,6 +21,9 @@ from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
 __all__ = ["MovingReference", "Reference", "check_reference", "refuse_shared_weights"]
 
 logger = logging.getLogger(__name__)
+
+_FILE = "reference.pt"
+"""What a checkpoint holds of a reference that moves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,28 @@ class Reference:
         if self.model is not None:
             return nullcontext()
         return without_adapters(policy) if self.start is None else _weights_of(policy, self.start)
+
+    def save(self, folder: Path) -> None:
+        """Write the weights of a reference that moves into a checkpoint."""
+        assert self.model is not None
+        torch.save({name: weights.detach() for name, weights in self.model.named_parameters()}, folder / _FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Continue with the weights that `save` wrote.
+
+        Raises:
+            ConfigError: the checkpoint has none.
+        """
+        assert self.model is not None
+        if not (folder / _FILE).is_file():
+            raise ConfigError(
+                f"resume_from_checkpoint = {str(folder)!r}: {_FILE} is missing, so where the reference of "
+                "sync_ref_model has moved to is unknown. Resume from another checkpoint."
+            )
+        saved = torch.load(folder / _FILE, map_location="cpu", weights_only=True, mmap=True)
+        for name, weights in self.model.named_parameters():
+            weights.copy_(saved[name])
 
     def given_models(self) -> dict[str, torch.nn.Module]:
         """The reference where it is a model of its own, and no copy of the policy."""

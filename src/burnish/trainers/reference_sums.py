@@ -45,6 +45,22 @@ class ReferenceSums:
         """Forget: the reference has changed."""
         self._values.clear()
 
+    def save(self, file: Path) -> None:
+        """Write what is known, so that a resumed run computes nothing twice, which packs differently and rounds anew.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        write_json(file, self._values, indent=None)
+
+    def load(self, file: Path) -> None:
+        """Know what `save` wrote, and nothing else; a checkpoint of other ranks or an older version has no file.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        self._values = {int(index): values for index, values in read_json(file, {}).items()}
+
     def load_or_compute(
         self,
         file: Path,
