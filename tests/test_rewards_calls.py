@@ -204,7 +204,7 @@ def test_any_kind_of_criterion_takes_a_time_out_from_a_file() -> None:
     )
     # A grader has its own, for each completion.
     assert [criterion.timeout_seconds for criterion in rubric.criteria] == [5, 2.5, None]
-    with pytest.raises(ConfigError, match=r"rewards\[0\]\.timeout_seconds = 'x': use a number"):
+    with pytest.raises(ConfigError, match=r"rubric\[0\]\.timeout_seconds = 'x': use a number"):
         rubric_from_config([{"kind": "exact", "timeout_seconds": "x"}])
 
 

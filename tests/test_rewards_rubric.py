@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -267,3 +269,31 @@ def test_a_total_that_overflows_fails_its_completion(value: float, weights: tupl
     assert bad.total is None
     assert "overflows" in bad.errors["total"]
     assert good.total == weights[0] + weights[1]
+
+
+def test_async_rewards_and_rewards_with_alarms_work_inside_a_running_loop() -> None:
+    async def later(completions: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError
+
+    def alarmed(completions: list[str]) -> list[float]:
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            time.sleep(30)
+        except TimeoutError:
+            return [0.5] * len(completions)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        return [0.0] * len(completions)
+
+    async def notebook() -> Any:
+        group = Group([1], [Completion([1], text="x")], {"prompt": "p"})
+        return Rubric.from_functions([later, alarmed]).score([group])
+
+    [[score]] = asyncio.run(notebook())
+    assert score.total == 1.5
