@@ -190,7 +190,7 @@ def check_unused(folder: Path) -> None:
 
 
 def delete_run(folder: Path) -> None:
-    """Delete what a run of burnish wrote into its folder: checkpoints, metrics, transcripts and reference caches.
+    """Delete what a run of burnish wrote into its folder: checkpoints, records and reference caches.
 
     Raises:
         ConfigError: a checkpoint is not burnish's.
@@ -205,7 +205,7 @@ def delete_run(folder: Path) -> None:
     discard_draft(folder)
     for path in [*checkpoints_in(folder), *folder.glob("superseded-checkpoint-*")]:
         _remove(path, folder)
-    for pattern in ("metrics.jsonl", "transcripts*.jsonl", "reference_log_probs_*.json"):
+    for pattern in ("metrics.jsonl", "environment.json", "*transcripts.jsonl", "reference_log_probs_*.json"):
         for path in folder.glob(pattern):
             with writing(path):
                 path.unlink()
