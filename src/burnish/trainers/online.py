@@ -293,8 +293,7 @@ class OnlineTrainer(GroupTrainer):
 
     def _punish_overlong(self, groups: Sequence[Group]) -> None:
         """DAPO's penalty, as one more criterion: after the filter, so that it does not make spread by itself."""
-        args = self.args
-        if args.overlong_buffer is not None and (values := penalise_overlong(groups, args)):
+        if self.args.overlong_buffer is not None and (values := penalise_overlong(groups, self.args)):
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
@@ -449,7 +448,8 @@ class OnlineTrainer(GroupTrainer):
         if (sets := sets_of_rows(given)) is not None:
             parts = [self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items()]
             return {name: value for part in parts for name, value in part.items()}
-        metrics = evaluate_samples(self, self.held_out(given), metric_key_prefix)
+        found = evaluate_samples(self, self.held_out(given), metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
