@@ -20,10 +20,10 @@ from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from burnish import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from burnish.cli.stages import environment
 from burnish.model.loading import load_model, load_processing_class
 from burnish.model.scoring import prepare_for_scoring, score
 from burnish.packing import pack
+from burnish.trainers.environment import environment
 
 ROWS, TOKENS = 16, 128
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

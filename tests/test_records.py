@@ -11,9 +11,9 @@ import pytest
 import test_reward_trainer
 import tiny
 from burnish import RewardConfig, RewardTrainer
-from burnish.runs.files import append_json_lines, read_json_lines
+from burnish.runs.checkpoints import delete_run
+from burnish.runs.files import append_json_lines, read_json, read_json_lines
 from burnish.runs.records import StepRecords
-from burnish.trainers.callbacks import MetricsCallback
 from test_trainers import grpo, settings, sft
 
 MODEL = tiny.model()
@@ -27,7 +27,6 @@ def reward(folder: Path, model: Any, **changes: Any) -> RewardTrainer:
 
 def recorded(make: Any, folder: Path, resume: str | None = None, **changes: Any) -> None:
     trainer = make(folder, copy.deepcopy(MODEL), **changes)
-    trainer.add_callback(MetricsCallback(folder / "metrics.jsonl", trainer.args.kind))
     trainer.train(resume_from_checkpoint=resume and str(folder / resume))
 
 
@@ -48,7 +47,7 @@ def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Pa
     recorded(make, tmp_path, **changes)
     names = ["metrics", "transcripts"] if make is grpo else ["metrics"]
     whole = {name: lines(tmp_path, name) for name in names}
-    assert [record["step"] for record in whole["metrics"] if "loss" in record] == [3, 6]
+    assert [record["step"] for record in whole["metrics"] if "loss" in record] == [1, 3, 6]
     for step in (2, 4):
         recorded(make, tmp_path, f"checkpoint-{step}", **changes)
         assert {name: lines(tmp_path, name) for name in names} == whole
@@ -67,15 +66,38 @@ def test_a_run_that_starts_anew_drops_the_records_of_its_stage_only(tmp_path: Pa
     assert {name: lines(tmp_path, name) for name in once} == once
 
 
-def test_runs_that_share_a_folder_for_transcripts_keep_each_others(tmp_path: Path) -> None:
+def test_runs_that_share_a_folder_keep_each_others(tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"log_completions": str(tmp_path), "log_metrics": str(tmp_path), "max_steps": 1}
     for name in ("a", "b", "a"):
-        grpo(tmp_path / name, log_completions=str(tmp_path), logprob_check_bound=1.0, max_steps=1).train()
+        grpo(tmp_path / name, logprob_check_bound=1.0, **shared).train()
     assert [record["run"] for record in lines(tmp_path, "transcripts")] == ["b"] * 12 + ["a"] * 12
+    assert [record["run"] for record in lines(tmp_path, "metrics")] == ["b", "a"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"environment.json", "metrics.jsonl"}
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("make", [sft, reward, grpo])
+def test_a_run_from_python_records_its_first_step_and_environment(tmp_path: Path, make: Any) -> None:
+    short: dict[str, Any] = {"max_steps": 2, "logging_steps": 10}
+    make(tmp_path / "on", **({} if make is not reward else {"model": copy.deepcopy(MODEL)}), **short).train()
+    assert [record["step"] for record in lines(tmp_path / "on", "metrics") if "loss" in record] == [1]
+    assert read_json(tmp_path / "on" / "environment.json")["versions"]["torch"]
+    off = {"model": copy.deepcopy(MODEL)} if make is reward else {}
+    make(tmp_path / "off", log_metrics=False, **off, **short).train()
+    assert not list((tmp_path / "off").glob("*.json*"))
+
+
+def test_a_new_run_may_delete_all_records_of_an_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    names = ("metrics.jsonl", "environment.json", "transcripts.jsonl", "eval_transcripts.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    delete_run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
 
 
 def test_an_evaluation_before_training_is_kept(tmp_path: Path) -> None:
     trainer = reward(tmp_path, copy.deepcopy(MODEL), max_steps=1)
-    trainer.add_callback(MetricsCallback(tmp_path / "metrics.jsonl", "reward"))
     trainer.evaluate()
     trainer.train()
     assert [(r["step"], "eval_loss" in r) for r in lines(tmp_path, "metrics")] == [(0, True), (1, False)]

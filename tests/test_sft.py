@@ -49,7 +49,13 @@ def test_metrics_are_means_over_all_tokens_since_the_last_log(
     tmp_path: Path, skilled: Any, split: dict[str, int]
 ) -> None:
     # learning_rate 0: three steps of 8 rows see all 24 rows under one model.
-    changes = {"learning_rate": 0.0, "logging_steps": 3, "train_sampling_strategy": "sequential", **split}
+    changes = {
+        "learning_rate": 0.0,
+        "logging_steps": 3,
+        "logging_first_step": False,
+        "train_sampling_strategy": "sequential",
+        **split,
+    }
     trainer = sft(tmp_path, copy.deepcopy(skilled), **changes)
     trainer.train()
     log = trainer.state.log_history[0]
@@ -65,7 +71,13 @@ def test_evaluation_in_between_leaves_the_training_metrics_alone(tmp_path: Path)
     logs = []
     for evaluate in (False, True):
         args = SFTConfig(
-            **settings(tmp_path, logging_steps=3, eval_strategy="steps" if evaluate else "no", eval_steps=1)
+            **settings(
+                tmp_path,
+                logging_steps=3,
+                logging_first_step=False,
+                eval_strategy="steps" if evaluate else "no",
+                eval_steps=1,
+            )
         )
         trainer = SFTTrainer(
             tiny.model(), args, train_dataset=TEXTS, eval_dataset=TEXTS[:5], processing_class=tiny.tokenizer()

@@ -100,7 +100,7 @@ class Pipeline:
 
     def _claim_folder(self, data: _Data) -> None:
         """Refuse to go on from steps that were made from something else; nothing is written before the data is read."""
-        from burnish.cli.stages import environment
+        from burnish.trainers.environment import environment
 
         for name in ("raw", *self.file.stages):
             if name == "pairs":
@@ -212,10 +212,11 @@ class Pipeline:
         say(f"{name}: training {model}")
         training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **self._stage(name)}
         training |= {"output_dir": str(folder), "resume_from_checkpoint": True}
-        shared: dict[str, Any] = {"model_init": self._model_init(model), "metrics": self.folder / "metrics.jsonl"}
+        shared: dict[str, Any] = {"model_init": self._model_init(model)}
         # A later stage trains the adapters of the one before it.
         shared["peft"] = self.file.peft if model == self.file.model else None
         shared["eval_rows"] = eval_rows if self._evaluates(name) else None
+        training.setdefault("log_metrics", str(self.folder))
         if name in _ONLINE:
             training.setdefault("log_completions", str(self.folder))
         stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)

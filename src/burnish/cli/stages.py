@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import platform
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +42,10 @@ from burnish.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from burnish.trainers.callbacks import EngineProgress, MetricsCallback
+from burnish.trainers.callbacks import EngineProgress
 from burnish.trainers.checkpoint import start
 
-__all__ = ["environment", "evaluate_model", "make_pairs", "rank_with", "train"]
+__all__ = ["evaluate_model", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +79,6 @@ def train(
     eval_rows: Rows | None = None,
     model_init: dict[str, Any] | None = None,
     peft: dict[str, Any] | None = None,
-    metrics: Path | None = None,
 ) -> Any:
     """Train one stage and save.
 
@@ -95,7 +91,6 @@ def train(
         eval_rows: held out.
         model_init: arguments of from_pretrained.
         peft: fields of a LoraConfig.
-        metrics: file of the metrics; metrics.jsonl in the stage's folder if None.
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
@@ -108,15 +103,9 @@ def train(
             model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft),
             **rewards,
         )  # fmt: skip
-        return _train(trainer, metrics)
-
-
-def _train(trainer: Any, metrics: Path | None) -> Any:
-    folder = Path(trainer.args.output_dir)
-    trainer.add_callback(MetricsCallback(metrics or folder / "metrics.jsonl", trainer.args.kind))
-    trainer.train()
-    trainer.save_model()
-    return trainer
+        trainer.train()
+        trainer.save_model()
+        return trainer
 
 
 def _lora(fields: dict[str, Any] | None) -> Any:
@@ -216,18 +205,3 @@ def _engine(model: str, tokenizer: Any, model_init: dict[str, Any] | None) -> tu
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, _ = load_model(model, bf16=fast_bf16(device), init_kwargs=model_init)
     return loaded, make_engine(loaded.to(device), tokenizer)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware: what a figure was measured with."""
-    names = ("burnish", "torch", "transformers", "accelerate", "peft")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": torch.cpu.get_capabilities().get("cpu_name") if hasattr(torch.cpu, "get_capabilities") else None,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "bf16": fast_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "versions": {name: metadata.version(name) for name in names},
-        "command": " ".join(Path(word).name if word == sys.argv[0] else word for word in sys.argv),
-    }

@@ -46,7 +46,7 @@ COMPLETE = "complete"
 DRAFTS = ".saving"
 """Folder, inside a run's, in which a checkpoint is written and what replaces or rotates it out is deleted."""
 
-_RECORDS = ("metrics.jsonl", "transcripts*.jsonl", "reference_log_probs_*.json")
+_RECORDS = ("metrics.jsonl", "environment.json", "*transcripts.jsonl", "reference_log_probs_*.json")
 """What a run writes beside its checkpoints and its model."""
 
 _RESULT = ".result.json"

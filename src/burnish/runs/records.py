@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,22 @@ class StepRecords:
         self.file = file
         self.labels = labels
         self._since = time.time()
+
+    @classmethod
+    def of_run(cls, args: Any, where: bool | str, name: str, *, writes: bool = True) -> StepRecords:
+        """The records of a run, by its configuration.
+
+        Args:
+            args: the trainer's config.
+            where: a folder, true for `output_dir`, false for nowhere.
+            name: of the file.
+            writes: whether this process is the one that writes.
+        """
+        folder = Path(args.output_dir if isinstance(where, bool) else where)
+        # Runs that share a folder must not cut each other's records back.
+        run = os.path.relpath(args.output_dir, folder)
+        labels = {"stage": args.kind, **({} if run == "." else {"run": run})}
+        return cls(folder / name if where and writes else None, **labels)
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write records, one a line.

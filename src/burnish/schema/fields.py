@@ -77,6 +77,12 @@ class CommonFields:
         "completion is cut and masked, nothing is in the loss, the gradient is zero, or the loss is far above its "
         "start. A run that has learned goes on where it may be done. 0 or None: only warn.",
     )
+    log_metrics: bool | str = _own(
+        True,
+        "Write every log as a line of metrics.jsonl, and environment.json (versions and hardware) beside it: into "
+        "output_dir, or into the folder named here.",
+    )
+    logging_first_step: bool = _own(True, "Log the first step too, so that the shortest run has metrics.")
     logging_steps: float = _own(10, "Log every so many optimizer steps; below 1 it is a share of all steps.")
     logging_nan_inf_filter: bool = _own(False, "Always off: a NaN in the log should be seen.")
     remove_unused_columns: bool = _own(False, "Always off: rewards and formats need the data set's columns.")

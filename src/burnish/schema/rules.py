@@ -71,6 +71,7 @@ _LEVELS = ("debug", "detail", "info", "warning", "error", "critical", "passive")
 _PATHS: dict[str, Callable[[str], str | None]] = {
     "output_dir": folder_problem,
     "log_completions": folder_problem,
+    "log_metrics": folder_problem,
     "resume_from_checkpoint": path_problem,
 }
 

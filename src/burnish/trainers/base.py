@@ -24,7 +24,7 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
-from burnish.trainers.callbacks import ProgressCallback
+from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
 from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
 from burnish.trainers.held_out import check_best_metric, own_set
@@ -124,6 +124,7 @@ class GroupTrainer(Trainer):
             self.add_callback(ProgressCallback(args.kind))
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
+        self.add_callback(MetricsCallback(args))
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True

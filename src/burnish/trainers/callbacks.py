@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.progress import format_seconds, say
+from burnish.runs.files import write_json
 from burnish.runs.records import StepRecords
+from burnish.trainers.environment import environment
 
 __all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "RecordsCallback"]
 
@@ -101,10 +102,13 @@ class RecordsCallback(TrainerCallback):
 
 
 class MetricsCallback(RecordsCallback):
-    """Appends every log to `metrics.jsonl`; a run that starts or resumes first drops the records after its step."""
+    """Appends every log to `metrics.jsonl`; a run that starts or resumes first drops the records after its step.
 
-    def __init__(self, file: Path, stage: str) -> None:
-        self.records = StepRecords(file, stage=stage)
+    Versions and hardware of the run go beside it, into `environment.json`.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.records = StepRecords.of_run(args, args.log_metrics, "metrics.jsonl")
         super().__init__(self.records)
         self._resumes = False
 
@@ -114,6 +118,8 @@ class MetricsCallback(RecordsCallback):
         """Cut the records back to the checkpoint, or to nothing."""
         super().on_train_begin(args, state, control, **kwargs)
         self._resumes = state.global_step > 0
+        if state.is_world_process_zero and self.records.file is not None:
+            write_json(self.records.file.with_name("environment.json"), environment())
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

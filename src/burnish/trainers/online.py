@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
-from burnish.objectives.kl import kl_k3
 from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, make_engine
@@ -31,12 +30,12 @@ from burnish.trainers.base import GroupTrainer
 from burnish.trainers.batches import collate
 from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
-from burnish.trainers.held_out_loss import held_out_loss
+from burnish.trainers.held_out_samples import evaluate_samples
 from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, only_said
-from burnish.trainers.metrics import means_over_ranks, total
+from burnish.trainers.metrics import total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
-from burnish.trainers.prompts import PromptSource, Share, share_of, shares_of, whole_groups
-from burnish.trainers.reference import Reference, check_reference, refuse_shared_weights
+from burnish.trainers.prompts import PromptSource, Share, shares_of, whole_groups
+from burnish.trainers.reference import Reference, check_reference, check_untrained, refuse_shared_weights
 from burnish.trainers.reward_funcs import RewardFunction, as_rubric, penalise_overlong
 from burnish.trainers.rollout_state import RolloutState
 from burnish.trainers.rollout_verdict import judge_rollout
@@ -252,15 +251,10 @@ class OnlineTrainer(GroupTrainer):
             replay=self.replay,
             multiple=world // math.gcd(world, args.num_generations),
         )
-        self._metrics.add("sampling/rounds", batch.num_rounds)
-        self._metrics.add("sampling/extra_completions", (batch.num_sampled - wanted) * args.num_generations)
-        self._metrics.add("sampling/replayed_groups", batch.num_replayed)
-        if batch.num_flat and args.dynamic_sampling:
-            logger.warning(
-                "%d of %d groups have equal rewards after %d rounds of sampling: raise max_sampling_rounds, or give "
-                "prompts that are neither always nor never solved.",
-                batch.num_flat, wanted, batch.num_rounds,
-            )  # fmt: skip
+        for name, value in batch.metrics(args.num_generations).items():
+            self._metrics.add(name, value)
+        if args.dynamic_sampling:
+            batch.warn_if_flat()
         return shares_of(batch.groups, rank=rank, world=world)
 
     def _round(self, num_prompts: int) -> list[Share]:
@@ -298,8 +292,7 @@ class OnlineTrainer(GroupTrainer):
 
     def _punish_overlong(self, groups: Sequence[Group]) -> None:
         """DAPO's penalty, as one more criterion: after the filter, so that it does not make spread by itself."""
-        args = self.args
-        if args.overlong_buffer is not None and (values := penalise_overlong(groups, args)):
+        if self.args.overlong_buffer is not None and (values := penalise_overlong(groups, self.args)):
             self._metrics.add("rewards/overlong/mean", fmean(values))
 
     def count_tokens(self, groups: Sequence[Group]) -> None:
@@ -417,14 +410,8 @@ class OnlineTrainer(GroupTrainer):
         self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         own_reference = self.reference is not None and self.reference.is_initial_policy
         if own_reference and self.is_untrained and self.state.global_step == 0:
-            apart = float(kl_k3(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N]).mean())
-            bound = default_bound(self.model.dtype)
-            if not apart <= max(bound, self.args.logprob_check_bound or 0.0):
-                raise CheckFailed(
-                    f"before the first update the reference differs from the policy by {apart:.3g} nats a token "
-                    f"(bound {bound:g}), so the KL term pulls towards another model. Pass the intended "
-                    "ref_model, or the unmodified policy."
-                )
+            bound = max(default_bound(self.model.dtype), self.args.logprob_check_bound or 0.0)
+            check_untrained(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N], bound=bound)
 
     def before_optimizer_step(self) -> None:
         """Stop before the update when sampler and trainer disagree about fresh samples."""
@@ -460,27 +447,8 @@ class OnlineTrainer(GroupTrainer):
         if (sets := sets_of_rows(given)) is not None:
             parts = [self.evaluate(rows, ignore_keys, f"{metric_key_prefix}_{name}") for name, rows in sets.items()]
             return {name: value for part in parts for name, value in part.items()}
-        prompts = self.held_out(given)
-        samples = self.args.num_generations_eval or self.args.num_generations
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        shares = [
-            share_of(prompt, place, first=0, number=samples) for place, prompt in list(enumerate(prompts))[rank::world]
-        ]
-        self.engine.sync(self.state.global_step)
-        self._generate(shares, self.params, seed=self.args.seed + 1, step=0)
-        self.rubric.score([share.group for share in shares], trainer_state=self.state)
-        self.eval_transcripts.write(
-            shares, step=self.state.global_step, tokenizer=self.tokenizer, time=time.time(), split=metric_key_prefix
-        )
-        metrics = means_over_ranks(
-            [c for share in shares for c in share.group.completions], self.rubric.names, self.sum_over_ranks
-        )
-        if self.metrics_of_groups is not None:
-            with user_code("compute_metrics"):
-                own = self.metrics_of_groups(list(self._everywhere(shares).values()))
-            metrics |= {name: float(value) for name, value in own.items()}
-        metrics = {"loss": held_out_loss(self, shares), **metrics}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        found = evaluate_samples(self, self.held_out(given), metric_key_prefix)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from burnish.errors import ConfigError, ModelError
+from burnish.errors import CheckFailed, ConfigError, ModelError
 from burnish.model.adapters import without_adapters
 from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.scoring import causal_lm, eval_mode, prepare_for_scoring
+from burnish.objectives.kl import kl_k3
 
-__all__ = ["MovingReference", "Reference", "check_reference", "refuse_shared_weights"]
+__all__ = ["MovingReference", "Reference", "check_reference", "check_untrained", "refuse_shared_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -218,4 +219,19 @@ def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
             "tokenizer.",
             other,
             own,
+        )
+
+
+def check_untrained(logprobs_N: torch.Tensor, reference_N: torch.Tensor, *, bound: float) -> None:
+    """Refuse a reference that is meant to be the policy before its first update, and is another model.
+
+    Raises:
+        CheckFailed: they differ by more than `bound` nats a token.
+    """
+    apart = float(kl_k3(logprobs_N, reference_N).mean())
+    if not apart <= bound:
+        raise CheckFailed(
+            f"before the first update the reference differs from the policy by {apart:.3g} nats a token "
+            f"(bound {bound:g}), so the KL term pulls towards another model. Pass the intended "
+            "ref_model, or the unmodified policy."
         )

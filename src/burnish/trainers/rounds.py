@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import stdev
@@ -11,6 +12,8 @@ from burnish.trainers.metrics import total
 from burnish.types import Group
 
 __all__ = ["Batch", "Replay", "fill_batch", "has_spread"]
+
+logger = logging.getLogger(__name__)
 
 _LEAST_YIELD = 0.25
 """A refill samples at most this many times fewer useful groups than it hopes for: 4 prompts for each missing group."""
@@ -39,6 +42,23 @@ class Batch:
     num_sampled: int
     num_flat: int
     num_replayed: int = 0
+
+    def metrics(self, num_generations: int) -> dict[str, float]:
+        """How much was sampled for it."""
+        return {
+            "sampling/rounds": self.num_rounds,
+            "sampling/extra_completions": (self.num_sampled - len(self.groups)) * num_generations,
+            "sampling/replayed_groups": self.num_replayed,
+        }
+
+    def warn_if_flat(self) -> None:
+        """Say that refills have not replaced every group without spread."""
+        if self.num_flat:
+            logger.warning(
+                "%d of %d groups have equal rewards after %d rounds of sampling: raise max_sampling_rounds, or give "
+                "prompts that are neither always nor never solved.",
+                self.num_flat, len(self.groups), self.num_rounds,
+            )  # fmt: skip
 
 
 class Replay:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -40,11 +38,7 @@ class TranscriptLog:
         name: str = "transcripts.jsonl",
     ) -> None:
         self.enabled = bool(args.log_completions)
-        folder = Path(args.output_dir if args.log_completions in (True, False) else args.log_completions)
-        # Runs that share a folder must not cut each other's records back.
-        run = os.path.relpath(args.output_dir, folder)
-        labels = {"stage": args.kind, **({} if run == "." else {"run": run})}
-        self.records = StepRecords(folder / name if self.enabled and is_main else None, **labels)
+        self.records = StepRecords.of_run(args, args.log_completions, name, writes=is_main)
         self._gathered = gathered
 
     def write(
