@@ -75,7 +75,9 @@ def test_format(row: Any, stage: str | None, kind: Kind, conversational: bool, c
         ({"text": ""}, "sft", "text is empty"),
         ({"text": 5}, "sft", "text = 5: use a string, or a non-empty list of messages"),
         ({"messages": []}, "sft", r"messages = \[\]: use a string"),
-        ({"messages": [{"from": "human"}]}, "sft", "which is not a message"),
+        ({"messages": [{"from": "human"}]}, "sft", "a message without content"),
+        ({"messages": [{"value": "hi"}]}, "sft", "which is not a message"),
+        ({"messages": USER, "conversations": USER}, "sft", r"fits more than one format \(messages or conversations\)"),
         ({"prompt": "x", "completion": "y", "label": "yes"}, "unpaired", "label = 'yes': use true"),
     ],
 )
@@ -120,7 +122,7 @@ def test_split_turns_and_unpair() -> None:
     ]
     with pytest.raises(DataError, match=r"lacks \['rejected'\]"):
         unpair({"prompt": "p", "chosen": "c"})
-    with pytest.raises(DataError, match="needs a messages column"):
+    with pytest.raises(DataError, match="needs a messages or conversations column"):
         split_turns({"text": "x"})
 
 

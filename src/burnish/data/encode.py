@@ -21,6 +21,7 @@ from burnish.data.formats import (
     Format,
     Kind,
     Message,
+    as_row,
     detect_format,
     messages_of,
     row_tools,
@@ -171,7 +172,7 @@ def sft_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `text`, `messages` or `prompt` + `completion` row as a group with one completion.
+    """A `text`, `messages`, `conversations` or `prompt` + `completion` row as a group with one completion.
 
     Text and messages have an empty prompt. Of a conversational completion only assistant turns are scored: tool
     results and user turns between them are not the model's.
@@ -193,7 +194,7 @@ def sft_group(
         DataError: the row's format, the template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
     """
-    fmt = _detected(row, "sft", index, stats)
+    row, fmt = _detected(row, "sft", index, stats)
     if assistant_only_loss and not fmt.conversational:
         raise ConfigError(
             f"assistant_only_loss = True, but row {index} is plain ({' + '.join(fmt.columns)}): use messages, or "
@@ -212,7 +213,7 @@ def sft_group(
     elif paired and completion_only_loss is not False:
         prompt_ids, completion = chat.pair(row["prompt"], row["completion"], stats)
     else:
-        messages = [*row["prompt"], *row["completion"]] if paired else row["messages"]
+        messages = [*row["prompt"], *row["completion"]] if paired else row[fmt.columns[0]]
         prompt_ids, completion = [], chat.conversation(messages, assistant_only_loss, stats)
     group = Group(prompt_ids, [completion], dict(row), index)
     truncate(group, max_length, stats)
@@ -319,7 +320,7 @@ def preference_group(
         DataError: chosen equals rejected, the format, the template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1.
     """
-    fmt = _detected(row, "preference", index, stats)
+    row, fmt = _detected(row, "preference", index, stats)
     if row["chosen"] == row["rejected"]:
         raise DataError(f"row {index}: chosen equals rejected, so the pair says nothing: drop the row.")
     if fmt.conversational:
@@ -340,14 +341,17 @@ def preference_group(
     return group
 
 
-def _detected(row: Mapping[str, Any], stage: str, index: int, stats: EncodeStats | None) -> Format:
-    """The row's format, counted; tools need a template to be shown with."""
+def _detected(
+    row: Mapping[str, Any], stage: str, index: int, stats: EncodeStats | None
+) -> tuple[Mapping[str, Any], Format]:
+    """The row as `as_row` converts it, and its format, counted; tools need a template to be shown with."""
+    row = as_row(row, index)
     fmt = detect_format(row, stage=stage, index=index)
     if not fmt.conversational and row_tools(row, index):
         raise DataError(f"row {index} has tools, but its {fmt.columns[0]} is a string: use messages, or drop tools.")
     if stats is not None:
         stats.formats[f"{'conversational' if fmt.conversational else 'plain'} {fmt.kind.value}"] += 1
-    return fmt
+    return row, fmt
 
 
 def _chat_preference(
@@ -422,7 +426,7 @@ def prompt_group(
         DataError: the format, the template, a second system prompt, or a prompt over the limit.
     """
     check_limit("max_prompt_length", max_prompt_length)
-    fmt = _detected(row, "prompt", index, stats)
+    row, fmt = _detected(row, "prompt", index, stats)
     prompt: Any = row["prompt"]
     if system_prompt is not None:
         prompt = _with_system(prompt, system_prompt, index)

@@ -1,8 +1,8 @@
 """Data set row formats: which kind a row is, what its columns mean, and what to say when it fits nothing.
 
-Kinds and columns are those of TRL: `text` or `messages`; `prompt` + `completion`; `prompt`; `chosen` + `rejected` with
-or without `prompt`; `prompt` + `completion` + `label`. A value is a string (plain) or a list of
-messages (conversational).
+Kinds and columns are those of TRL: `text`, `messages` or `conversations`; `prompt` + `completion`; `prompt`; `chosen` +
+`rejected` with or without `prompt`; `prompt` + `completion` + `label`. A value is a string (plain) or a list of
+messages (conversational), with `role` and `content` or, as ShareGPT writes them, with `from` and `value`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ _FAMILIES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (Kind.PROMPT_COMPLETION, ("prompt", "completion")),
     (Kind.LANGUAGE_MODELING, ("messages",)),
     (Kind.LANGUAGE_MODELING, ("text",)),
+    (Kind.LANGUAGE_MODELING, ("conversations",)),
     (Kind.PROMPT_ONLY, ("prompt",)),
 )
 
@@ -79,8 +80,18 @@ _STAGES: dict[str, tuple[Kind, ...]] = {
 _ROLES = frozenset({"assistant", "developer", "system", "tool", "user"})
 """Roles that any template may be given; others must be named in the template."""
 
+_CHAT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
+
+_SHAREGPT_ROLES = {
+    "function_response": "tool",
+    "gpt": "assistant",
+    "human": "user",
+    "observation": "tool",
+}
+"""Roles of ShareGPT's data sets whose names differ."""
+
 _HINTS = (
-    ("conversations", "rename conversations to messages, and in it from to role, value to content"),
+    ("conversations", "name conversations after what this stage needs"),
     ("input_ids", "burnish tokenizes by itself: give text instead of input_ids"),
     ("instruction", "make instruction the prompt and its answer the completion"),
 )
@@ -93,7 +104,7 @@ def hint(columns: Collection[str]) -> str:
 
 
 def as_row(value: Any, index: int) -> Mapping[str, Any]:
-    """A row, checked to be one.
+    """Check a row, and convert ShareGPT's messages in it to `role` and `content`.
 
     Raises:
         DataError: not columns by name, or columns that burnish cannot look at.
@@ -106,7 +117,8 @@ def as_row(value: Any, index: int) -> Mapping[str, Any]:
             raise DataError(f"row {index} has {name}: burnish trains on text; drop the column, or the row.")
     for name, content in row.items():
         check_text(content, f"row {index}", name)
-    return row
+    shared = {name: _with_roles(row[name]) for name in _CHAT_COLUMNS if _is_sharegpt(row.get(name))}
+    return {**row, **shared} if shared else row
 
 
 def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: int = 0) -> Format:
@@ -163,12 +175,19 @@ def _is_conversation(value: Any, name: str, index: int) -> bool:
     if isinstance(value, str):
         if not value and name in ("text", "prompt"):
             raise DataError(f"row {index}: {name} is empty: drop the row.")
+        if name in ("messages", "conversations"):
+            raise DataError(
+                f"row {index}: {name} = {short(value)}, a string: use a list of messages "
+                '[{"role": "user", "content": "..."}], or name the column text.'
+            )
         return False
     if not isinstance(value, list) or not value:
         raise DataError(
             f"row {index}: {name} = {short(value)}: use a string, or a non-empty list of messages "
             '[{"role": "user", "content": "..."}].'
         )
+    if name == "text":
+        raise DataError(f"row {index}: text = {short(value)}, a list: use a string, or name the column messages.")
     for message in cast("list[Any]", value):
         _check_message(message, name, index)
     return True
@@ -177,12 +196,9 @@ def _is_conversation(value: Any, name: str, index: int) -> bool:
 def _check_message(value: Any, name: str, index: int) -> None:
     message = cast("Mapping[str, Any]", value)
     if not isinstance(value, Mapping) or not isinstance(message.get("role"), str):
-        fix = "each needs a role and a content"
-        if isinstance(value, Mapping) and "from" in message:
-            fix = "rename from to role (human to user, gpt to assistant) and value to content"
         raise DataError(
-            f"row {index}: {name} holds {short(value)}, which is not a message: {fix} "
-            '({"role": "user", "content": "..."}).'
+            f"row {index}: {name} holds {short(value)}, which is not a message: each needs a role and a content "
+            '({"role": "user", "content": "..."}), or a from and a value.'
         )
     content = message.get("content")
     if content is None and not any(message.get(key) for key in _INSTEAD_OF_CONTENT):
@@ -288,22 +304,47 @@ def _without_none(value: Any) -> Any:
 
 
 def messages_of(value: Any) -> list[Message]:
-    """A conversational column as a fresh list of messages without the keys that Arrow filled with None."""
-    return [_without_none(message) for message in value]
+    """A conversational column as a fresh list of messages with `role`, without the keys that Arrow filled with None."""
+    return [_without_none(message) for message in _with_roles(value)]
+
+
+def _is_sharegpt(value: Any) -> bool:
+    return isinstance(value, list) and any(map(_names_speaker, cast("list[Any]", value)))
+
+
+def _names_speaker(message: Any) -> bool:
+    """Whether `from` names the speaker; Arrow may fill `role` with None."""
+    if not isinstance(message, Mapping):
+        return False
+    given = cast("Mapping[str, Any]", message)
+    return given.get("role") is None and isinstance(given.get("from"), str)
+
+
+def _with_roles(messages: Any) -> list[Any]:
+    """Convert messages of ShareGPT; others stay as they are."""
+    return [_with_role(message) if _names_speaker(message) else message for message in messages]
+
+
+def _with_role(message: Mapping[str, Any]) -> Message:
+    speaker = str(message["from"])
+    content = message["value"] if message.get("value") is not None else message.get("content")
+    rest = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
+    return {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": content, **rest}
 
 
 def split_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A `messages` row as one `prompt` + `completion` row for each assistant turn.
+    """A `messages` or `conversations` row as one `prompt` + `completion` row for each assistant turn.
 
     Each turn is then trained on exactly as it is served, also with templates that strip earlier reasoning.
 
     Raises:
-        DataError: no `messages` column.
+        DataError: neither column holds messages.
     """
-    if not isinstance(row.get("messages"), list):
-        raise DataError(f"split_turns needs a messages column; the row has {sorted(row)}.")
-    messages = messages_of(row["messages"])
-    rest = {k: v for k, v in row.items() if k != "messages"}
+    name = next((name for name in ("messages", "conversations") if isinstance(row.get(name), list)), None)
+    if name is None:
+        raise DataError(f"split_turns needs a messages or conversations column; the row has {sorted(row)}.")
+    messages = messages_of(row[name])
+    rest = {k: v for k, v in row.items() if k != name}
     return [
         {**rest, "prompt": messages[:i], "completion": [message]}
         for i, message in enumerate(messages)

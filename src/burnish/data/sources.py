@@ -460,11 +460,14 @@ def disjoint(
     return kept, DisjointCounts(len(kept), num_held, num_repeated)
 
 
+_ASKING = ("prompt", "messages", "conversations", "text")
+
+
 def _prompt_key(row: Mapping[str, Any], index: int) -> tuple[tuple[str, str], ...]:
     """What a row asks: its prompt, else the messages before the first answer, else the text."""
-    value: Any = next((row[name] for name in ("prompt", "messages", "text") if row.get(name) is not None), None)
+    value: Any = next((row[name] for name in _ASKING if row.get(name) is not None), None)
     if value is None:
-        raise DataError(f"row {index} has the columns {sorted(row)}: comparing prompts needs prompt, messages or text.")
+        raise DataError(f"row {index} has the columns {sorted(row)}: comparing prompts needs {' or '.join(_ASKING)}.")
     if isinstance(value, str):
         return (("user", _squeezed(value)),)
     key: list[tuple[str, str]] = []
