@@ -530,3 +530,43 @@ def test_fresh_samples_cost_no_forward_of_their_own(tmp_path: Path, steps: int, 
     trainer._fill = lambda g, name, m: filled.append((name, len(g))) or original(g, name, m)  # type: ignore[method-assign]
     trainer.train()
     assert [(name, number) for name, number in filled if number] == expected
+
+
+def test_rounds_of_sampling_within_one_step_are_sampled_together(tmp_path: Path) -> None:
+    """Two rounds between two updates come from the same weights: they are one rollout."""
+    batch: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 2}
+    parts, whole = grpo(tmp_path / "a", steps_per_generation=2, **batch), grpo(tmp_path / "b", **batch)
+    steps = recorded(parts)
+    parts.train()
+    whole.train()
+    assert [sum(len(group.completions) for group in step) for step in steps] == [16, 16]
+    assert parts._rollouts == 2
+    assert_same(weights(parts), weights(whole), 0.0)
+
+
+@pytest.mark.parametrize("split", [{}, {"token_budget": 64}, {"gradient_accumulation_steps": 2}])
+def test_the_policy_loss_is_logged_without_entropy_bonus_and_divergence(tmp_path: Path, split: dict[str, int]) -> None:
+    """At ratio 1 a token's loss is minus its advantage; the logged loss has the other two terms as well."""
+    size = 12 // split.get("gradient_accumulation_steps", 1)
+    trainer = grpo(
+        tmp_path, max_steps=1, loss_type="dapo", entropy_coef=0.1, beta=0.2, ref_model=tiny.model(seed=3),
+        per_device_train_batch_size=size, **split,
+    )  # fmt: skip
+    steps = recorded(trainer)
+    trainer.train()
+    completions = [c for group in steps[0] for c in group.completions]
+    tokens = sum(len(c.token_ids) for c in completions)
+    log = trainer.state.log_history[0]
+    by_hand = -sum((c.advantage or 0.0) * len(c.token_ids) for c in completions) / tokens
+    assert abs(by_hand) > 1e-3
+    assert log["policy_loss"] == pytest.approx(by_hand, rel=1e-5)  # fp32
+    assert log["loss"] == pytest.approx(by_hand + 0.2 * log["kl"] - 0.1 * log["entropy"], rel=1e-4)
+
+
+def test_the_logged_policy_loss_survives_a_checkpoint_between_logs(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"max_steps": 4, "logging_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = grpo(tmp_path, loss_type="dapo", entropy_coef=0.1, **changes)
+    whole.train()
+    resumed = grpo(tmp_path, loss_type="dapo", entropy_coef=0.1, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert whole.state.log_history[0]["policy_loss"] == resumed.state.log_history[0]["policy_loss"]

@@ -181,6 +181,12 @@ def test_groups_fill_each_round_of_sampling(monkeypatch: pytest.MonkeyPatch):
     check_fields("grpo", one_each | {"steps_per_generation": 16, "gradient_accumulation_steps": 4})
     with pytest.raises(ConfigError, match=r"^\[training\] steps_per_generation = 8: .* multiple of 3"):
         check_fields("grpo", one_each | {"steps_per_generation": 8, "gradient_accumulation_steps": 3})
+    check_fields("grpo", one_each | {"steps_per_generation": 4, "gradient_accumulation_steps": 8})
+    with pytest.raises(ConfigError, match=r"^\[training\] steps_per_generation = 10: .* use one of 1, 2, 4, 8, 16, or"):
+        check_fields("grpo", one_each | {"steps_per_generation": 10, "gradient_accumulation_steps": 8})
+    repeated = {"steps_per_generation": 4, "gradient_accumulation_steps": 8, "num_iterations": 2}
+    with pytest.raises(ConfigError, match=r"steps_per_generation = 4 with num_iterations = 2: .* multiple of 8"):
+        check_fields("grpo", one_each | repeated)
     monkeypatch.setenv("WORLD_SIZE", "8")
     check_fields("grpo", one_each)
 

@@ -210,7 +210,7 @@ class _OnlineFields(CommonFields):
     steps_per_generation: int | None = _own(
         None,
         "Micro-batches that one round of sampling feeds. None: gradient_accumulation_steps, "
-        "so every optimizer step samples afresh.",
+        "so every optimizer step samples afresh; so do its divisors.",
     )
     max_prompt_length: int | None = _own(
         None, "Longest prompt in tokens; a row with a longer one is left out and counted, never cut. None: no limit."

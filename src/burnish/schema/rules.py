@@ -30,7 +30,7 @@ from burnish.schema.predicates import (
 )
 from burnish.schema.refused import Kind, refused_fields
 
-__all__ = ["PREFERENCE_LOSS_NAMES", "check_values"]
+__all__ = ["PREFERENCE_LOSS_NAMES", "check_values", "micro_batches_per_rollout"]
 
 
 def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
@@ -432,10 +432,36 @@ def _grpo_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
     yield from _policy_contradictions(values)
 
 
+def micro_batches_per_rollout(steps_per_generation: int | None, gradient_accumulation_steps: int) -> int:
+    """Count the micro-batches that are sampled at once.
+
+    A round of fewer than an optimizer step takes leaves the weights as they are, so the step's rounds are sampled
+    together.
+    """
+    return max(steps_per_generation or 1, gradient_accumulation_steps)
+
+
 def _incomplete_groups(values: Mapping[str, Any]) -> Iterable[str]:
     """A round of sampling holds whole groups: completions = batch size x processes x steps, a multiple of G."""
     size = values["per_device_train_batch_size"]
-    steps = values["steps_per_generation"] or values["gradient_accumulation_steps"]
+    accumulation, asked = values["gradient_accumulation_steps"], values["steps_per_generation"]
+    fitting = [n for n in range(1, accumulation) if accumulation % n == 0]
+    if asked is not None and asked % accumulation and asked not in fitting:
+        below = asked // accumulation * accumulation
+        near = sorted({*fitting, *([below] if below else []), below + accumulation})
+        yield (
+            f"steps_per_generation = {asked}: an optimizer step takes gradient_accumulation_steps = {accumulation} "
+            f"micro-batches, so rounds would end inside a step; use one of {', '.join(map(str, near))}, or another "
+            f"multiple of {accumulation}."
+        )
+        return
+    if asked in fitting and values.get("num_iterations", 1) > 1:
+        yield (
+            f"steps_per_generation = {asked} with num_iterations = {values['num_iterations']}: a round of sampling "
+            f"would be gone through again within one optimizer step, of gradient_accumulation_steps = {accumulation}; "
+            f"use a multiple of {accumulation}, or num_iterations = 1."
+        )
+    steps = micro_batches_per_rollout(asked, accumulation)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     total, group = size * processes * steps, values["num_generations"]
     if total % group:
@@ -443,12 +469,6 @@ def _incomplete_groups(values: Mapping[str, Any]) -> Iterable[str]:
             f"num_generations = {group}: one round samples {total} completions (per_device_train_batch_size {size} x "
             f"{processes} processes x {steps} steps), which holds no whole number of groups; "
             f"make the product a multiple of {group}, for instance per_device_train_batch_size = {group}."
-        )
-    accumulation = values["gradient_accumulation_steps"]
-    if steps % accumulation:
-        yield (
-            f"steps_per_generation = {steps}: an optimizer step takes gradient_accumulation_steps = {accumulation} "
-            f"micro-batches, so rounds would end inside a step; use a multiple of {accumulation}."
         )
 
 

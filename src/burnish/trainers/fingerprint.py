@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from burnish.schema.resume import resume_class
+from burnish.schema.rules import micro_batches_per_rollout
 from burnish.types import Group
 
 __all__ = ["adapter_settings", "data_digest", "describe_run", "model_digest", "trained_digest"]
@@ -46,13 +47,13 @@ def describe_run(
     """
     micro = args.per_device_train_batch_size * args.world_size
     batch = micro * args.gradient_accumulation_steps
-    rollout = getattr(args, "steps_per_generation", None)
+    asked = getattr(args, "steps_per_generation", None)
     return {
         "burnish": version("burnish"),
         "stage": args.kind,
         "world_size": args.world_size,
         "batch": batch,
-        "rollout": batch if rollout is None else micro * rollout,
+        "rollout": micro * micro_batches_per_rollout(asked, args.gradient_accumulation_steps),
         "settings": _settings(args),
         "data": data_digest(train_dataset),
         "models": {"model": base, **others},

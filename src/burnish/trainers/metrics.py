@@ -44,6 +44,7 @@ class StepMetrics:
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
         self._tokens: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._parts: dict[str, dict[int, float]] = defaultdict(dict)
 
     def add(self, name: str, value: float) -> None:
         """A number of this step; the log shows the mean over steps and ranks."""
@@ -52,6 +53,10 @@ class StepMetrics:
     def add_tokens(self, name: str, values_N: torch.Tensor) -> None:
         """A number per token; the log shows the mean over all tokens."""
         self._tokens[name].append((float(values_N.detach().sum()), values_N.numel()))
+
+    def add_part(self, name: str, value: float, *, step: int) -> None:
+        """A part of a step's number; the log shows the mean over steps and ranks of the sums of parts."""
+        self._parts[name][step] = self._parts[name].get(step, 0.0) + value
 
     def add_rewards(self, rewards: Sequence[Sequence[float | None]]) -> None:
         """Mean reward, mean spread within groups, and the share of groups without any."""
@@ -84,6 +89,8 @@ class StepMetrics:
         """The metrics since the last flush; every rank must have the same names."""
         world = sum_over_ranks(1.0)
         logs = {name: sum_over_ranks(fmean(values)) / world for name, values in sorted(self._values.items())}
+        for name, sums in sorted(self._parts.items()):
+            logs[name] = sum_over_ranks(fmean(sums.values())) / world
         for name, parts in sorted(self._tokens.items()):
             count = sum_over_ranks(float(sum(n for _, n in parts)))
             value = sum_over_ranks(sum(s for s, _ in parts))
@@ -91,13 +98,16 @@ class StepMetrics:
                 logs[name] = value / count
         self._values.clear()
         self._tokens.clear()
+        self._parts.clear()
         return logs
 
     def state_dict(self) -> dict[str, Any]:
         """What has been collected since the last flush, as JSON."""
-        return {"values": dict(self._values), "tokens": dict(self._tokens)}
+        parts = {name: list(sums.items()) for name, sums in self._parts.items()}
+        return {"values": dict(self._values), "tokens": dict(self._tokens), "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._values = defaultdict(list, state["values"])
         self._tokens = defaultdict(list, {name: [(s, n) for s, n in parts] for name, parts in state["tokens"].items()})
+        self._parts = defaultdict(dict, {name: dict(sums) for name, sums in state.get("parts", {}).items()})

@@ -24,6 +24,7 @@ from burnish.packing import pack, partition, unpack
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, make_engine
 from burnish.rollout.validation import generate
+from burnish.schema.rules import micro_batches_per_rollout
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer
@@ -178,7 +179,7 @@ class OnlineTrainer(GroupTrainer):
 
     @property
     def _micro_batches_per_rollout(self) -> int:
-        return self.args.steps_per_generation or self.args.gradient_accumulation_steps
+        return micro_batches_per_rollout(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
 
     @property
     def _prompts_per_rollout(self) -> int:

@@ -245,6 +245,7 @@ class PolicyTrainer(OnlineTrainer):
         scores = score(model, batch, temperature=args.temperature, with_entropy=scored)
         logprobs_N, entropy_N = scores.logprobs, scores.entropy
         if not scored:
+            self._metrics.add_part("policy_loss", 0.0, step=self.state.global_step)
             return logprobs_N.sum()
         assert entropy_N is not None
         if self._fresh:
@@ -257,13 +258,16 @@ class PolicyTrainer(OnlineTrainer):
         _check_shape(losses_N, logprobs_N, args.loss_type)
         kept_N = (entropy_N.detach() >= self._least_entropy).to(losses_N.dtype)
         losses_N = losses_N * kept_N * self._correction(batch, old_N)
+        by: dict[str, Any] = {"reduction": self.loss.reduction, "denominator": denominator, **place}
+        surrogate = aggregate(losses_N.detach(), **by)
+        self._metrics.add_part("policy_loss", float(surrogate) * self.data_parallel_size, step=self.state.global_step)
         if self._beta > 0 and args.kl_in == "loss":
             losses_N = losses_N + self._beta * self._kl_in_loss(batch, logprobs_N, ratios_N)
         self._metrics.add_tokens("entropy", entropy_N)
         for name, side_N in (("high", terms.advantages > 0), ("low", terms.advantages < 0)):
             self._metrics.add_tokens(f"clip_ratio/{name}_mean", (clipped_N & side_N).float())
         self._metrics.add_tokens("clip_ratio/region_mean", clipped_N.float())
-        loss = aggregate(losses_N, reduction=self.loss.reduction, denominator=denominator, **place)
+        loss = aggregate(losses_N, **by)
         if args.entropy_coef != 0:
             loss = loss - args.entropy_coef * (entropy_N * kept_N).sum() / self._tokens_in_step
         return loss
