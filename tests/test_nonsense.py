@@ -124,7 +124,7 @@ NO_MESSAGE = "which is not a message: each needs a role and a content"
         ("kto", {"label": None}, "needs prompt + completion + label"),
         ("kto", {"chosen": "a", "rejected": "b"}, "row 2 has chosen, rejected and completion"),
         ("sft", {"messages": [user("x")]}, "row 2 fits more than one format"),
-        (PAIRED, {"prompt": None, "completion": None, "chosen": None, "input_ids": [1]}, "burnish tokenizes by itself"),
+        ("dpo kto reward", {"prompt": None, "completion": None, "chosen": None, "input_ids": [1]}, "are rows of SFT"),
     ),
 )  # fmt: skip
 def test_a_bad_row(tmp_path: Path, stage: str, change: dict[str, Any], fragment: str) -> None:

@@ -27,6 +27,7 @@ from burnish.data.formats import (
     row_tools,
 )
 from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, truncate
+from burnish.data.tokenized import is_masked_completion, token_completion, token_ids, token_sequence
 from burnish.data.tokens import plain_ids, split_ids, with_bos, with_eos
 from burnish.errors import ConfigError, DataError
 from burnish.types import Completion, Group
@@ -41,6 +42,7 @@ __all__ = [
     "report_encoding",
     "sft_group",
     "sft_groups",
+    "shared_prompt",
     "unpaired_group",
 ]
 
@@ -172,7 +174,7 @@ def sft_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `text`, `messages`, `conversations` or `prompt` + `completion` row as a group with one completion.
+    """A `text`, `messages`, `prompt` + `completion` or `input_ids` row as a group with one completion.
 
     Text and messages have an empty prompt. Of a conversational completion only assistant turns are scored: tool
     results and user turns between them are not the model's.
@@ -195,6 +197,17 @@ def sft_group(
         ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
     """
     row, fmt = _detected(row, "sft", index, stats)
+    if fmt.tokenized:
+        completion = token_sequence(
+            row,
+            processing_class,
+            index,
+            completion_only_loss=completion_only_loss,
+            assistant_only_loss=assistant_only_loss,
+        )
+        group = Group([], [completion], dict(row), index)
+        truncate(group, max_length, stats)
+        return group
     if assistant_only_loss and not fmt.conversational:
         raise ConfigError(
             f"assistant_only_loss = True, but row {index} is plain ({' + '.join(fmt.columns)}): use messages, or "
@@ -254,7 +267,7 @@ def sft_groups(
     """
     check_limit("max_length", max_length)
     stats = EncodeStats() if stats is None else stats
-    if truncation_mode == "split" and detect_format(row, stage="sft", index=index).kind is Kind.PROMPT_COMPLETION:
+    if truncation_mode == "split" and _has_completion(row, index, options.get("completion_only_loss")):
         raise ConfigError(
             f"truncation_mode = 'split', but row {index} has a prompt and a completion: a later part would lose its "
             "prompt; use keep_start, keep_end or drop, or give rows of text."
@@ -263,6 +276,11 @@ def sft_groups(
     if max_length is None or group.num_tokens <= max_length:
         return [group]
     return TRUNCATIONS[truncation_mode](group, max_length, stats)
+
+
+def _has_completion(row: Mapping[str, Any], index: int, completion_only_loss: bool | None) -> bool:
+    fmt = detect_format(row, stage="sft", index=index)
+    return fmt.kind is Kind.PROMPT_COMPLETION or (fmt.tokenized and is_masked_completion(row, completion_only_loss))
 
 
 def _plain_sft(
@@ -281,6 +299,8 @@ def _plain_sft(
 def unpaired_group(row: Mapping[str, Any], processing_class: Any, *, index: int = 0, **options: Any) -> Group:
     """A `prompt` + `completion` + `label` row as a group with one completion; the label stays in `Group.row`.
 
+    Its tokens may be given instead, as `prompt_ids` and `completion_ids`.
+
     Args:
         row: the row.
         processing_class: tokenizer or processor.
@@ -290,8 +310,13 @@ def unpaired_group(row: Mapping[str, Any], processing_class: Any, *, index: int 
     Raises:
         DataError: as `sft_group`, or a missing or odd label.
     """
-    detect_format(row, stage="unpaired", index=index)
-    return sft_group(row, processing_class, index=index, **options)
+    if not detect_format(row, stage="unpaired", index=index).tokenized:
+        return sft_group(row, processing_class, index=index, **options)
+    _detected(row, "unpaired", index, options.get("stats"))
+    completion = token_completion(row, "completion_ids", processing_class, index)
+    group = Group(token_ids(row, "prompt_ids", index), [completion], dict(row), index)
+    truncate(group, options.get("max_length"), options.get("stats"))
+    return group
 
 
 def preference_group(
@@ -304,6 +329,8 @@ def preference_group(
     stats: EncodeStats | None = None,
 ) -> Group:
     """A `chosen` + `rejected` row, with or without `prompt`, as a group of two completions, chosen first.
+
+    The tokens of all three may be given instead: `prompt_ids`, and `chosen_ids` and `rejected_ids` that follow it.
 
     The prompt is the same tokens for both. Without a prompt column it is what both begin with: whole messages of
     conversations, tokens of plain texts.
@@ -321,9 +348,12 @@ def preference_group(
         ConfigError: a limit below 1.
     """
     row, fmt = _detected(row, "preference", index, stats)
-    if row["chosen"] == row["rejected"]:
+    if fmt.columns[-2:] == ("chosen", "rejected") and row["chosen"] == row["rejected"]:
         raise DataError(f"row {index}: chosen equals rejected, so the pair says nothing: drop the row.")
-    if fmt.conversational:
+    if fmt.tokenized:
+        prompt_ids = token_ids(row, "prompt_ids", index)
+        completions = [token_completion(row, name, processing_class, index) for name in ("chosen_ids", "rejected_ids")]
+    elif fmt.conversational:
         prompt_ids, completions = _chat_preference(processing_class, row, index, chat_template, stats)
     else:
         with naming_row(index):
@@ -350,7 +380,8 @@ def _detected(
     if not fmt.conversational and row_tools(row, index):
         raise DataError(f"row {index} has tools, but its {fmt.columns[0]} is a string: use messages, or drop tools.")
     if stats is not None:
-        stats.formats[f"{'conversational' if fmt.conversational else 'plain'} {fmt.kind.value}"] += 1
+        values = "tokenized" if fmt.tokenized else "conversational" if fmt.conversational else "plain"
+        stats.formats[f"{values} {fmt.kind.value}"] += 1
     return row, fmt
 
 
@@ -387,13 +418,21 @@ def _plain_preference(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int]
     if row.get("prompt") is not None:
         chosen, rejected = (_plain_pair(tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected"))
         return chosen[0], [chosen[1], rejected[1]]
-    both = [_plain_text(tokenizer, row[name]) for name in ("chosen", "rejected")]
+    return shared_prompt([Completion(_plain_text(tokenizer, row[name]), text=row[name]) for name in _PAIR])
+
+
+_PAIR = ("chosen", "rejected")
+
+
+def shared_prompt(wholes: list[Completion]) -> tuple[list[int], list[Completion]]:
+    """Two whole sequences as the tokens that both begin with, and the rest of each."""
+    both = [whole.token_ids for whole in wholes]
     shared = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
-    completions = [Completion(both[i][shared:], text=row[name]) for i, name in enumerate(("chosen", "rejected"))]
-    if shared == 0:
-        for completion in completions:
-            completion.loss_mask = first_unscored(len(completion.token_ids))
-    return both[0][:shared], completions
+    for completion, ids in zip(wholes, both, strict=True):
+        completion.token_ids = ids[shared:]
+        if shared == 0:
+            completion.loss_mask = first_unscored(len(ids))
+    return both[0][:shared], wholes
 
 
 def prompt_group(

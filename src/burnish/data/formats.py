@@ -7,7 +7,7 @@ messages (conversational), with `role` and `content` or, as ShareGPT writes them
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias, cast
@@ -24,6 +24,7 @@ __all__ = [
     "detect_format",
     "hint",
     "messages_of",
+    "refuse_mixed",
     "row_template_kwargs",
     "row_tools",
     "split_turns",
@@ -50,12 +51,14 @@ class Format:
     Attributes:
         kind: what the row holds.
         conversational: True where the values are lists of messages, False where they are strings.
-        columns: the columns that hold text, prompt first.
+        columns: the columns that hold text or tokens, prompt first.
+        tokenized: True where the values are lists of token ids (see `burnish.data.tokenized`).
     """
 
     kind: Kind
     conversational: bool
     columns: tuple[str, ...]
+    tokenized: bool = False
 
 
 # Most specific first: a row with a label is unpaired even though it also has a prompt and a completion.
@@ -67,6 +70,9 @@ _FAMILIES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (Kind.LANGUAGE_MODELING, ("text",)),
     (Kind.LANGUAGE_MODELING, ("conversations",)),
     (Kind.PROMPT_ONLY, ("prompt",)),
+    (Kind.UNPAIRED, ("prompt_ids", "completion_ids", "label")),
+    (Kind.PREFERENCE, ("prompt_ids", "chosen_ids", "rejected_ids")),
+    (Kind.LANGUAGE_MODELING, ("input_ids",)),
 )
 
 _STAGES: dict[str, tuple[Kind, ...]] = {
@@ -92,7 +98,8 @@ _SHAREGPT_ROLES = {
 
 _HINTS = (
     ("conversations", "name conversations after what this stage needs"),
-    ("input_ids", "burnish tokenizes by itself: give text instead of input_ids"),
+    ("chosen_input_ids", "rename chosen_input_ids to chosen_ids, and the others alike"),
+    ("input_ids", "input_ids are rows of SFT; name tokens after what this stage needs, or give text"),
     ("instruction", "make instruction the prompt and its answer the completion"),
 )
 """Columns of other libraries' data sets -> what to do with them."""
@@ -154,12 +161,41 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         choices = " or ".join(" + ".join(c) for c in (columns, *rivals))
         raise DataError(f"row {index} fits more than one format ({choices}): drop the columns that you do not mean.")
     texts = tuple(name for name in columns if name != "label")
+    tokenized = _is_tokenized(texts)
+    allowed = [f[1] for f in _FAMILIES if stage is None or f[0] in _STAGES[stage]]
+    refuse_mixed(present, [name for names in allowed for name in names], tokenized=tokenized, index=index)
     if kind is Kind.PREFERENCE and "prompt" in present:
         texts = ("prompt", *texts)
-    conversational = _check_values(row, texts, index)
+    conversational = not tokenized and _check_values(row, texts, index)
     if kind is Kind.UNPAIRED and row["label"] not in (True, False):
         raise DataError(f"row {index}: label = {row['label']!r}: use true (good) or false (bad).")
-    return Format(kind, conversational, texts)
+    return Format(kind, conversational, texts, tokenized)
+
+
+def refuse_mixed(present: Collection[str], columns: Iterable[str], *, tokenized: bool, index: int) -> None:
+    """Refuse rows with tokens and texts: only one of them could count.
+
+    Args:
+        present: columns of the row that hold something.
+        columns: those that mean something here.
+        tokenized: True where the row is read as tokens.
+        index: the row's position.
+
+    Raises:
+        DataError: naming the columns of the other kind.
+    """
+    others = sorted({name for name in columns if name in present and name != "label"})
+    others = [name for name in others if _is_tokenized([name]) is not tokenized]
+    if others:
+        kinds = ("token ids", "text") if tokenized else ("text", "token ids")
+        raise DataError(
+            f"row {index} mixes {kinds[0]} with {kinds[1]} in {', '.join(others)}: drop the columns that you do not "
+            "mean."
+        )
+
+
+def _is_tokenized(columns: Sequence[str]) -> bool:
+    return all(name.endswith("_ids") for name in columns)
 
 
 def _check_values(row: Mapping[str, Any], columns: Sequence[str], index: int) -> bool:

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
-from burnish.data.encode import EncodeStats, preference_group, prompt_group, sft_group
-from burnish.data.formats import as_row, hint
+from burnish.data.encode import EncodeStats, preference_group, prompt_group, sft_group, shared_prompt
+from burnish.data.formats import as_row, hint, refuse_mixed
+from burnish.data.tokenized import token_completion
 from burnish.data.tokens import plain_ids
 from burnish.errors import DataError
 from burnish.types import Completion, Group
@@ -22,9 +23,14 @@ RewardKind: TypeAlias = Literal["preference", "ranked", "stepwise"]
 
 _FORMATS: tuple[tuple[RewardKind, tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected")),
+    ("preference", ("chosen_ids", "rejected_ids")),
     ("stepwise", ("prompt", "completions", "labels")),
     ("ranked", ("prompt", "completions")),
 )
+
+
+_TEXTS = ("chosen", "rejected", "completions")
+_TOKENS = ("chosen_ids", "rejected_ids")
 
 
 def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
@@ -42,6 +48,13 @@ def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
             f"row {index} has the columns {sorted(map(str, present))}; reward modelling needs {needed}: "
             f"{hint(present)}."
         )
+    tokenized = present.issuperset(_TOKENS)
+    refuse_mixed(present, ("prompt", "prompt_ids", *_TEXTS, *_TOKENS), tokenized=tokenized, index=index)
+    if tokenized and "prompt_ids" in present:
+        raise DataError(
+            f"row {index} has prompt_ids: here chosen_ids and rejected_ids are whole sequences; put the prompt's "
+            "tokens in front of both, and drop the column."
+        )
     if "preference" in kinds and len(kinds) > 1:
         raise DataError(f"row {index} has chosen, rejected and completions: drop the columns that you do not mean.")
     return kinds[0]
@@ -58,6 +71,8 @@ def reward_group(
     stats: EncodeStats | None = None,
 ) -> Group:
     """A row of any kind as a group whose `loss_mask` marks where scores are read.
+
+    Pairs may be given as tokens, `chosen_ids` and `rejected_ids`: whole sequences, which share their first tokens.
 
     Args:
         row: the row.
@@ -79,6 +94,11 @@ def reward_group(
         )
     if kind == "ranked":
         group = ranked_group(row, processing_class, index=index, chat_template=chat_template, stats=stats)
+    elif row.get("chosen_ids") is not None:
+        if stats is not None:
+            stats.formats["tokenized preference"] += 1
+        wholes = [token_completion(row, name, processing_class, index) for name in _TOKENS]
+        group = Group(*shared_prompt(wholes), dict(row), index)
     else:
         group = preference_group(row, processing_class, index=index, chat_template=chat_template, stats=stats)
     _check_margin(row, index, kind)

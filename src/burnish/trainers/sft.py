@@ -42,8 +42,9 @@ class SFTTrainer(GroupTrainer):
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
         args: `SFTConfig`.
-        train_dataset: rows with `text`, `messages`, or `prompt` and `completion`, plain or conversational. Without a
-            length (a `datasets.IterableDataset`, a generator) they are encoded as they come, in their own order.
+        train_dataset: rows with `text`, `messages`, or `prompt` and `completion`, plain or conversational, or with
+            `input_ids` (docs/data.md). Without a length (a `datasets.IterableDataset`, a generator) they are encoded
+            as they come, in their own order.
         eval_dataset: the same, held out; read whole.
         processing_class: the tokenizer; the model's own if None.
         callbacks: transformers callbacks.
