@@ -7,7 +7,7 @@ TRL_STAMP := .venv-trl/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install kills memory mutations preference sft slow test trl
+.PHONY: algorithms bench check clean curves demo help install kills memory mutations nonsense preference sft slow test trl
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ slow: $(STAMP) $(TRL_STAMP)  ## the tests on the real model, on two ranks, and a
 
 kills: $(STAMP)  ## kill runs at random and at every file operation, resume, compare (most of an hour)
 	$(PYTEST) -m kills
+
+nonsense: $(STAMP)  ## thousands of bad files, values, rows and checkpoints, with a count of what became of them
+	$(BIN)/python -m pytest -q -m nonsense
 
 mutations: $(STAMP)  ## break the code on purpose and see the tests fail
 	$(BIN)/python scripts/mutations.py

@@ -155,7 +155,7 @@ def test_saved_data_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no splits"):
         load_rows({"path": str(tmp_path / "one"), "split": "train"})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="not one saved by datasets"):
+    with pytest.raises(ConfigError, match="not one saved whole by datasets"):
         load_rows({"path": str(tmp_path / "empty")})
     assert as_rows(data) is data
     assert as_rows(data.to_iterable_dataset()) is not None

@@ -185,3 +185,26 @@ def test_greedy_and_peaks_pass_over_unknown_tokens() -> None:
         assert drawn.token_ids.tolist() == [2]
         torch.testing.assert_close(drawn.policy_logprobs, torch.tensor([-99.0]))
         assert -1 < float(drawn.sampler_logprobs) <= 0
+
+
+def test_a_repetition_penalty_is_transformers_own_and_leaves_the_policy_alone() -> None:
+    """Sampled as asked, with the log-probability of what was sampled; the policy's is that without a penalty."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 40, generator=generator) * 3
+    seen = [[1, 2, 2, 39], [], [0], list(range(40)), [7, 8]]
+    params = SamplingBatch.of([SamplingParams(8, temperature=0.7, repetition_penalty=1.3)] * 5)
+    uniform = torch.rand(5, generator=generator, dtype=torch.float64)
+    drawn = draw(logits, uniform, params, seen=seen)
+    process = RepetitionPenaltyLogitsProcessor(1.3)
+    for row, tokens in enumerate(seen):
+        penalised = logits[row : row + 1].clone()
+        if tokens:
+            penalised = process(torch.tensor([tokens]), penalised)  # type: ignore[arg-type]  # pyright: ignore
+        token = int(drawn.token_ids[row])
+        expected = (penalised[0].double() / 0.7).log_softmax(-1)[token]
+        assert float(drawn.sampler_logprobs[row]) == pytest.approx(float(expected), abs=1e-5)
+        plain = (logits[row].double() / 0.7).log_softmax(-1)[token]
+        assert float(drawn.policy_logprobs[row]) == pytest.approx(float(plain), abs=1e-5)
+    assert not torch.allclose(drawn.sampler_logprobs, drawn.policy_logprobs, atol=1e-2)

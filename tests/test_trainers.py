@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -422,3 +423,17 @@ def test_tokens_count_once_when_they_are_sampled(tmp_path: Path) -> None:
     trainer.engine.generate = counting  # type: ignore[method-assign]
     trainer.train()
     assert [log["num_tokens"] for log in trainer.state.log_history if "loss" in log][-1] == sum(sampled)
+
+
+def test_a_penalty_of_repetitions_is_sampled_and_the_check_knows(tmp_path: Path) -> None:
+    """The check of sampler against trainer compares the policy's log-probabilities, the correction what was sampled."""
+    trainer = grpo(tmp_path, generation_kwargs={"repetition_penalty": 100.0}, sampling_correction="token_truncate")
+    trainer.agreement = Agreement(1e-6)  # the correction would switch it off
+    trainer.train()
+    trainer.evaluate(PROMPTS[:2])
+    plain = dataclasses.replace(trainer.params, repetition_penalty=1.0)
+    repeats: list[int] = []
+    for params in (plain, trainer.params):
+        found = trainer.engine.generate([Request([5, 6], 32, params)], seed=1, step=0)[0]
+        repeats.append(sum(len(c.token_ids) - len(set(c.token_ids)) for c in found))
+    assert repeats[1] < repeats[0] / 2

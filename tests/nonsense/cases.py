@@ -57,6 +57,8 @@ def judge(case: Case, folder: Path) -> Verdict:
     try:
         with _inside(folder), _limited(SECONDS), warnings.catch_warnings():
             warnings.simplefilter("error")
+            # peft asks for it; transformers renamed it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             case.run()
     except _Hang:
         return Verdict("hang", f"no answer after {SECONDS:g} s")

@@ -1,10 +1,13 @@
-"""Checkpoints with one file cut, emptied, replaced, removed or of another kind: refused, or resumed to the bit."""
+"""Checkpoints whose files are cut, emptied, replaced, moved or gone, for three kinds of trainer.
+
+Named, such a checkpoint is refused; with `resume_from_checkpoint = True` the run goes on from the one before it, or is
+refused where none is left.
+"""
 
 from __future__ import annotations
 
 import atexit
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,157 +15,124 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from peft import LoraConfig
 
-import tiny
 from nonsense.cases import Case
-from test_nonsense import build, good
+from test_ppo import ppo
+from test_trainers import grpo, sft
 
-KINDS = ("sft", "dpo", "grpo")
-"""A plain trainer, one with a reference, one with state of its own."""
-
-_STEPS = {"num_train_epochs": 9, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.1, "max_steps": 3}
+SAVED: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
 
-def _cut(path: Path, _: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def _sft(folder: Path) -> Any:
+    return sft(folder, **SAVED)
 
 
-def _flip(path: Path, _: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+def _grpo(folder: Path) -> Any:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return grpo(folder, steps_per_generation=2, per_device_train_batch_size=4, peft_config=lora, **SAVED)
 
 
-def _folder(path: Path, _: Path) -> None:
-    path.unlink()
-    path.mkdir()
+def _ppo(folder: Path) -> Any:
+    return ppo(folder, **SAVED)
 
 
-def _loop(path: Path, _: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def _writing(content: bytes) -> Callable[[Path, Path], None]:
-    return lambda path, _: (path.write_bytes(content), None)[1]
-
-
-def _torch(value: Any) -> Callable[[Path, Path], None]:
-    return lambda path, _: torch.save(value, path)
-
-
-_CHANGES: dict[str, Callable[[Path, Path], None]] = {
-    "cut": _cut,
-    "one bit": _flip,
-    "removed": lambda path, _: path.unlink(),
-    "a folder": _folder,
-    "a link to itself": _loop,
-    "empty": _writing(b""),
-    "NULs": _writing(bytes(5000)),
-    "random bytes": _writing(bytes(range(256)) * 20),
-    "null": _writing(b"null"),
-    "a list": _writing(b"[]"),
-    "a table": _writing(b"{}"),
-    "a number": _writing(b"5"),
-    "100,000 deep": _writing(b"[" * 100_000),
-    "UTF-16": _writing("{}".encode("utf-16")),
-    "a list of torch's": _torch([1]),
-    "a table of torch's": _torch({}),
-    "of the step before": lambda path, before: (shutil.copy(before / path.name, path), None)[1],
-}
-_UNSEEN_WITHOUT_A_SEAL = ("one bit", "of the step before", "removed", "a table", "a table of torch's")
-"""Nothing but the seal tells these from what a run wrote."""
-
-_STATES: dict[str, Any] = {
-    "global_step": (None, "x", -1, 10**30, 1.5, [], True, 99),
-    "max_steps": (None, "x", -1, 10**30, []),
-    "epoch": (None, "x", -1, []),
-    "log_history": (None, "x", 5, [5]),
-    "train_batch_size": (None, "x", -5),
-    "stateful_callbacks": (None, "x", [], {"nope": {}}, {"TrainerControl": 5}),
-    "best_model_checkpoint": (5, "nowhere", []),
-    "nope": (1,),
-}
+TRAINERS: dict[str, Callable[[Path], Any]] = {"sft": _sft, "grpo": _grpo, "ppo": _ppo}
 
 
 @cache
-def _whole(kind: str) -> Path:
-    """A finished run with its checkpoints, made once."""
-    folder = Path(tempfile.mkdtemp())
+def finished_run(kind: str) -> Path:
+    """A run of three checkpoints, made once."""
+    folder = Path(tempfile.mkdtemp(prefix="nonsense-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    trainer = build(kind, folder, good(kind), tiny.model(), config=_STEPS)
-    trainer.train()
-    torch.save(trainer.model.state_dict(), folder / "final.pt")
+    TRAINERS[kind](folder).train()
     return folder
 
 
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0" * 64)
+
+
+def _change_one_byte(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    file.write_bytes(data)
+
+
+def _replace_by_garbage(file: Path) -> None:
+    file.write_bytes(bytes(range(256)) * 8)
+
+
+def _replace_by_json(value: Any) -> Callable[[Path], None]:
+    return lambda file: file.write_text(json.dumps(value)) and None
+
+
+def _replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _remove(file: Path) -> None:
+    file.unlink()
+
+
+BREAKS: dict[str, Callable[[Path], None]] = {
+    "cut": _cut,
+    "emptied": _empty,
+    "longer": _lengthen,
+    "one byte changed": _change_one_byte,
+    "garbage": _replace_by_garbage,
+    "null": _replace_by_json(None),
+    "a list": _replace_by_json([[]]),
+    "a number": _replace_by_json(10**400),
+    "an empty table": _replace_by_json({}),
+    "a table of another kind": _replace_by_json({"files": [1], "global_step": "x", "stage": 5, "version": 99}),
+    "a folder": _replace_by_folder,
+    "gone": _remove,
+}
+
+
 def cases() -> Iterator[Case]:
-    """Each file of the second of two checkpoints, with its seal and as an earlier version wrote it, without one."""
-    for kind in KINDS:
-        for name in sorted(_names(kind)):
-            for change in _CHANGES:
-                if name == "complete" and change in ("empty", "removed"):
-                    continue  # an earlier version's, and none at all: below
-                for asked in ("latest", "by name"):
-                    run = partial(_resume, kind, name, change, asked, sealed=True)
-                    refused = True if asked == "by name" and change != "of the step before" else None
-                    yield Case("checkpoint", f"{kind}: {name}: {change}, {asked}", run, refused)
-                if name != "complete":
-                    run = partial(_resume, kind, name, change, "by name", sealed=False)
-                    yield Case("checkpoint without a seal", f"{kind}: {name}: {change}", run, None)
-        for field, values in _STATES.items():
-            for value in values:
-                run = partial(_resume_state, kind, field, value)
-                yield Case("checkpoint's state", f"{kind}: {field} = {value!r}", run, None)
-    for label, path in (("no folder", "nowhere"), ("a file", "file"), ("an empty folder", "empty"), ("NUL", "a\0b"),
-                        ("a name too long", "x" * 5000), ("empty", "")):  # fmt: skip
-        yield Case("checkpoint", label, partial(_resume_path, path))
+    """Every file of the latest checkpoint in every way; then in all checkpoints at once."""
+    for kind in TRAINERS:
+        names = sorted(path.name for path in (finished_run(kind) / "checkpoint-3").iterdir())
+        for name in names:
+            for how, break_file in BREAKS.items():
+                resume = partial(_resume, kind, [(3, name, break_file)])
+                label = f"{kind} {name} {how}"
+                yield Case("checkpoint, named", label, partial(resume, "run/checkpoint-3"), names="checkpoint-3")
+                yield Case("checkpoint, latest", label, partial(resume, True), refused=False)
+            for how in ("cut", "gone"):
+                broken = [(step, name, BREAKS[how]) for step in (1, 2, 3)]
+                yield Case("checkpoint, all", f"{kind} {name} {how}", partial(_resume, kind, broken, True), names="run")
+    for value in (
+        "",
+        "nowhere",
+        "run/checkpoint-9",
+        "run",
+        "run/checkpoint-3/config.json",
+        "\0",
+        "x" * 5000,
+        5,
+        [],
+        {},
+    ):
+        yield Case("checkpoint, name", f"{value!r:.40}", partial(_resume, "sft", [], value))
 
 
-@cache
-def _names(kind: str) -> list[str]:
-    return [path.name for path in (_whole(kind) / "checkpoint-2").iterdir() if path.is_file()]
-
-
-def _copy(kind: str) -> Path:
-    out = Path("out").resolve()
-    for number in (1, 2):
-        shutil.copytree(_whole(kind) / f"checkpoint-{number}", out / f"checkpoint-{number}")
-    return out
-
-
-def _resume(kind: str, name: str, change: str, asked: str, *, sealed: bool) -> None:
-    out = _copy(kind)
-    _CHANGES[change](out / "checkpoint-2" / name, out / "checkpoint-1")
-    if not sealed:
-        (out / "checkpoint-2" / "complete").write_bytes(b"")
-    exact = sealed or change not in _UNSEEN_WITHOUT_A_SEAL
-    _go_on(kind, out, True if asked == "latest" else str(out / "checkpoint-2"), exact=exact)
-
-
-def _resume_state(kind: str, field: str, value: Any) -> None:
-    out = _copy(kind)
-    file = out / "checkpoint-2" / "trainer_state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
-    (out / "checkpoint-2" / "complete").write_bytes(b"")
-    _go_on(kind, out, str(out / "checkpoint-2"), exact=False)
-
-
-def _resume_path(path: str) -> None:
-    Path("file").write_text("")
-    Path("empty").mkdir()
-    build("sft", Path("out").resolve(), good("sft"), tiny.model(), config=_STEPS).train(resume_from_checkpoint=path)
-
-
-def _go_on(kind: str, out: Path, checkpoint: Any, *, exact: bool) -> None:
-    trainer = build(kind, out, good(kind), tiny.model(), config=_STEPS)
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        logging.disable(level)
-    if exact:
-        for name, weight in torch.load(_whole(kind) / "final.pt", weights_only=True).items():
-            assert torch.equal(weight, trainer.model.state_dict()[name]), f"another {name} than without the damage"
+def _resume(kind: str, broken: list[tuple[int, str, Callable[[Path], None]]], resume: Any) -> None:
+    folder = Path("run")
+    shutil.copytree(finished_run(kind), folder)
+    for step, name, break_file in broken:
+        break_file(folder / f"checkpoint-{step}" / name)
+    trainer = TRAINERS[kind](folder)
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == SAVED["max_steps"]

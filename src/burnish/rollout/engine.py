@@ -22,6 +22,8 @@ class SamplingParams:
         top_p: keep the smallest set of tokens whose probability reaches it; 1 keeps all.
         top_k: keep the k most likely tokens; 0 keeps all.
         min_p: keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repetition_penalty: logits of tokens in the prompt or the completion so far are divided by it, or multiplied
+            where negative, before temperature (1909.05858); 1 for none.
         stop: strings that end a completion once its text contains one.
         eos_token_ids: tokens that end a completion.
 
@@ -34,6 +36,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
@@ -43,6 +46,7 @@ class SamplingParams:
             ("temperature", self.temperature >= 0, "use 0 (greedy) or a positive number"),
             ("top_p", 0 < self.top_p <= 1, "use a number in (0, 1]; 1 keeps every token"),
             ("top_k", self.top_k >= 0, "use 0 (keep all) or a positive integer"),
+            ("repetition_penalty", self.repetition_penalty > 0, "use a positive number; 1 for none"),
             ("min_p", 0 <= self.min_p <= 1, "use a number in [0, 1]; 0 keeps every token"),
         ):
             if not ok:

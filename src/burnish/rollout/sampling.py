@@ -77,12 +77,14 @@ class SamplingBatch:
         top_k: [B] int64; 0 keeps all.
         top_p: [B] fp32; 1 keeps all.
         min_p: [B] fp32; 0 keeps all.
+        repetition_penalty: [B] fp32; 1 for none.
     """
 
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
+    repetition_penalty: torch.Tensor
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingBatch:
@@ -92,12 +94,14 @@ class SamplingBatch:
             top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
             top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
             min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+            repetition_penalty=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32, device=device),
         )
 
     def rows(self, start: int, stop: int) -> SamplingBatch:
         """Rows start .. stop - 1."""
         part = slice(start, stop)
-        return SamplingBatch(self.temperature[part], self.top_k[part], self.top_p[part], self.min_p[part])
+        fields = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return SamplingBatch(*(field[part] for field in fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,8 @@ class DrawnTokens:
 
     Args:
         token_ids: [B] int64.
-        sampler_logprobs: [B] fp32 nats under the distribution drawn from: after temperature and truncation.
-        policy_logprobs: [B] fp32 nats after temperature (1 where greedy), before truncation.
+        sampler_logprobs: [B] fp32 nats under the distribution drawn from: after penalty, temperature and truncation.
+        policy_logprobs: [B] fp32 nats after temperature (1 where greedy), before penalty and truncation.
     """
 
     token_ids: torch.Tensor
@@ -123,10 +127,12 @@ def draw(
     scale: float = 1.0,
     softcap: float | None = None,
     unknown: torch.Tensor | None = None,
+    seen: Sequence[Sequence[int]] = (),
 ) -> DrawnTokens:
     """Draw one token per row by the inverse of the cumulative distribution, in vocabulary order.
 
-    z = cap tanh(scale logits / cap), p = softmax(z / temperature), kept(p) by top-k, then top-p of what top-k kept,
+    z = cap tanh(scale logits / cap), penalised at tokens seen before, p = softmax(z / temperature), kept(p) by top-k,
+    then top-p of what top-k kept,
     then min-p (1904.09751, 2407.01082); the token is the first whose cumulative kept probability exceeds u. Tokens
     tied with the last kept one are kept too, so the result does not depend on a sort's order. A token of probability
     zero is never drawn, nor is one of `unknown`: the truncations see the others alone. Temperature 0 takes the first of
@@ -139,12 +145,21 @@ def draw(
         scale: the model's own factor on its logits.
         softcap: the model's own cap on its logits; None where it has none.
         unknown: [U] tokens that are never drawn; they count in `policy_logprobs`, as in the loss.
+        seen: [B] tokens that the repetition penalty acts on; may be left out where no row has one.
 
     Returns:
         Tokens and their log-probabilities.
     """
     parts = [
-        _draw_rows(logits[i : i + _ROWS], uniform[i : i + _ROWS], params.rows(i, i + _ROWS), scale, softcap, unknown)
+        _draw_rows(
+            logits[i : i + _ROWS],
+            uniform[i : i + _ROWS],
+            params.rows(i, i + _ROWS),
+            scale,
+            softcap,
+            unknown,
+            seen[i : i + _ROWS],
+        )
         for i in range(0, logits.shape[0], _ROWS)
     ]
     columns = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -158,6 +173,7 @@ def _draw_rows(
     scale: float,
     softcap: float | None,
     unknown: torch.Tensor | None,
+    seen: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     scores = logits.to(torch.float32, copy=True)
     if scale != 1.0:
@@ -165,8 +181,11 @@ def _draw_rows(
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
     greedy = params.temperature == 0
-    if bool((params.temperature != 1).any()):
-        scores.div_(torch.where(greedy, 1.0, params.temperature)[:, None])
+    unpenalised: torch.Tensor | None = None
+    if bool((params.repetition_penalty != 1).any()):
+        unpenalised = _by_temperature(scores.clone(), params)
+        _penalise(scores, params.repetition_penalty, seen)
+    _by_temperature(scores, params)
     excluded = None
     if unknown is not None:
         excluded = scores[:, unknown].logsumexp(-1)
@@ -184,9 +203,27 @@ def _draw_rows(
     blocks = _block_sums(weights)
     token = torch.where(greedy, best, _invert(weights, blocks, uniform))
     score = scores.gather(1, token[:, None])[:, 0].to(torch.float64)
-    policy = score - normaliser
+    if unpenalised is None:
+        policy = score - normaliser
+    else:
+        policy = unpenalised.double().log_softmax(-1).gather(1, token[:, None])[:, 0]
     sampler = torch.where(greedy, 0.0, score - blocks.sum(-1).log())
     return token, sampler.to(torch.float32), policy.to(torch.float32)
+
+
+def _by_temperature(scores: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
+    """Divide by the temperature, in place; 1 where greedy."""
+    if bool((params.temperature != 1).any()):
+        scores.div_(torch.where(params.temperature == 0, 1.0, params.temperature)[:, None])
+    return scores
+
+
+def _penalise(scores: torch.Tensor, penalty: torch.Tensor, seen: Sequence[Sequence[int]]) -> None:
+    """Divide, in place, the scores of the tokens that each row has seen, or multiply them where negative."""
+    for row, tokens in enumerate(seen):
+        places = torch.tensor(sorted(set(tokens)), dtype=torch.long, device=scores.device)
+        values = scores[row, places]
+        scores[row, places] = torch.where(values > 0, values / penalty[row], values * penalty[row])
 
 
 def _block_sums(weights: torch.Tensor) -> torch.Tensor:

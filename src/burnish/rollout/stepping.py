@@ -85,6 +85,11 @@ class Track:
         return len(self.completion.token_ids)
 
     @property
+    def seen(self) -> list[int]:
+        """Tokens of the prompt and of the completion so far."""
+        return [*self.request.prompt_ids, *self.completion.token_ids]
+
+    @property
     def last_token(self) -> int:
         """The token to feed next."""
         return self.completion.token_ids[-1]
@@ -170,6 +175,7 @@ def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec, vocabulary
         scale=spec.scale,
         softcap=spec.softcap,
         unknown=vocabulary.unknown(logits, tracks),
+        seen=[track.seen for track in tracks] if any(t.request.params.repetition_penalty != 1 for t in tracks) else (),
     )
     columns = (drawn.token_ids.tolist(), drawn.sampler_logprobs.tolist(), drawn.policy_logprobs.tolist())
     return [track.push(*values) for track, *values in zip(tracks, *columns, strict=True)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 from burnish.errors import ConfigError, show
-from burnish.schema.refused import Kind
+from burnish.schema.refused import Kind, met_types
+from burnish.schema.translated import translate
 
 __all__ = ["Elsewhere", "drop_elsewhere", "elsewhere"]
 
@@ -18,17 +20,18 @@ class Elsewhere(NamedTuple):
     Attributes:
         neutral: the value that changes nothing here; a field that holds it is dropped.
         fix: why the field does not exist, and what to do.
+        met: types of values whose intent is met whatever they are: such a field is dropped, and named in the log.
     """
 
     neutral: Any
     fix: str
+    met: tuple[type, ...] = ()
 
 
 _OFF = (None, False)
 
 _PACKED = "rows are packed without padding and do not see each other, whatever their lengths; remove the field"
 _IN_PROCESS = "completions are sampled in process, from the weights being trained; remove the field"
-_SAMPLING = "set temperature, top_p, top_k, min_p or stop"
 _ONE_CACHE = "the sampler keeps one cache of its own, each prompt in it once; remove the field"
 _PRINTED = "set log_completions and read the transcripts with `burnish report`"
 _NOT_THERE = "this loss or correction does not exist here; remove the field"
@@ -39,82 +42,85 @@ _BLOCKS = (
     "a batch counts rows here, not blocks of max_length tokens, and rows are packed without padding anyway; remove the "
     "field and set per_device_train_batch_size to the rows of a step"
 )
+_SPLIT = "rows are packed whole; set truncation_mode to split for texts that become several rows"
 
 _COMMON: dict[str, Elsewhere] = {
-    "activation_offloading": Elsewhere(False, "set gradient_checkpointing = true, which keeps less than it offloads"),
-    "cast_lm_head_to_fp32": Elsewhere(False, "log-probabilities are computed in fp32 anyway; remove the field"),
-    "dataset_batch_size": Elsewhere(None, "rows are encoded one by one; remove the field"),
+    "activation_offloading": Elsewhere(
+        False, "set gradient_checkpointing = true, which keeps less than it offloads", (bool,)
+    ),
+    "cast_lm_head_to_fp32": Elsewhere(
+        False, "log-probabilities are computed in fp32 anyway; remove the field", (bool,)
+    ),
+    "dataset_batch_size": Elsewhere(None, "rows are encoded one by one; remove the field", (int,)),
     "dataset_kwargs": Elsewhere(None, "burnish reads rows as they are; describe them in [data], or prepare them"),
-    "dataset_num_proc": Elsewhere(None, "rows are encoded in one process; remove the field"),
-    "ds3_gather_for_generation": Elsewhere(True, "sharded training is not supported yet; remove the field"),
+    "dataset_num_proc": Elsewhere(None, "rows are encoded in one process; remove the field", (int,)),
+    "ds3_gather_for_generation": Elsewhere(True, "sharded training is not supported yet; remove the field", (bool,)),
     "max_seq_length": Elsewhere(None, "its name is max_length"),
-    "packing": Elsewhere(False, _BLOCKS),
-    "pad_to_multiple_of": Elsewhere((None, "auto"), "rows are packed, there is no padding; remove the field"),
+    "packing": Elsewhere(False, _BLOCKS, (bool,)),
+    "pad_to_multiple_of": Elsewhere((None, "auto"), "rows are packed, there is no padding; remove the field", (int,)),
     "router_aux_loss_coef": Elsewhere(
         None,
         "the load-balancing loss of a mixture of experts is a product of means, which a packed row would change; "
         "it is not trained; remove the field",
     ),
-    "trust_remote_code": Elsewhere(False, "set it in model_init_kwargs, in a file in [model_init]"),
     "use_liger_loss": Elsewhere(
-        False, "log-probabilities already come from a tiled head that holds no logits; remove the field"
+        False, "log-probabilities already come from a tiled head that holds no logits; remove the field", (bool,)
     ),
     "warmup_ratio": Elsewhere(0.0, "set warmup_steps to the share itself, such as 0.1"),
 }
 
 _PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")
 _REFERENCE: dict[str, Elsewhere] = {
-    "force_use_ref_model": Elsewhere(False, "pass ref_model to use one beside adapters; remove the field"),
+    "force_use_ref_model": Elsewhere(False, "pass ref_model to use one beside adapters; remove the field", (bool,)),
     "generate_during_eval": Elsewhere(False, "sample with `burnish eval`; remove the field"),
     "is_encoder_decoder": Elsewhere(_OFF, "models are decoders only; remove the field"),
-    "label_pad_token_id": Elsewhere(-100, _PACKED),
+    "label_pad_token_id": Elsewhere(-100, _PACKED, (int,)),
     "max_completion_length": Elsewhere(None, "max_length is of a prompt and its completion together; set max_length"),
     "max_prompt_length": Elsewhere(None, "max_length is of a prompt and its completion together; set max_length"),
     "model_adapter_name": Elsewhere(None, _ADAPTERS),
     "pad_token": _PAD_TOKEN,
-    "padding_free": Elsewhere(False, _PACKED),
-    "padding_value": Elsewhere(None, _PACKED),
-    "precompute_ref_batch_size": Elsewhere(None, "the reference runs within token_budget; set token_budget"),
+    "padding_free": Elsewhere(False, _PACKED, (bool,)),
+    "padding_value": Elsewhere(None, _PACKED, (int,)),
+    "precompute_ref_batch_size": Elsewhere(None, "the reference runs within token_budget; set token_budget", (int,)),
     "ref_adapter_name": Elsewhere(None, _ADAPTERS),
     "ref_model_init_kwargs": Elsewhere(None, "load the reference with them and pass it as ref_model"),
     "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
     "truncation_mode": Elsewhere(
         "keep_start", "completions share their prompt, so sequences are cut at their end; raise max_length"
     ),
-    "use_logits_to_keep": Elsewhere(_OFF, "logits are never kept; remove the field"),
+    "use_logits_to_keep": Elsewhere(_OFF, "logits are never kept; remove the field", (bool,)),
 }
 
 _ONLINE: dict[str, Elsewhere] = {
-    "cache_implementation": Elsewhere(None, _ONE_CACHE),
+    "cache_implementation": Elsewhere(None, _ONE_CACHE, (str,)),
     "generation_batch_size": Elsewhere(None, "set steps_per_generation"),
-    "generation_kwargs": Elsewhere(None, _SAMPLING),
+    "generation_kwargs": Elsewhere(None, "set the fields of sampling that it names; use a table"),
     "log_completions_hub_repo": Elsewhere(None, _PRINTED),
-    "log_multimodal": Elsewhere((True, False), "completions are text; remove the field"),
-    "log_unique_prompts": Elsewhere(False, _PRINTED),
-    "num_completions_to_print": Elsewhere(None, _PRINTED),
+    "log_multimodal": Elsewhere((True, False), "completions are text; remove the field", (bool,)),
+    "log_unique_prompts": Elsewhere(False, _PRINTED, (bool,)),
+    "num_completions_to_print": Elsewhere(None, _PRINTED, (int,)),
     "off_policy_mask_threshold": Elsewhere(None, _NOT_THERE),
-    "ref_model_mixup_alpha": Elsewhere(0.6, "the reference does not move in online stages; remove the field"),
-    "ref_model_sync_steps": Elsewhere(512, "the reference does not move in online stages; remove the field"),
-    "repetition_penalty": Elsewhere(
-        1.0, "a penalised distribution is not the one that trains; remove the field, and reward against repetition"
+    "ref_model_mixup_alpha": Elsewhere(
+        0.6, "the reference does not move in online stages; remove the field", (float, int)
     ),
+    "ref_model_sync_steps": Elsewhere(512, "the reference does not move in online stages; remove the field", (int,)),
     "sync_ref_model": Elsewhere(False, "the reference does not move in online stages; remove the field"),
-    "transformers_continuous_batching_config": Elsewhere(None, _IN_PROCESS),
-    "use_transformers_continuous_batching": Elsewhere(False, _IN_PROCESS),
-    "use_transformers_paged": Elsewhere(False, _IN_PROCESS),
+    "transformers_continuous_batching_config": Elsewhere(None, _IN_PROCESS, (dict,)),
+    "use_transformers_continuous_batching": Elsewhere(False, _IN_PROCESS, (bool,)),
+    "use_transformers_paged": Elsewhere(False, _IN_PROCESS, (bool,)),
     "use_vllm": Elsewhere(False, _IN_PROCESS),
-    "vllm_enable_sleep_mode": Elsewhere(False, _IN_PROCESS),
-    "vllm_gpu_memory_utilization": Elsewhere(0.3, _IN_PROCESS),
-    "vllm_group_port": Elsewhere(51216, _IN_PROCESS),
-    "vllm_max_model_length": Elsewhere(None, _IN_PROCESS),
-    "vllm_mode": Elsewhere("colocate", _IN_PROCESS),
-    "vllm_model_impl": Elsewhere("vllm", _IN_PROCESS),
-    "vllm_server_base_url": Elsewhere(None, _IN_PROCESS),
-    "vllm_server_host": Elsewhere("0.0.0.0", _IN_PROCESS),
-    "vllm_server_port": Elsewhere(8000, _IN_PROCESS),
-    "vllm_server_timeout": Elsewhere(240.0, _IN_PROCESS),
+    "vllm_enable_sleep_mode": Elsewhere(False, _IN_PROCESS, (bool,)),
+    "vllm_gpu_memory_utilization": Elsewhere(0.3, _IN_PROCESS, (float, int)),
+    "vllm_group_port": Elsewhere(51216, _IN_PROCESS, (int,)),
+    "vllm_max_model_length": Elsewhere(None, _IN_PROCESS, (int,)),
+    "vllm_mode": Elsewhere("colocate", _IN_PROCESS, (str,)),
+    "vllm_model_impl": Elsewhere("vllm", _IN_PROCESS, (str,)),
+    "vllm_server_base_url": Elsewhere(None, _IN_PROCESS, (str,)),
+    "vllm_server_host": Elsewhere("0.0.0.0", _IN_PROCESS, (str,)),
+    "vllm_server_port": Elsewhere(8000, _IN_PROCESS, (int,)),
+    "vllm_server_timeout": Elsewhere(240.0, _IN_PROCESS, (float, int)),
     "vllm_structured_outputs_regex": Elsewhere(None, _IN_PROCESS),
-    "vllm_tensor_parallel_size": Elsewhere(1, _IN_PROCESS),
+    "vllm_tensor_parallel_size": Elsewhere(1, _IN_PROCESS, (int,)),
 }
 
 _POLICY: dict[str, Elsewhere] = {
@@ -122,25 +128,25 @@ _POLICY: dict[str, Elsewhere] = {
     "entropy_coef_max": Elsewhere(1.0, _ENTROPY),
     "entropy_coef_min": Elsewhere(0.0, _ENTROPY),
     "entropy_target": Elsewhere(0.2, _ENTROPY),
-    "max_tool_calling_iterations": Elsewhere(None, "a completion is one turn; remove the field"),
+    "max_tool_calling_iterations": Elsewhere(None, "a completion is one turn; remove the field", (int,)),
     "use_adaptive_entropy": Elsewhere(False, _ENTROPY),
     "vespo_k_neg": Elsewhere(3.0, _NOT_THERE),
     "vespo_k_pos": Elsewhere(2.0, _NOT_THERE),
     "vespo_lambda_neg": Elsewhere(2.0, _NOT_THERE),
     "vespo_lambda_pos": Elsewhere(3.0, _NOT_THERE),
-    "vllm_importance_sampling_cap": Elsewhere(None, _CORRECTION),
-    "vllm_importance_sampling_clip_max": Elsewhere((3.0, None), _CORRECTION),
-    "vllm_importance_sampling_clip_min": Elsewhere(None, _CORRECTION),
-    "vllm_importance_sampling_correction": Elsewhere((True, False), _CORRECTION),
-    "vllm_importance_sampling_mode": Elsewhere("sequence_mask", _CORRECTION),
+    "vllm_importance_sampling_cap": Elsewhere(None, _CORRECTION, (float, int)),
+    "vllm_importance_sampling_clip_max": Elsewhere((3.0, None), _CORRECTION, (float, int)),
+    "vllm_importance_sampling_clip_min": Elsewhere(None, _CORRECTION, (float, int)),
+    "vllm_importance_sampling_correction": Elsewhere((True, False), _CORRECTION, (bool,)),
+    "vllm_importance_sampling_mode": Elsewhere("sequence_mask", _CORRECTION, (str,)),
 }
 
 _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "sft": {
-        "eval_packing": Elsewhere(_OFF, _BLOCKS),
-        "packing_strategy": Elsewhere("bfd", _BLOCKS),
+        "eval_packing": Elsewhere(_OFF, _BLOCKS, (bool,)),
+        "packing_strategy": Elsewhere(("bfd", "ffd"), _SPLIT),
         "pad_token": _PAD_TOKEN,
-        "padding_free": Elsewhere(False, _PACKED),
+        "padding_free": Elsewhere(False, _PACKED, (bool,)),
         "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
     },
     "reward": {},
@@ -164,9 +170,9 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "rloo": {**_ONLINE, **_POLICY},
     "ppo": {
         **_ONLINE,
-        "local_rollout_forward_batch_size": Elsewhere(64, "forwards run within token_budget; set token_budget"),
+        "local_rollout_forward_batch_size": Elsewhere(64, "forwards run within token_budget; set token_budget", (int,)),
         "num_mini_batches": Elsewhere(1, "set steps_per_generation: micro-batches that one round of sampling feeds"),
-        "num_sample_generations": Elsewhere(10, "set eval_strategy, and log_completions for transcripts"),
+        "num_sample_generations": Elsewhere(10, "set eval_strategy, and log_completions for transcripts", (int,)),
         "reward_model_path": Elsewhere(None, "pass it to the trainer as reward_model"),
         "sft_model_path": Elsewhere(None, "pass it to the trainer as model"),
         "stop_token": Elsewhere((None, "eos"), "completions end at the tokenizer's EOS; set stop for other strings"),
@@ -182,21 +188,13 @@ def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
     return _COMMON | _BY_KIND[kind]
 
 
-_EVERYWHERE = {"chat_template_path": "chat_template"}
-
-ALIASES: dict[Kind, dict[str, str]] = {
-    "ppo": {
-        "cliprange": "epsilon",
-        "kl_coef": "beta",
-        "num_ppo_epochs": "num_iterations",
-        "response_length": "max_completion_length",
-    },
-}
-"""Names that TRL gave to fields of a stage -> the names here."""
+logger = logging.getLogger("burnish.schema")
 
 
 def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by their names here, without those that only TRL has and that ask for what happens here anyway.
+    """The fields by their names here, without those that ask for what happens here anyway.
+
+    One line of the log names the fields of which the intent is met.
 
     Args:
         kind: the stage.
@@ -207,16 +205,22 @@ def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, An
         ConfigError: one that asks for something else, or one field by two names.
     """
     kept: dict[str, Any] = {}
-    aliases = _EVERYWHERE | ALIASES.get(kind, {})
-    for alias, name in aliases.items():
-        if alias in values and name in values:
-            raise ConfigError(f"{alias} and {name} are one field: set {name} alone.")
-    for name, value in ((aliases.get(given, given), value) for given, value in values.items()):
+    met: list[str] = []
+    for name, value in translate(kind, values).items():
         there = elsewhere(kind).get(name)
-        if name in known or there is None:
+        if name in known:
+            if type(value) in met_types(kind).get(name, ()):
+                met += [name] if value != known[name].default else []
+            else:
+                kept[name] = value
+        elif there is None:
             kept[name] = value
         elif not _is_neutral(value, there.neutral):
-            raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
+            if type(value) not in there.met:
+                raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
+            met.append(name)
+    if met:
+        logger.info("accepted, since it is done anyway or changes nothing: %s", ", ".join(sorted(met)))
     return kept
 
 

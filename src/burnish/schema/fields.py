@@ -50,6 +50,7 @@ class CommonFields:
     model_init_kwargs: dict[str, Any] | None = _own(
         None, "Arguments of from_pretrained, used when the model is given by name or path."
     )
+    trust_remote_code: bool = _own(False, "Run code that a model's repository brings, as model_init_kwargs would.")
     token_budget: int | None = _own(
         None,
         "Most tokens of one forward and backward, prompts counted once per group. A micro-batch above it runs in "
@@ -213,6 +214,11 @@ class _OnlineFields(CommonFields):
     top_p: float = _own(1.0, "Sample from the smallest set of tokens with this probability. 1: all.")
     top_k: int = _own(0, "Sample from the k most likely tokens. 0: all.")
     min_p: float | None = _own(None, "Sample from tokens at least this fraction as likely as the likeliest. None: all.")
+    repetition_penalty: float = _own(
+        1.0,
+        "Logits of tokens in the prompt or the completion so far are divided by it, or multiplied where negative, when "
+        "a completion is sampled (1909.05858). The loss is that of the policy without it; see sampling_correction.",
+    )
     stop: list[str] | None = _own(None, "Strings that end a completion.")
     chat_template: str | None = _own(None, _CHAT_TEMPLATE)
     chat_template_kwargs: dict[str, Any] | None = _own(None, "Extra arguments of the chat template.")

@@ -22,7 +22,7 @@ FREE = frozenset(
         "max_dead_steps", "model_init_kwargs", "num_generations_eval", "output_dir", "overwrite_output_dir",
         "per_device_eval_batch_size", "precompute_ref_log_probs", "prediction_loss_only", "progress", "project",
         "report_to", "restore_callback_states_from_checkpoint", "resume_from_checkpoint", "run_name",
-        "skip_memory_metrics", "token_budget", "use_cpu",
+        "skip_memory_metrics", "token_budget", "trust_remote_code", "use_cpu",
     }
 )  # fmt: skip
 """Logging, saving, evaluation, places, and how the same gradient is computed."""
@@ -39,7 +39,8 @@ APPLIED = frozenset(
         "max_sampling_rounds", "max_steps", "metric_for_best_model", "min_p", "missing_eos_penalty",
         "multi_objective_aggregation", "neftune_noise_alpha", "normalize_advantages", "num_train_epochs",
         "overlong_buffer", "overlong_penalty", "per_device_train_batch_size", "ref_model_mixup_alpha",
-        "ref_model_sync_steps", "replay_size", "reward_clip_range", "reward_weights", "sampling_correction",
+        "ref_model_sync_steps", "repetition_penalty", "replay_size", "reward_clip_range", "reward_weights",
+        "sampling_correction",
         "sampling_correction_max", "sampling_correction_min", "sapo_temperature_neg", "sapo_temperature_pos",
         "scale_rewards", "simpo_gamma", "steps_per_generation", "stop", "tf32", "top_entropy_quantile", "top_k",
         "top_p", "undesirable_weight", "use_bias_correction_kl", "use_weighting", "value_learning_rate",

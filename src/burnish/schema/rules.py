@@ -156,6 +156,7 @@ _ONLINE: tuple[Rule, ...] = (
     ("top_p", lambda value: is_fraction(value) and value > 0, "use a number in (0, 1]; 1 keeps every token"),
     ("top_k", count(0), "use 0 (keep all) or a positive integer"),
     ("min_p", optional(is_fraction), "use a number in [0, 1], or leave it out"),
+    ("repetition_penalty", above(0), "use a number above 0; 1 for none, such as 1.1"),
     (
         "stop",
         optional(list_of(lambda item: isinstance(item, str) and item != "")),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +12,11 @@ from transformers import TrainerCallback
 
 from burnish.errors import ConfigError
 from burnish.model.adapter_checks import refuse_outside_weights
+from burnish.schema import elsewhere, known_fields
+from burnish.schema.checks import did_you_mean
+from burnish.schema.translated import ALIASES
 
-__all__ = ["check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
+__all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
 
 _METRICS = (
     "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
@@ -30,6 +34,46 @@ _REFUSED: dict[str, str] = {
     "rollout_func": "completions come from an engine; pass one as engine",
     "tools": "a completion is one turn of text; put the schemas into a tools column",
 }
+
+
+_MOVED: dict[str, str] = {
+    "config": "it is args now",
+    "dataset": "it is train_dataset now",
+    "policy": "it is model now",
+    "ppo_config": "it is args now",
+    "ref_policy": "it is ref_model now",
+    "reward_model": "pass it as reward_funcs",
+    "tokenizer": "it is processing_class now",
+    "torch_dtype": "it is a key of model_init_kwargs in args, as dtype",
+}
+"""Arguments that older trainers of TRL's had -> where they live now."""
+
+
+def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that a trainer's constructor does not have, with where they live now.
+
+    Raises:
+        ConfigError: an unknown, missing or doubled argument.
+    """
+    signature = inspect.signature(trainer.__init__)
+    parameters = signature.parameters
+    config: Any = getattr(trainer, "config_class", None)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in kwargs.items():
+        if name in parameters or takes_any:
+            continue
+        what = f"{name} = {_short(value)}: {trainer.__name__} has no such argument"
+        if name in _MOVED:
+            raise ConfigError(f"{what}; {_MOVED[name]}.")
+        if config is not None and (name in known_fields(config.kind) or name in ALIASES.get(config.kind, {})):
+            raise ConfigError(f"{what}; it is a field of args: {config.__name__}({name}=...).")
+        if config is not None and (there := elsewhere(config.kind).get(name)) is not None:
+            raise ConfigError(f"{what}; of args, {there.fix}.")
+        raise ConfigError(f"{what}; {did_you_mean(name, list(parameters)[1:])}.")
+    try:
+        signature.bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{trainer.__name__}: {error}; name the arguments.") from None
 
 
 def resolve_args(args: Any, config_class: type[Any]) -> Any:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights, over_masters
 from burnish.model.scoring import prepare_for_scoring
 from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
-from burnish.trainers.arguments import check_parts
+from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import ProgressCallback
 from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
@@ -64,6 +64,11 @@ class GroupTrainer(Trainer):
     tokenizer: PreTrainedTokenizerBase
     whole_groups: ClassVar[bool] = False
     """Whether the completions of a group meet in one loss, so that no split may separate them."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Check the names of the arguments, which Python would refuse without saying what to do."""
+        check_constructor(cls, args, kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -443,6 +448,10 @@ class GroupTrainer(Trainer):
             return
         load = super()._load_optimizer_and_scheduler
         self.checkpoints.load(Path(checkpoint), lambda: load(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}

@@ -88,22 +88,24 @@ class ProgressCallback(TrainerCallback):
 class RecordsCallback(TrainerCallback):
     """Drops what an earlier run recorded after the step at which this one starts."""
 
-    def __init__(self, records: StepRecords) -> None:
-        self.records = records
+    def __init__(self, *files: StepRecords) -> None:
+        self.files = files
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Cut the records back to the checkpoint, or to nothing."""
         if state.is_world_process_zero:
-            self.records.start_at(state.global_step)
+            for records in self.files:
+                records.start_at(state.global_step)
 
 
 class MetricsCallback(RecordsCallback):
     """Appends every log to `metrics.jsonl`; a run that starts or resumes first drops the records after its step."""
 
     def __init__(self, file: Path, stage: str) -> None:
-        super().__init__(StepRecords(file, stage=stage))
+        self.records = StepRecords(file, stage=stage)
+        super().__init__(self.records)
         self._resumes = False
 
     def on_train_begin(

@@ -107,6 +107,8 @@ def _finish(config: Any) -> None:
     """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
     config.check()
     config.use_cpu = config.use_cpu or needs_cpu()
+    if config.trust_remote_code:
+        config.model_init_kwargs = {**(config.model_init_kwargs or {}), "trust_remote_code": True}
     requested = config.bf16
     # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
     config.bf16 = False

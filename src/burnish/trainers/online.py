@@ -122,8 +122,7 @@ class OnlineTrainer(GroupTrainer):
         shared: dict[str, Any] = {"is_main": self.is_world_process_zero(), "gathered": self.gathered}
         self.transcripts = TranscriptLog(args, **shared)
         self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
-        for log in (self.transcripts, self.eval_transcripts):
-            self.add_callback(RecordsCallback(log.records))
+        self.add_callback(RecordsCallback(self.transcripts.records, self.eval_transcripts.records))
         self.params = sampling_params(args, causal_lm(self.model), self.tokenizer)
         self._buffer: list[list[Group]] = []
         order = args.prompt_sampling if args.shuffle_dataset else "given"

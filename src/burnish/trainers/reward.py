@@ -77,6 +77,7 @@ class RewardTrainer(GroupTrainer):
     """
 
     args: RewardConfig
+    config_class = RewardConfig
     whole_groups = True
 
     def __init__(

@@ -28,6 +28,7 @@ def sampling_params(args: Any, model: Any, tokenizer: Any) -> SamplingParams:
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
         stop=tuple(args.stop or ()),
         eos_token_ids=ends,
     )

@@ -60,6 +60,7 @@ class SFTTrainer(GroupTrainer):
     """
 
     args: SFTConfig
+    config_class = SFTConfig
 
     def __init__(
         self,
