@@ -12,7 +12,7 @@ import pytest
 
 from nonsense.cases import Case, judge
 
-MODULES = ("files", "fields", "tables", "data_files")
+MODULES = ("files", "fields", "tables", "data_files", "rows")
 SAMPLE = 60
 """Cases of a module that the fast suite tries, evenly spread; broken checkpoints it has in test_checkpoints.py."""
 
@@ -48,7 +48,7 @@ def test_every_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """At least 3,000; `make nonsense` prints the counts."""
     counts: Counter[tuple[str, str]] = Counter()
     problems: list[str] = []
-    for module in (*MODULES, "checkpoints"):
+    for module in (*MODULES, "checkpoints", "unsealed"):
         (folder := tmp_path / module).mkdir()
         found, wrong = outcomes(cases_of(module), folder)
         counts += found

@@ -16,7 +16,7 @@ __all__ = ["Case", "all_cases", "judge"]
 
 def all_cases() -> Iterator[Case]:
     """Every case, in an order that never changes."""
-    from nonsense import checkpoints, data_files, fields, files, tables
+    from nonsense import checkpoints, data_files, fields, files, rows, tables, unsealed
 
-    for family in (files, fields, tables, data_files, checkpoints):
+    for family in (files, fields, tables, data_files, rows, checkpoints, unsealed):
         yield from family.cases()

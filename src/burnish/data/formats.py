@@ -168,7 +168,7 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         texts = ("prompt", *texts)
     conversational = not tokenized and _check_values(row, texts, index)
     if kind is Kind.UNPAIRED and row["label"] not in (True, False):
-        raise DataError(f"row {index}: label = {row['label']!r}: use true (good) or false (bad).")
+        raise DataError(f"row {index}: label = {short(row['label'])}: use true (good) or false (bad).")
     return Format(kind, conversational, texts, tokenized)
 
 
@@ -231,7 +231,7 @@ def _is_conversation(value: Any, name: str, index: int) -> bool:
 
 def _check_message(value: Any, name: str, index: int) -> None:
     message = cast("Mapping[str, Any]", value)
-    if not isinstance(value, Mapping) or not isinstance(message.get("role"), str):
+    if not isinstance(value, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
         raise DataError(
             f"row {index}: {name} holds {short(value)}, which is not a message: each needs a role and a content "
             '({"role": "user", "content": "..."}), or a from and a value.'

@@ -5,15 +5,16 @@ Scores are read at single tokens, and a group says at which: `loss_mask` is True
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 from burnish.data.encode import EncodeStats, preference_group, prompt_group, sft_group, shared_prompt
 from burnish.data.formats import as_row, hint, refuse_mixed
+from burnish.data.parsing import short
 from burnish.data.tokenized import token_completion
 from burnish.data.tokens import plain_ids
 from burnish.errors import DataError
+from burnish.schema.predicates import is_number
 from burnish.types import Completion, Group
 
 __all__ = ["RewardKind", "answer_group", "ranked_group", "read_last", "reward_group", "reward_kind", "stepwise_group"]
@@ -247,11 +248,14 @@ def _check_completions(group: Group) -> None:
         raise DataError(f"row {group.index}: two completions are the same tokens, which says nothing: drop it.")
 
 
+_LARGEST_MARGIN = 1e30
+
+
 def _check_margin(row: Mapping[str, Any], index: int, kind: RewardKind) -> None:
     margin = row.get("margin")
     if margin is None:
         return
     if kind != "preference":
         raise DataError(f"row {index}: margin belongs to chosen and rejected; drop the column from {kind} rows.")
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(f"row {index}: margin = {margin!r}: use a finite number.")
+    if not is_number(margin) or abs(margin) > _LARGEST_MARGIN:
+        raise DataError(f"row {index}: margin = {short(margin)}: use a finite number.")

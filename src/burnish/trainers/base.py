@@ -450,6 +450,10 @@ class GroupTrainer(Trainer):
         load = super()._load_optimizer_and_scheduler
         self.checkpoints.load(Path(checkpoint), lambda: load(checkpoint))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         with reading(resume_from_checkpoint):

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import TrainerState
 
-from burnish.errors import BurnishError, ConfigError, FileError
+from burnish.errors import BurnishError, ConfigError, FileError, show
 from burnish.runs.checkpoints import (
     DRAFTS,
     check_unused,
@@ -30,6 +31,7 @@ from burnish.runs.checkpoints import (
     settle,
 )
 from burnish.runs.files import read_json, write_json
+from burnish.schema.paths import is_folder
 from burnish.schema.resume import resume_class
 from burnish.trainers.fingerprint import describe_run, model_digest
 
@@ -105,9 +107,10 @@ class RunCheckpoints:
         self.changed = {}
         self._run["run"] = trainer.agreed(lambda: uuid.uuid4().hex)
         if checkpoint is not None:
-            self.changed = changed_settings(checkpoint, self._run)
-            self._run["run"] = read_json(checkpoint / _RUN, self._run)["run"]
-            step = int(read_json(checkpoint / "trainer_state.json")["global_step"])
+            with reading(checkpoint):
+                step = _read_step(checkpoint)
+                self.changed = changed_settings(checkpoint, self._run)
+                self._run["run"] = read_json(checkpoint / _RUN, self._run)["run"]
             trainer.agreed(lambda: set_aside_after(Path(args.output_dir), step))
         return checkpoint
 
@@ -183,6 +186,32 @@ class RunCheckpoints:
             trainer.load_own_state(checkpoint)
 
 
+def _read_step(checkpoint: Path) -> int:
+    """Return the step of a checkpoint whose state is one that transformers can go on from.
+
+    Raises:
+        TypeError: a field is unknown, or of another type.
+    """
+    state: Any = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    for name, kind in _STATE_TYPES.items():
+        if not isinstance(getattr(state, name), kind):
+            raise TypeError(f"trainer_state.json: {name} = {show(getattr(state, name))}")
+    if not isinstance(state.stateful_callbacks.get("TrainerControl"), dict):
+        raise TypeError("trainer_state.json: stateful_callbacks has no TrainerControl")
+    return int(state.global_step)
+
+
+_STATE_TYPES: dict[str, Any] = {
+    "best_model_checkpoint": str | None,
+    "epoch": int | float | None,
+    "global_step": int,
+    "log_history": list,
+    "max_steps": int,
+    "stateful_callbacks": dict,
+    "train_batch_size": int,
+}
+
+
 def _check_masters(checkpoint: Path, masters: bool) -> None:
     """Refuse an optimizer of another number format: torch ignores masters that it does not know.
 
@@ -244,8 +273,8 @@ def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: 
         if found is None and overwrite and not check_only:
             delete_run(folder)
         return found
-    if not (checkpoint := Path(str(resume))).is_dir():
-        raise ConfigError(f"resume_from_checkpoint = {resume!r}: no such folder; name a checkpoint.")
+    if not is_folder(checkpoint := Path(str(resume))):
+        raise ConfigError(f"resume_from_checkpoint = {show(resume)}: no such folder; name a checkpoint.")
     if (problem := problem_of(checkpoint)) is not None:
         raise ConfigError(
             f"resume_from_checkpoint = {resume!r}: {problem}. resume_from_checkpoint = true takes the latest usable "

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from burnish.runs.files import read_json, write_json
+from burnish.trainers.checkpoint import reading
 
 if TYPE_CHECKING:
     from burnish.trainers.base import GroupTrainer
@@ -25,7 +26,7 @@ class LogState(TrainerCallback):
 
     def __init__(self, trainer: GroupTrainer) -> None:
         self.trainer = trainer
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: tuple[Path, dict[str, Any] | None] | None = None
 
     def save(self, folder: Path) -> None:
         """Write this rank's file of a checkpoint.
@@ -43,18 +44,23 @@ class LogState(TrainerCallback):
         Raises:
             FileError: it cannot be read.
         """
-        self._loaded = read_json(self._file(folder))
+        self._loaded = (folder, read_json(self._file(folder)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore what `load` read."""
-        loaded, self._loaded = self._loaded, None
+        """Restore what `load` read.
+
+        Raises:
+            ConfigError: it is not what `save` wrote.
+        """
+        (folder, loaded), self._loaded = self._loaded or (Path(), None), None
         own: Any = self.trainer
         if loaded is not None:
-            own.load_metrics_state(loaded)
-            own._tr_loss += torch.tensor(loaded["loss"], dtype=own._tr_loss.dtype)
-            own._globalstep_last_logged = loaded["last_logged"]
+            with reading(folder):
+                own.load_metrics_state(loaded)
+                own._tr_loss += torch.tensor(loaded["loss"], dtype=own._tr_loss.dtype)
+                own._globalstep_last_logged = int(loaded["last_logged"])
 
     def _file(self, folder: Path) -> Path:
         return folder / f"log_{self.trainer.args.process_index}.json"
