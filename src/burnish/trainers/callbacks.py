@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from burnish.progress import format_seconds, say
 from burnish.runs.records import StepRecords
+from burnish.trainers.plan import describe_plan
 
 __all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "RecordsCallback"]
 
@@ -35,9 +36,12 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock and the bar."""
+        """Say what will be done; start the clock and the bar."""
         self._started, self._first_step = time.monotonic(), state.global_step
-        if not state.is_world_process_zero or not sys.stderr.isatty():
+        if not state.is_world_process_zero:
+            return
+        say(describe_plan(args, first_step=state.global_step, max_steps=state.max_steps))
+        if not sys.stderr.isatty():
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(
