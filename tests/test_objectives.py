@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from burnish.objectives.policy import (
     clipped_surrogate,
     correction_weights,
     log_ratio,
+    off_policy_mask,
     sapo,
 )
 from burnish.objectives.supervised import SUPERVISED_LOSSES, dft, nll
@@ -426,6 +428,22 @@ def test_correction_weights_by_hand() -> None:
         assert weights_of(kind) == [3.0, 0.5, 2.0, 0.1, 0.2]
     for kind in ("sequence_truncate", "sequence_mask"):
         assert weights_of(kind) == [1.5, 1.5, 2.0, 0.02, 0.02]
+
+
+def test_off_policy_mask_by_hand() -> None:
+    """Means of log(sampled / present): 0.5 for two sequences, 0.1 for the last; only bad ones above 0.4 are masked."""
+    new = f64(-1.5, -2.5, -1.0, -3.0, -1.0, -0.6).requires_grad_()
+    sampled = f64(-1.0, -2.0, -0.5, -2.0, -1.0, -0.5)
+    place: dict[str, Any] = {"sequence_index_N": INDEX, "num_sequences": 3}
+    bad, good = f64(-1.0, -1.0, -2.0, -2.0, -2.0, -1.0), f64(-1.0, -1.0, 2.0, 2.0, 2.0, -1.0)
+    masked = off_policy_mask(new, sampled, bad, threshold=0.4, **place)
+    assert masked.tolist() == [0, 0, 0, 0, 0, 1]
+    assert not masked.requires_grad
+    assert off_policy_mask(new, sampled, good, threshold=0.4, **place).tolist() == [0, 0, 1, 1, 1, 1]
+    assert off_policy_mask(new, sampled, bad, threshold=0.5, **place).tolist() == [1] * 6
+    assert off_policy_mask(new, new.detach(), bad, threshold=1e-9, **place).tolist() == [1] * 6
+    # A zero advantage is not a bad one.
+    assert off_policy_mask(new, sampled, 0 * bad, threshold=0.1, **place).tolist() == [1] * 6
 
 
 KINDS: tuple[Correction, ...] = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")

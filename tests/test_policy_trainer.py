@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gspo_token": {"loss_type": "grpo", "importance_sampling_level": "sequence_token"},
     "rloo": {"loss_type": "grpo", "importance_sampling_level": "product", "advantage_estimator": "leave_one_out"},
     "temperature": {"loss_type": "dapo", "temperature": 1.5, "beta": 0.2},
+    "off_policy_mask": {"loss_type": "dapo", "beta": 0.2, "off_policy_mask_threshold": 0.02},
     "entropy": {"loss_type": "grpo", "entropy_coef": 0.3},
     "top-entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.3, "entropy_coef": 0.3, "beta": 0.2},
     "reinforce++": {"loss_type": "dapo", "advantage_estimator": "batch", "kl_in": "reward", "beta": 0.2,
@@ -98,6 +99,9 @@ def reference_loss(sequences: Sequence[Sequence_], entropies: Sequence[torch.Ten
             advantage = torch.tensor(completion.token_advantages)
         ratio = ratio_of(config.importance_sampling_level, new, old)
         loss = surrogate(config.loss_type, ratio, new, advantage, high) * keep * correction(config, old, completion)
+        if config.off_policy_mask_threshold is not None:
+            moved = float((old - new.detach()).mean()) > config.off_policy_mask_threshold
+            loss = loss * float(completion.advantage >= 0 or not moved)
         if config.beta and config.kl_in == "loss":
             plain = config.use_bias_correction_kl is False or config.kl_estimator == "k2"
             loss = loss + config.beta * kl(config.kl_estimator, new, ref) * (1.0 if plain else ratio)

@@ -333,3 +333,42 @@ def test_the_model_given_as_policy_is_not_the_reference_object(tmp_path: Path) -
     assert trainer.reference.model is not None
     for name, value in trainer.reference.model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_metrics_of_ones_own_read_implicit_rewards(tmp_path: Path) -> None:
+    """[P, 2] rewards, chosen and rejected, of all held-out pairs: what DPO's own metrics are means of."""
+    seen: list[Any] = []
+
+    def best_of_two(found: Any) -> dict[str, float]:
+        seen.append(found)
+        right = found.predictions.argmax(-1) == found.label_ids
+        return {"best_of_two": right.mean(), "eval_margin": (found.predictions @ [1.0, -1.0]).mean()}
+
+    args = DPOConfig(**settings(tmp_path, metric_for_best_model="best_of_two", beta=0.3))
+    trainer = DPOTrainer(
+        tiny.model(), tiny.model(seed=5), args, None, PAIRS, {"odd": PAIRS[1::2], "even": PAIRS[::2]},
+        tiny.tokenizer(), best_of_two,
+    )  # fmt: skip
+    metrics = trainer.evaluate(PAIRS)
+    assert seen[0].predictions.shape == (12, 2)
+    assert seen[0].label_ids.tolist() == [0] * 12
+    policy, reference = tiny.model(), tiny.model(seed=5)
+    sides = [(row["prompt"], row[side]) for row in PAIRS[:2] for side in ("chosen", "rejected")]
+    with torch.no_grad():
+        ratios = [plain_sum(policy, *side) - plain_sum(reference, *side) for side in sides]
+    by_hand = (0.3 * torch.stack(ratios)).view(2, 2).numpy()
+    assert seen[0].predictions[:2] == pytest.approx(by_hand, abs=1e-4)  # fp32 sums
+    assert metrics["eval_best_of_two"] == pytest.approx(metrics["eval_rewards/accuracies"])
+    assert metrics["eval_margin"] == pytest.approx(metrics["eval_rewards/margins"])
+    assert {"eval_odd_best_of_two", "eval_even_best_of_two"} <= trainer.evaluate().keys()
+
+
+def test_metrics_of_ones_own_in_kto_read_rewards_and_labels(tmp_path: Path) -> None:
+    def accuracy(found: Any) -> dict[str, float]:
+        assert found.label_ids.tolist() == [int(row["label"]) for row in LABELLED]
+        return {"desirable": found.predictions[found.label_ids == 1].mean()}
+
+    args = KTOConfig(**settings(tmp_path))
+    trainer = KTOTrainer(tiny.model(), tiny.model(seed=5), args, None, LABELLED, LABELLED, tiny.tokenizer(), accuracy)
+    metrics = trainer.evaluate()
+    assert metrics["eval_desirable"] == pytest.approx(metrics["eval_rewards/chosen"])

@@ -35,7 +35,8 @@ _COUNTS = _named(
 
 _POSITIVE = _named(
     "cliprange_value discopop_tau epsilon epsilon_high eval_steps kl_target logging_steps logprob_check_bound "
-    "num_train_epochs overlong_buffer ref_model_mixup_alpha sampling_correction_max sampling_correction_min "
+    "num_train_epochs off_policy_mask_threshold overlong_buffer ref_model_mixup_alpha sampling_correction_max "
+    "sampling_correction_min "
     "sapo_temperature_neg sapo_temperature_pos save_steps temperature top_entropy_quantile top_p vf_coef"
 )
 """Numbers above 0."""

@@ -21,6 +21,7 @@ __all__ = [
     "clipped_surrogate",
     "correction_weights",
     "log_ratio",
+    "off_policy_mask",
     "sapo",
 ]
 
@@ -226,6 +227,39 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "sapo": PolicyLoss(_sapo, "sequence"),
 }
 """`loss_type` -> loss; `burnish.algorithms.register` adds to it."""
+
+
+def off_policy_mask(
+    logprobs_N: torch.Tensor,
+    sampled_logprobs_N: torch.Tensor,
+    advantages_N: torch.Tensor,
+    *,
+    threshold: float,
+    sequence_index_N: torch.Tensor,
+    num_sequences: int,
+) -> torch.Tensor:
+    r"""Off-policy sequence mask of DeepSeek-V3.2 (2512.02556): leave out bad samples that the policy has moved off.
+
+    .. math::
+        m_t = 0 \text{ where } A_t < 0 \text{ and }
+        \frac{1}{|s|} \sum_{u \in s} \log\frac{\pi_{old}(y_u)}{\pi(y_u)} > \delta, \quad 1 \text{ elsewhere}
+
+    Args:
+        logprobs_N: [N] log-probabilities under the policy that is trained.
+        sampled_logprobs_N: [N] log-probabilities when the completions were sampled.
+        advantages_N: [N] A.
+        threshold: delta, in nats a token.
+        sequence_index_N: [N] sequence of each token.
+        num_sequences: S.
+
+    Returns:
+        [N] 1 or 0, without gradient.
+    """
+    assert logprobs_N.shape == sampled_logprobs_N.shape == advantages_N.shape == sequence_index_N.shape
+    moved_N = (sampled_logprobs_N - logprobs_N).detach()
+    lengths_S = sequence_sums(torch.ones_like(moved_N), sequence_index_N, num_sequences).clamp(min=1)
+    means_N = (sequence_sums(moved_N, sequence_index_N, num_sequences) / lengths_S)[sequence_index_N]
+    return ((advantages_N >= 0) | (means_N <= threshold)).to(logprobs_N.dtype)
 
 
 def correction_weights(

@@ -99,7 +99,6 @@ _ONLINE: dict[str, Elsewhere] = {
     "log_multimodal": Elsewhere((True, False), "completions are text; remove the field", (bool,)),
     "log_unique_prompts": Elsewhere(False, _PRINTED, (bool,)),
     "num_completions_to_print": Elsewhere(None, _PRINTED, (int,)),
-    "off_policy_mask_threshold": Elsewhere(None, _NOT_THERE),
     "ref_model_mixup_alpha": Elsewhere(
         0.6, "the reference does not move in online stages; remove the field", (float, int)
     ),
@@ -161,6 +160,7 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "kto": _REFERENCE,
     "online_dpo": {
         **_ONLINE,
+        "off_policy_mask_threshold": Elsewhere(None, _NOT_THERE),
         "max_length": Elsewhere(None, "set max_prompt_length and max_completion_length"),
         "max_new_tokens": Elsewhere(None, "its name is max_completion_length"),
         "missing_eos_penalty": Elsewhere(None, "set mask_truncated_completions, or add a reward function that sees it"),

@@ -321,6 +321,11 @@ class _PolicyFields(_OnlineFields):
     )
     sampling_correction_max: float | None = _own(3.0, "Largest weight; above it truncated or masked. None: no bound.")
     sampling_correction_min: float | None = _own(None, "Smallest weight, of the masks. None: no bound.")
+    off_policy_mask_threshold: float | None = _own(
+        None,
+        "Leave a completion of negative advantage out of the surrogate where its mean log(sampled / present "
+        "probability), in nats a token, exceeds this (2512.02556). None: keep all.",
+    )
 
 
 @dataclass

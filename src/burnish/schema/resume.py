@@ -38,6 +38,7 @@ APPLIED = frozenset(
         "lr_scheduler_type", "mask_truncated_completions", "max_completion_length", "max_grad_norm",
         "max_sampling_rounds", "max_steps", "metric_for_best_model", "min_p", "missing_eos_penalty",
         "multi_objective_aggregation", "neftune_noise_alpha", "normalize_advantages", "num_train_epochs",
+        "off_policy_mask_threshold",
         "overlong_buffer", "overlong_penalty", "per_device_train_batch_size", "ref_model_mixup_alpha",
         "ref_model_sync_steps", "repetition_penalty", "replay_size", "reward_clip_range", "reward_weights",
         "sampling_correction",

@@ -204,6 +204,7 @@ _POLICY: tuple[Rule, ...] = (
         one_of("token", "sequence", "sequence_token", "product"),
         "use token, sequence, sequence_token or product",
     ),
+    ("off_policy_mask_threshold", optional(above(0)), "use nats a token above 0, such as 0.5, or leave it out"),
     ("entropy_coef", is_number, "use a finite number; 0 is no bonus"),
     (
         "top_entropy_quantile",

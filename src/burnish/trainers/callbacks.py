@@ -14,6 +14,7 @@ from burnish.progress import format_seconds, say
 from burnish.runs.files import write_json
 from burnish.runs.records import StepRecords
 from burnish.trainers.environment import environment
+from burnish.trainers.plan import describe_plan
 
 __all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "RecordsCallback"]
 
@@ -36,9 +37,12 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock and the bar."""
+        """Say what will be done; start the clock and the bar."""
         self._started, self._first_step = time.monotonic(), state.global_step
-        if not state.is_world_process_zero or not sys.stderr.isatty():
+        if not state.is_world_process_zero:
+            return
+        say(describe_plan(args, first_step=state.global_step, max_steps=state.max_steps))
+        if not sys.stderr.isatty():
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(

@@ -40,7 +40,9 @@ class KTOTrainer(ReferenceTrainer):
         optimizers: an optimizer and a scheduler instead of the configured ones.
         quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
-        data_collator, compute_metrics: TRL's; refused.
+        compute_metrics: a `transformers.EvalPrediction` of an evaluation -> metrics by name. Its `predictions` are
+            [S] implicit rewards, its `label_ids` 1 where a completion is desirable and 0 elsewhere.
+        data_collator: TRL's; refused.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -159,7 +161,7 @@ class KTOTrainer(ReferenceTrainer):
         """Those of the steps, and how far apart desirable and other completions are rewarded."""
         return _with_margin(super().step_metrics())
 
-    def evaluation_names(self) -> Collection[str]:
+    def metric_names(self) -> Collection[str]:
         """Names of the metrics below; of one label alone there are fewer."""
         sides = ("chosen", "rejected")
         return ("loss", "kl", "rewards/margins", *(f"{of}/{side}" for of in ("rewards", "logps") for side in sides))
@@ -176,7 +178,8 @@ class KTOTrainer(ReferenceTrainer):
         losses_S = self._losses(policy_S - reference_S, desirable_S, torch.tensor(kl, dtype=torch.float64))
         values = self._metrics_of(policy_S, policy_S - reference_S, desirable_S)
         means = {name: float(found.mean()) for name, found in values.items() if found.numel()}
-        return {"loss": float(losses_S.mean()), "kl": kl, **_with_margin(means)}
+        own = self.own_metrics(self.args.beta * (policy_S - reference_S), desirable_S.long())
+        return {"loss": float(losses_S.mean()), "kl": kl, **_with_margin(means), **own}
 
 
 def _unpaired(row: Any, index: int) -> list[Any]:

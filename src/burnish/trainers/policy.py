@@ -22,6 +22,7 @@ from burnish.objectives.policy import (
     PolicyTerms,
     correction_weights,
     log_ratio,
+    off_policy_mask,
 )
 from burnish.packing import pack
 from burnish.trainers.batches import scored_tokens
@@ -257,7 +258,7 @@ class PolicyTrainer(OnlineTrainer):
         losses_N, clipped_N = self.loss.compute(terms, self.options)
         _check_shape(losses_N, logprobs_N, args.loss_type)
         kept_N = (entropy_N.detach() >= self._least_entropy).to(losses_N.dtype)
-        losses_N = losses_N * kept_N * self._correction(batch, old_N)
+        losses_N = losses_N * kept_N * self._correction(batch, old_N) * self._on_policy(batch, logprobs_N, old_N)
         by: dict[str, Any] = {"reduction": self.loss.reduction, "denominator": denominator, **place}
         surrogate = aggregate(losses_N.detach(), **by)
         self._metrics.add_part("policy_loss", float(surrogate) * self.data_parallel_size, step=self.state.global_step)
@@ -289,6 +290,22 @@ class PolicyTrainer(OnlineTrainer):
         self._metrics.add_tokens("sampling/correction/mean", weights_N)
         self._metrics.add_tokens("sampling/correction/masked", (weights_N == 0).float())
         return weights_N
+
+    def _on_policy(self, batch: PackedBatch, logprobs_N: torch.Tensor, old_N: torch.Tensor) -> torch.Tensor | float:
+        """Mask of sequences that the policy has moved off since they were sampled."""
+        if self.args.off_policy_mask_threshold is None:
+            return 1.0
+        sampled_N = batch.token.get("policy_logprobs", old_N)
+        mask_N = off_policy_mask(
+            logprobs_N,
+            torch.where(sampled_N.isnan(), old_N, sampled_N),
+            batch.token["advantages"],
+            threshold=self.args.off_policy_mask_threshold,
+            sequence_index_N=batch.sequence_index,
+            num_sequences=batch.num_sequences,
+        )
+        self._metrics.add_tokens("off_policy/masked", (mask_N == 0).float())
+        return mask_N
 
     def _kl_in_loss(self, batch: PackedBatch, logprobs_N: torch.Tensor, ratios_N: torch.Tensor) -> torch.Tensor:
         kl_N = KL_ESTIMATORS[self.args.kl_estimator](logprobs_N, batch.token["ref_logprobs"])

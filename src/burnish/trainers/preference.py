@@ -12,10 +12,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from burnish.data import encode_rows, finite_rows, preference_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import CheckFailed, ConfigError, DataError, user_code
 from burnish.model.positions import check_lengths
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
@@ -63,13 +63,14 @@ class ReferenceTrainer(GroupTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        compute_metrics: None = None,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
     ) -> None:
-        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
+        refuse_arguments(data_collator=data_collator)
+        self.metrics_of_rewards = compute_metrics
         args = with_quantization(resolve_args(args, self.config_class), model, quantization_config)
         check_reference(ref_model)
         if train_dataset is None:
@@ -284,7 +285,8 @@ class ReferenceTrainer(GroupTrainer):
         reference = [self._known[self._evaluated][group.index] for group in groups]
         records = self.gathered([(g, p, r) for g, p, r in zip(groups, policy, reference, strict=True)])
         found = self.evaluate_records([r[0] for r in records], [r[1] for r in records], [r[2] for r in records])
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        prefix = f"{metric_key_prefix}_"
+        metrics = {prefix + name.removeprefix(prefix): value for name, value in found.items()}
         empty: Any = None
         return EvalLoopOutput(predictions=empty, label_ids=empty, metrics=metrics, num_samples=len(records))
 
@@ -292,6 +294,22 @@ class ReferenceTrainer(GroupTrainer):
         self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]
     ) -> dict[str, float]:
         """Loss and metrics of held-out groups from log-probabilities of their completions."""
+        raise NotImplementedError
+
+    def own_metrics(self, rewards: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """Metrics of the user's from implicit rewards, over the held-out groups of all ranks."""
+        if self.metrics_of_rewards is None:
+            return {}
+        with user_code("compute_metrics"):
+            found = self.metrics_of_rewards(EvalPrediction(predictions=rewards.numpy(), label_ids=labels.numpy()))
+        return {name: float(value) for name, value in found.items()}
+
+    def evaluation_names(self) -> Collection[str] | None:
+        """Names of the metrics of `evaluate_records`, unless a function of the user's adds some."""
+        return None if self.metrics_of_rewards is not None else self.metric_names()
+
+    def metric_names(self) -> Collection[str]:
+        """Names of the trainer's own metrics of an evaluation."""
         raise NotImplementedError
 
 
@@ -315,7 +333,9 @@ class DPOTrainer(ReferenceTrainer):
         optimizers: an optimizer and a scheduler instead of the configured ones.
         quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
-        data_collator, compute_metrics: TRL's; refused.
+        compute_metrics: a `transformers.EvalPrediction` of an evaluation -> metrics by name. Its `predictions` are
+            [P, 2] implicit rewards, chosen and rejected; its `label_ids` are zeros, the index of the better one.
+        data_collator: TRL's; refused.
 
     Raises:
         ConfigError, DataError, ModelError: before training starts.
@@ -421,7 +441,7 @@ class DPOTrainer(ReferenceTrainer):
         normalised = all(loss.length_normalised for loss, _ in self.losses)
         return pair_metrics(pairs, self.options.beta, normalised=normalised)
 
-    def evaluation_names(self) -> Collection[str]:
+    def metric_names(self) -> Collection[str]:
         """Names of the metrics below."""
         of_pairs = ("chosen", "rejected", "margins", "accuracies")
         return ("loss", *(f"rewards/{name}" for name in of_pairs), *(f"logps/{name}" for name in of_pairs[:2]))
@@ -438,8 +458,10 @@ class DPOTrainer(ReferenceTrainer):
             / (pairs.chosen_tokens.sum() if loss.per_token else len(groups))
             for loss, weight in self.losses
         )
-        means = {name: float(values.mean()) for name, values in self._pair_metrics(pairs).items()}
-        return {"loss": float(loss), **means}
+        found = self._pair_metrics(pairs)
+        rewards_P2 = torch.stack([found["rewards/chosen"], found["rewards/rejected"]], dim=1)
+        own = self.own_metrics(rewards_P2, torch.zeros(len(groups), dtype=torch.long))
+        return {"loss": float(loss), **{name: float(values.mean()) for name, values in found.items()}, **own}
 
 
 def _file_name(split: str) -> str:
