@@ -82,8 +82,13 @@ def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole:
         groups: P groups.
         token_budget: most tokens of one list, or None for no limit.
         whole: cut no group; one over the budget has a list of its own.
+
+    Returns:
+        Lists that each hold at least one group; none where there are no groups.
     """
-    if token_budget is None or not groups:
+    if not groups:
+        return []
+    if token_budget is None:
         return [list(groups)]
     pieces = list(groups) if whole else [piece for group in groups for piece in _cut(group, token_budget)]
     count = max(1, -(-sum(p.num_tokens for p in pieces) // token_budget))

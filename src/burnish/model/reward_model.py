@@ -99,7 +99,7 @@ class RewardModel:
         scores = [0.0] * len(rows)
         device = self.model.device
         with torch.no_grad(), eval_mode(self.model):
-            for part in split_by_tokens(groups, self.token_budget) if groups else []:
+            for part in split_by_tokens(groups, self.token_budget):
                 values = reward_scores(self.model, pack_reads(part).to(device)).tolist()
                 done = [completion for group in part for completion in group.completions]
                 for completion, value in zip(done, values, strict=True):

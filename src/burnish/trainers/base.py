@@ -245,7 +245,7 @@ class GroupTrainer(Trainer):
         return batches, torch.tensor(max(denominator, 1.0), device=device)
 
     def _micro_batch(self, groups: list[Group]) -> MicroBatch:
-        parts = self.split(groups) if groups else []
+        parts = self.split(groups)
         count = int(self.max_over_ranks(len(parts)))
         # Ranks must run the same number of forwards, and a step without work still takes its optimizer step.
         filler = [zero_weight_group(cast(int, self.tokenizer.pad_token_id or 0))]

@@ -38,7 +38,7 @@ def held_out_loss(trainer: Any, shares: Sequence[Share]) -> float:
             trainer.prepare_terms(groups)
             denominator = max(trainer.sum_over_ranks(trainer.step_denominator(groups)), 1.0)
             trainable = trainer.trainable_groups(groups)
-            batches = [trainer.pack_groups(part) for part in trainer.split(trainable)] if trainable else []
+            batches = [trainer.pack_groups(part) for part in trainer.split(trainable)]
             device, model = trainer.args.device, trainer.model
             losses = [float(trainer.batch_loss(model, batch.to(device), denominator=denominator)) for batch in batches]
             return trainer.sum_over_ranks(sum(losses))

@@ -29,6 +29,8 @@ class KTOTrainer(ReferenceTrainer):
 
     .. math:: z = \max\Big(0, \frac1S \sum_s \log\frac{\pi(y_{s-1}|x_s)}{\pi_{ref}(y_{s-1}|x_s)}\Big)
 
+    A step or a held-out set of a single row has no mismatched pair, and z = 0.
+
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
         ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
@@ -57,6 +59,13 @@ class KTOTrainer(ReferenceTrainer):
     def set_up(self) -> None:
         """No estimate of the KL before the first step."""
         self._kl = torch.zeros(())
+        args = self.args
+        if args.loss_type == "kto" and args.per_device_train_batch_size * args.gradient_accumulation_steps == 1:
+            logger.warning(
+                "per_device_train_batch_size = 1, gradient_accumulation_steps = 1: one row in a step has no other "
+                "completion to estimate the KL with, so it counts as 0; raise one of them, or use loss_type "
+                "apo_zero_unpaired, which needs no estimate."
+            )
 
     def encode(self, dataset: Any, name: str) -> list[Group]:
         """Groups of rows."""

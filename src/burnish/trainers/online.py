@@ -329,7 +329,7 @@ class OnlineTrainer(GroupTrainer):
     @torch.no_grad()
     def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
         """Write the log-probability of every token under a model into the completions."""
-        for part in self.split(groups) if groups else []:
+        for part in self.split(groups):
             batch = pack(part).to(self.args.device)
             logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
             completions = [completion for group in part for completion in group.completions]

@@ -200,7 +200,7 @@ class PolicyTrainer(OnlineTrainer):
         """The entropy at every token in the loss: a quantile couples all tokens of a step, so it takes a pass."""
         found: list[float] = []
         with eval_mode(self.model):
-            for part in self.split(groups) if groups else []:
+            for part in self.split(groups):
                 batch = pack(part).to(self.args.device)
                 entropy_N = score(self.model, batch, temperature=self.args.temperature, with_entropy=True).entropy
                 assert entropy_N is not None
