@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 
 import tiny
 from burnish.cli.main import main
+from burnish.trainers.base import GroupTrainer
 
 FILE = """
 model = "{model}"
@@ -171,23 +172,22 @@ def test_every_artefact_is_written_once(file: Path, capsys: pytest.CaptureFixtur
 
 def test_an_interrupted_run_goes_on_to_the_same_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["pipeline", str(file), f"--output_dir={file.parent / 'whole'}"]) == 0
-    from burnish.cli import stages
 
     class Killed(TrainerCallback):
         def on_step_end(self, args, state, control: TrainerControl, **kwargs) -> None:  # type: ignore[no-untyped-def]
             if args.kind == "grpo" and state.global_step == 3:
                 raise KeyboardInterrupt
 
-    original = stages._train
+    original = GroupTrainer.train
 
-    def killing(trainer, metrics):  # type: ignore[no-untyped-def]
+    def killing(trainer, *args, **kwargs):  # type: ignore[no-untyped-def]
         trainer.add_callback(Killed())
-        return original(trainer, metrics)
+        return original(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(stages, "_train", killing)
+    monkeypatch.setattr(GroupTrainer, "train", killing)
     command = ["pipeline", str(file), f"--output_dir={file.parent / 'cut'}"]
     assert main(command) == 130
-    monkeypatch.setattr(stages, "_train", original)
+    monkeypatch.setattr(GroupTrainer, "train", original)
     assert main(command) == 0
     for name in ("transcripts.jsonl", "evaluations.json"):
         assert (file.parent / "cut" / name).read_text() == (file.parent / "whole" / name).read_text()

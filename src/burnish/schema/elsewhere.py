@@ -209,19 +209,24 @@ def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, An
     for name, value in translate(kind, values).items():
         there = elsewhere(kind).get(name)
         if name in known:
-            if type(value) in met_types(kind).get(name, ()):
+            if type(value) in met_types(kind).get(name, ()) and _fits(value):
                 met += [name] if value != known[name].default else []
             else:
                 kept[name] = value
         elif there is None:
             kept[name] = value
         elif not _is_neutral(value, there.neutral):
-            if type(value) not in there.met:
+            if type(value) not in there.met or not _fits(value):
                 raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
             met.append(name)
     if met:
         logger.info("accepted, since it is done anyway or changes nothing: %s", ", ".join(sorted(met)))
     return kept
+
+
+def _fits(value: Any) -> bool:
+    """Whether an integer fits 64 bits: nonsense is refused, even where nothing would read it."""
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def _is_neutral(value: Any, neutral: Any) -> bool:
