@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from burnish.cli.config import load_run_file
 from burnish.errors import ConfigError
 from burnish.rewards import CRITERIA, rubric_from_config
 from burnish.types import Completion, Group
@@ -137,3 +138,18 @@ def test_an_import_that_a_module_lacks_is_named(tmp_path: Path, monkeypatch: pyt
         rubric_from_config([{"kind": "python", "function": "lacking:f"}])
     with pytest.raises(ConfigError, match=r"SyntaxError in line 1 of .*wrong\.py"):
         rubric_from_config([{"kind": "python", "function": "wrong:f"}])
+
+
+def test_a_run_file_names_functions_relative_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "own.py").write_text("def score(completions, **_): return [0.0] * len(completions)\n")
+    file = tmp_path / "runs" / "run.toml"
+    file.write_text(
+        'model = "m"\ndata.train.path = "t.jsonl"\n[[rubric]]\nkind = "python"\nfunction = "own.py:score"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    run = load_run_file("runs/run.toml", [], "grpo")
+    assert run.rubric is not None
+    assert run.rubric.names == ("score",)
+    with pytest.raises(ConfigError, match=r"rubric\[0\]: function = 'none.py:f': there is no file .*runs/none.py"):
+        load_run_file("runs/run.toml", ["--rubric.0.function=none.py:f"], "grpo")
