@@ -157,7 +157,7 @@ def test_stages_chain_with_trained_tokens(tmp_path: Path, bf16: bool) -> None:
     """The reference is the base, its fingerprint does not move, and new adapters go on the base without the rows."""
     model = tiny.model(tie_word_embeddings=True, dtype=torch.bfloat16 if bf16 else torch.float32)
     changes: dict[str, Any] = {"bf16": bf16, "optim": "sgd", "learning_rate": 0.1}
-    tokens = lora(trainable_token_indices=[5, 9], ensure_weight_tying=True)
+    tokens = lora(trainable_token_indices=[5, 9])
     first = made("sft", tmp_path, model, peft_config=tokens, **changes)
     start = weights(first)
     first.train()

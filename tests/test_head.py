@@ -368,7 +368,8 @@ def test_modules_to_save_uses_the_active_copy() -> None:
 def test_trained_tokens_score_as_in_the_models_own_forward(tied: bool, tokens: Any) -> None:
     """`trainable_token_indices` put rows in the embedding and, where it is tied, in the head."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
-    base = tiny.model(tie_word_embeddings=tied, dtype=torch.float64)
+    # Tokens that the tokenizer lacks are scored and not sampled.
+    base = tiny.model(vocab_size=len(tiny.tokenizer()), tie_word_embeddings=tied, dtype=torch.float64)
     model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
