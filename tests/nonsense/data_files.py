@@ -90,7 +90,9 @@ _PARQUET: dict[str, bytes] = {
     **{f"without its first {count} bytes": _GOOD_PARQUET[count:] for count in (1, 4, 20)},
 }  # fmt: skip
 
-_RUN_FILES = ("metrics.jsonl", "transcripts.jsonl", "evaluations.json", "config.json", "environment.json")
+_RUN_FILES = (
+    "metrics.jsonl", "transcripts.jsonl", "evaluations.json", "config.json", "environment.json", "status.json",
+)  # fmt: skip
 
 _RECORDS: tuple[Any, ...] = (
     None, 5, "x", [], {}, [1], {"stage": 5}, {"step": "x"}, {"step": None, "loss": "x"}, {"stage": "sft",
@@ -102,6 +104,9 @@ _RECORDS: tuple[Any, ...] = (
     {"evaluations": [{"name": "a", "pass_at_k": {"x": {}}}]}, {"evaluations": [{"name": "a", "pass_at_k": [1]}]},
     {"stage": "sft", "step": 1, "loss": True}, {"stage": "sft", "step": True}, {"": {"": {"": []}}},
     {"stage": "sft", "step": 1, "loss": "1e400"}, {"prompt": {"role": 5}}, {"prompt": [{"content": {}}]},
+    {"state": 5}, {"state": ["running"]}, {"state": "running"}, {"state": "failed", "step": "x", "max_steps": []},
+    {"state": "stopped", "error": 5, "reason": [], "part": 5}, {"state": "running", "part": "../..", "step": -1},
+    {"state": "running", "part": "a\0b"}, {"state": "running", "part": "x" * 5000, "step": 10**30},
     {"criteria": [5], "total": "x", "step": 1}, {"criteria": {"a": {"b": 1}}, "total": [1], "step": {}},
 )  # fmt: skip
 

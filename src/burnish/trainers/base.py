@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from burnish.errors import BurnishError, CheckFailed, ConfigError
-from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights, over_masters
@@ -46,6 +46,7 @@ from burnish.trainers.preflight import (
 )
 from burnish.trainers.processes import claimed_folder
 from burnish.trainers.signals import stopping_on_signals
+from burnish.trainers.status import recorded_status
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -131,6 +132,7 @@ class GroupTrainer(Trainer):
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(args))
+        self.status = recorded_status(self)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -160,8 +162,9 @@ class GroupTrainer(Trainer):
         """
         check_best_metric(self, self.evaluation_names())
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
-        with claimed_folder(self), handing_over, stopping_on_signals(self):
+        with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.status.begin("preparing to train")
             self.before_training()
             result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             self.liveness.end_run()
@@ -411,16 +414,17 @@ class GroupTrainer(Trainer):
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
         """
-        for name, model in self.saved_models().items():
-            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        with self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)):
+        with contextlib.ExitStack() as stack:
+            if not _internal_call:
+                stack.enter_context(self.status.resumed("saving the model"))
+                stack.enter_context(self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)))
+            for name, model in self.saved_models().items():
+                check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
+        folder = output_dir or str(self.args.output_dir)
+        with writing_checkpoint(folder, "the model"), saving_adapters(self.model, folder):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
