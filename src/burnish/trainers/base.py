@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from burnish.errors import BurnishError, CheckFailed, ConfigError
+from burnish.errors import CheckFailed, ConfigError
 from burnish.model.adapters import add_adapters, without_base_config
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
@@ -25,6 +25,7 @@ from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
+from burnish.trainers.cards import CardWriter, keeping_card
 from burnish.trainers.checkpoint import (
     RunCheckpoints,
     check_weights,
@@ -44,7 +45,7 @@ from burnish.trainers.preflight import (
     refuse_router_loss,
     use_non_reentrant_checkpointing,
 )
-from burnish.trainers.processes import claimed_folder
+from burnish.trainers.processes import agreed, claimed_folder
 from burnish.trainers.signals import stopping_on_signals
 from burnish.types import Group, PackedBatch
 
@@ -128,6 +129,7 @@ class GroupTrainer(Trainer):
             self.remove_callback(shown)
         if args.progress and not args.disable_tqdm:
             self.add_callback(ProgressCallback(args.kind))
+        self._card = CardWriter(self)
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(args))
@@ -137,18 +139,7 @@ class GroupTrainer(Trainer):
 
     def agreed(self, work: Callable[[], T]) -> T:
         """What the first process finds, on every process; its error too, so that none waits for it."""
-        if self.accelerator.num_processes == 1:
-            return work()
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = work()
-            except BurnishError as error:
-                answer[1] = error
-        broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return work() if self.accelerator.num_processes == 1 else agreed(work, self.is_world_process_zero())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint where one is named here or in the configuration.
@@ -416,11 +407,27 @@ class GroupTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call)
             return
-        with self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)):
+        folder = Path(output_dir or self.args.output_dir)
+        with self.checkpoints.saving_result(folder):
             super().save_model(output_dir, _internal_call)
+            if self.is_world_process_zero():
+                self._card.write(folder)
+
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write the model card into `output_dir`, and what is told here into every later one; see `CardWriter`."""
+        self._card.tell(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
+                self._card.write(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
+        folder = Path(output_dir or self.args.output_dir)
+        with without_base_config(), keeping_card(folder), writing_checkpoint(folder, "the model"):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
