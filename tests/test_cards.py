@@ -43,7 +43,8 @@ def test_the_card_says_how_the_model_was_trained(tmp_path: Path) -> None:
     assert found["model_name"] == "my-run"
     for text in (
         "# my-run", "group relative policy optimisation ([arXiv:2402.03300]", "`dr_grpo` ([arXiv:2503.20783]",
-        "1 optimizer steps", "| `epsilon` | 0.3 |", "| `max_steps` | 1 |", "| `reward` |", "| `eval_reward` |", "burnish ",
+        "1 optimizer steps", "| `epsilon` | 0.3 |", "| `max_steps` | 1 |", "| `reward` |", "| `eval_reward` |",
+        "burnish ",
     ):  # fmt: skip
         assert text in card.text, text
     assert str(tmp_path) not in card.content
@@ -137,11 +138,11 @@ def test_a_push_brings_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Nothing leaves the machine: what would be uploaded is the folder as it is then."""
     sent: list[str] = []
 
-    def upload(**given: Any) -> str:
+    def upload(api: Any, **given: Any) -> str:
         sent.append((Path(given["folder_path"]) / "README.md").read_text())
         return "sent"
 
-    monkeypatch.setattr("transformers.trainer.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
     trainer = sft(tmp_path)
     trainer.hub_model_id = trainer.args.hub_model_id = "someone/small"
     trainer.push_to_hub(dataset_name="someone/rows")

@@ -26,27 +26,17 @@ from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
 from burnish.trainers.cards import CardWriter, keeping_card
-from burnish.trainers.checkpoint import (
-    RunCheckpoints,
-    check_weights,
-    keeping_dtypes,
-    reading,
-    writing_checkpoint,
-)
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, keeping_dtypes, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
 from burnish.trainers.held_out import check_best_metric, own_set
 from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.optimizers import check_optimizer, masters_by_config
-from burnish.trainers.preflight import (
-    check_loaded,
-    check_run,
-    refuse_router_loss,
-    use_non_reentrant_checkpointing,
-)
+from burnish.trainers.preflight import check_loaded, check_run, refuse_router_loss, use_non_reentrant_checkpointing
 from burnish.trainers.processes import agreed, claimed_folder
 from burnish.trainers.signals import stopping_on_signals
+from burnish.trainers.status import recorded_status
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -133,6 +123,7 @@ class GroupTrainer(Trainer):
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(args))
+        self.status = recorded_status(self)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -151,8 +142,9 @@ class GroupTrainer(Trainer):
         """
         check_best_metric(self, self.evaluation_names())
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
-        with claimed_folder(self), handing_over, stopping_on_signals(self):
+        with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.status.begin("preparing to train")
             self.before_training()
             result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             self.liveness.end_run()
@@ -402,15 +394,15 @@ class GroupTrainer(Trainer):
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
         """
-        for name, model in self.saved_models().items():
-            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
         folder = Path(output_dir or self.args.output_dir)
-        with self.checkpoints.saving_result(folder):
+        with contextlib.ExitStack() as stack:
+            if not _internal_call:
+                stack.enter_context(self.status.resumed("saving the model"))
+                stack.enter_context(self.checkpoints.saving_result(folder))
+            for name, model in self.saved_models().items():
+                check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
             super().save_model(output_dir, _internal_call)
-            if self.is_world_process_zero():
+            if not _internal_call:
                 self._card.write(folder)
 
     def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -421,9 +413,8 @@ class GroupTrainer(Trainer):
     ) -> None:
         """Write the model card into `output_dir`, and what is told here into every later one; see `CardWriter`."""
         self._card.tell(model_name=model_name, dataset_name=dataset_name, tags=tags)
-        if self.is_world_process_zero():
-            with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
-                self._card.write(folder)
+        with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
+            self._card.write(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

@@ -77,11 +77,13 @@ class CardWriter:
                 self._tags.append(tag)
 
     def write(self, folder: Path) -> None:
-        """Write the card into a folder, unless a card that burnish did not write, or that was edited, is there.
+        """Let the main process write the card, unless one that burnish did not write, or that was edited, is there.
 
         Raises:
             FileError: it cannot be written.
         """
+        if not self._trainer.is_world_process_zero():
+            return
         file = folder / CARD
         if file.is_file() and not _is_own(file):
             logger.info("%s was not written by burnish, or was edited: it is kept", file)
