@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from burnish.errors import CheckFailed, ConfigError
-from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights, over_masters
@@ -417,8 +417,8 @@ class GroupTrainer(Trainer):
             self._card.write(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        with without_base_config(), keeping_card(folder), writing_checkpoint(folder, "the model"):
+        folder = output_dir or str(self.args.output_dir)
+        with keeping_card(Path(folder)), writing_checkpoint(folder, "the model"), saving_adapters(self.model, folder):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
