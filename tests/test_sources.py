@@ -164,6 +164,7 @@ def test_a_cached_model_is_read_without_a_network(
     model, _ = load_model("someone/base", bf16=False)
     assert len(tokenizer) == len(tiny.tokenizer())
     assert model.config.vocab_size == 96
+    assert model.name_or_path == "someone/base"
     assert f"{unreachable} does not answer" in caplog.text
     assert "read from the cache" in caplog.text
 
@@ -193,6 +194,6 @@ def requests_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_hub_that_answers_is_asked_once(requests_to: list[str]) -> None:
     """What its answer means, transformers says."""
     source = find_model("someone/base")
-    assert reach(source, {"revision": "main", "dtype": "float32"}) == {"revision": "main"}
-    assert reach(source) == {}
+    assert reach(source, {"revision": "main"}) == "someone/base"
+    assert reach(source) == "someone/base"
     assert requests_to == ["/api/models/someone/base"]
