@@ -388,7 +388,7 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
         "model_init": _model_init(tables.get("model_init", {})),
         "peft": check_lora(tables["peft"]) if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
-        "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
+        "rubric": rubric_from_config(tables["rubric"], folder=Path(path).parent) if "rubric" in tables else None,
         "evaluation": None
         if evaluation is None
         else EvaluationSection(**check_mapping(_infos_of(EvaluationSection), evaluation, "evaluation")),

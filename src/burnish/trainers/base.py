@@ -25,21 +25,28 @@ from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
-from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
+from burnish.trainers.checkpoint import (
+    RunCheckpoints,
+    check_weights,
+    keeping_dtypes,
+    reading,
+    writing_checkpoint,
+)
 from burnish.trainers.handover import handed_over
 from burnish.trainers.held_out import check_best_metric, own_set
 from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
+from burnish.trainers.optimizers import check_optimizer, masters_by_config
 from burnish.trainers.preflight import (
     check_loaded,
-    check_optimizer,
     check_run,
     refuse_router_loss,
     use_non_reentrant_checkpointing,
 )
 from burnish.trainers.processes import claimed_folder
 from burnish.trainers.signals import stopping_on_signals
+from burnish.trainers.status import recorded_status
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -125,6 +132,7 @@ class GroupTrainer(Trainer):
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(args))
+        self.status = recorded_status(self)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -154,8 +162,9 @@ class GroupTrainer(Trainer):
         """
         check_best_metric(self, self.evaluation_names())
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
-        with claimed_folder(self), handing_over, stopping_on_signals(self):
+        with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.status.begin("preparing to train")
             self.before_training()
             result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             self.liveness.end_run()
@@ -323,23 +332,10 @@ class GroupTrainer(Trainer):
             return super().create_optimizer(model)
         if given is not None:
             self.optimizer = over_masters(given, self._exact)
-            self._exact = {}
-            return self.optimizer
-        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        # Schedule-free optimizers swap weights between training and evaluation by methods of those names.
-        if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
-            field = "optimizer_cls_and_kwargs" if self.optimizer_cls_and_kwargs else f"optim = {str(self.args.optim)!r}"
-            raise ConfigError(
-                f"{field}: {getattr(cls, '__name__', cls)} picks or swaps parameters itself and cannot "
-                "run over fp32 masters. Use an AdamW, Adafactor or SGD variant, or bf16=False."
-            )
-        decayed = set(self.get_decay_parameter_names(target))
-        named = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for n, p in named if (n in decayed) == decay], "weight_decay": self.args.weight_decay * decay}
-            for decay in (True, False)
-        ]
-        self.optimizer = MasterWeights(groups, lambda own: cls(own, **kwargs), self._exact)
+        else:
+            named = {name: parameter for name, parameter in target.named_parameters() if parameter.requires_grad}
+            decayed = set(self.get_decay_parameter_names(target))
+            self.optimizer = masters_by_config(self, named, decayed, self._exact)
         self._exact = {}
         return self.optimizer
 
@@ -418,12 +414,12 @@ class GroupTrainer(Trainer):
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
         """
-        for name, model in self.saved_models().items():
-            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
-        if _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        with self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)):
+        with contextlib.ExitStack() as stack:
+            if not _internal_call:
+                stack.enter_context(self.status.resumed("saving the model"))
+                stack.enter_context(self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)))
+            for name, model in self.saved_models().items():
+                check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -455,13 +451,8 @@ class GroupTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        with reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint), keeping_dtypes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
-        for name, parameter in self.model.named_parameters():
-            if parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         check_weights(self.model, load_result.missing_keys, load_result.unexpected_keys)

@@ -39,6 +39,7 @@ __all__ = [
     "RunCheckpoints",
     "changed_settings",
     "check_weights",
+    "keeping_dtypes",
     "keeping_hyperparameters",
     "reading",
     "start",
@@ -407,6 +408,19 @@ def _scale(optimizer: Any, change: tuple[float, float]) -> None:
     for group in optimizer.param_groups:
         for key in {"lr", "initial_lr"} & group.keys():
             group[key] *= change[1] / change[0] if change[0] else 1.0
+
+
+@contextlib.contextmanager
+def keeping_dtypes(model: torch.nn.Module) -> Generator[None]:
+    """Load weights inside; afterwards each has the dtype that it has now.
+
+    peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 @contextlib.contextmanager

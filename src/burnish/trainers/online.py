@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import ConfigError, DataError
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
-from burnish.model.scoring import causal_lm, eval_mode, score
-from burnish.packing import pack, partition, unpack
+from burnish.model.scoring import causal_lm, eval_mode
+from burnish.packing import partition
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, make_engine
 from burnish.rollout.validation import generate
@@ -33,6 +33,7 @@ from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
 from burnish.trainers.held_out_samples import evaluate_samples
 from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, only_said
+from burnish.trainers.logprobs import LogprobName, fill_logprobs
 from burnish.trainers.metrics import total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, shares_of, whole_groups
@@ -326,20 +327,10 @@ class OnlineTrainer(GroupTrainer):
                 type(self.engine).__name__,
             )
 
-    @torch.no_grad()
-    def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
+    def _fill(self, groups: Sequence[Group], name: LogprobName, model: torch.nn.Module) -> None:
         """Write the log-probability of every token under a model into the completions."""
         for part in self.split(groups):
-            batch = pack(part).to(self.args.device)
-            logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
-            completions = [completion for group in part for completion in group.completions]
-            for completion, values in zip(completions, logprobs, strict=True):
-                if not all(map(math.isfinite, values)):
-                    raise CheckFailed(
-                        f"step {self.state.global_step}: {name} are not finite. The policy or its reference overflows: "
-                        "lower learning_rate, or go back to an earlier checkpoint."
-                    )
-                setattr(completion, name, values)
+            fill_logprobs(part, name, model, args=self.args, step=self.state.global_step)
 
     def _fill_reference(self, groups: Sequence[Group]) -> None:
         if self.reference is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -244,9 +245,10 @@ class PPOTrainer(PolicyTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as usual, and the critic in `value_model` beside it (checkpoints keep its state instead)."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
-            self.critic.save(Path(output_dir or str(self.args.output_dir)) / "value_model")
+        with nullcontext() if _internal_call else self.status.resumed("saving the model"):
+            super().save_model(output_dir, _internal_call)
+            if not _internal_call and self.is_world_process_zero():
+                self.critic.save(Path(output_dir or str(self.args.output_dir)) / "value_model")
 
     def save_own_state(self, folder: Path) -> None:
         """The rollouts and, once, the critic."""

@@ -22,7 +22,6 @@ from burnish.types import Group
 
 __all__ = [
     "check_loaded",
-    "check_optimizer",
     "check_run",
     "check_vocabulary",
     "refuse_router_loss",
@@ -59,26 +58,6 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
     for name, groups in {"train_dataset": train_dataset, **named_sets(eval_dataset, "eval_dataset")}.items():
         check_vocabulary(model, groups, name)
         check_lengths(causal_lm(model), groups, name, "set max_length, or leave out the rows that are longer")
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
-    """Refuse an optimizer that would leave trained weights where they are.
-
-    Raises:
-        ConfigError: naming a weight that it lacks.
-    """
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
-    if missing:
-        raise ConfigError(
-            f"optimizers: {type(optimizer).__name__} holds {len(trained) - len(missing)} of the {len(trained)} tensors "
-            f"that train ({missing[0]} is missing), so the others would stay as they are. Make it over the parameters "
-            "of the very model that you pass, with its adapters on it (peft.get_peft_model, and no peft_config here), "
-            "freeze what is not to train, or name an optimizer by optim instead."
-        )
 
 
 def refuse_router_loss(model: torch.nn.Module) -> None:
