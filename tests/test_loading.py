@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from burnish.errors import ModelError
-from burnish.model.loading import find_model, load_model, load_processing_class
+from burnish.model.loading import load_model, load_processing_class
+from burnish.model.sources import find_model
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from burnish.errors import BurnishError, CheckFailed, ConfigError
-from burnish.model.adapters import add_adapters, without_base_config
+from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights, over_masters
@@ -423,7 +423,8 @@ class GroupTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
+        folder = output_dir or str(self.args.output_dir)
+        with writing_checkpoint(folder, "the model"), saving_adapters(self.model, folder):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:

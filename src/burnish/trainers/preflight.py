@@ -12,7 +12,8 @@ from transformers.training_args import ParallelMode
 
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
-from burnish.model.adapters import carries_adapters, saved_adapters
+from burnish.model.adapter_files import saved_adapters
+from burnish.model.adapters import carries_adapters
 from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
