@@ -277,8 +277,8 @@ def _try(render: Render, messages: Sequence[Message], **options: bool) -> str | 
 def _not_located(turn: int, trait: str) -> DataError:
     return DataError(
         f"the assistant turn at message {turn} cannot be located exactly in the rendered conversation: {trait}. "
-        "Add {% generation %} ... {% endgeneration %} around assistant turns in the template (chat_template = a .jinja "
-        "file), or train on one turn a row (burnish.data.split_turns)."
+        "Add {% generation %} ... {% endgeneration %} around assistant turns in the template (a .jinja file, such as "
+        'chat_template = "template.jinja"), or train on one turn a row (burnish.data.split_turns).'
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from burnish.data.formats import messages_of
+from burnish.data.formats import hint, messages_of
+from burnish.data.instructions import instruction_row
 from burnish.errors import DataError
 
 __all__ = ["DisjointCounts", "disjoint"]
@@ -64,9 +65,13 @@ _ASKING = ("prompt", "messages", "conversations", "text")
 
 def _prompt_key(row: Mapping[str, Any], index: int) -> tuple[tuple[str, str], ...]:
     """What a row asks: its prompt, else the messages before the first answer, else the text."""
+    row = instruction_row(row, index, as_messages=False)
     value: Any = next((row[name] for name in _ASKING if row.get(name) is not None), None)
     if value is None:
-        raise DataError(f"row {index} has the columns {sorted(row)}: comparing prompts needs {' or '.join(_ASKING)}.")
+        fix = hint(row, [(name,) for name in _ASKING])
+        raise DataError(
+            f"row {index} has the columns {sorted(row)}; comparing prompts needs {' or '.join(_ASKING)}: {fix}."
+        )
     if isinstance(value, str):
         return (("user", _squeezed(value)),)
     key: list[tuple[str, str]] = []

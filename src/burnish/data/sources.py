@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence, Sized
@@ -9,8 +10,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias, cast
 
+from burnish.data.columns import meant_columns, rename_line, rename_tip
 from burnish.data.files import read_rows
 from burnish.data.formats import messages_of
+from burnish.data.instructions import instruction_row
 from burnish.errors import ConfigError, DataError, show
 from burnish.schema.paths import path_problem
 from burnish.schema.predicates import is_seed, is_text
@@ -168,18 +171,23 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
     """A row with its columns renamed, its prompt put in the template and the system prompt in front."""
     for old, new in spec.get("columns", {}).items():
         if old not in row:
-            raise DataError(f"{field}.columns: row {index} has no column {old!r}; it has {sorted(row)}.")
-        if new in row and new != old:
+            close = difflib.get_close_matches(old, map(str, row), n=1)
+            fix = f"; write {rename_line({close[0]: new})}" if close else ""
+            raise DataError(f"{field}.columns: row {index} has no column {old!r}; it has {sorted(row)}{fix}.")
+        if row.get(new) is not None and new != old:
             raise DataError(f"{field}.columns: row {index} already has a column {new!r}; rename that one too.")
-        row = {(new if name == old else name): value for name, value in row.items()}
+        row = {(new if name == old else name): value for name, value in row.items() if name == old or name != new}
     if "completion_template" in spec:
         row = _with_completion(row, spec["completion_template"], field, index)
     template, system = spec.get("prompt_template"), spec.get("system_prompt")
     if template is None and system is None:
         return row
+    row = dict(instruction_row(row, index, as_messages=False))
     if row.get("prompt") is None:
+        names = meant_columns(row, [("prompt",)])
+        fix = f": {rename_tip(names)}" if names else ""
         raise DataError(
-            f"{field}: row {index} has no prompt for prompt_template or system_prompt; it has {sorted(row)}."
+            f"{field}: row {index} has no prompt for prompt_template or system_prompt; it has {sorted(row)}{fix}."
         )
     prompt: Any = row["prompt"]
     if template is not None:
@@ -271,7 +279,7 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
         return load_rows(cast("Mapping[str, Any]", data), field)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise ConfigError(
-            f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = ...}}."
+            f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = 'train.jsonl'}}."
         )
     return cast("Iterable[Mapping[str, Any]]", data)
 

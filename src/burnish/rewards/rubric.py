@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import ConfigError, DataError, RewardError
 from burnish.rewards.calls import Call, CallTimeout
 from burnish.rewards.verifiers import AnswerVerifier
@@ -77,6 +78,16 @@ class Criterion:
             raise ConfigError(
                 f"timeout_seconds = {limit!r} of criterion {self.name!r}: use a positive number of seconds, or None."
             )
+
+
+def _check_arguments(groups: Sequence[Group]) -> None:
+    for group in groups:
+        for name in sorted(_OWN_ARGUMENTS & group.row.keys()):
+            if group.row[name] is not None:
+                raise DataError(
+                    f"row {group.index} has a column {name!r}, which is an argument of every reward function: "
+                    f"{rename_tip({name: f'given_{name}'})}, or drop it."
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +163,23 @@ class Rubric:
         """Names of the criteria, in order."""
         return tuple(criterion.name for criterion in self.criteria)
 
-    @staticmethod
-    def check_columns(groups: Sequence[Group]) -> None:
-        """Refuse rows with a column that would be lost behind an argument of every reward function.
+    def check_columns(self, groups: Sequence[Group]) -> None:
+        """Refuse rows with a column that would be lost, and rows that all lack the answers that a criterion grades by.
 
         Raises:
             DataError: naming row, column and fix.
         """
-        for group in groups:
-            for name in sorted(_OWN_ARGUMENTS & group.row.keys()):
-                if group.row[name] is not None:
-                    raise DataError(
-                        f"row {group.index} has a column {name!r}, which is an argument of every reward function: "
-                        f'rename it (in a source: columns = {{{name} = "given_{name}"}}), or drop it.'
-                    )
+        _check_arguments(groups)
+        for criterion in self.criteria:
+            needed = criterion.function.gold_column if isinstance(criterion.function, AnswerVerifier) else None
+            if needed is None or not groups or any(needed in group.row for group in groups):
+                continue
+            row = groups[0].row
+            names = meant_columns(row, [(needed,)])
+            raise DataError(
+                f"row {groups[0].index} has the columns {sorted(map(str, row))} and no row has {needed!r}, which "
+                f"criterion {criterion.name!r} grades by: {rename_tip(names) if names else 'add it'}."
+            )
 
     def score(self, groups: Sequence[Group], *, trainer_state: Any = None, **shared: Any) -> list[list[Score]]:
         """Score every completion of every group; each is also written to `completion.score`.
@@ -182,7 +196,7 @@ class Rubric:
             RewardError: a criterion failed on every completion (of more than one), or a row has no prompt.
             DataError: a column whose name is an argument of every reward function.
         """
-        self.check_columns(groups)
+        _check_arguments(groups)
         batch = _flatten(groups)
         shared = {"trainer_state": trainer_state, **shared}
         outcomes = self._outcomes(batch, shared) if batch.places else {name: [] for name in self.names}

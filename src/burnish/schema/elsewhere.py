@@ -151,11 +151,15 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "reward": {},
     "dpo": {
         **_REFERENCE,
-        "cpo_alpha": Elsewhere(0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, cpo_alpha]'),
+        "cpo_alpha": Elsewhere(
+            0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, 1.0], whose second number is cpo_alpha'
+        ),
         "reference_free": Elsewhere(
             False, "losses without a reference are cpo, simpo, alphapo and orpo; set loss_type"
         ),
-        "rpo_alpha": Elsewhere(None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, rpo_alpha]'),
+        "rpo_alpha": Elsewhere(
+            None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, 1.0], whose second number is rpo_alpha'
+        ),
     },
     "kto": _REFERENCE,
     "online_dpo": {

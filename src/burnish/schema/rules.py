@@ -319,8 +319,8 @@ _RULES: dict[Kind, tuple[Rule, ...]] = {
 def _sft_contradictions(values: Mapping[str, Any]) -> Iterable[str]:
     if values["assistant_only_loss"] and values["completion_only_loss"]:
         yield (
-            "assistant_only_loss = True and completion_only_loss = True choose different tokens: set one of them, "
-            "assistant_only_loss for conversations, completion_only_loss for prompt-completion rows."
+            "assistant_only_loss = True beside completion_only_loss = True: they choose different tokens; set one of "
+            "them, assistant_only_loss for conversations, completion_only_loss for prompt-completion rows."
         )
 
 

@@ -378,7 +378,7 @@ class GroupTrainer(Trainer):
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the training steps since the last log, over all ranks."""
-        return self._metrics.flush(self.sum_over_ranks)
+        return self._metrics.flush(self.gathered)
 
     def metrics_state(self) -> dict[str, Any]:
         """What `step_metrics` has collected since the last log, as JSON."""

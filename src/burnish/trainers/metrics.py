@@ -85,20 +85,29 @@ class StepMetrics:
         self.add("completions/clipped_ratio", clipped)
         return clipped
 
-    def flush(self, sum_over_ranks: Callable[[float], float]) -> dict[str, float]:
-        """The metrics since the last flush; every rank must have the same names."""
-        world = sum_over_ranks(1.0)
-        logs = {name: sum_over_ranks(fmean(values)) / world for name, values in sorted(self._values.items())}
-        for name, sums in sorted(self._parts.items()):
-            logs[name] = sum_over_ranks(fmean(sums.values())) / world
-        for name, parts in sorted(self._tokens.items()):
-            count = sum_over_ranks(float(sum(n for _, n in parts)))
-            value = sum_over_ranks(sum(s for s, _ in parts))
-            if count:
-                logs[name] = value / count
+    def flush(self, gathered: Callable[[Sequence[Any]], list[Any]]) -> dict[str, float]:
+        """The metrics since the last flush, over the ranks that have them.
+
+        Ranks need not have the same names: one of them may have no completion that a criterion judged, or no token in
+        the loss.
+
+        Args:
+            gathered: the same list of all ranks.
+        """
+        means = {name: fmean(values) for name, values in self._values.items()}
+        means |= {name: fmean(sums.values()) for name, sums in self._parts.items()}
+        tokens = {name: [sum(s for s, _ in parts), sum(n for _, n in parts)] for name, parts in self._tokens.items()}
         self._values.clear()
         self._tokens.clear()
         self._parts.clear()
+        ranks = gathered([(means, tokens)])
+        logs: dict[str, float] = {}
+        for name in sorted({name for own, _ in ranks for name in own}):
+            logs[name] = fmean(own[name] for own, _ in ranks if name in own)
+        for name in sorted({name for _, own in ranks for name in own}):
+            total, count = (sum(own[name][i] for _, own in ranks if name in own) for i in (0, 1))
+            if count:
+                logs[name] = total / count
         return logs
 
     def state_dict(self) -> dict[str, Any]:

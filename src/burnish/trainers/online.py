@@ -95,6 +95,8 @@ class OnlineTrainer(GroupTrainer):
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self.prompts = self.encode(train_dataset, "train_dataset")
         self._check_sizes()
+        order = args.prompt_sampling if args.shuffle_dataset else "given"
+        self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
         super().__init__(
             model,
             args,
@@ -126,8 +128,6 @@ class OnlineTrainer(GroupTrainer):
         self.add_callback(RecordsCallback(self.transcripts.records, self.eval_transcripts.records))
         self.params = sampling_params(args, causal_lm(self.model), self.tokenizer)
         self._buffer: list[list[Group]] = []
-        order = args.prompt_sampling if args.shuffle_dataset else "given"
-        self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
         self.replay = Replay(args.replay_size)
         self._rollouts = 0
         self._rounds = 0

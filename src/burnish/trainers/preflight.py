@@ -75,7 +75,7 @@ def refuse_router_loss(model: torch.nn.Module) -> None:
         raise ConfigError(
             f"output_router_logits = True in the configuration of {type(lm).__name__}: it asks for the load-balancing "
             "loss of the experts, which is not added here. Train without it: model.config.output_router_logits = "
-            "False, or model_init_kwargs = {'output_router_logits': False}."
+            "False, or model_init_kwargs={'output_router_logits': False} in Python."
         )
 
 
