@@ -19,7 +19,7 @@ from burnish.schema import Kind, check_fields, check_mapping
 from burnish.schema.adapters import check_lora
 from burnish.schema.fields import stages_with
 from burnish.schema.inherited import FieldInfo
-from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, path_problem
+from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, missing, path_problem
 from burnish.schema.quantization import check_quantization
 
 __all__ = [
@@ -291,7 +291,10 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
         _check_quantised(run)
     checkpoint = run.training.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not is_folder(checkpoint):
-        raise ConfigError(f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name a checkpoint.")
+        raise ConfigError(
+            f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name a checkpoint "
+            f"({missing(checkpoint)})."
+        )
     return run
 
 

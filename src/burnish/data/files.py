@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 from burnish.data.delimited import read_delimited
 from burnish.data.parsing import object_of, parse_json, repeated
 from burnish.errors import ConfigError, DataError
-from burnish.schema.paths import is_file, is_folder
+from burnish.schema.paths import is_file, is_folder, missing
 
 __all__ = ["read_rows"]
 
@@ -36,7 +36,8 @@ def read_rows(path: str, split: str | None, field: str) -> list[Row]:
         raise ConfigError(f"{field}.split = {split!r}: only a directory saved by datasets has splits, not {path!r}.")
     files = sorted(glob.glob(path, recursive=True)) if not is_file(path) else [path]
     if not files:
-        raise ConfigError(f"{field}.path = {path!r}: no such file; check it, or give a glob that matches.")
+        there = "" if glob.has_magic(path) else f" ({missing(path)})"
+        raise ConfigError(f"{field}.path = {path!r}: no such file; check it, or give a glob that matches{there}.")
     rows: list[Row] = []
     for name in files:
         reader = _READERS.get(Path(name).suffix)

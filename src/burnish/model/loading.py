@@ -17,7 +17,7 @@ from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_files import SavedAdapters, saved_adapters
 from burnish.model.adapters import put_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
-from burnish.model.sources import ModelSource, find_model, reach, reading_model
+from burnish.model.sources import ModelSource, find_model, hub_arguments, reach, reading_model
 from burnish.schema.paths import expanded, is_file
 
 __all__ = [
@@ -86,7 +86,6 @@ def load_model(
             adapters.base, bf16=bf16, init_kwargs=init_kwargs, auto_class=auto_class, own_weights=adapters.is_own_base
         )
         return put_adapters(base, adapters)
-    kwargs |= reach(source, init_kwargs)
     explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     quantization = kwargs.pop("quantization_config", None)
     if quantization is not None:
@@ -100,7 +99,8 @@ def load_model(
 
 def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto_class: Any) -> Any:
     fix = "Name a folder written by save_pretrained, a .gguf file, or a hub name"
-    with reading_model(source.name, "model", fix), _without_adapter_files(source.name) as name:
+    place = reach(source, kwargs)
+    with reading_model(source.name, "model", fix), _without_adapter_files(place) as name:
         loaded, info = auto_class.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
         )
@@ -207,9 +207,9 @@ def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | No
         ModelError: there is none.
     """
     source = find_model(model)
-    hub_arguments = reach(source, init_kwargs)
+    name, hub = reach(source, init_kwargs), hub_arguments(init_kwargs)
     with reading_model(model, "tokenizer", "Save it beside the model, or pass processing_class"):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs, **hub_arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source.kwargs, **hub)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

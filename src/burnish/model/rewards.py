@@ -36,7 +36,7 @@ from burnish.model.positions import learned_positions, refuse_beyond
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout, mark_quantized
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
-from burnish.model.sources import find_model, reach, reading_model
+from burnish.model.sources import find_model, hub_arguments, reach, reading_model
 from burnish.model.support import supports_prefix
 from burnish.packing import pack
 from burnish.types import Group, PackedBatch
@@ -131,9 +131,9 @@ def is_reward_model(model: str | Path | PreTrainedModel, init_kwargs: Mapping[st
     source = find_model(model)
     if source.gguf_file is not None:
         return False
-    arguments = reach(source, init_kwargs)
+    name = reach(source, init_kwargs)
     with reading_model(source.name, "configuration", "Name a folder written by save_pretrained, or a hub name"):
-        config = AutoConfig.from_pretrained(source.name, **arguments)
+        config = AutoConfig.from_pretrained(name, **hub_arguments(init_kwargs))
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 

@@ -92,7 +92,7 @@ _answered: set[tuple[str, str]] = set()
 """Names that the hub has answered for, with its address: it is asked once."""
 
 
-def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None, field: str = "model") -> dict[str, Any]:
+def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> str:
     """Ask the hub for a name once, before transformers asks for file after file with five retries each.
 
     A local folder asks nothing; HF_HUB_OFFLINE and `local_files_only` are respected.
@@ -100,28 +100,28 @@ def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None, fie
     Args:
         source: of `find_model`.
         init_kwargs: of `from_pretrained`.
-        field: what names the model, for messages.
 
     Returns:
-        The hub's arguments of `from_pretrained`; where the hub is out of reach and the cache has the model, it is read
-        from there.
+        What `from_pretrained` reads: the name, or its folder in the cache where the hub is not to be asked. (Given the
+        name and `local_files_only`, transformers still asks for adapters.)
 
     Raises:
         ModelError: the hub is out of reach or switched off, and the cache does not have the model.
     """
     given = hub_arguments(init_kwargs)
     if is_folder(expanded(source.name)):
-        return given
+        return source.name
     why = "local_files_only = True" if given.get("local_files_only") else _hub_problem(source.name, given.get("token"))
     if why is None:
-        return given
-    if not _is_cached(source.name, given):
+        return source.name
+    folder = _cached(source.name, given)
+    if folder is None:
         raise ModelError(
-            f"{field} = {source.name!r}: no such folder: {missing(source.name)}. And as a name on the hub: {why}, and "
+            f"model = {source.name!r}: no such folder: {missing(source.name)}. And as a name on the hub: {why}, and "
             "the cache does not have it. Give the path of a saved model, or `hf download` it where there is a network."
         )
-    logger.warning("%s = %r: %s, so it is read from the cache", field, source.name, why)
-    return {**given, "local_files_only": True}
+    logger.warning("model = %r: %s, so it is read from the cache", source.name, why)
+    return folder
 
 
 def _hub_problem(name: str, token: Any) -> str | None:
@@ -144,14 +144,16 @@ def _hub_problem(name: str, token: Any) -> str | None:
     return None
 
 
-def _is_cached(name: str, given: Mapping[str, Any]) -> bool:
-    """Whether the cache has a file that says what the model, its adapters or its tokenizer is."""
+def _cached(name: str, given: Mapping[str, Any]) -> str | None:
+    """The folder in the cache that has a file which says what the model, its adapters or its tokenizer is."""
     from huggingface_hub import try_to_load_from_cache
 
     within = f"{given['subfolder']}/" if given.get("subfolder") else ""
     place: dict[str, Any] = {key: given[key] for key in ("cache_dir", "revision") if given.get(key) is not None}
-    found = (try_to_load_from_cache(name, f"{within}{file}", **place) for file in _DESCRIPTIONS)
-    return any(isinstance(file, str) for file in found)
+    for file in _DESCRIPTIONS:
+        if isinstance(found := try_to_load_from_cache(name, f"{within}{file}", **place), str):
+            return found.removesuffix(f"/{within}{file}")
+    return None
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from burnish.errors import BurnishError, CheckFailed, ConfigError
+from burnish.errors import CheckFailed, ConfigError
 from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
@@ -25,26 +25,16 @@ from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
-from burnish.trainers.checkpoint import (
-    RunCheckpoints,
-    check_weights,
-    keeping_dtypes,
-    reading,
-    writing_checkpoint,
-)
+from burnish.trainers.cards import CardWriter, keeping_card
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, keeping_dtypes, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
 from burnish.trainers.held_out import check_best_metric, own_set
 from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
 from burnish.trainers.optimizers import check_optimizer, masters_by_config
-from burnish.trainers.preflight import (
-    check_loaded,
-    check_run,
-    refuse_router_loss,
-    use_non_reentrant_checkpointing,
-)
-from burnish.trainers.processes import claimed_folder
+from burnish.trainers.preflight import check_loaded, check_run, refuse_router_loss, use_non_reentrant_checkpointing
+from burnish.trainers.processes import agreed, claimed_folder
 from burnish.trainers.signals import stopping_on_signals
 from burnish.trainers.status import recorded_status
 from burnish.types import Group, PackedBatch
@@ -129,6 +119,7 @@ class GroupTrainer(Trainer):
             self.remove_callback(shown)
         if args.progress and not args.disable_tqdm:
             self.add_callback(ProgressCallback(args.kind))
+        self._card = CardWriter(self)
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(args))
@@ -139,18 +130,7 @@ class GroupTrainer(Trainer):
 
     def agreed(self, work: Callable[[], T]) -> T:
         """What the first process finds, on every process; its error too, so that none waits for it."""
-        if self.accelerator.num_processes == 1:
-            return work()
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = work()
-            except BurnishError as error:
-                answer[1] = error
-        broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return work() if self.accelerator.num_processes == 1 else agreed(work, self.is_world_process_zero())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint where one is named here or in the configuration.
@@ -414,17 +394,31 @@ class GroupTrainer(Trainer):
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
         """
+        folder = Path(output_dir or self.args.output_dir)
         with contextlib.ExitStack() as stack:
             if not _internal_call:
                 stack.enter_context(self.status.resumed("saving the model"))
-                stack.enter_context(self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)))
+                stack.enter_context(self.checkpoints.saving_result(folder))
             for name, model in self.saved_models().items():
                 check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
             super().save_model(output_dir, _internal_call)
+            if not _internal_call:
+                self._card.write(folder)
+
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write the model card into `output_dir`, and what is told here into every later one; see `CardWriter`."""
+        self._card.tell(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
+            self._card.write(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or str(self.args.output_dir)
-        with writing_checkpoint(folder, "the model"), saving_adapters(self.model, folder):
+        with keeping_card(Path(folder)), writing_checkpoint(folder, "the model"), saving_adapters(self.model, folder):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:

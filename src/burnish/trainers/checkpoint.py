@@ -31,7 +31,7 @@ from burnish.runs.checkpoints import (
     settle,
 )
 from burnish.runs.files import read_json, write_json
-from burnish.schema.paths import is_folder
+from burnish.schema.paths import is_folder, missing
 from burnish.schema.resume import resume_class
 from burnish.trainers.fingerprint import describe_run, model_digest
 
@@ -275,7 +275,9 @@ def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: 
             delete_run(folder)
         return found
     if not is_folder(checkpoint := Path(str(resume))):
-        raise ConfigError(f"resume_from_checkpoint = {show(resume)}: no such folder; name a checkpoint.")
+        raise ConfigError(
+            f"resume_from_checkpoint = {show(resume)}: no such folder; name a checkpoint ({missing(checkpoint)})."
+        )
     if (problem := problem_of(checkpoint)) is not None:
         raise ConfigError(
             f"resume_from_checkpoint = {resume!r}: {problem}. resume_from_checkpoint = true takes the latest usable "

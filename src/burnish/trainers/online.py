@@ -24,7 +24,7 @@ from burnish.packing import partition
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, make_engine
 from burnish.rollout.validation import generate
-from burnish.schema.rules import micro_batches_per_rollout
+from burnish.schema.contradictions import micro_batches_per_rollout
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer

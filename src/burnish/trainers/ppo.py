@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.errors import ConfigError
+from burnish.model.sources import find_model
 from burnish.model.values import load_value_model, share_base
 from burnish.objectives.value import gae, moments, token_rewards, whiten
 from burnish.rewards import Rubric
@@ -96,6 +97,8 @@ class PPOTrainer(PolicyTrainer):
             raise ConfigError(f"reward_model, reward_funcs: {given} given; pass the one that rewards completions.")
         if data_collator is not None:
             raise ConfigError("data_collator: batches are packed here; remove it.")
+        if isinstance(value_model, str | Path):
+            find_model(value_model, "value_model")
         super().__init__(
             model,
             cast(Any, reward_funcs if reward_model is None else reward_model),
