@@ -94,6 +94,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "grpo_replay": Configuration("grpo", {**ONLINE, "replay_size": 4}),
     "grpo_curriculum": Configuration("grpo", {**ONLINE, "prompt_sampling": "curriculum", "curriculum_target": 0.3}),
     "grpo_weighted": Configuration("grpo", {**ONLINE, "prompt_sampling": "weighted", "loss_type": "sapo"}),
+    "grpo_entropy": Configuration("grpo", {**ONLINE, "use_adaptive_entropy": True, "entropy_target": 9.0}),
     "rloo": Configuration("rloo", {**ONLINE, "kl_target": 0.01, "kl_horizon": 10}),
     "rloo_lora": Configuration("rloo", {**ONLINE, "save_total_limit": 1}, LORA),
     "ppo": Configuration("ppo", {**PPO, "value_prefit_steps": 1}),

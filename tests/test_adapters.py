@@ -298,8 +298,8 @@ def test_adapters_on_a_gguf_file_name_a_base_that_plain_peft_finds(
     """The name that peft writes down is the folder; the file in it is an argument."""
     saved = {"base_model_name_or_path": smollm2_dir[0], "task_type": "CAUSAL_LM"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
-    from burnish.model.adapters import saved_adapters
-    from burnish.model.loading import find_model
+    from burnish.model.adapter_files import saved_adapters
+    from burnish.model.sources import find_model
 
     found = saved_adapters(tmp_path)
     assert found is not None

@@ -152,6 +152,28 @@ def test_stages_chain(tmp_path: Path, adapters: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stages_chain_with_trained_tokens(tmp_path: Path, bf16: bool) -> None:
+    """The reference is the base, its fingerprint does not move, and new adapters go on the base without the rows."""
+    model = tiny.model(tie_word_embeddings=True, dtype=torch.bfloat16 if bf16 else torch.float32)
+    changes: dict[str, Any] = {"bf16": bf16, "optim": "sgd", "learning_rate": 0.1}
+    tokens = lora(trainable_token_indices=[5, 9])
+    first = made("sft", tmp_path, model, peft_config=tokens, **changes)
+    start = weights(first)
+    first.train()
+    assert [n for n, v in weights(first).items() if "trainable_tokens" in n and not torch.equal(v, start[n])]
+    for stage in ("dpo", "grpo", "ppo"):
+        trainer = made(stage, tmp_path, first.model, **changes)
+        before = trainer.reference.fingerprint(trainer.model)
+        trainer.train()
+        assert trainer.reference.fingerprint(trainer.model) == before, stage
+    bare = made("dpo", tmp_path, model, peft_config=tokens, **changes)
+    before = bare.reference.fingerprint(bare.model)
+    bare.train()
+    assert bare.reference.start is None
+    assert bare.reference.fingerprint(bare.model) == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("adapters", [False, True])

@@ -108,14 +108,16 @@ def test_nothing_that_burnish_did_not_write_is_deleted(tmp_path: Path) -> None:
 
 ROWS = [{"prompt": f"{i}-{i}=", "completion": "0"} for i in range(24)]
 
+OTHER_ANSWERS = [{**row, "completion": row["completion"].translate(str.maketrans("01234", "56789"))} for row in TEXTS]
+
 
 def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **changes})
 
 
-def other_data(folder: Path) -> Any:
+def other_data(folder: Path, rows: Any = ROWS) -> Any:
     args = SFTConfig(**settings(folder, per_device_train_batch_size=8, **SAVED))
-    return SFTTrainer(tiny.model(), args, train_dataset=ROWS, processing_class=tiny.tokenizer())
+    return SFTTrainer(tiny.model(), args, train_dataset=rows, processing_class=tiny.tokenizer())
 
 
 def with_lora(folder: Path, **changes: Any) -> Any:
@@ -133,6 +135,7 @@ def with_lora(folder: Path, **changes: Any) -> Any:
         (lambda folder: sft(folder, tiny.model("qwen3"), **SAVED), r"model is not the one that the run began with"),
         (lambda folder: sft(folder, **SAVED, per_device_train_batch_size=4), r"4 completions or rows .* it was 8"),
         (other_data, r"train_dataset is not the same"),
+        (lambda folder: other_data(folder, OTHER_ANSWERS), r"train_dataset is not the same"),
         (with_lora, r"adapters \['default'\], it was none \(peft_config\)"),
         (lambda folder: grpo(folder, **SAVED), r"stage grpo, it was sft"),
     ],
@@ -289,11 +292,12 @@ def test_free_settings_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("max_steps", [3, 2])
 @pytest.mark.parametrize("asked", [True, False])
-def test_a_run_at_its_last_step_takes_no_other(run: Path, max_steps: int, asked: bool) -> None:
-    """Asked by `train` or by the configuration, as commands and pipelines do."""
-    saved = sft(run.parent / "new", **SAVED)
+def test_a_run_at_its_last_step_takes_no_other(tmp_path: Path, max_steps: int, asked: bool) -> None:
+    """Asked by `train` or by the configuration, as commands and pipelines do; in the middle of an epoch."""
+    half = {**SAVED, "per_device_train_batch_size": 4}
+    saved = sft(tmp_path, **half)
     saved.train()
-    resumed = sft(run, **{**SAVED, "max_steps": max_steps}, resume_from_checkpoint=None if asked else True)
+    resumed = sft(tmp_path, **{**half, "max_steps": max_steps}, resume_from_checkpoint=None if asked else True)
     resumed.train(resume_from_checkpoint=True) if asked else resumed.train()
     assert resumed.state.global_step == 3
     assert_same(weights(saved), weights(resumed), 0.0)

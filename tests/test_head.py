@@ -15,9 +15,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import tiny
 from burnish.errors import ConfigError, ModelError
 from burnish.model.head import head_logprobs, head_spec
+from burnish.model.scoring import prepare_for_scoring, score
 from burnish.model.tiled_head import HeadSpec, tiled_logprobs
+from burnish.packing import pack
+from burnish.rollout import Request, SamplingParams, make_engine
+from burnish.types import Completion, Group
 from live_bytes import LiveBytes
 
 NUM_TOKENS, HIDDEN, VOCAB, RANK = 7, 5, 23, 2
@@ -355,6 +360,53 @@ def test_modules_to_save_uses_the_active_copy() -> None:
     with model.disable_adapter():
         got = head_logprobs(module, hidden, target)[0]
     torch.testing.assert_close(got, plain(hidden, module.original_module.weight, target)[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("tied", "tokens"), [(True, [5, 9, 11]), (False, [5, 9, 11]), (False, {"embed_tokens": [5, 9], "lm_head": [9, 11]})]
+)
+def test_trained_tokens_score_as_in_the_models_own_forward(tied: bool, tokens: Any) -> None:
+    """`trainable_token_indices` put rows in the embedding and, where it is tied, in the head."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens, init_lora_weights=False)
+    # Tokens that the tokenizer lacks are scored and not sampled.
+    base = tiny.model(vocab_size=len(tiny.tokenizer()), tie_word_embeddings=tied, dtype=torch.float64)
+    model = peft.get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    prepare_for_scoring(model)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+    def packed() -> Tensor:
+        return score(model, pack([Group([5, 6, 7, 8], [Completion([9, 10, 11])])])).logprobs
+
+    def plain() -> Tensor:
+        return model(input_ids=ids).logits[0, 3:6].log_softmax(-1).gather(-1, ids[0, 4:, None])[:, 0]
+
+    found: list[dict[str, Tensor]] = []
+    for values in (packed, plain):
+        model.zero_grad()
+        values().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert any("trainable_tokens" in name for name in found[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(), plain(), rtol=0, atol=1e-12)
+        trained = packed()
+        with model.disable_adapter():
+            torch.testing.assert_close(packed(), plain(), rtol=0, atol=1e-12)
+            assert float((packed() - trained).abs().max()) > 1e-3
+        engine = make_engine(model, tiny.tokenizer())
+        (sampled,) = engine.generate([Request([5, 6], 1, SamplingParams(6, temperature=1.0))], seed=0, step=0)
+        scored = score(model, pack([Group([5, 6], sampled)])).logprobs
+        torch.testing.assert_close(scored.tolist(), sampled[0].sampler_logprobs, rtol=0, atol=1e-5)
+        merged = model.merge_and_unload()
+        prepare_for_scoring(merged)
+        merged_values = score(merged, pack([Group([5, 6, 7, 8], [Completion([9, 10, 11])])])).logprobs
+        torch.testing.assert_close(merged_values, trained, rtol=0, atol=1e-12)
 
 
 def test_unreadable_heads_are_refused_by_name() -> None:

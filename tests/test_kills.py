@@ -24,7 +24,7 @@ EVERY_OPERATION = ("sft_one_checkpoint", "grpo_iterated", "ppo_lora", "pairs")
 """Rotation to 1 and 2 checkpoints, full weights and adapters, optimizer, critic, samples in flight, transcripts."""
 
 KILLED = (-9, -14)
-VOLATILE = ("time", "seconds", "runtime", "per_second", "rate")
+VOLATILE = ("time", "seconds", "runtime", "per_second", "rate", "started", "updated")
 """Parts of the names of what a clock says."""
 
 NEEDED = (
@@ -106,7 +106,7 @@ def outcome(folder: Path) -> dict[str, Any]:
             found[name] = file.read_bytes()
         elif file.suffix == ".jsonl":
             found[name] = [timeless(json.loads(line)) for line in file.read_bytes().split(b"\n") if line]
-        elif file.name == "evaluations.json" or file.parent.name == "evaluations":
+        elif file.name in ("evaluations.json", "status.json") or file.parent.name == "evaluations":
             found[name] = timeless(json.loads(file.read_text()))
     return found
 

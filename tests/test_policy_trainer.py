@@ -46,6 +46,10 @@ def surrogate(loss_type: str, ratio: torch.Tensor, new: torch.Tensor, advantage:
     if loss_type == "sapo":
         tau = torch.where(torch.as_tensor(advantage) > 0, 1.0, 1.05)
         return -advantage * 4 / tau / (1 + (-tau * (ratio - 1)).exp())
+    if loss_type == "vespo":
+        w = ratio.detach().prod()  # of tokens
+        k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+        return -(w**k) * (decay * (1 - w)).exp() * advantage * new
     return -torch.minimum(ratio * advantage, ratio.clamp(0.9, 1 + high) * advantage)
 
 
@@ -59,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "k3-plain": {"loss_type": "dapo", "beta": 0.2, "use_bias_correction_kl": False},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.05},
     "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo", "beta": 0.2},
     "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
     "gspo_token": {"loss_type": "grpo", "importance_sampling_level": "sequence_token"},
     "rloo": {"loss_type": "grpo", "importance_sampling_level": "product", "advantage_estimator": "leave_one_out"},
@@ -163,7 +168,8 @@ def test_gradient_by_an_independent_script(tmp_path: Path, name: str) -> None:
 
 
 ALGORITHM_NAMES = (
-    "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "rloo", "reinforce_pp",
+    "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token", "luspo", "cispo", "sapo", "vespo", "rloo",
+    "reinforce_pp",
     "reinforce_pp_baseline", "maxrl",
 )  # fmt: skip
 
@@ -273,6 +279,7 @@ def test_replay_trains_on_remembered_groups(tmp_path: Path) -> None:
         {"replay_size": 4},
         {"prompt_sampling": "curriculum", "curriculum_target": 0.05},
         {"algorithm": "rloo", "kl_target": 0.01, "kl_horizon": 10},
+        {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.1},
     ],
 )
 def test_resumed_is_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -289,7 +296,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> No
     resumed = made()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same(weights(whole), weights(resumed), 0.0)
-    names = ("kl_coef", "curriculum/level", "sampling/rounds", "reward")
+    names = ("kl_coef", "entropy_coef", "curriculum/level", "sampling/rounds", "reward")
     last = [{n: t.state.log_history[-2].get(n) for n in names} for t in (whole, resumed)]
     assert last[0] == last[1]
 
@@ -300,6 +307,88 @@ def test_an_adaptive_coefficient_follows_the_divergence(tmp_path: Path) -> None:
     logged = [log["kl_coef"] for log in far.state.log_history if "kl_coef" in log]
     # A divergence far above the target: 12 completions of a horizon of 24 raise beta by half of 20%.
     assert logged == pytest.approx([0.05, 0.05 * 1.1, 0.05 * 1.21])
+
+
+ADAPTIVE = {"use_adaptive_entropy": True, "entropy_coef_delta": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("target", "bounds", "expected"),
+    [
+        # The entropy of 64 tokens at random is about 4 nats: far below a target of 9, far above one of 0.01.
+        (9.0, {}, [0.07, 0.09, 0.11]),
+        (9.0, {"entropy_coef_max": 0.08}, [0.07, 0.08, 0.08]),
+        (0.01, {"entropy_coef_min": 0.02}, [0.03, 0.02, 0.02]),
+    ],
+)
+def test_an_adaptive_entropy_bonus_moves_towards_its_target(
+    tmp_path: Path, target: float, bounds: dict[str, float], expected: list[float]
+) -> None:
+    trainer = grpo(tmp_path, entropy_coef=0.05, entropy_target=target, **ADAPTIVE, **bounds)
+    trainer.train()
+    logged = [log["entropy_coef"] for log in trainer.state.log_history if "entropy_coef" in log]
+    assert logged == pytest.approx(expected)
+
+
+def test_an_adaptive_entropy_bonus_is_that_of_the_step_before(tmp_path: Path) -> None:
+    """None in the first step; then the adapted weight where the entropy was low, and none where it was high."""
+    shared: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "constant", "loss_type": "grpo"}
+
+    def after(name: str, steps: int, **changes: Any) -> dict[str, torch.Tensor]:
+        trainer = grpo(tmp_path / name, max_steps=steps, **shared, **changes)
+        trainer.train()
+        return weights(trainer)
+
+    low = {"entropy_coef": 0.3, "entropy_target": 9.0, **ADAPTIVE}
+    high = {"entropy_coef": 0.3, "entropy_target": 0.01, **ADAPTIVE}
+    plain = {steps: after(f"plain-{steps}", steps) for steps in (1, 2)}
+    assert_same(after("first", 1, **low), plain[1], 3e-7)
+    assert_same(after("high", 2, **high), plain[2], 3e-7)
+    second = after("low", 2, **low)
+    # From the same weights, a second step with the weight 0.3 + 0.02.
+    resumed = grpo(tmp_path / "fixed", max_steps=2, save_strategy="steps", save_steps=1, **shared)
+    resumed.train()
+    fixed = grpo(tmp_path / "fixed", max_steps=2, entropy_coef=0.32, **shared)
+    fixed.train(resume_from_checkpoint=str(tmp_path / "fixed" / "checkpoint-1"))
+    assert_same(second, weights(fixed), 3e-7)
+    with pytest.raises(AssertionError):
+        assert_same(second, plain[2], 3e-7)
+
+
+def test_an_evaluation_leaves_an_adaptive_entropy_bonus_alone(tmp_path: Path) -> None:
+    runs = []
+    for name, more in (("a", {}), ("b", {"eval_strategy": "steps", "eval_steps": 1})):
+        trainer = grpo(tmp_path / name, eval_dataset=PROMPTS[:3], entropy_target=9.0, **ADAPTIVE, **more)
+        trainer.train()
+        runs.append((weights(trainer), trainer._entropy_bonus.state_dict()))
+    assert_same(runs[0][0], runs[1][0], 0.0)
+    assert runs[0][1] == runs[1][1]
+
+
+def test_token_corrections_are_part_of_vespo_s_weight(tmp_path: Path) -> None:
+    """Weights of 2 and 1/2 in one sequence cancel in its product, so that the update is the uncorrected one."""
+    shared: dict[str, Any] = {"algorithm": "vespo", "optim": "sgd", "max_steps": 1, "lr_scheduler_type": "constant"}
+    plain = grpo(tmp_path / "a", **shared)
+    correction = {"sampling_correction": "token_truncate", "sampling_correction_max": 3.0}
+    corrected = grpo(tmp_path / "b", **shared, **correction)
+    corrected._correction = alternating  # type: ignore[method-assign]
+    other = grpo(tmp_path / "c", **shared, **correction)
+    other._correction = lambda batch, old_N: torch.full_like(old_N, 1.1)  # type: ignore[method-assign]
+    for trainer in (plain, corrected, other):
+        trainer.train()
+    assert_same(weights(plain), weights(corrected), 3e-7)
+    with pytest.raises(AssertionError):
+        assert_same(weights(plain), weights(other), 3e-7)
+
+
+def alternating(batch: Any, old_N: torch.Tensor) -> torch.Tensor:
+    """Weights of 2 and 1/2 in turn, and 1 for the last token of a sequence of odd length."""
+    made = torch.ones_like(old_N)
+    for sequence in range(batch.num_sequences):
+        places = (batch.sequence_index == sequence).nonzero()[:, 0]
+        even = len(places) // 2 * 2
+        made[places[0:even:2]], made[places[1:even:2]] = 2.0, 0.5
+    return made
 
 
 def test_a_rollout_is_penalised_with_the_coefficient_before_its_own_divergence(tmp_path: Path) -> None:

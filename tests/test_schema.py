@@ -114,6 +114,18 @@ def test_defaults_pass_their_own_check(fields: CommonFields):
         ({"kl_estimator": "k1", "use_bias_correction_kl": False}, r"the gradient of k1 alone is 0"),
         ({"kl_in": "reward", "use_bias_correction_kl": True}, r"^use_bias_correction_kl"),
         ({"kl_target": 5.0}, r"^kl_target with beta = 0"),
+        ({"loss_type": "vespo", "delta": 2.0}, r"^delta = 2\.0 with loss_type vespo"),
+        (
+            {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+            r"^importance_sampling_level = 'sequence' with loss_type vespo: .* use token",
+        ),
+        (
+            {"loss_type": "vespo", "sampling_correction": "sequence_mask"},
+            r"^sampling_correction = 'sequence_mask' with loss_type vespo: .* use token_truncate or token_mask",
+        ),
+        ({"vespo_lambda_pos": 0.0}, r"^vespo_lambda_pos = 0\.0: use a number above 0"),
+        ({"use_adaptive_entropy": True, "entropy_coef": 2.0}, r"^entropy_coef = 2\.0 with use_adaptive_entropy"),
+        ({"use_adaptive_entropy": True, "entropy_coef_min": 1.0}, r"^entropy_coef_min = 1\.0: not below"),
         ({"sampling_correction": "icepop"}, r"^sampling_correction = 'icepop': use token_truncate"),
         ({"sampling_correction": "token_truncate", "sampling_correction_max": None}, r"nothing is truncated"),
         ({"sampling_correction": "token_truncate", "sampling_correction_min": 0.5}, r"only masks have a lower"),

@@ -148,6 +148,11 @@ CASES: dict[str, Case] = {
     "`luspo`": row("luspo", {**SEQUENCE, "loss_type": "luspo"}, **NARROW),
     "`cispo`": row("cispo", {"loss_type": "cispo"}, epsilon_high=1.1),
     "`sapo`": row("sapo", {"loss_type": "sapo"}),
+    "`vespo`": row("vespo", {"loss_type": "vespo"}),
+    "`vespo`, KL": Case({"loss_type": "vespo", "beta": 0.3}),
+    "`vespo_k_pos`, `_neg`, `vespo_lambda_pos`, `_neg`": Case(
+        {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_k_neg": 2.0, "vespo_lambda_pos": 1.5, "vespo_lambda_neg": 4.0}
+    ),
     "`rloo`": Case({"beta": 0.05}, trainer="rloo"),
     "`grpo`, a second pass": replace(row("grpo", {"loss_type": "grpo", "beta": 0.04}), old=False, steps=2),
     "`gspo`, a second pass": replace(row("gspo", SEQUENCE, **NARROW), old=False, steps=2),
@@ -162,6 +167,29 @@ CASES: dict[str, Case] = {
     "`entropy_coef`": Case({"loss_type": "grpo", "entropy_coef": 0.1}),
     "`entropy_coef`, `top_entropy_quantile`": Case(
         {"loss_type": "dapo", "entropy_coef": 0.1, "top_entropy_quantile": 0.3}
+    ),
+    "`use_adaptive_entropy`": Case(
+        {
+            "loss_type": "grpo",
+            "use_adaptive_entropy": True,
+            "entropy_coef": 0.1,
+            "entropy_coef_delta": 0.05,
+            "entropy_target": 9.0,
+            "entropy_coef_max": 0.18,
+        },
+        steps=2,
+        old=False,
+    ),
+    "`use_adaptive_entropy`, above its target": Case(
+        {
+            "loss_type": "grpo",
+            "use_adaptive_entropy": True,
+            "entropy_coef": 0.1,
+            "entropy_target": 0.5,
+            "top_entropy_quantile": 0.5,
+        },
+        steps=2,
+        old=False,
     ),
     "`temperature`": Case({"loss_type": "dapo", "temperature": 0.7, "beta": 0.1}),
     "`scale_rewards` batch": Case({"loss_type": "dapo", "scale_rewards": "batch"}),
@@ -185,6 +213,8 @@ CASES: dict[str, Case] = {
         for kind in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
         for loss in ("grpo", "dapo")
     },
+    "`sampling_correction` token_truncate, `vespo`": corrected("token_truncate", "vespo"),
+    "`sampling_correction` token_mask, `vespo`": corrected("token_mask", "vespo"),
     "`rloo`, no KL": Case({"beta": 0.0}, trainer="rloo"),
     "`rloo`, `normalize_advantages`": Case({"beta": 0.05, "normalize_advantages": True}, trainer="rloo"),
     "`rloo`, `reward_clip_range`": Case({"beta": 0.05, "reward_clip_range": [0.2, 0.7]}, trainer="rloo"),
@@ -396,6 +426,16 @@ def test_metrics_of_the_same_name_are_the_same(tmp_path: Path, trl: dict[str, Fo
         "completions/clipped_ratio",
     ):  # fmt: skip
         assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if "adaptive" in name or name == "`vespo`, KL"])
+def test_metrics_of_an_adaptive_bonus_and_of_vespo_are_trl_s(tmp_path: Path, trl: dict[str, Found], name: str) -> None:
+    ours, theirs = by_burnish(CASES[name], tmp_path).logs, trl[name].logs
+    metric = "vespo/phi_seq_mean" if "vespo" in name else "entropy_coef"
+    found = [log[metric] for log in ours]
+    assert found == pytest.approx([log[metric] for log in theirs], abs=1e-6)
+    assert len(set(found)) > (metric == "entropy_coef")
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ import burnish
 import tiny
 from burnish import rewards
 from burnish.schema.imports import NO_IMPORTS
-from test_rewards_functions import ACCURACY, LENGTHS, OVERLONG, REASONING, THINK
-from test_rewards_functions import said as answered
+from test_rewards_catalogue import ACCURACY, LENGTHS, OVERLONG, REASONING, THINK
+from test_rewards_catalogue import said as answered
 
 FOLDER = Path(__file__).parent / "trl_scripts"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))

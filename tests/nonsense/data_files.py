@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -73,7 +74,9 @@ _CSV: dict[str, bytes] = {
     "NUL": b"a,b\n1,\0\n", "NULs": bytes(100), "gzip": gzip.compress(_GOOD_CSV), "Parquet": _GOOD_PARQUET,
     "a cell of 200,000 characters": b"a\n" + b"x" * 200_000 + b"\n", "random bytes": bytes(range(256)),
     "semicolons": b"prompt;completion\na;b\n", "tabs": b"prompt\tcompletion\na\tb\n",
-    "bars": b"prompt|completion\na|b\n",
+    "bars": b"prompt|completion\na|b\n", "two delimiters": b"a;b,c\n1;2,3\n", "tabs and commas": b"a\tb,c\n",
+    "semicolons, a cell too few": b"a;b\n1\n", "bars, half a quote": b'a|b\n"1|2\n',
+    "a line of latin-1 among thousands": b"a;b\n" + b"1;2\n" * 5000 + "é;1\n".encode("latin-1"),
 }  # fmt: skip
 
 _PARQUET: dict[str, bytes] = {
@@ -87,7 +90,9 @@ _PARQUET: dict[str, bytes] = {
     **{f"without its first {count} bytes": _GOOD_PARQUET[count:] for count in (1, 4, 20)},
 }  # fmt: skip
 
-_RUN_FILES = ("metrics.jsonl", "transcripts.jsonl", "evaluations.json", "config.json", "environment.json")
+_RUN_FILES = (
+    "metrics.jsonl", "transcripts.jsonl", "evaluations.json", "config.json", "environment.json", "status.json",
+)  # fmt: skip
 
 _RECORDS: tuple[Any, ...] = (
     None, 5, "x", [], {}, [1], {"stage": 5}, {"step": "x"}, {"step": None, "loss": "x"}, {"stage": "sft",
@@ -99,6 +104,9 @@ _RECORDS: tuple[Any, ...] = (
     {"evaluations": [{"name": "a", "pass_at_k": {"x": {}}}]}, {"evaluations": [{"name": "a", "pass_at_k": [1]}]},
     {"stage": "sft", "step": 1, "loss": True}, {"stage": "sft", "step": True}, {"": {"": {"": []}}},
     {"stage": "sft", "step": 1, "loss": "1e400"}, {"prompt": {"role": 5}}, {"prompt": [{"content": {}}]},
+    {"state": 5}, {"state": ["running"]}, {"state": "running"}, {"state": "failed", "step": "x", "max_steps": []},
+    {"state": "stopped", "error": 5, "reason": [], "part": 5}, {"state": "running", "part": "../..", "step": -1},
+    {"state": "running", "part": "a\0b"}, {"state": "running", "part": "x" * 5000, "step": 10**30},
     {"criteria": [5], "total": "x", "step": 1}, {"criteria": {"a": {"b": 1}}, "total": [1], "step": {}},
 )  # fmt: skip
 
@@ -150,16 +158,20 @@ def cases() -> Iterator[Case]:
         yield Case("rows in JSON", f"{name} in .json", partial(_rows, "r.json", listed), None)
     for name, content in _CSV.items():
         may = name in ("semicolons", "tabs", "bars", "NUL", "an empty column twice", "a cell of 200,000 characters")
-        yield Case(
-            "rows in CSV",
-            name,
-            partial(_rows, "r.csv", content),
-            None if may else True,
-            names="r.csv" if content else "",
-        )
-    for name, content in (("good", _GOOD_CSV), ("CRLF", _GOOD_CSV.replace(b"\n", b"\r\n"))):
-        yield Case("rows in CSV", name, partial(_rows, "r.csv", content), False)
-    yield Case("rows in CSV", "a byte order mark", partial(_first_column, b"\xef\xbb\xbf" + _GOOD_CSV), False)
+        for file in ("r.csv", "r.tsv"):
+            yield Case(
+                "rows in CSV",
+                f"{name} in {file}",
+                partial(_rows, file, content),
+                None if may else True,
+                names=file if content else "",
+            )
+    for delimiter in b",;\t|":
+        content = _GOOD_CSV.replace(b",", bytes([delimiter]))
+        for file, written in itertools.product(
+            ("r.csv", "r.tsv"), (content, content.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + content)
+        ):
+            yield Case("rows in CSV", f"{written!r} in {file}", partial(_columns, file, written), False)
     for name, content in _PARQUET.items():
         yield Case("rows in Parquet", name, partial(_rows, "r.parquet", content))
     yield Case("rows in Parquet", "good", partial(_rows, "r.parquet", _GOOD_PARQUET), False)
@@ -190,9 +202,9 @@ def _rows(name: str, content: bytes) -> None:
     load_rows({"path": name}, "data.train")
 
 
-def _first_column(content: bytes) -> None:
-    Path("r.csv").write_bytes(content)
-    assert list(load_rows({"path": "r.csv"})[0]) == ["prompt", "completion"]
+def _columns(name: str, content: bytes) -> None:
+    Path(name).write_bytes(content)
+    assert list(load_rows({"path": name})[0]) == ["prompt", "completion"]
 
 
 def _place(path: str, split: str | None = None) -> None:

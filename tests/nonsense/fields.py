@@ -34,18 +34,20 @@ _COUNTS = _named(
 """Integers of at least 1."""
 
 _POSITIVE = _named(
-    "cliprange_value discopop_tau epsilon epsilon_high eval_steps kl_target logging_steps logprob_check_bound "
+    "cliprange_value discopop_tau entropy_coef_delta entropy_coef_max entropy_target epsilon epsilon_high eval_steps "
+    "kl_target logging_steps logprob_check_bound "
     "num_train_epochs off_policy_mask_threshold overlong_buffer ref_model_mixup_alpha sampling_correction_max "
     "sampling_correction_min "
-    "sapo_temperature_neg sapo_temperature_pos save_steps temperature top_entropy_quantile top_p vf_coef"
+    "sapo_temperature_neg sapo_temperature_pos save_steps temperature top_entropy_quantile top_p vespo_lambda_neg "
+    "vespo_lambda_pos vf_coef"
 )
 """Numbers above 0."""
 
 _NOT_NEGATIVE = _named(
     "adam_beta1 adam_beta2 adam_epsilon beta center_rewards_coefficient dataloader_num_workers data_seed "
-    "desirable_weight eval_delay gamma label_smoothing lam ld_alpha learning_rate max_grad_norm min_p "
+    "desirable_weight entropy_coef_min eval_delay gamma label_smoothing lam ld_alpha learning_rate max_grad_norm min_p "
     "missing_eos_penalty overlong_penalty replay_size seed simpo_gamma top_k undesirable_weight value_learning_rate "
-    "value_prefit_steps warmup_steps weight_decay"
+    "value_prefit_steps vespo_k_neg vespo_k_pos warmup_steps weight_decay"
 )
 
 _AT_MOST_ONE = _named(
@@ -125,6 +127,8 @@ _PAIRS: dict[str, tuple[dict[str, Any], ...]] = {
     "grpo": (
         {"algorithm": "ppo"},
         {"loss_type": "cispo"},
+        {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+        {"use_adaptive_entropy": True, "entropy_coef": 2.0},
         {"loss_type": "luspo"},
         {"dynamic_sampling": True, "num_generations": 1},
         {"multi_objective_aggregation": "normalize_then_sum", "advantage_estimator": "batch"},

@@ -19,7 +19,7 @@ from burnish.schema.adapters import check_lora
 from burnish.schema.fields import stages_with
 from burnish.schema.files import apply_overrides, read_file
 from burnish.schema.inherited import FieldInfo
-from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, path_problem
+from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, missing, path_problem
 from burnish.schema.quantization import check_quantization
 
 __all__ = [
@@ -291,7 +291,10 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
         _check_quantised(run)
     checkpoint = run.training.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not is_folder(checkpoint):
-        raise ConfigError(f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name a checkpoint.")
+        raise ConfigError(
+            f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name a checkpoint "
+            f"({missing(checkpoint)})."
+        )
     return run
 
 
@@ -388,7 +391,7 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
         "model_init": _model_init(tables.get("model_init", {})),
         "peft": check_lora(tables["peft"]) if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
-        "rubric": rubric_from_config(tables["rubric"]) if "rubric" in tables else None,
+        "rubric": rubric_from_config(tables["rubric"], folder=Path(path).parent) if "rubric" in tables else None,
         "evaluation": None
         if evaluation is None
         else EvaluationSection(**check_mapping(_infos_of(EvaluationSection), evaluation, "evaluation")),

@@ -12,6 +12,7 @@ from burnish.errors import ConfigError
 from burnish.evaluate import Evaluation, compare
 from burnish.runs.files import read_json, write_json
 from burnish.runs.processes import refuse_ranks
+from burnish.schema.paths import missing
 
 __all__ = ["run"]
 
@@ -38,5 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _earlier(file: Path) -> Evaluation:
     if not file.is_file():
-        raise ConfigError(f"[evaluation] compare_with = {str(file)!r}: no such file; evaluation.output writes one.")
+        raise ConfigError(
+            f"[evaluation] compare_with = {str(file)!r}: no such file; evaluation.output writes one ({missing(file)})."
+        )
     return Evaluation.from_dict(read_json(file, {}))

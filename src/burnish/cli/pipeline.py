@@ -20,6 +20,7 @@ from burnish.rewards.identity import rubric_identity
 from burnish.runs.files import read_json, write_json
 from burnish.runs.lock import locked
 from burnish.runs.processes import refuse_ranks
+from burnish.runs.status import RunStatus
 
 __all__ = ["run"]
 
@@ -68,18 +69,26 @@ class Pipeline:
     file: PipelineFile
     folder: Path
     inputs: StepInputs = field(init=False)
+    status: RunStatus = field(init=False)
 
     def __post_init__(self) -> None:
         self.inputs = StepInputs(self.folder)
+        self.status = RunStatus(self.folder, "pipeline")
 
     def run(self) -> None:
         """All stages, then the report."""
+        with self.status.recording():
+            self._run()
+
+    def _run(self) -> None:
         started = time.monotonic()
         data = self._rows()
         self._claim_folder(data)
+        self.status.begin("starting", max_steps=len(self.file.stages))
         model, pairs, policies = self.file.model, _Pairs([], []), ["raw"]
         self._evaluate("raw", model, data.held_out)
-        for name in self.file.stages:
+        for step, name in enumerate(self.file.stages, 1):
+            self.status.update(step=step)
             if name == "pairs":
                 pairs = self._sample_pairs(model, data)
                 continue
@@ -91,6 +100,7 @@ class Pipeline:
             self._evaluate(name, model, data.held_out)
             policies.append(name)
         self._summarise(policies)
+        self.status.finish()
         page = write_report(
             self.folder,
             Path(self.file.report.path) if self.file.report.path else None,
@@ -170,6 +180,7 @@ class Pipeline:
         from burnish.cli import stages
 
         assert self.file.pairs is not None
+        self.status.update(doing=f"sampling pairs ({name})", part="")
         folder = self.folder / "pairs" / name
         made_from = self._made_from("pairs", data=prompts, model=model_identity(model))
         self.inputs.begin(f"pairs/{name}", made_from)
@@ -192,6 +203,7 @@ class Pipeline:
         """How the reward model ranks pairs of held-out problems."""
         from burnish.cli import stages
 
+        self.status.update(doing="ranking pairs with the reward model", part="")
         target = self.folder / "evaluations" / "reward.json"
         self.inputs.begin("evaluations/reward.json", {"data": rows, "reward": model_identity(model)})
         if not target.is_file():
@@ -204,6 +216,7 @@ class Pipeline:
     def _train(self, name: str, model: str, rows: Rows, eval_rows: Rows) -> str:
         from burnish.cli import stages
 
+        self.status.update(doing=f"training {name}", part=name)
         folder = self.folder / name
         self.inputs.begin(name, self._made_from(name, data=(rows, eval_rows), model=model_identity(model)))
         if (folder / "done").is_file():
@@ -230,6 +243,7 @@ class Pipeline:
     def _evaluate(self, name: str, model: str, rows: list[dict[str, Any]]) -> None:
         from burnish.cli import stages
 
+        self.status.update(doing=f"evaluating {name}", part="")
         target = self.folder / "evaluations" / f"{name}.json"
         self.inputs.begin(
             f"evaluations/{name}.json", self._made_from("evaluation", data=rows, model=model_identity(model))

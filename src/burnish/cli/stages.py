@@ -103,8 +103,9 @@ def train(
             model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft),
             **rewards,
         )  # fmt: skip
-        trainer.train()
-        trainer.save_model()
+        with trainer.status.recording():  # a run whose result is not saved is not finished
+            trainer.train()
+            trainer.save_model()
         return trainer
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from burnish.errors import ConfigError
 from burnish.runs.files import read_json, write_json
 from burnish.runs.lock import LOCK
+from burnish.runs.status import STATUS
 
 __all__ = ["StepInputs", "model_identity"]
 
@@ -88,7 +89,7 @@ def _content(file: Path) -> str:
 
 def _exists(path: Path) -> bool:
     """Whether a step has left anything: a folder without files has nothing to protect."""
-    return path.is_file() or any(file.is_file() and file.name != LOCK for file in path.rglob("*"))
+    return path.is_file() or any(file.is_file() and file.name not in (LOCK, STATUS) for file in path.rglob("*"))
 
 
 def _digest(value: Any) -> str:

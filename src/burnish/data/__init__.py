@@ -14,8 +14,9 @@ from burnish.data.encode import (
     unpaired_group,
 )
 from burnish.data.formats import Format, Kind, as_row, detect_format, split_turns, unpair
+from burnish.data.held_out import DisjointCounts, disjoint
 from burnish.data.rewards import RewardKind, answer_group, read_last, reward_group, reward_kind
-from burnish.data.sources import DisjointCounts, as_rows, check_source, disjoint, finite_rows, load_rows
+from burnish.data.sources import as_rows, check_source, finite_rows, load_rows
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",

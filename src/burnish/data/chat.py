@@ -21,6 +21,7 @@ from jinja2 import TemplateError
 from burnish.data.formats import Message
 from burnish.data.tokens import inner_tokenizer
 from burnish.errors import ConfigError, DataError
+from burnish.schema.paths import missing, path_problem
 
 __all__ = ["DEFAULT_CHAT_TEMPLATE", "ChatSpans", "chat_spans", "render_chat", "resolve_chat_template"]
 
@@ -96,9 +97,11 @@ def resolve_chat_template(chat_template: str | None, processing_class: Any, *, t
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat_template = {chat_template!r}: cannot be read ({error}).") from error
+    one_line = "\n" not in chat_template and path_problem(chat_template) is None
+    there = f" ({missing(path)})" if one_line and not path.exists() else ""
     raise ConfigError(
         f'chat_template = {chat_template!r}: use "chatml", the path of an existing .jinja file or tokenizer folder, or '
-        "Jinja source."
+        f"Jinja source{there}."
     )
 
 
@@ -274,8 +277,8 @@ def _try(render: Render, messages: Sequence[Message], **options: bool) -> str | 
 def _not_located(turn: int, trait: str) -> DataError:
     return DataError(
         f"the assistant turn at message {turn} cannot be located exactly in the rendered conversation: {trait}. "
-        "Add {% generation %} ... {% endgeneration %} around assistant turns in the template (chat_template = a .jinja "
-        "file), or train on one turn a row (burnish.data.split_turns)."
+        "Add {% generation %} ... {% endgeneration %} around assistant turns in the template (a .jinja file, such as "
+        'chat_template = "template.jinja"), or train on one turn a row (burnish.data.split_turns).'
     )
 
 

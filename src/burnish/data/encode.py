@@ -10,7 +10,6 @@ never twice. EOS ends every plain text and plain completion; in conversations th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -26,7 +25,8 @@ from burnish.data.formats import (
     messages_of,
     row_tools,
 )
-from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, truncate
+from burnish.data.instructions import instruction_columns, instruction_row
+from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, report_encoding, truncate
 from burnish.data.tokenized import is_masked_completion, token_completion, token_ids, token_sequence
 from burnish.data.tokens import plain_ids, split_ids, with_bos, with_eos
 from burnish.errors import ConfigError, DataError
@@ -45,8 +45,6 @@ __all__ = [
     "shared_prompt",
     "unpaired_group",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 class _SkippedRowError(DataError):
@@ -124,45 +122,6 @@ def encode_lazily(
         yield from kept
 
 
-def report_encoding(stats: EncodeStats, options: Mapping[str, Any], *, name: str = "") -> None:
-    """Log what encoding cut, dropped, split and skipped, and what is odd about the rows.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    limits = {k: v for k, v in options.items() if k in ("max_length", "max_prompt_length") and v is not None}
-    if not stats.num_rows:
-        raise DataError("there are no rows: check the file, the filter or the split that they come from.")
-    if not stats.num_kept:
-        raise DataError(
-            f"none of {stats.num_rows} rows has a token to learn from under {limits or 'no limits'}: raise the limits, "
-            "or check that the rows have assistant turns or completions."
-        )
-    where = f"{name}: " if name else ""
-    for verb, rows, tokens in (
-        ("cut", stats.num_cut_rows, stats.num_cut_tokens),
-        ("dropped", stats.num_dropped_rows, stats.num_dropped_tokens),
-        ("split", stats.num_split_rows, stats.num_split_tokens),
-    ):
-        if rows:
-            logger.warning(
-                "%s%d of %d rows are %s (%d tokens) under %s.", where, rows, stats.num_rows, verb, tokens, limits
-            )
-    if stats.num_cut_rows * 2 > stats.num_rows and options.get("truncation_mode") != "keep_end":
-        logger.warning("%sMost completions lose their end, and with it the EOS token: raise max_length.", where)
-    if stats.num_skipped_rows:
-        logger.warning("%s%d of %d rows are skipped under %s.", where, stats.num_skipped_rows, stats.num_rows, limits)
-    for text, count in (
-        ("%s%d completions are empty: they teach to say nothing.", stats.num_empty_completions),
-        ("%s%d pairs are left out: only what max_length cuts off tells them apart.", stats.num_equal_pairs),
-    ):
-        if count:
-            logger.warning(text, where, count)
-    if len(stats.formats) > 1:
-        found = ", ".join(f"{count} {kind}" for kind, count in sorted(stats.formats.items()))
-        logger.warning("%srows of several formats, each encoded as its own: %s.", where, found)
-
-
 def sft_group(
     row: Mapping[str, Any],
     processing_class: Any,
@@ -174,7 +133,7 @@ def sft_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `text`, `messages`, `prompt` + `completion` or `input_ids` row as a group with one completion.
+    """A `text`, `messages`, `prompt` + `completion`, `instruction` + `output` or `input_ids` row as a group of one.
 
     Text and messages have an empty prompt. Of a conversational completion only assistant turns are scored: tool
     results and user turns between them are not the model's.
@@ -196,7 +155,9 @@ def sft_group(
         DataError: the row's format, the template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
     """
+    row = _sft_row(row, processing_class, index, chat_template, stats)
     row, fmt = _detected(row, "sft", index, stats)
+    prompt_ids: list[int] = []
     if fmt.tokenized:
         completion = token_sequence(
             row,
@@ -205,32 +166,46 @@ def sft_group(
             completion_only_loss=completion_only_loss,
             assistant_only_loss=assistant_only_loss,
         )
-        group = Group([], [completion], dict(row), index)
-        truncate(group, max_length, stats)
-        return group
+    else:
+        _check_loss_options(fmt, index, completion_only_loss, assistant_only_loss)
+        paired = fmt.kind is Kind.PROMPT_COMPLETION and completion_only_loss is not False
+        if fmt.conversational:
+            chat = ChatRow(processing_class, row, index, chat_template)
+            prompt_ids, completion = _chat_sft(chat, row, fmt, paired, assistant_only_loss, stats)
+        else:
+            with naming_row(index):
+                prompt_ids, completion = _plain_sft(processing_class, row, fmt, paired)
+    group = Group(prompt_ids, [completion], dict(row), index)
+    truncate(group, max_length, stats)
+    return group
+
+
+def _sft_row(
+    row: Mapping[str, Any], processing_class: Any, index: int, chat_template: str | None, stats: EncodeStats | None
+) -> Mapping[str, Any]:
+    """The row, with a prompt and a completion where it has an instruction and an answer; messages under a template."""
+    columns = instruction_columns(row)
+    if not columns:
+        return row
+    as_messages = bool(chat_template or getattr(processing_class, "chat_template", None))
+    if stats is not None:
+        kind = "messages of user and assistant" if as_messages else "plain texts"
+        asked, answer = " and ".join(columns[:-1]), columns[-1]
+        stats.readings[f"prompts are read from {asked}, completions from {answer}, as {kind}"] += 1
+    return instruction_row(as_row(row, index), index, as_messages=as_messages)
+
+
+def _check_loss_options(fmt: Format, index: int, completion_only_loss: bool | None, assistant_only_loss: bool) -> None:
     if assistant_only_loss and not fmt.conversational:
         raise ConfigError(
             f"assistant_only_loss = True, but row {index} is plain ({' + '.join(fmt.columns)}): use messages, or "
             "completion_only_loss."
         )
-    paired = fmt.kind is Kind.PROMPT_COMPLETION
-    if completion_only_loss and not paired:
+    if completion_only_loss and fmt.kind is not Kind.PROMPT_COMPLETION:
         raise ConfigError(
             f"completion_only_loss = True, but row {index} has no completion column ({fmt.columns[0]}): use "
             "assistant_only_loss for messages."
         )
-    chat = ChatRow(processing_class, row, index, chat_template) if fmt.conversational else None
-    if chat is None:
-        with naming_row(index):
-            prompt_ids, completion = _plain_sft(processing_class, row, fmt, completion_only_loss is not False)
-    elif paired and completion_only_loss is not False:
-        prompt_ids, completion = chat.pair(row["prompt"], row["completion"], stats)
-    else:
-        messages = [*row["prompt"], *row["completion"]] if paired else row[fmt.columns[0]]
-        prompt_ids, completion = [], chat.conversation(messages, assistant_only_loss, stats)
-    group = Group(prompt_ids, [completion], dict(row), index)
-    truncate(group, max_length, stats)
-    return group
 
 
 def sft_groups(
@@ -279,18 +254,27 @@ def sft_groups(
 
 
 def _has_completion(row: Mapping[str, Any], index: int, completion_only_loss: bool | None) -> bool:
+    if instruction_columns(row):
+        return True
     fmt = detect_format(row, stage="sft", index=index)
     return fmt.kind is Kind.PROMPT_COMPLETION or (fmt.tokenized and is_masked_completion(row, completion_only_loss))
 
 
-def _plain_sft(
-    tokenizer: Any, row: Mapping[str, Any], fmt: Format, completion_only: bool
+def _chat_sft(
+    chat: ChatRow, row: Mapping[str, Any], fmt: Format, paired: bool, assistant_only: bool, stats: EncodeStats | None
 ) -> tuple[list[int], Completion]:
+    if paired:
+        return chat.pair(row["prompt"], row["completion"], stats)
+    messages = [message for name in fmt.columns for message in row[name]]
+    return [], chat.conversation(messages, assistant_only, stats)
+
+
+def _plain_sft(tokenizer: Any, row: Mapping[str, Any], fmt: Format, paired: bool) -> tuple[list[int], Completion]:
     if fmt.kind is Kind.LANGUAGE_MODELING:
         ids = _plain_text(tokenizer, row["text"])
         return [], Completion(ids, first_unscored(len(ids)), row["text"])
     prompt_ids, completion = _plain_pair(tokenizer, row["prompt"], row["completion"])
-    if completion_only:
+    if paired:
         return prompt_ids, completion
     ids = prompt_ids + completion.token_ids
     return [], Completion(ids, first_unscored(len(ids)), completion.text)

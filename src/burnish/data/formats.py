@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias, cast
 
+from burnish.data.columns import meant_columns, rename_tip
+from burnish.data.instructions import ADDS
 from burnish.data.parsing import check_text, parse_json, short
 from burnish.errors import ConfigError, DataError
 
@@ -105,9 +107,18 @@ _HINTS = (
 """Columns of other libraries' data sets -> what to do with them."""
 
 
-def hint(columns: Collection[str]) -> str:
-    """What to do with a row of these columns, which fit no format."""
-    return next((fix for name, fix in _HINTS if name in columns), "rename columns, or drop the row")
+def hint(row: Mapping[str, Any], families: Iterable[Sequence[str]], *, also: Iterable[str] = ()) -> str:
+    """What to do with a row that fits no format.
+
+    Args:
+        row: columns by name.
+        families: the sets of columns of which one is needed.
+        also: columns that are read where they are there.
+    """
+    if names := meant_columns(row, families, also=also):
+        lost = [name for name in ADDS if row.get(name) and name not in names and "prompt" in names.values()]
+        return rename_tip(names) + (f"; {lost[0]} is no part of the prompt then: write both into one" if lost else "")
+    return next((fix for name, fix in _HINTS if row.get(name) is not None), "rename columns, or drop the row")
 
 
 def as_row(value: Any, index: int) -> Mapping[str, Any]:
@@ -150,9 +161,9 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         allowed = [f for f in _FAMILIES if stage is None or f[0] in _STAGES[stage]]
         needed = " | ".join(" + ".join(columns) for _, columns in allowed)
         who = "burnish" if stage is None else f"stage {stage!r}"
-        raise DataError(
-            f"row {index} has the columns {sorted(map(str, present))}; {who} needs {needed}: {hint(present)}."
-        )
+        also = ("prompt",) if any(kind is Kind.PREFERENCE for kind, _ in allowed) else ()
+        fix = hint(row, [columns for _, columns in allowed], also=also)
+        raise DataError(f"row {index} has the columns {sorted(map(str, present))}; {who} needs {needed}: {fix}.")
     kind, columns = families[0]
     rivals = [other for _, other in families[1:] if not set(other) <= set(columns)]
     if stage is None:  # a prompt-only reading of a row that also has messages says nothing about the row

@@ -1,16 +1,21 @@
-"""What encoding does to sequences above a limit, and the counters that say so."""
+"""What encoding does to sequences above a limit, and what is said of the rows in the end."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, DataError
+from burnish.progress import say
 from burnish.types import Completion, Group
 
-__all__ = ["TRUNCATIONS", "EncodeStats", "check_limit", "truncate"]
+__all__ = ["TRUNCATIONS", "EncodeStats", "check_limit", "report_encoding", "truncate"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -29,6 +34,7 @@ class EncodeStats:
         num_empty_completions: completions without text, which teach to say nothing.
         num_equal_pairs: pairs left out because only the tokens that `max_length` cuts off tell them apart.
         formats: rows by format, such as "plain prompt_completion".
+        readings: rows by how columns that have no name of ours were read.
         num_split_rows: rows over `max_length` that became several groups (`truncation_mode` split).
         num_split_tokens: their tokens; none is cut, but the first of each part is not scored.
     """
@@ -44,8 +50,50 @@ class EncodeStats:
     num_empty_completions: int = 0
     num_equal_pairs: int = 0
     formats: Counter[str] = field(default_factory=Counter[str])
+    readings: Counter[str] = field(default_factory=Counter[str])
     num_split_rows: int = 0
     num_split_tokens: int = 0
+
+
+def report_encoding(stats: EncodeStats, options: Mapping[str, Any], *, name: str = "") -> None:
+    """Log what encoding cut, dropped, split and skipped, and what is odd about the rows.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    limits = {k: v for k, v in options.items() if k in ("max_length", "max_prompt_length") and v is not None}
+    if not stats.num_rows:
+        raise DataError("there are no rows: check the file, the filter or the split that they come from.")
+    if not stats.num_kept:
+        raise DataError(
+            f"none of {stats.num_rows} rows has a token to learn from under {limits or 'no limits'}: raise the limits, "
+            "or check that the rows have assistant turns or completions."
+        )
+    where = f"{name}: " if name else ""
+    for reading, count in sorted(stats.readings.items()):
+        say(f"{where}{count} of {stats.num_rows} rows: {reading}")
+    for verb, rows, tokens in (
+        ("cut", stats.num_cut_rows, stats.num_cut_tokens),
+        ("dropped", stats.num_dropped_rows, stats.num_dropped_tokens),
+        ("split", stats.num_split_rows, stats.num_split_tokens),
+    ):
+        if rows:
+            logger.warning(
+                "%s%d of %d rows are %s (%d tokens) under %s.", where, rows, stats.num_rows, verb, tokens, limits
+            )
+    if stats.num_cut_rows * 2 > stats.num_rows and options.get("truncation_mode") != "keep_end":
+        logger.warning("%sMost completions lose their end, and with it the EOS token: raise max_length.", where)
+    if stats.num_skipped_rows:
+        logger.warning("%s%d of %d rows are skipped under %s.", where, stats.num_skipped_rows, stats.num_rows, limits)
+    for text, count in (
+        ("%s%d completions are empty: they teach to say nothing.", stats.num_empty_completions),
+        ("%s%d pairs are left out: only what max_length cuts off tells them apart.", stats.num_equal_pairs),
+    ):
+        if count:
+            logger.warning(text, where, count)
+    if len(stats.formats) > 1:
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(stats.formats.items()))
+        logger.warning("%srows of several formats, each encoded as its own: %s.", where, found)
 
 
 def check_limit(name: str, value: int | None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from burnish.errors import DataError
 
-__all__ = ["check_text", "half_character", "parse_json", "short"]
+__all__ = ["check_text", "half_character", "object_of", "parse_json", "repeated", "short"]
 
 
 def parse_json(text: str, place: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -32,6 +32,24 @@ def parse_json(text: str, place: str, object_pairs_hook: Callable[[list[tuple[st
         raise
     except ValueError as error:
         raise DataError(f"{place} holds a number with too many digits: write it as a string.") from error
+
+
+def object_of(place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs; json would keep the last of two equal keys in silence.
+
+    Raises:
+        DataError: a key given twice.
+    """
+    if (twice := repeated([key for key, _ in pairs])) is not None:
+        raise DataError(f"{place} has the key {twice!r} twice: rename or remove one.")
+    return dict(pairs)
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that stands twice; None where each stands once."""
+    if len(set(names)) == len(names):
+        return None
+    return next(name for position, name in enumerate(names) if name in names[:position])
 
 
 def short(value: Any) -> str:

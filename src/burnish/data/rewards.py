@@ -45,9 +45,9 @@ def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
     kinds: list[RewardKind] = [kind for kind, columns in _FORMATS if present.issuperset(columns)]
     if not kinds:
         needed = " | ".join(" + ".join(columns) for _, columns in _FORMATS)
+        fix = hint(row, [columns for _, columns in _FORMATS], also=("prompt", "margin"))
         raise DataError(
-            f"row {index} has the columns {sorted(map(str, present))}; reward modelling needs {needed}: "
-            f"{hint(present)}."
+            f"row {index} has the columns {sorted(map(str, present))}; reward modelling needs {needed}: {fix}."
         )
     tokenized = present.issuperset(_TOKENS)
     refuse_mixed(present, ("prompt", "prompt_ids", *_TEXTS, *_TOKENS), tokenized=tokenized, index=index)

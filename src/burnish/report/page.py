@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from burnish.errors import ConfigError, show
+from burnish.report.ending import ending, standing
 from burnish.report.findings import findings
 from burnish.report.records import Comparison, Evaluation, Interval, Run, read_run
 from burnish.report.series import histograms, pack_transcripts, sample_evenly, stage_curves
@@ -58,7 +59,7 @@ def write_report(run_dir: str | os.PathLike[str], output: Path | None = None, *,
     Files of the run that are missing or cut (an interrupted run) are named on the page instead of failing it.
 
     Args:
-        run_dir: directory with any of metrics.jsonl, transcripts.jsonl, evaluations.json, config.json and
+        run_dir: directory with any of status.json, metrics.jsonl, transcripts.jsonl, evaluations.json, config.json and
             environment.json.
         output: the file to write; None means `report.html` in `run_dir`.
         max_transcripts: most transcripts to embed, sampled evenly over the steps; the page says how many of how many.
@@ -74,7 +75,7 @@ def write_report(run_dir: str | os.PathLike[str], output: Path | None = None, *,
     if max_transcripts < 0:
         raise ConfigError(f"max_transcripts = {max_transcripts}: use 0 (embed none) or a positive integer.")
     run = read_run(Path(run_dir))
-    run.notes = findings(run.metrics, run.transcripts) + run.notes
+    run.notes = ending(run) + findings(run.metrics, run.transcripts) + run.notes
     path = run.path / "report.html" if output is None else Path(output)
     if (problem := file_problem(str(path))) is not None:
         raise ConfigError(f"output = {show(str(path))}: {problem}.")
@@ -171,7 +172,10 @@ def _duration(seconds: float) -> str:
 
 def _facts(run: Run) -> str:
     """The line under the title: status, steps, times."""
-    facts: list[tuple[str, str]] = [("Status", "Complete" if not run.notes else f"See the notes ({len(run.notes)})")]
+    noted = f"see the notes ({len(run.notes)})" if run.notes else ""
+    known = standing(run) or ("" if noted else "Complete")
+    status = ", ".join(filter(None, (known, noted)))
+    facts: list[tuple[str, str]] = [("Status", status[0].upper() + status[1:])]
     stages = dict.fromkeys(row.stage for row in run.metrics)
     steps = {stage: sum(row.stage == stage for row in run.metrics) for stage in stages}
     if steps:

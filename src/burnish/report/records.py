@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from burnish.errors import DataError, show
+from burnish.runs.lock import is_locked
+from burnish.runs.status import STATUS, Status, read_status
 from burnish.schema.paths import is_file, is_folder
 
 __all__ = ["Comparison", "Evaluation", "Interval", "MetricRow", "Run", "Transcript", "finite", "read_run"]
@@ -101,6 +103,11 @@ class Run:
     comparisons: list[Comparison] = field(default_factory=list[Comparison])
     config: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
+    status: Status | None = None
+    part: Status | None = None
+    """The status of the stage that an unfinished pipeline is at."""
+    is_alive: bool | None = None
+    """Whether a process works in the folder; None where that cannot be known."""
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -126,7 +133,10 @@ def read_run(run_dir: Path) -> Run:
         raise DataError(
             f"run_dir = {show(str(run_dir))} {what}: pass the output directory of a run, with metrics.jsonl."
         )
-    run = Run(run_dir)
+    run = Run(run_dir, is_alive=is_locked(run_dir))
+    run.status = _status(run, run_dir)
+    if run.status is not None and run.status.part.isidentifier():
+        run.part = _status(run, run_dir / run.status.part)
     run.config = _read_object(run, "config.json")
     run.environment = _read_object(run, "environment.json")
     run.metrics = _metrics(run)
@@ -138,6 +148,15 @@ def read_run(run_dir: Path) -> Run:
         stage = run.metrics[-1].stage
         run.notes.append(f"evaluations.json: no evaluation of {stage}, the last stage that logged metrics.")
     return run
+
+
+def _status(run: Run, folder: Path) -> Status | None:
+    """The status in a folder; runs of earlier versions have none."""
+    try:
+        return read_status(folder)
+    except (OSError, ValueError):  # a FileError is one; so is a name that is too long
+        run.notes.append(f"{STATUS}: cannot be read, or not a JSON object; left out.")
+        return None
 
 
 def _text(value: object) -> str:

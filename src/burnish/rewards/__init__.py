@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from burnish.rewards.answers import extract_answer, parse_number
-from burnish.rewards.diagnosis import AnswerCounts, count_answers
-from burnish.rewards.functions import (
+from burnish.rewards.catalogue import (
     accuracy_reward,
     get_cosine_scaled_reward,
     get_repetition_penalty_reward,
@@ -18,6 +17,7 @@ from burnish.rewards.functions import (
     reasoning_accuracy_reward,
     think_format_reward,
 )
+from burnish.rewards.diagnosis import AnswerCounts, count_answers
 from burnish.rewards.pool import WorkerPool
 from burnish.rewards.registry import CRITERIA, rubric_from_config
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric

@@ -9,6 +9,7 @@ from typing import Any
 from burnish.rewards.answers import SOURCES, extract_answer
 from burnish.rewards.rubric import Rubric
 from burnish.rewards.verifiers import AnswerVerifier, completion_text
+from burnish.schema.tips import toml_line
 
 __all__ = ["AnswerCounts", "count_answers"]
 
@@ -55,9 +56,8 @@ class AnswerCounts:
         best = max(others, key=lambda source: self.by_source[source], default=None)
         if best is None or not self.by_source[best]:
             return f"{found}: ask for one in the prompt, show it in SFT first, or change `sources`."
-        listed = ", ".join(f'"{source}"' for source in (*self.sources, best))
         where = "hold a number" if best == "last_number" else f"have a {names[best]}"
-        return f"{found}; {self.by_source[best]} of {total} {where}: set sources = [{listed}]."
+        return f"{found}; {self.by_source[best]} of {total} {where}: set {toml_line('sources', (*self.sources, best))}."
 
 
 def count_answers(rubric: Rubric, completions: Sequence[Any]) -> list[AnswerCounts]:

@@ -1,223 +1,120 @@
-"""Reward functions with the names and signatures of `trl.rewards`, built on the verifiers.
-
-A completion is a string, or a list of messages whose last one counts. A value of None means that the reward does not
-apply; an exception in the list, that this completion cannot be judged, and why: both are known to every trainer here.
-"""
+"""Reward functions of the user's, by the name of a module or by the path of a file."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, TypeAlias
+import difflib
+import functools
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from burnish.errors import ConfigError, RewardError
-from burnish.rewards.answers import UNREADABLE_GOLD, boxed_answers, parse_number
+from burnish.errors import ConfigError, show
 from burnish.rewards.rubric import RewardFunction
-from burnish.rewards.verifiers import AnswerVerifier, completion_text, math_answer, soft_overlong
+from burnish.schema.paths import expanded, is_file, path_problem
 
-__all__ = [
-    "accuracy_reward",
-    "get_cosine_scaled_reward",
-    "get_repetition_penalty_reward",
-    "get_soft_overlong_punishment",
-    "reasoning_accuracy_reward",
-    "think_format_reward",
-]
+__all__ = ["python_function"]
 
-Values: TypeAlias = list[float | Exception | None]
-LogExtra: TypeAlias = Callable[[str, list[Any]], None]
+_FORMS = "write 'module:name' for a module that can be imported, or 'rewards.py:name' for a file"
 
 
-def accuracy_reward(
-    completions: Sequence[Any], solution: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
-) -> Values:
-    r"""1 where what a completion puts into `\boxed{...}` equals the solution as mathematics, else 0.
-
-    Several boxes with different contents are one answer, the set of them, so naming many numbers does not pay. A
-    solution that cannot be read as mathematics yields None.
-
-    Args:
-        completions: texts or conversations.
-        solution: the column of solutions, LaTeX or plain.
-        log_extra: receives columns for a table of completions by name.
-        kwargs: other columns; unused.
-
-    Returns:
-        One value for each completion; an exception where the verifier ran out of time.
-
-    Raises:
-        ConfigError: math-verify is not installed.
-        RewardError: lists of different lengths.
-    """
-    values, answers = _graded([completion_text(completion) for completion in completions], solution)
-    _log(log_extra, solution=solution, answer=answers)
-    return values
-
-
-def reasoning_accuracy_reward(
-    completions: Sequence[Any],
-    solution: Sequence[Any],
-    reasoning_delimiters: Sequence[str] | None = None,
-    log_extra: LogExtra | None = None,
-    **kwargs: Any,
-) -> Values:
-    """As `accuracy_reward`, of the text after the last delimiter; reasoning without an end scores 0.
-
-    Args:
-        completions: texts or conversations.
-        solution: the column of solutions, LaTeX or plain.
-        reasoning_delimiters: texts that end the reasoning; `["</think>"]` if None.
-        log_extra: receives columns for a table of completions by name.
-        kwargs: other columns; unused.
-
-    Returns:
-        One value for each completion; an exception where the verifier ran out of time.
-
-    Raises:
-        ConfigError: no delimiter, or math-verify is not installed.
-        RewardError: lists of different lengths.
-    """
-    delimiters = ["</think>"] if reasoning_delimiters is None else list(reasoning_delimiters)
-    if not delimiters or isinstance(reasoning_delimiters, str) or not all(delimiters):
-        raise ConfigError(f"reasoning_delimiters = {reasoning_delimiters!r}: use a list of texts, as ['</think>'].")
-    texts = [completion_text(completion) for completion in completions]
-    ends = [max(text.rfind(mark) + len(mark) if mark in text else -1 for mark in delimiters) for text in texts]
-    # An empty answer in place of reasoning without an end: a solution that cannot be read yields None there too.
-    values, answers = _graded([text[end:] if end >= 0 else "" for text, end in zip(texts, ends, strict=True)], solution)
-    _log(log_extra, solution=solution, answer=answers)
-    return values
-
-
-def think_format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
-    """1 where a completion begins with `<think>`, names it once, and closes it with `</think>`, else 0.
-
-    Args:
-        completions: texts or conversations.
-        kwargs: other columns; unused.
-    """
-    texts = [completion_text(completion) for completion in completions]
-    return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]
-
-
-def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
-    """The penalty of long completions of DAPO, equation 13 (2503.14476); see `burnish.rewards.soft_overlong`.
-
-    Args:
-        max_completion_len: tokens at which the value reaches -1.
-        soft_punish_cache: tokens before that over which it falls from 0; 0 for a step right after the maximum.
-
-    Raises:
-        ConfigError: a bad length.
-    """
-    if soft_punish_cache == 0:
-        # A ramp of one token, that starts at the maximum.
-        soft = soft_overlong(max_completion_length=max_completion_len + 1, cache=1)
-    else:
-        soft = soft_overlong(max_completion_length=max_completion_len, cache=soft_punish_cache)
-
-    def soft_overlong_punishment_reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> Any:
-        return soft(completion_ids=completion_ids)
-
-    return soft_overlong_punishment_reward
-
-
-def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFunction:
-    """A penalty of repeated n-grams of tokens: max_penalty * (1 - distinct / all); appendix C.2 of 2502.03373.
-
-    Args:
-        ngram_size: n, at least 1; a completion of fewer tokens scores 0.
-        max_penalty: at most 0.
-
-    Raises:
-        ConfigError: a bad size or penalty.
-    """
-    if ngram_size < 1:
-        raise ConfigError(f"ngram_size = {ngram_size!r}: use at least 1 token.")
-    if not -math.inf < max_penalty <= 0:
-        raise ConfigError(f"max_penalty = {max_penalty!r}: use a number of at most 0, such as -1.")
-
-    def repetition_penalty_reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float]:
-        return [max_penalty * _repeated_share(ids, ngram_size) for ids in completion_ids]
-
-    return repetition_penalty_reward
-
-
-def get_cosine_scaled_reward(
-    max_len: int,
-    min_value_wrong: float = -1.0,
-    max_value_wrong: float = -0.5,
-    min_value_correct: float = 0.5,
-    max_value_correct: float = 1.0,
+def python_function(
+    *, function: str, options: Mapping[str, Any] | None = None, folder: Path | None = None
 ) -> RewardFunction:
-    """`accuracy_reward` scaled by length L: low + (high - low) (1 + cos(pi L / max_len)) / 2; C.1 of 2502.03373.
-
-    A right answer earns most, and a wrong one loses most, where it is short. Beyond `max_len` the value stays what it
-    is at `max_len`.
+    """A reward function of the user's.
 
     Args:
-        max_len: tokens at which the cosine ends.
-        min_value_wrong: of a wrong completion of length 0.
-        max_value_wrong: of a wrong completion of length `max_len`.
-        min_value_correct: of a right completion of length `max_len`.
-        max_value_correct: of a right completion of length 0.
+        function: "module:name" of a module that can be imported, or "file.py:name". Modules beside the file can be
+            imported by it.
+        options: keyword arguments bound to it.
+        folder: what the file's path is relative to, that of the run file; None for the working directory.
 
     Raises:
-        ConfigError: a bad length.
+        ConfigError: it cannot be found, imported or called.
     """
-    if max_len < 1:
-        raise ConfigError(f"max_len = {max_len!r}: use at least 1 token.")
-    ends = {1.0: (min_value_correct, max_value_correct), 0.0: (max_value_wrong, min_value_wrong)}
-
-    def cosine_scaled_reward(
-        completions: Sequence[Any], solution: Sequence[Any], completion_ids: Sequence[Sequence[int]], **kwargs: Any
-    ) -> Values:
-        values: Values = []
-        for right, ids in zip(accuracy_reward(completions, solution), completion_ids, strict=True):
-            if isinstance(right, float):
-                low, high = ends[right]
-                right = low + 0.5 * (high - low) * (1 + math.cos(math.pi * min(len(ids), max_len) / max_len))
-            values.append(right)
-        return values
-
-    return cosine_scaled_reward
+    where = f"function = {show(function)}"
+    source, colon, name = function.rpartition(":")
+    of_file = source.endswith(".py")
+    parts = name.split(".") + ([] if of_file else source.split("."))
+    if not (colon and all(part.isidentifier() for part in parts)):
+        raise ConfigError(f"{where}: {_FORMS}.")
+    target: Any = _module_of_file(source, folder, where) if of_file else _module(source, folder, where)
+    for part in name.split("."):
+        target = _member(target, part, source, where)
+    if not callable(target):
+        raise ConfigError(f"{where} is {type(target).__name__}: name something that can be called.")
+    return functools.partial(target, **options) if options else target
 
 
-@cache
-def _verifier() -> AnswerVerifier:
-    return math_answer(column="solution", sources=("text",))
+def _module(name: str, folder: Path | None, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # one that the module imports
+            raise _unusable(where, name, error) from error
+        file = Path(*name.split(".")).with_suffix(".py")
+        beside = is_file((folder or Path()) / file)
+        fix = f"there is a file {file} beside the run file: write '{file}:NAME' for it" if beside else _FORMS
+        raise ConfigError(f"{where} cannot be imported: no module named {error.name!r}; {fix}.") from error
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise _unusable(where, name, error) from error
 
 
-def _graded(texts: Sequence[str], solution: Sequence[Any]) -> tuple[Values, list[str]]:
-    """Grade what each text puts into boxes; also returns that."""
-    if len(texts) != len(solution):
-        raise RewardError(f"solution has {len(solution)} entries for {len(texts)} completions: give one each.")
-    answers = [_boxed(text) for text in texts]
-    golds = [None if isinstance(gold, str) and not gold.strip() else gold for gold in solution]
-    # Whether a gold answer can be read must not depend on the completion: an empty box makes the verifier read it.
-    shown = [
-        answer or ("" if parse_number(str(gold)) is not None else r"\boxed{}")
-        for answer, gold in zip(answers, golds, strict=True)
-    ]
-    values: Values = []
-    for value in _verifier()([], shown, solution=golds):
-        unreadable = isinstance(value, RewardError) and str(value).endswith(UNREADABLE_GOLD)
-        values.append(None if unreadable else value)
-    return values, answers
+def _module_of_file(path: str, folder: Path | None, where: str) -> ModuleType:
+    if (problem := path_problem(path)) is not None:
+        raise ConfigError(f"{where}: {problem}.")
+    file = ((folder or Path()) / expanded(path)).resolve()
+    if not is_file(file):
+        raise ConfigError(f"{where}: there is no file {file}; paths are relative to the folder of the run file.")
+    # Named by the stem alone, so that rewards have the same identity wherever the files lie.
+    name, number = f"burnish_file_{file.stem}", 1
+    while name in sys.modules:
+        if getattr(sys.modules[name], "__file__", None) == str(file):
+            return sys.modules[name]
+        number += 1
+        name = f"burnish_file_{file.stem}_{number}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # the last place, where it shadows nothing
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _unusable(where, path, error) from error
+    return module
 
 
-def _log(log_extra: LogExtra | None, **columns: Sequence[Any]) -> None:
-    if log_extra is not None:
-        for name, values in columns.items():
-            log_extra(name, list(values))
+def _member(owner: Any, name: str, source: str, where: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        held = getattr(owner, "__dict__", {})
+        known = sorted(key for key, value in held.items() if callable(value) and not key.startswith("_"))
+        close = difflib.get_close_matches(name, known, n=1)
+        shown = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:20]) or 'no function'}."
+        raise ConfigError(f"{where}: {source} has no {name!r}; {shown}") from error
+    except (Exception, SystemExit) as error:  # a module may compute its names
+        raise _unusable(where, source, error) from error
 
 
-def _boxed(text: str) -> str:
-    """The one content of all boxes, or the boxes where they differ: math-verify reads them as a set."""
-    contents = list(dict.fromkeys(boxed_answers(text)))
-    return contents[0] if len(contents) == 1 else " ".join(rf"\boxed{{{content}}}" for content in contents)
-
-
-def _repeated_share(ids: Sequence[int], size: int) -> float:
-    ngrams = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+def _unusable(where: str, source: str, error: BaseException) -> ConfigError:
+    """What a module raised as it was imported, with the line of the user's code."""
+    if isinstance(error, SyntaxError):
+        place = f"line {error.lineno} of {error.filename}"
+        return ConfigError(f"{where}: {type(error).__name__} in {place}: {error.msg}; correct it.")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
+    place = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+    said = " ".join(str(error).split())[:500]
+    return ConfigError(
+        f"{where}: {source} cannot be imported: {type(error).__name__}: {said}{place}; correct it, or install what is "
+        "missing."
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from burnish.errors import ConfigError, show
+from burnish.rewards.functions import python_function
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.verifiers import (
     exact_answer,
@@ -21,33 +21,7 @@ from burnish.rewards.verifiers import (
 )
 from burnish.schema.predicates import is_number
 
-__all__ = ["CRITERIA", "python_function", "rubric_from_config"]
-
-
-def python_function(*, function: str, options: Mapping[str, Any] | None = None) -> RewardFunction:
-    """A reward function of the user's.
-
-    Args:
-        function: "module:name"; the module must be importable.
-        options: keyword arguments bound to it.
-
-    Raises:
-        ConfigError: it cannot be imported or called.
-    """
-    module_name, colon, name = function.partition(":")
-    if not (colon and all(part.isidentifier() for part in (*module_name.split("."), *name.split(".")))):
-        raise ConfigError(f"function = {show(function)}: write 'module:name'.")
-    try:
-        target: Any = importlib.import_module(module_name)
-        for part in name.split("."):
-            target = getattr(target, part)
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        raise ConfigError(
-            f"function = {show(function)} cannot be imported ({type(error).__name__}: {error}): check module and name."
-        ) from error
-    if not callable(target):
-        raise ConfigError(f"function = {function!r} is {type(target).__name__}: name something that can be called.")
-    return functools.partial(target, **options) if options else target
+__all__ = ["CRITERIA", "rubric_from_config"]
 
 
 CRITERIA: dict[str, Callable[..., RewardFunction]] = {
@@ -61,26 +35,28 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
 }
 """Factories of criteria by the `kind` that configuration files name them with."""
 
-_NOT_IN_FILES = frozenset({"pool"})
+_NOT_IN_FILES = frozenset({"folder", "pool"})
 
 
 _LARGEST_WEIGHT = 1e100
 
 
-def rubric_from_config(entries: Sequence[Mapping[str, Any]]) -> Rubric:
+def rubric_from_config(entries: Sequence[Mapping[str, Any]], *, folder: Path | None = None) -> Rubric:
     """A rubric from a list of tables such as `{kind = "math", weight = 2.0, timeout_seconds = 3}`.
 
     Args:
         entries: each with `kind` (a name in :data:`CRITERIA`), optionally `name` (default: the kind, or the function's
             name), `weight` (default 1), `isolate` (default true), `timeout_seconds` and the options of that kind.
+        folder: of the run file, which the paths of files with functions are relative to; None for the working
+            directory.
 
     Raises:
         ConfigError: an unknown kind or option, a missing or bad value; the message names it and what is allowed.
     """
-    return Rubric([_criterion(i, entry) for i, entry in enumerate(entries)])
+    return Rubric([_criterion(i, entry, folder) for i, entry in enumerate(entries)])
 
 
-def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
+def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criterion:
     options = dict(entry)
     where = f"rubric[{i}]"  # the name of the list in files
     kind = options.pop("kind", None)
@@ -111,6 +87,8 @@ def _criterion(i: int, entry: Mapping[str, Any]) -> Criterion:
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
+    if "folder" in inspect.signature(factory).parameters:
+        options["folder"] = folder
     try:
         return Criterion(name, factory(**options), **common)
     except ConfigError as error:

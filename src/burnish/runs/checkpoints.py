@@ -21,6 +21,7 @@ from typing import Any
 
 from burnish.errors import ConfigError
 from burnish.runs.files import read_json, write_json, writing
+from burnish.runs.status import STATUS
 
 __all__ = [
     "COMPLETE",
@@ -46,7 +47,7 @@ COMPLETE = "complete"
 DRAFTS = ".saving"
 """Folder, inside a run's, in which a checkpoint is written and what replaces or rotates it out is deleted."""
 
-_RECORDS = ("metrics.jsonl", "environment.json", "*transcripts.jsonl", "reference_log_probs_*.json")
+_RECORDS = (STATUS, "metrics.jsonl", "environment.json", "*transcripts.jsonl", "reference_log_probs_*.json")
 """What a run writes beside its checkpoints and its model."""
 
 _RESULT = ".result.json"

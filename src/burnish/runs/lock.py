@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["LOCK", "locked"]
+__all__ = ["LOCK", "is_locked", "locked"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,25 @@ def locked(folder: str | Path, field: str = "output_dir") -> Generator[None]:
             with suppress(OSError):
                 (Path(folder) / LOCK).unlink()
             stream.close()
+
+
+def is_locked(folder: str | Path) -> bool | None:
+    """Whether a process, this one or another, runs in a folder; None where that cannot be known."""
+    # This process's locks first: closing any descriptor of the file would release them.
+    if (os.getpid(), Path(folder).resolve()) in _held:
+        return True
+    if fcntl is None:
+        return None
+    try:
+        stream = (Path(folder) / LOCK).open(encoding="utf-8")
+    except OSError as error:
+        return False if isinstance(error, FileNotFoundError) else None
+    with stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return True if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return False
 
 
 def _acquire(folder: Path, field: str) -> IO[str]:

@@ -18,7 +18,7 @@ __all__ = ["ADVANTAGE_NAMES", "ALGORITHMS", "LOSS_NAMES", "Algorithm", "apply_al
 ADVANTAGE_NAMES = ["group", "leave_one_out", "batch", "group_batch", "mean_normalized"]
 """Names in burnish.advantages.ADVANTAGES, which a user may add to."""
 
-LOSS_NAMES = ["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo"]
+LOSS_NAMES = ["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
 """Names in burnish.objectives.policy.POLICY_LOSSES, which a user may add to."""
 
 
@@ -95,6 +95,11 @@ ALGORITHMS: dict[str, Algorithm] = {
         "a sigmoid gate of the ratio instead of a clip, steeper where the advantage is negative",
         "2511.20347",
         parts={**_GROUP, "loss_type": "sapo"},
+    ),
+    "vespo": Algorithm(
+        "a soft weight of the ratio of the whole sequence, without gradient, instead of a clip",
+        "2602.10693",
+        parts={**_GROUP, "loss_type": "vespo"},
     ),
     "rloo": Algorithm(
         "the mean of the other samples as baseline, ratio of whole sequences, k1 in the reward",

@@ -35,7 +35,6 @@ _IN_PROCESS = "completions are sampled in process, from the weights being traine
 _ONE_CACHE = "the sampler keeps one cache of its own, each prompt in it once; remove the field"
 _PRINTED = "set log_completions and read the transcripts with `burnish report`"
 _NOT_THERE = "this loss or correction does not exist here; remove the field"
-_ENTROPY = "the entropy bonus does not adapt; set entropy_coef and watch the metric entropy"
 _CORRECTION = "set sampling_correction, sampling_correction_max and sampling_correction_min, for every engine"
 _ADAPTERS = "with adapters the reference is the same model with them switched off; remove the field"
 _BLOCKS = (
@@ -123,16 +122,7 @@ _ONLINE: dict[str, Elsewhere] = {
 }
 
 _POLICY: dict[str, Elsewhere] = {
-    "entropy_coef_delta": Elsewhere(0.005, _ENTROPY),
-    "entropy_coef_max": Elsewhere(1.0, _ENTROPY),
-    "entropy_coef_min": Elsewhere(0.0, _ENTROPY),
-    "entropy_target": Elsewhere(0.2, _ENTROPY),
     "max_tool_calling_iterations": Elsewhere(None, "a completion is one turn; remove the field", (int,)),
-    "use_adaptive_entropy": Elsewhere(False, _ENTROPY),
-    "vespo_k_neg": Elsewhere(3.0, _NOT_THERE),
-    "vespo_k_pos": Elsewhere(2.0, _NOT_THERE),
-    "vespo_lambda_neg": Elsewhere(2.0, _NOT_THERE),
-    "vespo_lambda_pos": Elsewhere(3.0, _NOT_THERE),
     "vllm_importance_sampling_cap": Elsewhere(None, _CORRECTION, (float, int)),
     "vllm_importance_sampling_clip_max": Elsewhere((3.0, None), _CORRECTION, (float, int)),
     "vllm_importance_sampling_clip_min": Elsewhere(None, _CORRECTION, (float, int)),
@@ -151,11 +141,15 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     "reward": {},
     "dpo": {
         **_REFERENCE,
-        "cpo_alpha": Elsewhere(0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, cpo_alpha]'),
+        "cpo_alpha": Elsewhere(
+            0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, 1.0], whose second number is cpo_alpha'
+        ),
         "reference_free": Elsewhere(
             False, "losses without a reference are cpo, simpo, alphapo and orpo; set loss_type"
         ),
-        "rpo_alpha": Elsewhere(None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, rpo_alpha]'),
+        "rpo_alpha": Elsewhere(
+            None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, 1.0], whose second number is rpo_alpha'
+        ),
     },
     "kto": _REFERENCE,
     "online_dpo": {

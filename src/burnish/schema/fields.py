@@ -281,7 +281,7 @@ class _PolicyFields(_OnlineFields):
         "dapo",
         "The surrogate and how its per-token values are averaged: the clipped one by grpo (per sequence, then over "
         "sequences), bnpo and dapo (over all scored tokens), dr_grpo (over num_completions x max_completion_length) or "
-        "luspo (sums of sequences, over sequences); cispo and sapo. Denominators are global.",
+        "luspo (sums of sequences, over sequences); cispo, sapo and vespo. Denominators are global.",
     )
     beta: float = _own(0.0, "Weight of the KL divergence from the reference model. 0: no reference is held.")
     kl_estimator: str = _own("k3", "Estimate of the KL divergence from a token: k1, k2 or k3.")
@@ -308,7 +308,19 @@ class _PolicyFields(_OnlineFields):
         "Ratio of each token, of the whole sequence as geometric mean (sequence: GSPO; sequence_token: with each "
         "token's own gradient) or as product (product: RLOO).",
     )
-    entropy_coef: float = _own(0.0, "Weight of an entropy bonus, the mean over the step's tokens. 0: none.")
+    entropy_coef: float = _own(
+        0.0, "Weight of an entropy bonus, the mean over the step's tokens; adaptive, the one to start from. 0: none."
+    )
+    use_adaptive_entropy: bool = _own(
+        False,
+        "After every optimizer step, raise the weight of the entropy bonus by entropy_coef_delta where the entropy of "
+        "the step's tokens is at most entropy_target, else lower it; a step after one above the target has no bonus "
+        "(2505.22312).",
+    )
+    entropy_target: float = _own(0.2, "Mean entropy of tokens, in nats, that use_adaptive_entropy holds up.")
+    entropy_coef_delta: float = _own(0.005, "Change of an adaptive entropy_coef in one optimizer step.")
+    entropy_coef_min: float = _own(0.0, "Lower bound of an adaptive entropy_coef.")
+    entropy_coef_max: float = _own(1.0, "Upper bound of an adaptive entropy_coef.")
     top_entropy_quantile: float = _own(
         1.0, "Share of the step's tokens, those of highest entropy, that the policy loss keeps (2506.01939). 1: all."
     )
@@ -350,6 +362,10 @@ class GRPOFields(_PolicyFields):
     )
     sapo_temperature_neg: float = _own(1.05, "Steepness of sapo's gate where the advantage is not positive.")
     sapo_temperature_pos: float = _own(1.0, "Steepness of sapo's gate where the advantage is positive.")
+    vespo_k_pos: float = _own(2.0, "Power of the sequence's ratio in vespo's weight where the advantage is at least 0.")
+    vespo_lambda_pos: float = _own(3.0, "Decay of vespo's weight with the ratio where the advantage is at least 0.")
+    vespo_k_neg: float = _own(3.0, "Power of the sequence's ratio in vespo's weight where the advantage is negative.")
+    vespo_lambda_neg: float = _own(2.0, "Decay of vespo's weight with the ratio where the advantage is negative.")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 from burnish.errors import ConfigError, show
+from burnish.schema.paths import missing
 from burnish.schema.predicates import text_problem
 
 __all__ = ["apply_overrides", "check_document", "parse_overrides", "parse_value", "read_file"]
@@ -39,7 +40,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); check the path.") from error
+        there = f" ({missing(path)})" if isinstance(error, FileNotFoundError) else ""
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(f"{path}: cannot be read ({reason}); check the path{there}.") from error
     if len(content) > _LARGEST_BYTES:
         raise ConfigError(f"{path}: {len(content):,} bytes; a run file has at most {_LARGEST_BYTES:,}. Rows belong to "
                           "the files that data.train and data.eval name.")  # fmt: skip

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from burnish.schema.predicates import text_problem
 
-__all__ = ["expanded", "file_problem", "folder_problem", "is_file", "is_folder", "path_problem"]
+__all__ = [
+    "expanded",
+    "file_problem",
+    "folder_problem",
+    "is_file",
+    "is_folder",
+    "is_only_a_path",
+    "missing",
+    "path_problem",
+]
 
 _LONGEST_NAME_BYTES = 255
 _LONGEST_PATH_BYTES = 4095
+_MOST_NAMES = 10_000
+"""Entries of a folder that are compared with a name."""
+
+_HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
+"""`name` or `organisation/name`, as the hub allows it."""
 
 
 def expanded(path: str | Path) -> Path:
@@ -26,6 +43,33 @@ def is_file(path: str | Path) -> bool:
 def is_folder(path: str | Path) -> bool:
     """Tell whether a folder is there; False where the path cannot even be looked up, which `Path.is_dir` raises on."""
     return os.path.isdir(path)
+
+
+def is_only_a_path(name: str | Path) -> bool:
+    """Tell whether a name can be nothing on the hub: a path, whether it exists or not."""
+    text = str(name)
+    if isinstance(name, Path) or not _HUB_NAME.fullmatch(text):
+        return True
+    return "/" in text and is_folder(os.path.dirname(text))
+
+
+def missing(path: str | Path) -> str:
+    """Say of a path that does not exist how much of it does, and what has a similar name there."""
+    whole = Path(os.path.abspath(expanded(path)))
+    there = next((parent for parent in whole.parents if is_folder(parent)), whole)
+    parts = whole.relative_to(there).parts
+    wanted = parts[0] if parts else ""
+    if os.path.isfile(there / wanted):
+        return f"{there / wanted} is a file"
+    try:
+        with os.scandir(there) as entries:
+            names = sorted(entry.name for entry in islice(entries, _MOST_NAMES))
+    except OSError as error:
+        return f"{there} cannot be listed ({error.strerror or error})"
+    lower = {name.lower(): name for name in names}
+    similar = [lower[name] for name in get_close_matches(wanted.lower(), lower, n=3)]
+    has = f"has {', '.join(map(repr, similar))}" if similar else "has nothing of a similar name"
+    return f"{there} has no {wanted!r}; it {has}"
 
 
 def path_problem(path: str) -> str | None:

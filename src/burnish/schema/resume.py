@@ -31,7 +31,8 @@ APPLIED = frozenset(
     {
         "adam_beta1", "adam_beta2", "adam_epsilon", "advantage_estimator", "algorithm", "alpha", "beta",
         "center_rewards_coefficient", "cliprange_value", "curriculum_target", "delta", "desirable_weight",
-        "disable_dropout", "discopop_tau", "dynamic_sampling", "entropy_coef", "epsilon", "epsilon_high",
+        "disable_dropout", "discopop_tau", "dynamic_sampling", "entropy_coef", "entropy_coef_delta", "entropy_coef_max",
+        "entropy_coef_min", "entropy_target", "epsilon", "epsilon_high",
         "f_alpha_divergence_coef", "f_divergence_type", "gamma", "gradient_accumulation_steps", "greater_is_better",
         "ignore_data_skip", "importance_sampling_level", "kl_estimator", "kl_horizon", "kl_in", "kl_target",
         "label_smoothing", "lam", "ld_alpha", "learning_rate", "loss_type", "loss_weights", "lr_scheduler_kwargs",
@@ -44,8 +45,9 @@ APPLIED = frozenset(
         "sampling_correction",
         "sampling_correction_max", "sampling_correction_min", "sapo_temperature_neg", "sapo_temperature_pos",
         "scale_rewards", "simpo_gamma", "steps_per_generation", "stop", "tf32", "top_entropy_quantile", "top_k",
-        "top_p", "undesirable_weight", "use_bias_correction_kl", "use_weighting", "value_learning_rate",
-        "value_prefit_steps", "vf_coef", "warmup_steps", "weight_decay", "whiten_advantages", "whiten_rewards",
+        "top_p", "undesirable_weight", "use_adaptive_entropy", "use_bias_correction_kl",
+        "use_weighting", "value_learning_rate", "value_prefit_steps", "vespo_k_neg", "vespo_k_pos", "vespo_lambda_neg",
+        "vespo_lambda_pos", "vf_coef", "warmup_steps", "weight_decay", "whiten_advantages", "whiten_rewards",
     }
 )  # fmt: skip
 """Learning rate, schedule, loss and sampling, and the split of a step (whose size may not change)."""

@@ -6,17 +6,18 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from burnish.errors import BurnishError, CheckFailed, ConfigError
-from burnish.model.adapters import add_adapters, without_base_config
+from burnish.errors import CheckFailed, ConfigError
+from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.loading import load_model
 from burnish.model.masters import MasterWeights, over_masters
@@ -25,21 +26,18 @@ from burnish.packing import pack, partition, split_by_tokens, zero_weight_group
 from burnish.trainers.arguments import check_constructor, check_parts
 from burnish.trainers.batches import MicroBatch, collate, scored_tokens
 from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
-from burnish.trainers.checkpoint import RunCheckpoints, check_weights, reading, writing_checkpoint
+from burnish.trainers.cards import CardWriter, keeping_card
+from burnish.trainers.checkpoint import RunCheckpoints, check_weights, keeping_dtypes, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
-from burnish.trainers.held_out import check_best_metric, own_set
+from burnish.trainers.held_out import TIMINGS, check_best_metric, evaluate_steered, own_set
 from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
-from burnish.trainers.preflight import (
-    check_loaded,
-    check_optimizer,
-    check_run,
-    refuse_router_loss,
-    use_non_reentrant_checkpointing,
-)
-from burnish.trainers.processes import claimed_folder
+from burnish.trainers.optimizers import check_optimizer, masters_by_config
+from burnish.trainers.preflight import check_loaded, check_run, refuse_router_loss, use_non_reentrant_checkpointing
+from burnish.trainers.processes import agreed, claimed_folder
 from burnish.trainers.signals import stopping_on_signals
+from burnish.trainers.status import recorded_status
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -62,6 +60,7 @@ class GroupTrainer(Trainer):
     args: Any
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    timings: ClassVar[Collection[str]] = TIMINGS
     whole_groups: ClassVar[bool] = False
     """Whether the completions of a group meet in one loss, so that no split may separate them."""
 
@@ -122,27 +121,18 @@ class GroupTrainer(Trainer):
             self.remove_callback(shown)
         if args.progress and not args.disable_tqdm:
             self.add_callback(ProgressCallback(args.kind))
+        self._card = CardWriter(self)
         self.log_state = LogState(self)
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(args))
+        self.status = recorded_status(self)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
 
     def agreed(self, work: Callable[[], T]) -> T:
         """What the first process finds, on every process; its error too, so that none waits for it."""
-        if self.accelerator.num_processes == 1:
-            return work()
-        answer: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = work()
-            except BurnishError as error:
-                answer[1] = error
-        broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return work() if self.accelerator.num_processes == 1 else agreed(work, self.is_world_process_zero())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from a checkpoint where one is named here or in the configuration.
@@ -152,10 +142,11 @@ class GroupTrainer(Trainer):
             FileError: another run writes to `output_dir`.
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
-        check_best_metric(self, self.evaluation_names())
+        check_best_metric(self)
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
-        with claimed_folder(self), handing_over, stopping_on_signals(self):
+        with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+            self.status.begin("preparing to train")
             self.before_training()
             result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             self.liveness.end_run()
@@ -323,23 +314,10 @@ class GroupTrainer(Trainer):
             return super().create_optimizer(model)
         if given is not None:
             self.optimizer = over_masters(given, self._exact)
-            self._exact = {}
-            return self.optimizer
-        cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        # Schedule-free optimizers swap weights between training and evaluation by methods of those names.
-        if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
-            field = "optimizer_cls_and_kwargs" if self.optimizer_cls_and_kwargs else f"optim = {str(self.args.optim)!r}"
-            raise ConfigError(
-                f"{field}: {getattr(cls, '__name__', cls)} picks or swaps parameters itself and cannot "
-                "run over fp32 masters. Use an AdamW, Adafactor or SGD variant, or bf16=False."
-            )
-        decayed = set(self.get_decay_parameter_names(target))
-        named = [(name, p) for name, p in target.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for n, p in named if (n in decayed) == decay], "weight_decay": self.args.weight_decay * decay}
-            for decay in (True, False)
-        ]
-        self.optimizer = MasterWeights(groups, lambda own: cls(own, **kwargs), self._exact)
+        else:
+            named = {name: parameter for name, parameter in target.named_parameters() if parameter.requires_grad}
+            decayed = set(self.get_decay_parameter_names(target))
+            self.optimizer = masters_by_config(self, named, decayed, self._exact)
         self._exact = {}
         return self.optimizer
 
@@ -382,7 +360,7 @@ class GroupTrainer(Trainer):
 
     def step_metrics(self) -> dict[str, float]:
         """Metrics of the training steps since the last log, over all ranks."""
-        return self._metrics.flush(self.sum_over_ranks)
+        return self._metrics.flush(self.gathered)
 
     def metrics_state(self) -> dict[str, Any]:
         """What `step_metrics` has collected since the last log, as JSON."""
@@ -418,16 +396,31 @@ class GroupTrainer(Trainer):
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
         """
-        for name, model in self.saved_models().items():
-            check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
-        if _internal_call:
+        folder = Path(output_dir or self.args.output_dir)
+        with contextlib.ExitStack() as stack:
+            if not _internal_call:
+                stack.enter_context(self.status.resumed("saving the model"))
+                stack.enter_context(self.checkpoints.saving_result(folder))
+            for name, model in self.saved_models().items():
+                check_finite(model, f"step {self.state.global_step}, {name}", self.max_over_ranks)
             super().save_model(output_dir, _internal_call)
-            return
-        with self.checkpoints.saving_result(Path(output_dir or self.args.output_dir)):
-            super().save_model(output_dir, _internal_call)
+            if not _internal_call:
+                self._card.write(folder)
+
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Write the model card into `output_dir`, and what is told here into every later one; see `CardWriter`."""
+        self._card.tell(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
+            self._card.write(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with without_base_config(), writing_checkpoint(output_dir or str(self.args.output_dir), "the model"):
+        folder = output_dir or str(self.args.output_dir)
+        with keeping_card(Path(folder)), writing_checkpoint(folder, "the model"), saving_adapters(self.model, folder):
             super()._save(output_dir, state_dict)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -455,13 +448,8 @@ class GroupTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        with reading(resume_from_checkpoint):
+        with reading(resume_from_checkpoint), keeping_dtypes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
-        for name, parameter in self.model.named_parameters():
-            if parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         check_weights(self.model, load_result.missing_keys, load_result.unexpected_keys)
@@ -475,9 +463,12 @@ class GroupTrainer(Trainer):
         own = own_set(self.eval_dataset, given)
         return self.encode(given, "eval_dataset") if own is None else own
 
-    def evaluation_names(self) -> Collection[str] | None:
-        """Names of the metrics of an evaluation without their prefix; None where they cannot be known."""
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
+        """Names of the metrics that `groups` have, without prefix and `timings`; None where they cannot be known."""
         return None
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluate_steered(self, partial(super()._evaluate, *args, **kwargs))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: predictions would be logits of padded rows.

@@ -31,7 +31,7 @@ from burnish.runs.checkpoints import (
     settle,
 )
 from burnish.runs.files import read_json, write_json
-from burnish.schema.paths import is_folder
+from burnish.schema.paths import is_folder, missing
 from burnish.schema.resume import resume_class
 from burnish.trainers.fingerprint import describe_run, model_digest
 
@@ -39,6 +39,7 @@ __all__ = [
     "RunCheckpoints",
     "changed_settings",
     "check_weights",
+    "keeping_dtypes",
     "keeping_hyperparameters",
     "reading",
     "start",
@@ -274,7 +275,9 @@ def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: 
             delete_run(folder)
         return found
     if not is_folder(checkpoint := Path(str(resume))):
-        raise ConfigError(f"resume_from_checkpoint = {show(resume)}: no such folder; name a checkpoint.")
+        raise ConfigError(
+            f"resume_from_checkpoint = {show(resume)}: no such folder; name a checkpoint ({missing(checkpoint)})."
+        )
     if (problem := problem_of(checkpoint)) is not None:
         raise ConfigError(
             f"resume_from_checkpoint = {resume!r}: {problem}. resume_from_checkpoint = true takes the latest usable "
@@ -407,6 +410,19 @@ def _scale(optimizer: Any, change: tuple[float, float]) -> None:
     for group in optimizer.param_groups:
         for key in {"lr", "initial_lr"} & group.keys():
             group[key] *= change[1] / change[0] if change[0] else 1.0
+
+
+@contextlib.contextmanager
+def keeping_dtypes(model: torch.nn.Module) -> Generator[None]:
+    """Load weights inside; afterwards each has the dtype that it has now.
+
+    peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 @contextlib.contextmanager

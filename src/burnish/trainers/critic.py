@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from burnish.errors import CheckFailed
-from burnish.model.adapters import without_base_config
+from burnish.model.adapters import saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.masters import MasterWeights, average_gradients
 from burnish.model.rewards import reward_scores
@@ -243,7 +243,7 @@ class Critic:
             CheckFailed: a weight is not finite; nothing is written.
         """
         check_finite(self.model, "the critic")
-        with without_base_config(), writing_checkpoint(folder, "the critic"):
+        with writing_checkpoint(folder, "the critic"), saving_adapters(self.model, folder):
             self.model.save_pretrained(folder)
 
     def memory_bytes(self, policy: torch.nn.Module | None = None) -> dict[str, int]:

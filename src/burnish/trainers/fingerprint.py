@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import torch
 
+from burnish.schema.contradictions import micro_batches_per_rollout
 from burnish.schema.resume import resume_class
-from burnish.schema.rules import micro_batches_per_rollout
 from burnish.types import Group
 
 __all__ = ["adapter_settings", "data_digest", "describe_run", "model_digest", "trained_digest"]

@@ -107,7 +107,7 @@ def judge_rewards(
             "all_truncated",
             f"all {count} completions are cut at max_completion_length = {max_completion_length} and masked",
             "Raise max_completion_length, give stop strings or an EOS token that the model writes, or set "
-            "mask_truncated_completions = False.",
+            "mask_truncated_completions = false.",
         )
     kept = [[o.rewards for o in group if o.rewards is not None and not o.is_masked] for group in groups]
     seen = [rewards for group in kept for rewards in group]

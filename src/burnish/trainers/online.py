@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
-from burnish.errors import CheckFailed, ConfigError, DataError
+from burnish.errors import ConfigError, DataError
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
-from burnish.model.scoring import causal_lm, eval_mode, score
-from burnish.packing import pack, partition, unpack
+from burnish.model.scoring import causal_lm, eval_mode
+from burnish.packing import partition
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, make_engine
 from burnish.rollout.validation import generate
-from burnish.schema.rules import micro_batches_per_rollout
+from burnish.schema.contradictions import micro_batches_per_rollout
 from burnish.trainers.agreement import Agreement, default_bound
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer
@@ -33,6 +33,7 @@ from burnish.trainers.callbacks import RecordsCallback
 from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
 from burnish.trainers.held_out_samples import evaluate_samples
 from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, only_said
+from burnish.trainers.logprobs import LogprobName, fill_logprobs
 from burnish.trainers.metrics import total
 from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
 from burnish.trainers.prompts import PromptSource, Share, shares_of, whole_groups
@@ -59,6 +60,7 @@ class OnlineTrainer(GroupTrainer):
 
     args: Any
     config_class: ClassVar[type[Any]]
+    timings = ()
 
     def __init__(
         self,
@@ -94,6 +96,8 @@ class OnlineTrainer(GroupTrainer):
         self.tokenizer = resolve_tokenizer(model, processing_class, args)
         self.prompts = self.encode(train_dataset, "train_dataset")
         self._check_sizes()
+        order = args.prompt_sampling if args.shuffle_dataset else "given"
+        self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
         super().__init__(
             model,
             args,
@@ -125,8 +129,6 @@ class OnlineTrainer(GroupTrainer):
         self.add_callback(RecordsCallback(self.transcripts.records, self.eval_transcripts.records))
         self.params = sampling_params(args, causal_lm(self.model), self.tokenizer)
         self._buffer: list[list[Group]] = []
-        order = args.prompt_sampling if args.shuffle_dataset else "given"
-        self.source = PromptSource(self.prompts, seed=args.seed, order=order, target=args.curriculum_target)
         self.replay = Replay(args.replay_size)
         self._rollouts = 0
         self._rounds = 0
@@ -272,8 +274,10 @@ class OnlineTrainer(GroupTrainer):
         self._rounds += 1
         super().count_tokens(groups)
         started = time.perf_counter()
-        self.rubric.score(groups, trainer_state=self.state)
+        logged: list[tuple[str, float]] = []
+        self.rubric.score(groups, trainer_state=self.state, log_metric=lambda *metric: logged.append(metric))
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
+        self._metrics.add_logged(self.gathered(logged))
         self._log_round([share.group for share in shares])
         self._sampled += shares
         rewards: dict[int, list[float | None]] = defaultdict(list)
@@ -326,20 +330,10 @@ class OnlineTrainer(GroupTrainer):
                 type(self.engine).__name__,
             )
 
-    @torch.no_grad()
-    def _fill(self, groups: Sequence[Group], name: str, model: torch.nn.Module) -> None:
+    def _fill(self, groups: Sequence[Group], name: LogprobName, model: torch.nn.Module) -> None:
         """Write the log-probability of every token under a model into the completions."""
         for part in self.split(groups):
-            batch = pack(part).to(self.args.device)
-            logprobs = unpack(part, score(model, batch, temperature=self.args.temperature).logprobs.tolist())
-            completions = [completion for group in part for completion in group.completions]
-            for completion, values in zip(completions, logprobs, strict=True):
-                if not all(map(math.isfinite, values)):
-                    raise CheckFailed(
-                        f"step {self.state.global_step}: {name} are not finite. The policy or its reference overflows: "
-                        "lower learning_rate, or go back to an earlier checkpoint."
-                    )
-                setattr(completion, name, values)
+            fill_logprobs(part, name, model, args=self.args, step=self.state.global_step)
 
     def _fill_reference(self, groups: Sequence[Group]) -> None:
         if self.reference is not None:
@@ -433,9 +427,9 @@ class OnlineTrainer(GroupTrainer):
                 self.args.max_completion_length,
             )
 
-    def evaluation_names(self) -> Collection[str] | None:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
         """Names of the metrics of `evaluate`, unless a function of the user's adds some."""
-        if self.metrics_of_groups is not None:
+        if self.metrics_of_groups is not None or self.rubric.logs_metrics:
             return None
         criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
         return ("loss", "reward", "completions/mean_length", *criteria)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from burnish.schema.rules import micro_batches_per_rollout
+from burnish.schema.contradictions import micro_batches_per_rollout
 
 __all__ = ["describe_plan"]
 

@@ -13,7 +13,7 @@ import torch
 from burnish.advantages import ADVANTAGES, Rewards, per_criterion_advantages, token_advantages
 from burnish.errors import CheckFailed, ConfigError
 from burnish.model.scoring import eval_mode, score
-from burnish.objectives.aggregate import aggregate
+from burnish.objectives.aggregate import aggregate, sequence_means
 from burnish.objectives.kl import KL_ESTIMATORS, adapted_beta
 from burnish.objectives.policy import (
     POLICY_LOSSES,
@@ -23,9 +23,11 @@ from burnish.objectives.policy import (
     correction_weights,
     log_ratio,
     off_policy_mask,
+    sequence_log_weight,
 )
 from burnish.packing import pack
 from burnish.trainers.batches import scored_tokens
+from burnish.trainers.entropy import EntropyBonus
 from burnish.trainers.metrics import total
 from burnish.trainers.online import OnlineTrainer
 from burnish.trainers.prompts import Share
@@ -68,6 +70,7 @@ class PolicyTrainer(OnlineTrainer):
         self._beta = self._next_beta = self.args.beta
         self._tokens_in_step = 1.0
         self._least_entropy = -math.inf
+        self._entropy_bonus = EntropyBonus(self.args)
         if self.args.sampling_correction is not None:
             self.agreement.report_only()
 
@@ -104,7 +107,7 @@ class PolicyTrainer(OnlineTrainer):
     def learns_otherwise(self) -> bool:
         """Whether an entropy bonus, or the pull towards a reference that is another model, moves the policy."""
         pulls = self.reference is not None and not self.reference.is_initial_policy
-        return self.args.entropy_coef != 0 or pulls
+        return self._entropy_bonus.coefficient != 0 or pulls
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Whether a divergence that is no part of the loss cannot take the sampler's word for the policy's."""
@@ -185,14 +188,14 @@ class PolicyTrainer(OnlineTrainer):
     def prepare_terms(self, groups: Sequence[Group]) -> None:
         """What the terms of tokens need of the whole step: how many there are, and the least entropy that counts."""
         kept = self._kept(groups)
-        if self.args.entropy_coef != 0:
+        if self._entropy_bonus.is_on:
             self._tokens_in_step = max(self.sum_over_ranks(float(sum(map(scored_tokens, kept)))), 1.0)
         if self.args.top_entropy_quantile < 1:
             own = self._entropies(kept)
             everywhere = torch.tensor([h for values in self.gathered([own]) for h in values], dtype=torch.float64)
             quantile = 1 - self.args.top_entropy_quantile
             self._least_entropy = float(everywhere.quantile(quantile)) if len(everywhere) else -math.inf
-            if self.args.entropy_coef != 0:
+            if self._entropy_bonus.is_on:
                 self._tokens_in_step = max(float((everywhere >= self._least_entropy).sum()), 1.0)
 
     @torch.no_grad()
@@ -214,7 +217,7 @@ class PolicyTrainer(OnlineTrainer):
 
     def trainable_groups(self, groups: Sequence[Group]) -> list[Group]:
         """Completions in the loss, without groups whose every gradient term is exactly zero."""
-        always = (self._beta > 0 and self.args.kl_in == "loss") or self.args.entropy_coef != 0
+        always = (self._beta > 0 and self.args.kl_in == "loss") or self._entropy_bonus.is_on
         return [g for g in self._kept(groups) if always or any(map(_has_advantage, g.completions))]
 
     def step_denominator(self, groups: Sequence[Group]) -> float:
@@ -254,11 +257,17 @@ class PolicyTrainer(OnlineTrainer):
         place: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
         old_N = _old_logprobs(batch, logprobs_N)
         ratios_N = log_ratio(logprobs_N, old_N, level=args.importance_sampling_level, **place)
-        terms = PolicyTerms(ratios_N, batch.token["advantages"], logprobs_N)
+        correction_N = self._correction(batch, old_N)
+        weights_N = sequence_log_weight(
+            logprobs_N, old_N, correction_N if self.loss.takes_correction else None, **place
+        )
+        terms = PolicyTerms(ratios_N, batch.token["advantages"], logprobs_N, weights_N)
         losses_N, clipped_N = self.loss.compute(terms, self.options)
         _check_shape(losses_N, logprobs_N, args.loss_type)
         kept_N = (entropy_N.detach() >= self._least_entropy).to(losses_N.dtype)
-        losses_N = losses_N * kept_N * self._correction(batch, old_N) * self._on_policy(batch, logprobs_N, old_N)
+        losses_N = losses_N * kept_N * self._on_policy(batch, logprobs_N, old_N)
+        if correction_N is not None and not self.loss.takes_correction:
+            losses_N = losses_N * correction_N
         by: dict[str, Any] = {"reduction": self.loss.reduction, "denominator": denominator, **place}
         surrogate = aggregate(losses_N.detach(), **by)
         self._metrics.add_part("policy_loss", float(surrogate) * self.data_parallel_size, step=self.state.global_step)
@@ -268,16 +277,25 @@ class PolicyTrainer(OnlineTrainer):
         for name, side_N in (("high", terms.advantages > 0), ("low", terms.advantages < 0)):
             self._metrics.add_tokens(f"clip_ratio/{name}_mean", (clipped_N & side_N).float())
         self._metrics.add_tokens("clip_ratio/region_mean", clipped_N.float())
+        for name, values_of in self.loss.metrics.items():
+            self._metrics.add_tokens(name, sequence_means(values_of(terms, self.options), **place))
         loss = aggregate(losses_N, **by)
-        if args.entropy_coef != 0:
-            loss = loss - args.entropy_coef * (entropy_N * kept_N).sum() / self._tokens_in_step
+        self._entropy_bonus.add(entropy_N, kept_N)
+        if (coefficient := self._entropy_bonus.coefficient) != 0:
+            loss = loss - coefficient * (entropy_N * kept_N).sum() / self._tokens_in_step
         return loss
 
-    def _correction(self, batch: PackedBatch, old_N: torch.Tensor) -> torch.Tensor | float:
+    def before_optimizer_step(self) -> None:
+        """Check the samples, then let the entropy bonus follow the entropy of the step."""
+        super().before_optimizer_step()
+        for name, value in self._entropy_bonus.end_step(self.sum_over_ranks).items():
+            self._metrics.add(name, value)
+
+    def _correction(self, batch: PackedBatch, old_N: torch.Tensor) -> torch.Tensor | None:
         """Weights of samples between the sampler's distribution and the trainer's."""
         args = self.args
         if args.sampling_correction is None:
-            return 1.0
+            return None
         weights_N = correction_weights(
             old_N,
             batch.token["sampler_logprobs"],
@@ -316,11 +334,12 @@ class PolicyTrainer(OnlineTrainer):
         return kl_N * ratios_N.exp() if corrected else kl_N
 
     def own_state(self) -> dict[str, Any]:
-        """The KL coefficients of this rollout and of the next."""
-        return {"beta": self._beta, "next_beta": self._next_beta}
+        """The KL coefficients of this rollout and of the next, and the coefficient of the entropy bonus."""
+        return {"beta": self._beta, "next_beta": self._next_beta, "entropy_bonus": self._entropy_bonus.state_dict()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore an adaptive KL coefficient; one that is fixed is the configuration's."""
+        """Restore adaptive coefficients; one that is fixed is the configuration's."""
+        self._entropy_bonus.load_state_dict(state.get("entropy_bonus", {}))
         if self.args.kl_target is not None:
             self._beta, self._next_beta = float(state["beta"]), float(state["next_beta"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.errors import ConfigError
+from burnish.model.sources import find_model
 from burnish.model.values import load_value_model, share_base
 from burnish.objectives.value import gae, moments, token_rewards, whiten
 from burnish.rewards import Rubric
@@ -95,6 +97,8 @@ class PPOTrainer(PolicyTrainer):
             raise ConfigError(f"reward_model, reward_funcs: {given} given; pass the one that rewards completions.")
         if data_collator is not None:
             raise ConfigError("data_collator: batches are packed here; remove it.")
+        if isinstance(value_model, str | Path):
+            find_model(value_model, "value_model")
         super().__init__(
             model,
             cast(Any, reward_funcs if reward_model is None else reward_model),
@@ -244,9 +248,10 @@ class PPOTrainer(PolicyTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The policy as usual, and the critic in `value_model` beside it (checkpoints keep its state instead)."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
-            self.critic.save(Path(output_dir or str(self.args.output_dir)) / "value_model")
+        with nullcontext() if _internal_call else self.status.resumed("saving the model"):
+            super().save_model(output_dir, _internal_call)
+            if not _internal_call and self.is_world_process_zero():
+                self.critic.save(Path(output_dir or str(self.args.output_dir)) / "value_model")
 
     def save_own_state(self, folder: Path) -> None:
         """The rollouts and, once, the critic."""

@@ -12,7 +12,8 @@ from transformers.training_args import ParallelMode
 
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
-from burnish.model.adapters import carries_adapters, saved_adapters
+from burnish.model.adapter_files import saved_adapters
+from burnish.model.adapters import carries_adapters
 from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
@@ -22,7 +23,6 @@ from burnish.types import Group
 
 __all__ = [
     "check_loaded",
-    "check_optimizer",
     "check_run",
     "check_vocabulary",
     "refuse_router_loss",
@@ -61,26 +61,6 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
         check_lengths(causal_lm(model), groups, name, "set max_length, or leave out the rows that are longer")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
-    """Refuse an optimizer that would leave trained weights where they are.
-
-    Raises:
-        ConfigError: naming a weight that it lacks.
-    """
-    if optimizer is None:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = [name for name, parameter in trained.items() if id(parameter) not in held]
-    if missing:
-        raise ConfigError(
-            f"optimizers: {type(optimizer).__name__} holds {len(trained) - len(missing)} of the {len(trained)} tensors "
-            f"that train ({missing[0]} is missing), so the others would stay as they are. Make it over the parameters "
-            "of the very model that you pass, with its adapters on it (peft.get_peft_model, and no peft_config here), "
-            "freeze what is not to train, or name an optimizer by optim instead."
-        )
-
-
 def refuse_router_loss(model: torch.nn.Module) -> None:
     """Refuse a mixture of experts whose configuration asks for the load-balancing loss of its routers.
 
@@ -95,7 +75,7 @@ def refuse_router_loss(model: torch.nn.Module) -> None:
         raise ConfigError(
             f"output_router_logits = True in the configuration of {type(lm).__name__}: it asks for the load-balancing "
             "loss of the experts, which is not added here. Train without it: model.config.output_router_logits = "
-            "False, or model_init_kwargs = {'output_router_logits': False}."
+            "False, or model_init_kwargs={'output_router_logits': False} in Python."
         )
 
 

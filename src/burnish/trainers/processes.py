@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 
-from burnish.errors import ConfigError, FileError
+from burnish.errors import BurnishError, ConfigError, FileError
 from burnish.runs.lock import locked
 from burnish.runs.processes import launched_processes
 
 if TYPE_CHECKING:
     from burnish.trainers.base import GroupTrainer
 
-__all__ = ["check_world_size", "claimed_folder", "needs_cpu"]
+__all__ = ["agreed", "check_world_size", "claimed_folder", "needs_cpu"]
+
+
+T = TypeVar("T")
 
 
 def needs_cpu() -> bool:
@@ -38,6 +42,20 @@ def check_world_size(args: Any) -> None:
             f"the launcher started {launched} processes, and each would train alone{why}: start them with torchrun or "
             "accelerate launch, set use_cpu = true for ranks without an accelerator of their own, or unset WORLD_SIZE."
         )
+
+
+def agreed(work: Callable[[], T], is_first: bool) -> T:
+    """Run on the first process only; return its result, or raise its error, on every process."""
+    answer: list[Any] = [None, None]
+    if is_first:
+        try:
+            answer[0] = work()
+        except BurnishError as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 @contextmanager

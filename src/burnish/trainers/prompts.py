@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import DataError
 from burnish.types import Completion, Group
 
@@ -143,6 +144,8 @@ def _empty(number: int) -> list[Completion]:
 
 def _column(prompts: Sequence[Group], name: str) -> list[float]:
     values: list[Any] = [group.row.get(name) for group in prompts]
+    if prompts and all(value is None for value in values) and (names := meant_columns(prompts[0].row, [(name,)])):
+        raise DataError(f"train_dataset: prompt_sampling needs the column {name}: {rename_tip(names)}.")
     for number, value in enumerate(values):
         number_like = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number_like or (name == "weight" and value < 0):

@@ -115,13 +115,17 @@ class Reference:
         """SHA-256 over the names, shapes and values of every weight that scores."""
         own = self.model is not None or self.start is not None
         with self.active(policy) as model:
-            return weights_fingerprint(causal_lm(model), counts=lambda name: own or "lora_" not in name)
+            return weights_fingerprint(causal_lm(model), counts=lambda name: own or not _leaves(policy, name))
+
+
+def _leaves(policy: Any, name: str) -> bool:
+    """Whether a weight leaves the forward when adapters are switched off."""
+    return any(part in name for part in (policy.base_model.prefix, "modules_to_save.", "trainable_tokens_"))
 
 
 def _trains_adapters_only(policy: Any) -> bool:
     """Whether every trained weight leaves the forward when adapters are switched off."""
-    inside = (policy.base_model.prefix, "modules_to_save.", "trainable_tokens_")
-    return all(any(part in name for part in inside) for name, p in policy.named_parameters() if p.requires_grad)
+    return all(_leaves(policy, name) for name, p in policy.named_parameters() if p.requires_grad)
 
 
 @torch.no_grad()

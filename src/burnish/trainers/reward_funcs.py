@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from burnish.errors import ConfigError
 from burnish.model.reward_model import RewardModel
+from burnish.model.sources import find_model
 from burnish.rewards import Rubric
 from burnish.rewards.verifiers import soft_overlong
 from burnish.types import Group
@@ -29,6 +30,7 @@ def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes:
 
     Raises:
         ConfigError: weights beside a Rubric, or lists of different lengths.
+        ModelError: no such reward model.
     """
     if isinstance(rewards, Rubric):
         if weights is not None:
@@ -42,6 +44,9 @@ def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes:
         raise ConfigError(
             f"reward_processing_classes has {len(tokenizers)} entries for {len(listed)} reward_funcs: give one each."
         )
+    for name in listed:
+        if isinstance(name, str | Path):
+            find_model(name, "reward_funcs")
     models = (str, Path, PreTrainedModel)
     functions = [RewardModel(f, t) if isinstance(f, models) else f for f, t in zip(listed, tokenizers, strict=True)]
     return Rubric.from_functions(functions, weights)

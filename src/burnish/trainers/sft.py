@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import as_row, as_rows, encode_rows, finite_rows, sft_groups
+from burnish.data.columns import meant_columns
 from burnish.errors import DataError, user_code
 from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
+from burnish.schema.tips import toml_line
 from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
 from burnish.trainers.base import GroupTrainer
 from burnish.trainers.batches import collate
@@ -127,9 +129,14 @@ class SFTTrainer(GroupTrainer):
             row = {"text": _formatted(self._format, as_row(row, options["index"]), options["index"])}
         elif (column := self.args.dataset_text_field) != "text":
             if column not in as_row(row, options["index"]):
+                names = meant_columns(row, [("text",)])
+                fix = (
+                    f"set {toml_line('dataset_text_field', next(iter(names)))}"
+                    if names
+                    else "name the one with the text"
+                )
                 raise DataError(
-                    f"dataset_text_field = {column!r}: row {options['index']} has the columns {sorted(row)}; name the "
-                    "one with the text."
+                    f"dataset_text_field = {column!r}: row {options['index']} has the columns {sorted(row)}; {fix}."
                 )
             row = {**row, "text": row[column]}
         return sft_groups(row, processing_class, **options)
@@ -178,9 +185,9 @@ class SFTTrainer(GroupTrainer):
             denominator=denominator,
         )
 
-    def evaluation_names(self) -> Collection[str]:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str]:
         """Names of the metrics below."""
-        return ("loss", "entropy", "mean_token_accuracy")
+        return ("loss", "entropy", "mean_token_accuracy", "num_tokens")
 
     def evaluation_loop(
         self,

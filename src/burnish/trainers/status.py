@@ -1,0 +1,44 @@
+"""The status file of a training run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from burnish.runs.status import RunStatus
+
+__all__ = ["recorded_status"]
+
+
+def recorded_status(trainer: Any) -> RunStatus:
+    """Return the status of a trainer's run in `output_dir`, which follows its steps and which the first rank writes."""
+    args = trainer.args
+    status = RunStatus(args.output_dir if args.process_index == 0 else None, args.kind)
+    trainer.add_callback(_StatusCallback(status))
+    return status
+
+
+class _StatusCallback(TrainerCallback):
+    """Writes down how far a run is: at its start, with every log and with every checkpoint."""
+
+    def __init__(self, status: RunStatus) -> None:
+        self.status = status
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the steps that there will be."""
+        self.status.update(doing="training", step=state.global_step, max_steps=state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count the step."""
+        self.status.count(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note where the run stands."""
+        self.status.update(step=state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note where the run stands."""
+        self.status.update(step=state.global_step)
