@@ -27,7 +27,6 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from burnish import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
-from burnish.model.adapters import without_base_config
 from burnish.model.masters import MasterWeights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -73,7 +72,7 @@ def main() -> None:
 
 def measure(stage: str, beta: float, *, lora: bool, checkpointing: bool, options: argparse.Namespace) -> dict[str, Any]:
     """Fixed bytes, bytes of each phase, and what the formulas say of both."""
-    with tempfile.TemporaryDirectory() as folder, without_base_config():
+    with tempfile.TemporaryDirectory() as folder:
         trainer = make(stage, beta, lora=lora, checkpointing=checkpointing, folder=folder, options=options)
         phases = watch(trainer)
         trainer.train()

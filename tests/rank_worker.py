@@ -70,13 +70,16 @@ def make(stage: str, model: Any, shared: dict[str, Any]) -> Trainer:
             return GRPOTrainer(model, digits, args, PROMPTS, **common)
 
 
-def main(stage: str, folder: Path, per_device: int, dtype: str) -> None:
-    """One short run."""
+def main(stage: str, folder: Path, per_device: int, dtype: str, resume: str = "") -> None:
+    """One short run, or the rest of one; a stage with a "+" keeps samples in flight and a checkpoint of each step."""
     launched = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     shared: dict[str, Any] = settings(
         folder, per_device_train_batch_size=per_device, bf16=dtype == "bfloat16", optim="sgd", **launched
     )
-    trainer = make(stage, tiny.model(dtype=getattr(torch, dtype)), shared)
+    if stage.endswith("+"):
+        shared |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "steps_per_generation": 2}
+        shared |= {"resume_from_checkpoint": resume or None}
+    trainer = make(stage.rstrip("+"), tiny.model(dtype=getattr(torch, dtype)), shared)
     own = cast(Any, trainer)
     own.create_optimizer()
     start = weights_of(trainer)
@@ -95,4 +98,4 @@ def weights_of(trainer: Trainer) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +17,23 @@ from burnish.runs.files import read_json_lines
 WORKER = Path(__file__).parent / "rank_worker.py"
 
 
-def run(folder: Path, stage: str, per_device: int, dtype: str, ranks: int) -> dict[str, Any]:
-    folder.mkdir()
+def start(folder: Path, stage: str, per_device: int, dtype: str, ranks: int, resume: str = "") -> Any:
+    """Run the worker to its end, however it ends."""
+    folder.mkdir(exist_ok=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words = [str(WORKER), stage, str(folder), str(per_device), dtype]
+    words = [str(WORKER), stage, str(folder), str(per_device), dtype, *([resume] if resume else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
+    return subprocess.run(
         [*(launcher if ranks > 1 else [sys.executable]), *words],
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
+
+
+def run(folder: Path, stage: str, per_device: int, dtype: str, ranks: int, resume: str = "") -> dict[str, Any]:
+    done = start(folder, stage, per_device, dtype, ranks, resume)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "result.pt")
 
@@ -66,3 +72,51 @@ def test_one_rank_is_two_ranks(tmp_path: Path, stage: str, per_device: int, dtyp
     ]
     assert rows[0] == rows[1]
     assert bool(rows[0]) == (stage in ("grpo", "dapo", "dynamic", "ppo"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Four steps of GRPO on two ranks, two to a rollout, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    return folder, run(folder, "grpo+", 6, "float32", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_two_ranks_resume_to_the_bit(tmp_path: Path, uninterrupted: tuple[Path, dict[str, Any]], step: int) -> None:
+    """Samples in flight (steps 1 and 3) stay with the rank that holds them; records have no gap and no double."""
+    folder, expected = uninterrupted
+    mine = tmp_path / "run"
+    shutil.copytree(folder, mine)
+    (mine / "result.pt").unlink()
+    found = run(mine, "grpo+", 6, "float32", 2, str(mine / f"checkpoint-{step}"))
+    for left, right in zip(expected["weights"], found["weights"], strict=True):
+        assert torch.equal(left, right)
+    rows = [[_without_time(r) for r in read_json_lines(place / "transcripts.jsonl")] for place in (folder, mine)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 48
+
+
+def _without_time(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "time"}
+
+
+@pytest.mark.slow
+def test_one_rank_goes_on_only_where_no_sample_is_in_flight(
+    tmp_path: Path, uninterrupted: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, _ = uninterrupted
+    shutil.copytree(folder, tmp_path / "refused")
+    done = start(tmp_path / "refused", "grpo+", 12, "float32", 1, str(tmp_path / "refused" / "checkpoint-3"))
+    assert done.returncode != 0
+    assert "2 processes have samples in flight and 1 would continue" in done.stderr
+    shutil.copytree(folder, tmp_path / "taken")
+    run(tmp_path / "taken", "grpo+", 12, "float32", 1, str(tmp_path / "taken" / "checkpoint-2"))
+    # What a step of the two trains on depends on the ranks; what the next rollout samples does not.
+    names = ("step", "prompt_index", "sample", "completion", "reward")
+    rows = [
+        [[record[name] for name in names] for record in read_json_lines(place / "transcripts.jsonl")]
+        for place in (folder, tmp_path / "taken")
+    ]
+    assert rows[0] == rows[1]
+    assert {row[0] for row in rows[0]} == {1, 3}

@@ -33,7 +33,8 @@ _NO_TEXT: tuple[Any, ...] = (
     datetime.datetime(2024, 1, 1), 1j, [{"role": "user"}], [{"content": "x"}], [{"role": 5, "content": "x"}],
     [{"role": None, "content": "x"}], [{"role": ["user"], "content": "x"}], [{"role": "", "content": "x"}],
     [user("x"), 5], [user("x"), None], [user("x"), {}], [user("x"), []], {"role": "user", "content": "x"},
-    [{"from": "human", "value": "x"}], [[user("x")]], [[user("x")], [user("y")]], HALF, "\ud800", "a\udfffb",
+    [{"from": "martian", "value": "x"}], [{"from": 5, "value": "x"}],
+    [[user("x")]], [[user("x")], [user("y")]], HALF, "\ud800", "a\udfffb",
 )  # fmt: skip
 """Neither a text nor messages."""
 
@@ -88,9 +89,16 @@ _NO_ROW: tuple[Any, ...] = (
     None, 5, "x", b"x", True, [], [1], ["prompt"], (), set(), object(), {}, {"x": 1}, {1: "a"}, {None: "a"},
     {"Prompt": "a", "Completion": "b"}, {"prompt ": "a"}, {"": "a"}, _DEEP, _DEEP_TABLE,
     {"prompt": None, "completion": None},
-    {"instruction": "a", "output": "b"}, {"question": "a", "answer": "b"}, {"input": "a", "target": "b"},
-    {"conversations": [{"from": "human", "value": "x"}]}, {"input_ids": "x"}, {"input_ids": [1.5], "labels": [1]},
+    {"input": "a", "target": "b"}, {"instruction": "a", "question": "b", "output": "c"}, {"question": "a", "answer": 5},
+    {"instruction": "a", "output": "b", "response": "c"}, {"instruction": "a", "output": "b", "system": "c"},
+    {"conversations": [{"from": "martian", "value": "x"}]}, {"input_ids": "x"}, {"input_ids": [1.5], "labels": [1]},
 )  # fmt: skip
+
+_ROWS_OF_SFT: tuple[Any, ...] = (
+    {"instruction": "a", "output": "b"}, {"instruction": "a", "input": "b", "output": "c"},
+    {"question": "a", "answer": "b"}, {"conversations": [{"from": "human", "value": "x"}]},
+)  # fmt: skip
+"""Good there, and refused elsewhere."""
 
 
 def cases() -> Iterator[Case]:
@@ -148,6 +156,9 @@ def _of_rows(stage: str) -> Iterator[Case]:
             yield Case("row", f"{stage}.{place} {i} {_label(row)}", partial(_build, stage, rows))
         if not (isinstance(row, dict) and row):
             yield Case("data set", f"{stage} {i} {_label(row)}", partial(_build, stage, row))
+    for i, row in enumerate(_ROWS_OF_SFT):
+        rows = [*good(stage), row]
+        yield Case("row", f"{stage} {i} {_label(row)}, of SFT", partial(_build, stage, rows), stage != "sft")
     for column in plain(stage):
         rows = good(stage)
         for place in range(6):

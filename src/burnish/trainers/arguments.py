@@ -151,6 +151,11 @@ def check_parts(
     if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
         raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
     strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
+    if best and args.metric_for_best_model is None:
+        raise ConfigError(
+            "save_strategy = 'best' with metric_for_best_model = None: name the metric to follow, such as 'loss'."
+        )
     if eval_dataset is None and strategy != "no":
         raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -227,9 +227,10 @@ class RewardTrainer(GroupTrainer):
         super().load_metrics_state(state)
         self._stats.load_state_dict(state["scores"])
 
-    def evaluation_names(self) -> Collection[str]:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str]:
         """Names of the metrics below; steps have no margin."""
-        of_rewards = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+        margin = () if any(map(_labels, groups)) else ("margin",)
+        of_rewards = ("min_reward", "mean_reward", "max_reward", "accuracy", *margin)
         return ("loss", *of_rewards, "calibration_error", "brier_score")
 
     def evaluation_loop(
