@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback
 import burnish
 import tiny
 from burnish import ConfigError, DataError
+from burnish.trainers.held_out import TIMINGS
 from test_preference_trainer import LABELLED, PAIRS
 from test_trainers import PROMPTS, TEXTS, digits, settings
 
@@ -50,7 +51,7 @@ def test_sets_by_name_have_metrics_by_name(stage: str, tmp_path: Path) -> None:
     both = made(stage, tmp_path / "both", evaluated={"first": rows[:4], "rest": rows[4:8]}).evaluate()
     assert both["eval_rest_loss"] == pytest.approx(one, abs=1e-6)
     assert trainer.evaluate({"other": rows[8:12]}).keys() >= {
-        f"eval_other_{name}" for name in trainer.evaluation_names()
+        f"eval_other_{name}" for name in trainer.evaluation_names(trainer.encode(rows[8:12], "other"))
     }
     assert trainer.evaluate("rest").keys() >= {"eval_loss"}
     with pytest.raises(DataError, match="no held-out set of that name; the trainer has 'first', 'rest'"):
@@ -101,6 +102,101 @@ def test_a_metric_that_no_evaluation_yields_is_known_before_the_first_step(stage
     by_set = made(stage, tmp_path, evaluated={"a": ROWS.get(stage, PROMPTS)[:4]}, **best)
     with pytest.raises(ConfigError, match=r"^metric_for_best_model = 'loss': .* use one of eval_a_loss"):
         by_set.train()
+
+
+STEPWISE = [{"prompt": f"{i}?", "completions": ["a", f"b{i}"], "labels": [True, i % 2 == 0]} for i in range(16)]
+ODD_SETS: dict[str, Any] = {
+    "KTO, all good": [row for row in LABELLED if row["label"]][:4],
+    "KTO, all bad": [row for row in LABELLED if not row["label"]][:4],
+    "KTO, one row": LABELLED[:1],
+    "Reward, steps": STEPWISE[:4],
+    "DPO, one pair": PAIRS[:1],
+    "SFT, one row": TEXTS[:1],
+    "GRPO, one prompt": PROMPTS[:1],
+}
+STEERED: dict[str, Any] = {
+    "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    "load_best_model_at_end": True, "max_steps": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*OFFLINE, *ONLINE, *ODD_SETS])
+def test_exactly_the_metrics_of_an_evaluation_are_known_before_it(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = case.partition(",")[0]
+    if case == "Reward, steps":
+        monkeypatch.setitem(ROWS, "Reward", STEPWISE)
+    rows = ODD_SETS.get(case)
+    sets = None if rows is None else {"odd": rows, "whole": ROWS.get(stage, PROMPTS)[:4]}
+    trainer = made(stage, tmp_path, evaluated=sets, metric_for_best_model="nope", **STEERED)
+    with pytest.raises(ConfigError) as caught:
+        trainer.train()
+    assert trainer.state.global_step == 0
+    said = str(caught.value).partition("use one of ")[2].rstrip(".").split(", ")
+    found = {name for name in trainer.evaluate() if not name.endswith(("epoch", *TIMINGS))}
+    assert set(said) == found
+    if rows is not None:  # and what is offered works
+        made(stage, tmp_path / "run", evaluated=sets, metric_for_best_model=max(found), **STEERED).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"callbacks": [EarlyStoppingCallback()]}, r"^EarlyStoppingCallback with metric_for_best_model = None: name"),
+        ({"save_strategy": "best"}, r"^save_strategy = 'best' with metric_for_best_model = None: name the metric"),
+        (
+            {"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "loss", "eval_strategy": "no"},
+            r"^EarlyStoppingCallback with eval_strategy = 'no': there is nothing to follow; set eval_strategy",
+        ),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "no"},
+            r"^save_strategy = 'best' with eval_strategy = 'no'",
+        ),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "odd"},
+            "^metric_for_best_model = 'odd'",
+        ),
+        ({"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "x"}, "^metric_for_best_model = 'x'"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["SFT", "GRPO"])
+def test_what_follows_a_metric_needs_one(stage: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    def run() -> None:
+        made(stage, tmp_path, **{"eval_strategy": "steps", "eval_steps": 1, **changes}).train()
+
+    with pytest.raises(ConfigError, match=words):
+        run()
+
+
+@pytest.mark.parametrize("follower", ["best", "stopping", "plateau"])
+@pytest.mark.parametrize("stage", ["DPO", "GRPO"])
+def test_a_metric_of_the_users_that_does_not_come_is_named(stage: str, follower: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "best": dict(STEERED),
+        "stopping": {"callbacks": [EarlyStoppingCallback()], "eval_strategy": "steps", "eval_steps": 1},
+        "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
+    }[follower]
+    changes["max_steps"] = 1
+    trainer = made(stage, tmp_path, metric_for_best_model="mine", **changes)
+    name = "metrics_of_groups" if stage == "GRPO" else "metrics_of_rewards"
+    setattr(trainer, name, lambda _: {"other": 1.0})
+    with pytest.raises(ConfigError, match=r"^metric_for_best_model = 'mine': .*eval_other"):
+        trainer.train()
+    good = made(stage, tmp_path / "good", metric_for_best_model="mine", **changes)
+    setattr(good, name, lambda _: {"mine": 1.0})
+    good.train()
+
+
+def test_a_run_may_follow_what_a_reward_logs(tmp_path: Path) -> None:
+    def reward(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
+        log_metric("mine", float(len(completions)))
+        return digits(completions)
+
+    trainer = made("GRPO", tmp_path, metric_for_best_model="mine", greater_is_better=True, **STEERED)
+    trainer.rubric = burnish.Rubric.from_functions(reward)
+    trainer.train()
+    assert trainer.state.best_metric == 16.0
 
 
 @pytest.mark.parametrize("changes", [

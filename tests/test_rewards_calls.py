@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import math_verify
 import pytest
 
 import burnish.rewards.calls as calls
@@ -234,3 +235,56 @@ def test_no_command_ends_well_because_a_module_of_the_users_exits(
 def test_a_reward_error_is_one() -> None:
     with pytest.raises(RewardError, match="failed on all 2 completions"):
         Rubric([Criterion("ends", lambda **_: sys.exit(0))]).score([group("a", "b")])
+
+
+def in_a_thread(work: Any) -> BaseException | None:
+    found: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            work()
+            found.append(None)
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return found[0]
+
+
+def alarmed(completions: list[str], **_: Any) -> list[float]:
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(5)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    return [1.0] * len(completions)
+
+
+def verified(completions: list[str], **_: Any) -> list[float]:
+    return [float(math_verify.verify(math_verify.parse("$1$"), math_verify.parse(text))) for text in completions]
+
+
+async def waiting_alarmed(**arguments: Any) -> list[float]:
+    return alarmed(**arguments)
+
+
+@pytest.mark.parametrize("function", [alarmed, verified, waiting_alarmed])
+def test_a_function_with_alarms_outside_the_main_thread_is_told_to_take_timeout_seconds(function: Any) -> None:
+    rubric = Rubric([Criterion("timed", function)])
+    error = in_a_thread(lambda: rubric.score([group("$1$", "$2$")]))
+    assert isinstance(error, RewardError)
+    assert re.search(r"'timed' failed on .*outside the main thread.*set the criterion's timeout_seconds", str(error))
+    if function is not waiting_alarmed:
+        assert rubric.score([group("$1$")])[0][0].total == 1.0  # in the main thread they work
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def test_alarms_that_switch_a_time_out_off_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    rubric = Rubric([Criterion("clashes", alarmed, timeout_seconds=5.0), Criterion("free", alarmed)])
+    for _ in range(2):
+        assert rubric.score([group("a")])[0][0].total == 2.0
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "criterion 'clashes' sets alarms of its own (signal.alarm, as math_verify does), which switch its "
+        "timeout_seconds = 5 off"
+    ]

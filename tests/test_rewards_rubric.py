@@ -52,7 +52,9 @@ def test_functions_receive_what_trl_gives() -> None:
 
     chat = [{"role": "user", "content": "q"}]
     groups = [group("a", "b", answer="1", completion="shown"), group("c", prompt=chat, answer="2", extra=3)]
-    Rubric([Criterion("spy", spy)]).score(groups, trainer_state="s", log_metric=print)
+    Rubric([Criterion("spy", spy)]).score(groups, trainer_state="s", note=print)
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
     assert seen == {
         "prompts": ["p", "p", chat],
         "completions": ["a", "b", [{"role": "assistant", "content": "c"}]],
@@ -61,7 +63,7 @@ def test_functions_receive_what_trl_gives() -> None:
         "extra": [None, None, 3],
         "completion": ["shown", "shown", None],
         "state": "s",
-        "log_metric": print,
+        "note": print,
     }
 
 
@@ -297,3 +299,80 @@ def test_async_rewards_and_rewards_with_alarms_work_inside_a_running_loop() -> N
 
     [[score]] = asyncio.run(notebook())
     assert score.total == 1.5
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_functions_log_columns_and_metrics(is_async: bool) -> None:
+    def plain(completions: list[str], log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_extra("first", [text[:1] for text in completions])
+        log_extra("size", np.array([len(text) for text in completions]))
+        log_metric("mean_size", np.float32(sum(map(len, completions)) / len(completions)))
+        return length(completions)
+
+    async def waiting(**arguments: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return plain(**arguments)
+
+    logged: list[Any] = []
+    rubric = Rubric([Criterion("c", waiting if is_async else plain)])
+    groups = [group("ab", "c"), group("defg", index=1)]
+    rubric.score(groups, log_metric=lambda *metric: logged.append(metric))
+    extras = [completion.score.extra for g in groups for completion in g.completions if completion.score]
+    assert extras == [{"first": "a", "size": 2}, {"first": "c", "size": 1}, {"first": "d", "size": 4}]
+    assert logged == [("mean_size", pytest.approx(7 / 3))]
+    rubric.score(groups)  # nobody takes the metrics: they are dropped
+
+
+def test_what_a_failed_call_logs_is_logged_by_the_calls_that_follow_alone() -> None:
+    def judged(completions: list[str], log_extra: Any, log_metric: Any) -> list[float]:
+        log_extra("text", completions)
+        log_metric("size", len(completions))
+        if "bad" in completions:
+            raise ValueError("no")
+        return length(completions)
+
+    logged: list[Any] = []
+    [scores] = Rubric.from_functions(judged).score(
+        [group("a", "bad", "c")], log_metric=lambda *metric: logged.append(metric)
+    )
+    assert [score.extra for score in scores] == [{"text": "a"}, {}, {"text": "c"}]
+    assert logged == [("size", 1.0), ("size", 1.0)]
+
+
+def test_columns_of_two_criteria_with_one_name_stay_apart() -> None:
+    def first(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("note", ["once"])
+        log_extra("note", ["first"])
+        return [1.0]
+
+    def second(completions: list[str], log_extra: Any) -> list[float]:
+        log_extra("note", ["second"])
+        return [1.0]
+
+    [[score]] = Rubric.from_functions([first, second]).score([group("a")])
+    assert score.extra == {"note": "first", "second/note": "second"}
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (lambda log_extra, **_: log_extra("x", [1]), r"log_extra\('x'\): 1 values for 2 completions"),
+        (lambda log_extra, **_: log_extra("x", "ab"), r"log_extra\('x', 'ab'\): pass a name, and a list"),
+        (lambda log_extra, **_: log_extra(1, [1, 2]), r"log_extra\(1, \[1, 2\]\): pass a name"),
+        (lambda log_metric, **_: log_metric("x", "1"), r"log_metric\('x', '1'\): pass a name and a number"),
+        (lambda log_metric, **_: log_metric(None, 1), r"log_metric\(None, 1\): pass a name and a number"),
+    ],
+)
+def test_what_cannot_be_logged_is_named(log: Any, words: str) -> None:
+    def judged(completions: list[str], **given: Any) -> list[float]:
+        log(**given)
+        return length(completions)
+
+    with pytest.raises(RewardError, match=words):
+        Rubric([Criterion("c", judged, isolate=False)]).score([group("a", "b")])
+
+
+@pytest.mark.parametrize("name", ["log_extra", "log_metric"])
+def test_columns_named_as_the_loggers_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match=f"column '{name}', which is an argument of every reward function"):
+        Rubric.from_functions(length).score([group("a", **{name: "x"})])

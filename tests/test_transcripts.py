@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from test_finite import make
+from test_trainers import PROMPTS, grpo
 
 
 def rows(folder: Path, name: str = "transcripts.jsonl") -> list[dict[str, Any]]:
@@ -66,3 +67,31 @@ def test_each_completion_once_with_its_advantage(tmp_path: Path, case: str) -> N
     trained = [row for row in written if row["advantage"] is not None]
     assert len(trained) == len(written) or {"dynamic_sampling", "replay_size"} & set(CASES[case])
     assert any(row["advantage"] != 0 for row in trained)
+
+
+def test_columns_and_metrics_that_rewards_log(tmp_path: Path) -> None:
+    """Columns stand in the transcripts, metrics in the logs, of evaluations too; a name that is taken moves aside."""
+
+    def reward(completions: list[str], log_extra: Any, log_metric: Any, trainer_state: Any, **_: Any) -> list[float]:
+        log_extra("length", [len(text) for text in completions])
+        log_extra("odd", [{("a", 1): object()}] * len(completions))  # JSON knows neither
+        log_metric("step_seen", trainer_state.global_step)
+        log_metric("reward", 100.0)
+        log_metric("step", -1.0)
+        return [float(len(text) % 5) for text in completions]
+
+    trainer = grpo(
+        tmp_path, rewards=reward, eval_dataset=PROMPTS[:2], log_completions=True, logging_steps=1, eval_steps=1,
+        eval_strategy="steps", save_strategy="steps", save_steps=1, steps_per_generation=2, logprob_check_bound=1.0,
+    )  # fmt: skip
+    trainer.train()
+    written = [*rows(tmp_path), *rows(tmp_path, "eval_transcripts.jsonl")]
+    assert all(row["extra"]["length"] == len(row["completion"]) for row in written)
+    logs = [row for row in rows(tmp_path, "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in logs] == [1, 2, 3]
+    sampled = [row for row in logs if "reward" in row]
+    assert [row["step_seen"] for row in sampled] == [0.0, 2.0]
+    assert all(row["reward"] < 5 and row["logged/reward"] == 100.0 and row["logged/step"] == -1.0 for row in sampled)
+    held_out = [row for row in rows(tmp_path, "metrics.jsonl") if "eval_loss" in row]
+    assert [row["eval_step_seen"] for row in held_out] == [1.0, 2.0, 3.0]
+    assert all(row["eval_reward"] < 5 and row["eval_logged/reward"] == 100.0 for row in held_out)

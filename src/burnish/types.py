@@ -50,12 +50,14 @@ class Score:
         criteria: value of each criterion by name; None where it failed or abstained.
         errors: message of each failure by criterion name.
         answers: answer that each criterion read from the text, by criterion name; absent where it found none.
+        extra: what reward functions logged of the completion, by column.
     """
 
     total: float | None
     criteria: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
     errors: dict[str, str] = field(default_factory=dict[str, str])
     answers: dict[str, str] = field(default_factory=dict[str, str])
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import os
 import signal
 import threading
@@ -19,6 +20,8 @@ from burnish.errors import RewardError, contained
 from burnish.progress import format_seconds, say
 
 __all__ = ["Call", "CallTimeout"]
+
+logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 60.0
 """When a call that still runs is first mentioned; then again at each doubling."""
@@ -109,7 +112,10 @@ class Call:
         limit = self.timeout_seconds
         with self._watched(), _alarm(min(limit or _WATCH_SECONDS, _WATCH_SECONDS), self._tick) as rings:
             if rings or limit is None:
-                return function(**arguments)
+                result = function(**arguments)
+                if rings and limit is not None and not signal.getitimer(signal.ITIMER_REAL)[0]:
+                    _say_that_alarms_clash(self.name, limit)
+                return result
             future: Future[Any] = Future()
             thread = threading.Thread(target=_fill, args=(future, function, arguments), name=self.name, daemon=True)
             thread.start()
@@ -138,7 +144,9 @@ class Call:
             future.set_result(result)
 
     def _failure(self, error: BaseException) -> Exception:
-        return self._late() if isinstance(error, _Overdue) else contained(error, RewardError)
+        if isinstance(error, _Overdue):
+            return self._late()
+        return _without_signals(error) if _lacks_signals(error) else contained(error, RewardError)
 
     def _late(self, more: str = "") -> CallTimeout:
         return CallTimeout(f"it took longer than timeout_seconds = {self.timeout_seconds:g}{more}")
@@ -162,6 +170,34 @@ class Call:
             yield
         finally:
             done.set()
+
+
+def _lacks_signals(error: BaseException | None) -> bool:
+    """Whether a function failed because it sets a signal handler outside the main thread; others may wrap that."""
+    for _ in range(10):
+        if isinstance(error, ValueError) and "only works in main thread" in str(error):
+            return True
+        error = None if error is None else error.__cause__ or error.__context__
+    return False
+
+
+def _without_signals(error: BaseException) -> RewardError:
+    return RewardError(
+        f"{' '.join(str(error).split())[:200]}. It sets a time limit by a signal (signal.alarm), and runs outside the "
+        "main thread, as coroutines and everything in a run that was not started in the main thread do: remove that "
+        "limit (of math_verify: parsing_timeout=None, timeout_seconds=None) and set the criterion's timeout_seconds"
+    ).with_traceback(error.__traceback__)
+
+
+@functools.cache
+def _say_that_alarms_clash(name: str, limit: float) -> None:
+    """Warn, once, of a limit that does not hold."""
+    logger.warning(
+        "criterion %r sets alarms of its own (signal.alarm, as math_verify does), which switch its timeout_seconds = "
+        "%g off: remove one of them (of math_verify: parsing_timeout=None, timeout_seconds=None).",
+        name,
+        limit,
+    )
 
 
 def _fill(future: Future[Any], function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import ConfigError, DataError, RewardError
 from burnish.rewards.calls import Call, CallTimeout
+from burnish.rewards.notes import Notes, as_list
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.types import Group, Score
 
@@ -27,7 +28,7 @@ _Outcome: TypeAlias = float | Exception | None
 _MOST_TIMEOUTS = 3
 """Completions of one call that may take too long, each in a call of its own, before the others are given up."""
 
-_OWN_ARGUMENTS = frozenset({"completion_ids", "completions", "prompts", "trainer_state"})
+_OWN_ARGUMENTS = frozenset({"completion_ids", "completions", "log_extra", "log_metric", "prompts", "trainer_state"})
 """Arguments of every reward function, which no column may be named."""
 
 
@@ -38,8 +39,9 @@ class Criterion:
     Args:
         name: unique in its rubric; the name in metrics and errors. "total" is taken.
         function: called with `prompts`, `completions`, `completion_ids` and every other column of the data set
-            (a demonstration in `completion` too) as lists of one length, by keyword, and `trainer_state`; a function
-            without `**kwargs` gets what its signature names. Completions are strings, or
+            (a demonstration in `completion` too) as lists of one length, by keyword, and with `trainer_state`,
+            `log_extra(column, values)`, which adds a column to the transcripts, and `log_metric(name, value)`; a
+            function without `**kwargs` gets what its signature names. Completions are strings, or
             `[{"role": "assistant", "content": text}]` where the prompt is a list of messages. It returns one value
             a completion: a number, None (does not apply), or an Exception (this completion cannot be judged).
         weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
@@ -99,10 +101,13 @@ class _Batch:
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
+    extras: list[dict[str, Any]]
+    """What the functions log of each completion."""
 
     def one(self, i: int) -> _Batch:
         columns = {name: [values[i]] for name, values in self.columns.items()}
-        return _Batch([self.places[i]], [self.prompts[i]], [self.completions[i]], [self.completion_ids[i]], columns)
+        own = ([self.places[i]], [self.prompts[i]], [self.completions[i]], [self.completion_ids[i]])
+        return _Batch(*own, columns, [self.extras[i]])
 
     def arguments(self) -> dict[str, Any]:
         """Fresh lists, so that a function which edits its arguments does not disturb the next one."""
@@ -163,6 +168,11 @@ class Rubric:
         """Names of the criteria, in order."""
         return tuple(criterion.name for criterion in self.criteria)
 
+    @property
+    def logs_metrics(self) -> bool:
+        """Whether a function names `log_metric` among its parameters: what it logs is not known before."""
+        return any("log_metric" in _parameters(criterion.function) for criterion in self.criteria)
+
     def check_columns(self, groups: Sequence[Group]) -> None:
         """Refuse rows with a column that would be lost, and rows that all lack the answers that a criterion grades by.
 
@@ -181,12 +191,20 @@ class Rubric:
                 f"criterion {criterion.name!r} grades by: {rename_tip(names) if names else 'add it'}."
             )
 
-    def score(self, groups: Sequence[Group], *, trainer_state: Any = None, **shared: Any) -> list[list[Score]]:
+    def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        trainer_state: Any = None,
+        log_metric: Callable[[str, float], object] | None = None,
+        **shared: Any,
+    ) -> list[list[Score]]:
         """Score every completion of every group; each is also written to `completion.score`.
 
         Args:
             groups: `row["prompt"]` and the other columns of `row` are passed to the functions.
             trainer_state: passed on as it is.
+            log_metric: takes the metrics that functions log in calls that succeed; None drops them.
             **shared: further arguments passed on as they are to the functions that take them.
 
         Returns:
@@ -199,7 +217,8 @@ class Rubric:
         _check_arguments(groups)
         batch = _flatten(groups)
         shared = {"trainer_state": trainer_state, **shared}
-        outcomes = self._outcomes(batch, shared) if batch.places else {name: [] for name in self.names}
+        calls = _Calls(batch, shared, log_metric)
+        outcomes = self._outcomes(calls) if batch.places else {name: [] for name in self.names}
         for name, values in outcomes.items():
             _raise_if_all_failed(name, values, batch.places)
         scored = [self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))]
@@ -208,6 +227,8 @@ class Rubric:
                 for score, completion in zip(scored, batch.completions, strict=True):
                     if (answer := criterion.function.extract(completion)) is not None:
                         score.answers[criterion.name] = answer
+        for score, extra in zip(scored, batch.extras, strict=True):
+            score.extra = extra
         flat = iter(scored)
         scores: list[list[Score]] = []
         for group in groups:
@@ -216,11 +237,11 @@ class Rubric:
             scores.append([cast("Score", completion.score) for completion in group.completions])
         return scores
 
-    def _outcomes(self, batch: _Batch, shared: dict[str, Any]) -> dict[str, list[_Outcome]]:
+    def _outcomes(self, calls: _Calls) -> dict[str, list[_Outcome]]:
         # Async functions first: they wait while the plain ones work.
         order = sorted(self.criteria, key=lambda criterion: not inspect.iscoroutinefunction(criterion.function))
-        started = [(criterion, _start(criterion, batch, shared)) for criterion in order]
-        done = {criterion.name: _finish(criterion, call, batch, shared) for criterion, call in started}
+        started = [(criterion, calls.start(criterion)) for criterion in order]
+        done = {criterion.name: calls.finish(criterion, *call) for criterion, call in started}
         return {name: done[name] for name in self.names}
 
     def _combine(self, place: str, i: int, outcomes: dict[str, list[_Outcome]]) -> Score:
@@ -271,60 +292,69 @@ def _flatten(groups: Sequence[Group]) -> _Batch:
         completions=[t if isinstance(prompt, str) else [{"role": "assistant", "content": t}] for prompt, t in texts],
         completion_ids=[group.completions[i].token_ids for group, i in rows],
         columns={name: [group.row.get(name) for group, _ in rows] for name in names},
+        extras=[{} for _ in rows],
     )
 
 
-def _start(criterion: Criterion, batch: _Batch, shared: dict[str, Any]) -> Call:
-    call = Call(criterion.name, len(batch.places), criterion.timeout_seconds)
-    call.start(criterion.function, _accepted(criterion.function, batch.arguments() | shared))
-    return call
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """Calls of criteria on the completions of a batch."""
+
+    batch: _Batch
+    shared: dict[str, Any]
+    log_metric: Callable[[str, float], object] | None
+
+    def start(self, criterion: Criterion) -> tuple[Call, Notes]:
+        size = len(self.batch.places)
+        call, notes = Call(criterion.name, size, criterion.timeout_seconds), Notes(size)
+        own = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
+        call.start(criterion.function, _accepted(criterion.function, self.batch.arguments() | self.shared | own))
+        return call, notes
+
+    def finish(self, criterion: Criterion, call: Call, notes: Notes) -> list[_Outcome]:
+        size = len(self.batch.places)
+        try:
+            result = call.result()
+        except Exception as error:
+            if size == 1 or not criterion.isolate:
+                return [error] * size
+            return self._one_by_one(criterion)
+        values = as_list(result)
+        if values is None:
+            return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
+        if len(values) != size:
+            # Never shortened, padded or broadcast: nothing says which value belongs to which completion.
+            return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
+        notes.settle(criterion.name, self.batch.extras, self.log_metric)
+        return [_as_number(value) for value in values]
+
+    def _one_by_one(self, criterion: Criterion) -> list[_Outcome]:
+        """Judge each completion by a call of its own; where several take too long, give up on the others."""
+        places = range(len(self.batch.places))
+        singles = [_Calls(self.batch.one(i), self.shared, self.log_metric) for i in places]
+        started: list[tuple[Call, Notes] | None] = []
+        for single in singles:
+            late = sum(call is not None and call[0].timed_out for call in started)
+            started.append(single.start(criterion) if late < _MOST_TIMEOUTS else None)
+        untried = CallTimeout(f"not tried, since {_MOST_TIMEOUTS} completions of this call took too long")
+        return [
+            untried if call is None else single.finish(criterion, *call)[0]
+            for call, single in zip(started, singles, strict=True)
+        ]
+
+
+def _parameters(function: RewardFunction) -> dict[str, Any]:
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
 
 
 def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some built-in callables have no signature
+    parameters = _parameters(function)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return arguments
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return arguments
-    return {parameter.name: arguments[parameter.name] for parameter in parameters if parameter.name in arguments}
-
-
-def _finish(criterion: Criterion, call: Call, batch: _Batch, shared: dict[str, Any]) -> list[_Outcome]:
-    size = len(batch.places)
-    try:
-        result = call.result()
-    except Exception as error:
-        if size == 1 or not criterion.isolate:
-            return [error] * size
-        return _one_by_one(criterion, batch, shared)
-    values = _as_list(result)
-    if values is None:
-        return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
-    if len(values) != size:
-        # Never shortened, padded or broadcast: nothing says which value belongs to which completion.
-        return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
-    return [_as_number(value) for value in values]
-
-
-def _one_by_one(criterion: Criterion, batch: _Batch, shared: dict[str, Any]) -> list[_Outcome]:
-    """Judge each completion by a call of its own; where several take too long, give up on the others."""
-    singles = [batch.one(i) for i in range(len(batch.places))]
-    started: list[Call | None] = []
-    for single in singles:
-        late = sum(call is not None and call.timed_out for call in started)
-        started.append(_start(criterion, single, shared) if late < _MOST_TIMEOUTS else None)
-    untried = CallTimeout(f"not tried, since {_MOST_TIMEOUTS} completions of this call took too long")
-    return [
-        untried if call is None else _finish(criterion, call, single, shared)[0]
-        for call, single in zip(started, singles, strict=True)
-    ]
-
-
-def _as_list(result: Any) -> list[Any] | None:
-    if hasattr(result, "tolist"):  # an array or a tensor
-        result = result.tolist()
-    return list(cast("Sequence[Any]", result)) if isinstance(result, list | tuple) else None
+    return {name: arguments[name] for name in parameters if name in arguments}
 
 
 def _as_number(value: Any) -> _Outcome:

@@ -87,15 +87,13 @@ class AnswerVerifier:
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float | Exception | None]:
         """Grade completions; `columns` are lists of their length."""
-        if self.gold_column not in columns:
-            raise RewardError(
-                f"{self.kind} needs the column {self.gold_column!r}; the rows have: {', '.join(columns)}."
-            )
         lists = {
             name: values
             for name, values in columns.items()
             if isinstance(values, list) and len(values) == len(completions)
         }
+        if self.gold_column not in lists:
+            raise RewardError(f"{self.kind} needs the column {self.gold_column!r}; the rows have: {', '.join(lists)}.")
         results: list[float | Exception | None] = [0.0] * len(completions)
         pending: list[int] = []
         pairs: list[tuple[str, Row]] = []

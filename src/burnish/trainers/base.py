@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -28,7 +29,7 @@ from burnish.trainers.callbacks import MetricsCallback, ProgressCallback
 from burnish.trainers.cards import CardWriter, keeping_card
 from burnish.trainers.checkpoint import RunCheckpoints, check_weights, keeping_dtypes, reading, writing_checkpoint
 from burnish.trainers.handover import handed_over
-from burnish.trainers.held_out import check_best_metric, own_set
+from burnish.trainers.held_out import TIMINGS, check_best_metric, evaluate_steered, own_set
 from burnish.trainers.liveness import Liveness, Verdict
 from burnish.trainers.log_state import LogState
 from burnish.trainers.metrics import StepMetrics
@@ -59,6 +60,7 @@ class GroupTrainer(Trainer):
     args: Any
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    timings: ClassVar[Collection[str]] = TIMINGS
     whole_groups: ClassVar[bool] = False
     """Whether the completions of a group meet in one loss, so that no split may separate them."""
 
@@ -140,7 +142,7 @@ class GroupTrainer(Trainer):
             FileError: another run writes to `output_dir`.
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
-        check_best_metric(self, self.evaluation_names())
+        check_best_metric(self)
         handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.uses_dropout)
         with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
@@ -461,9 +463,12 @@ class GroupTrainer(Trainer):
         own = own_set(self.eval_dataset, given)
         return self.encode(given, "eval_dataset") if own is None else own
 
-    def evaluation_names(self) -> Collection[str] | None:
-        """Names of the metrics of an evaluation without their prefix; None where they cannot be known."""
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
+        """Names of the metrics that `groups` have, without prefix and `timings`; None where they cannot be known."""
         return None
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return evaluate_steered(self, partial(super()._evaluate, *args, **kwargs))
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: predictions would be logits of padded rows.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -11,10 +11,10 @@ from transformers import EarlyStoppingCallback
 from burnish.errors import ConfigError, DataError
 from burnish.types import Group
 
-__all__ = ["check_best_metric", "encode_sets", "named_sets", "own_set", "sets_of_rows"]
+__all__ = ["TIMINGS", "check_best_metric", "encode_sets", "evaluate_steered", "named_sets", "own_set", "sets_of_rows"]
 
-_OF_EVERY_EVALUATION = frozenset({"runtime", "samples_per_second", "steps_per_second", "num_tokens"})
-"""Metrics that transformers and the base trainer add."""
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
+"""Metrics that transformers adds to those of an evaluation."""
 
 
 def encode_sets(dataset: Any, encode: Callable[[Any, str], list[Group]]) -> list[Group] | dict[str, list[Group]] | None:
@@ -75,31 +75,75 @@ def own_set(dataset: Any, given: Any) -> list[Group] | None:
     return next((groups for groups in sets.values() if groups is given), None)
 
 
-def check_best_metric(trainer: Any, names: Collection[str] | None) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation yields, before the first step.
+def check_best_metric(trainer: Any) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation yields, and what waits for evaluations that never come.
 
-    Args:
-        trainer: about to train.
-        names: metrics of one evaluation without their prefix; None where a user's function adds others.
+    Raises:
+        ConfigError: naming the metrics that there are, or the field that is missing.
+    """
+    args = trainer.args
+    wanted = args.metric_for_best_model
+    if (follower := _follower(trainer)) is None or trainer.eval_dataset is None:
+        return
+    if wanted is None:
+        raise ConfigError(f"{follower} with metric_for_best_model = None: name the metric to follow, such as 'loss'.")
+    sets = named_sets(trainer.eval_dataset)
+    names = {prefix: trainer.evaluation_names(groups) for prefix, groups in sets.items()}
+    if any(found is None for found in names.values()):
+        return
+    known = [f"{prefix}_{name}" for prefix, found in names.items() for name in (*found, *trainer.timings)]
+    if _full_name(wanted) not in known:
+        shown = ", ".join(name for name in known if not name.endswith(tuple(trainer.timings)))
+        raise ConfigError(
+            f"metric_for_best_model = {wanted!r}: no evaluation of this run yields it; use one of {shown}."
+        )
+
+
+def evaluate_steered(trainer: Any, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Evaluate during training; the metric that the run follows must be there, functions of the user's included.
 
     Raises:
         ConfigError: naming the metrics that there are.
     """
-    args = trainer.args
-    wanted = args.metric_for_best_model
-    steers = (
-        args.load_best_model_at_end
-        or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
-        or isinstance(trainer.lr_scheduler, ReduceLROnPlateau)
-        or str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) == "reduce_lr_on_plateau"
-        or any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
-    )
-    if wanted is None or not steers or names is None or trainer.eval_dataset is None:
-        return
-    prefixes = [prefix.removeprefix("eval").lstrip("_") for prefix in named_sets(trainer.eval_dataset)]
-    known = [f"{prefix}_{name}" if prefix else name for prefix in prefixes for name in (*names, *_OF_EVERY_EVALUATION)]
-    if wanted.removeprefix("eval_") not in known:
-        shown = ", ".join(f"eval_{name}" for name in known if not name.endswith(tuple(_OF_EVERY_EVALUATION)))
+    wanted = trainer.args.metric_for_best_model
+    try:
+        metrics = evaluate()
+    except KeyError as error:  # of transformers, for a scheduler
+        if "metric_for_best_model" not in str(error):
+            raise
+        raise ConfigError(f"metric_for_best_model = {wanted!r}: {error.args[0]}") from error
+    if wanted is not None and _follower(trainer) is not None and _full_name(wanted) not in metrics:
         raise ConfigError(
-            f"metric_for_best_model = {wanted!r}: no evaluation of this run yields it; use one of {shown}."
+            f"metric_for_best_model = {wanted!r}: the evaluation at step {trainer.state.global_step} did not yield it; "
+            f"let compute_metrics return it, or use one of {', '.join(sorted(metrics))}."
         )
+    return metrics
+
+
+def _full_name(wanted: str) -> str:
+    return wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+
+
+def _follower(trainer: Any) -> str | None:
+    """What follows the metric of a run's evaluations, in words; None where nothing does.
+
+    Raises:
+        ConfigError: it would wait for ever.
+    """
+    args = trainer.args
+    stopping = any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
+    found = {
+        "load_best_model_at_end = True": args.load_best_model_at_end,
+        "save_strategy = 'best'": _word(args.save_strategy) == "best",
+        "ReduceLROnPlateau": isinstance(trainer.lr_scheduler, ReduceLROnPlateau)
+        or _word(args.lr_scheduler_type) == "reduce_lr_on_plateau",
+        "EarlyStoppingCallback": stopping,
+    }
+    followers = [name for name, is_there in found.items() if is_there]
+    if _word(args.eval_strategy) == "no" and followers[-1:] and followers != ["load_best_model_at_end = True"]:
+        raise ConfigError(f"{followers[-1]} with eval_strategy = 'no': there is nothing to follow; set eval_strategy.")
+    return followers[0] if followers else None
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))

@@ -8,7 +8,7 @@ from typing import Any
 
 from burnish.errors import user_code
 from burnish.trainers.held_out_loss import held_out_loss
-from burnish.trainers.metrics import means_over_ranks
+from burnish.trainers.metrics import means_by_name, means_over_ranks, with_logged
 from burnish.trainers.prompts import share_of
 from burnish.types import Group
 
@@ -24,7 +24,7 @@ def evaluate_samples(trainer: Any, prompts: Sequence[Group], split: str) -> dict
         split: what the transcripts call them.
 
     Returns:
-        The loss, the mean reward, each criterion and what the user's function adds.
+        The loss, the mean reward, each criterion, what the user's function adds and what rewards log.
     """
     samples = trainer.args.num_generations_eval or trainer.args.num_generations
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
@@ -34,7 +34,12 @@ def evaluate_samples(trainer: Any, prompts: Sequence[Group], split: str) -> dict
     step = trainer.state.global_step
     trainer.engine.sync(step)
     trainer._generate(shares, trainer.params, seed=trainer.args.seed + 1, step=0)
-    trainer.rubric.score([share.group for share in shares], trainer_state=trainer.state)
+    logged: list[tuple[str, float]] = []
+    trainer.rubric.score(
+        [share.group for share in shares],
+        trainer_state=trainer.state,
+        log_metric=lambda *metric: logged.append(metric),
+    )
     trainer.eval_transcripts.write(shares, step=step, tokenizer=trainer.tokenizer, time=time.time(), split=split)
     completions = [completion for share in shares for completion in share.group.completions]
     metrics = means_over_ranks(completions, trainer.rubric.names, trainer.sum_over_ranks)
@@ -42,4 +47,5 @@ def evaluate_samples(trainer: Any, prompts: Sequence[Group], split: str) -> dict
         with user_code("compute_metrics"):
             own = trainer.metrics_of_groups(list(trainer._everywhere(shares).values()))
         metrics |= {name: float(value) for name, value in own.items()}
-    return {"loss": held_out_loss(trainer, shares), **metrics}
+    own = {"loss": held_out_loss(trainer, shares), **metrics}
+    return with_logged(own, means_by_name(trainer.gathered(logged)))

@@ -170,10 +170,12 @@ class KTOTrainer(ReferenceTrainer):
         """Those of the steps, and how far apart desirable and other completions are rewarded."""
         return _with_margin(super().step_metrics())
 
-    def metric_names(self) -> Collection[str]:
-        """Names of the metrics below; of one label alone there are fewer."""
-        sides = ("chosen", "rejected")
-        return ("loss", "kl", "rewards/margins", *(f"{of}/{side}" for of in ("rewards", "logps") for side in sides))
+    def metric_names(self, groups: Sequence[Group]) -> Collection[str]:
+        """Names of the metrics below; rows of one label alone have one side and no margin."""
+        labels = {bool(group.row["label"]) for group in groups}
+        sides = [side for side, label in (("chosen", True), ("rejected", False)) if label in labels]
+        margins = ["rewards/margins"] if len(sides) == 2 else []
+        return ("loss", "kl", *margins, *(f"{of}/{side}" for of in ("rewards", "logps") for side in sides))
 
     def evaluate_records(
         self, groups: Sequence[Group], policy: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]

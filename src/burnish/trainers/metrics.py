@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -11,7 +11,12 @@ import torch
 
 from burnish.types import Completion, Group, StopReason
 
-__all__ = ["StepMetrics", "criterion_values", "means_over_ranks", "total"]
+__all__ = ["StepMetrics", "criterion_values", "means_by_name", "means_over_ranks", "total", "with_logged"]
+
+_OF_RECORDS = frozenset(
+    {"epoch", "grad_norm", "learning_rate", "loss", "num_tokens", "run", "stage", "step", "time", "train_runtime"}
+)
+"""Names that every log or record of one has."""
 
 
 def total(completion: Completion) -> float | None:
@@ -38,6 +43,20 @@ def means_over_ranks(
     return {name: sum_over_ranks(value) / max(sum_over_ranks(count), 1.0) for name, (value, count) in sums.items()}
 
 
+def means_by_name(logged: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of the numbers of each name."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in logged:
+        values[name].append(value)
+    return {name: fmean(found) for name, found in values.items()}
+
+
+def with_logged(metrics: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
+    """Metrics with those that reward functions logged; one whose name is taken goes by `logged/name`."""
+    taken = _OF_RECORDS | metrics.keys()
+    return {**metrics, **{f"logged/{name}" if name in taken else name: value for name, value in logged.items()}}
+
+
 class StepMetrics:
     """Collects numbers by name; `flush` reduces them over steps and ranks."""
 
@@ -45,6 +64,7 @@ class StepMetrics:
         self._values: dict[str, list[float]] = defaultdict(list)
         self._tokens: dict[str, list[tuple[float, int]]] = defaultdict(list)
         self._parts: dict[str, dict[int, float]] = defaultdict(dict)
+        self._logged: dict[str, list[float]] = defaultdict(list)
 
     def add(self, name: str, value: float) -> None:
         """A number of this step; the log shows the mean over steps and ranks."""
@@ -57,6 +77,11 @@ class StepMetrics:
     def add_part(self, name: str, value: float, *, step: int) -> None:
         """A part of a step's number; the log shows the mean over steps and ranks of the sums of parts."""
         self._parts[name][step] = self._parts[name].get(step, 0.0) + value
+
+    def add_logged(self, logged: Iterable[tuple[str, float]]) -> None:
+        """Numbers that reward functions logged, the same on every rank; the log shows the mean over the rounds."""
+        for name, value in means_by_name(logged).items():
+            self._logged[name].append(value)
 
     def add_rewards(self, rewards: Sequence[Sequence[float | None]]) -> None:
         """Mean reward, mean spread within groups, and the share of groups without any."""
@@ -97,9 +122,9 @@ class StepMetrics:
         means = {name: fmean(values) for name, values in self._values.items()}
         means |= {name: fmean(sums.values()) for name, sums in self._parts.items()}
         tokens = {name: [sum(s for s, _ in parts), sum(n for _, n in parts)] for name, parts in self._tokens.items()}
-        self._values.clear()
-        self._tokens.clear()
-        self._parts.clear()
+        logged = {name: fmean(values) for name, values in sorted(self._logged.items())}  # the same on every rank
+        for collected in (self._values, self._tokens, self._parts, self._logged):
+            collected.clear()
         ranks = gathered([(means, tokens)])
         logs: dict[str, float] = {}
         for name in sorted({name for own, _ in ranks for name in own}):
@@ -108,15 +133,17 @@ class StepMetrics:
             total, count = (sum(own[name][i] for _, own in ranks if name in own) for i in (0, 1))
             if count:
                 logs[name] = total / count
-        return logs
+        return with_logged(logs, logged)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been collected since the last flush, as JSON."""
         parts = {name: list(sums.items()) for name, sums in self._parts.items()}
-        return {"values": dict(self._values), "tokens": dict(self._tokens), "parts": parts}
+        own = {"values": dict(self._values), "tokens": dict(self._tokens), "logged": dict(self._logged)}
+        return {**own, "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self._values = defaultdict(list, state["values"])
+        self._logged = defaultdict(list, state.get("logged", {}))
         self._tokens = defaultdict(list, {name: [(s, n) for s, n in parts] for name, parts in state["tokens"].items()})
         self._parts = defaultdict(dict, {name: dict(sums) for name, sums in state.get("parts", {}).items()})

@@ -60,6 +60,7 @@ class OnlineTrainer(GroupTrainer):
 
     args: Any
     config_class: ClassVar[type[Any]]
+    timings = ()
 
     def __init__(
         self,
@@ -273,8 +274,10 @@ class OnlineTrainer(GroupTrainer):
         self._rounds += 1
         super().count_tokens(groups)
         started = time.perf_counter()
-        self.rubric.score(groups, trainer_state=self.state)
+        logged: list[tuple[str, float]] = []
+        self.rubric.score(groups, trainer_state=self.state, log_metric=lambda *metric: logged.append(metric))
         self._metrics.add("seconds/rewards", time.perf_counter() - started)
+        self._metrics.add_logged(self.gathered(logged))
         self._log_round([share.group for share in shares])
         self._sampled += shares
         rewards: dict[int, list[float | None]] = defaultdict(list)
@@ -424,9 +427,9 @@ class OnlineTrainer(GroupTrainer):
                 self.args.max_completion_length,
             )
 
-    def evaluation_names(self) -> Collection[str] | None:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
         """Names of the metrics of `evaluate`, unless a function of the user's adds some."""
-        if self.metrics_of_groups is not None:
+        if self.metrics_of_groups is not None or self.rubric.logs_metrics:
             return None
         criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
         return ("loss", "reward", "completions/mean_length", *criteria)

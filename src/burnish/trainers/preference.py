@@ -304,12 +304,12 @@ class ReferenceTrainer(GroupTrainer):
             found = self.metrics_of_rewards(EvalPrediction(predictions=rewards.numpy(), label_ids=labels.numpy()))
         return {name: float(value) for name, value in found.items()}
 
-    def evaluation_names(self) -> Collection[str] | None:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
         """Names of the metrics of `evaluate_records`, unless a function of the user's adds some."""
-        return None if self.metrics_of_rewards is not None else self.metric_names()
+        return None if self.metrics_of_rewards is not None else self.metric_names(groups)
 
-    def metric_names(self) -> Collection[str]:
-        """Names of the trainer's own metrics of an evaluation."""
+    def metric_names(self, groups: Sequence[Group]) -> Collection[str]:
+        """Names of the trainer's own metrics of an evaluation of these groups."""
         raise NotImplementedError
 
 
@@ -441,7 +441,7 @@ class DPOTrainer(ReferenceTrainer):
         normalised = all(loss.length_normalised for loss, _ in self.losses)
         return pair_metrics(pairs, self.options.beta, normalised=normalised)
 
-    def metric_names(self) -> Collection[str]:
+    def metric_names(self, groups: Sequence[Group]) -> Collection[str]:
         """Names of the metrics below."""
         of_pairs = ("chosen", "rejected", "margins", "accuracies")
         return ("loss", *(f"rewards/{name}" for name in of_pairs), *(f"logps/{name}" for name in of_pairs[:2]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quan
 from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import RewardConfig
 from burnish.trainers.held_out import encode_sets
-from burnish.trainers.preflight import resolve_tokenizer
+from burnish.trainers.preflight import refuse_router_loss, resolve_tokenizer
 from burnish.types import Group, PackedBatch
 
 __all__ = ["RewardStats", "RewardTrainer", "comparisons"]
@@ -141,6 +141,7 @@ class RewardTrainer(GroupTrainer):
 
     def prepare_model(self, model: torch.nn.Module) -> None:
         """Scores on packed rows."""
+        refuse_router_loss(model)
         prepare_for_rewards(model)
 
     @property
@@ -226,9 +227,10 @@ class RewardTrainer(GroupTrainer):
         super().load_metrics_state(state)
         self._stats.load_state_dict(state["scores"])
 
-    def evaluation_names(self) -> Collection[str]:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str]:
         """Names of the metrics below; steps have no margin."""
-        of_rewards = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+        margin = () if any(map(_labels, groups)) else ("margin",)
+        of_rewards = ("min_reward", "mean_reward", "max_reward", "accuracy", *margin)
         return ("loss", *of_rewards, "calibration_error", "brier_score")
 
     def evaluation_loop(

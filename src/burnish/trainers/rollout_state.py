@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from burnish.errors import ConfigError
-from burnish.runs.files import read_json, replacing
+from burnish.runs.files import read_json, write_json
 from burnish.types import Completion, Group, Score, StopReason
 
 __all__ = ["RolloutState"]
@@ -43,8 +42,7 @@ class RolloutState:
         state = dataclasses.asdict(dataclasses.replace(self, buffer=[], replay={}))
         state["buffer"] = [[_group_to_dict(group) for group in groups] for groups in self.buffer]
         state["replay"] = {place: _group_to_dict(group) for place, group in self.replay.items()}
-        with replacing(_file(folder, rank)) as stream:
-            json.dump(state, stream)
+        write_json(_file(folder, rank), state, indent=None)
 
     @classmethod
     def load(cls, folder: Path, *, rank: int, world: int, prompts: Sequence[Group]) -> RolloutState:

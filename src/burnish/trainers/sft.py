@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -185,9 +185,9 @@ class SFTTrainer(GroupTrainer):
             denominator=denominator,
         )
 
-    def evaluation_names(self) -> Collection[str]:
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str]:
         """Names of the metrics below."""
-        return ("loss", "entropy", "mean_token_accuracy")
+        return ("loss", "entropy", "mean_token_accuracy", "num_tokens")
 
     def evaluation_loop(
         self,

@@ -20,7 +20,7 @@ Entry = tuple[tuple[int, int], bool, dict[str, Any]]
 
 
 class TranscriptLog:
-    """Writes one record per completion: prompt, text, reward, criteria, advantage.
+    """Writes one record per completion: prompt, text, reward, criteria, columns that rewards log, advantage.
 
     Args:
         args: `log_completions` says whether and where.
@@ -108,5 +108,6 @@ def _record(completion: Completion) -> dict[str, Any]:
         "criteria": {} if score is None else score.criteria,
         "errors": {} if score is None else score.errors,
         "answers": {} if score is None else score.answers,
+        "extra": {} if score is None else score.extra,
         "advantage": advantage,
     }
