@@ -182,7 +182,7 @@ def test_one_layer_at_two_depths_is_refused(tmp_path: Path) -> None:
         made("sft", tmp_path, deeper("llama", copied=False))
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "reward"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_loss_of_routers_is_refused(tmp_path: Path, stage: str) -> None:
     with pytest.raises(ConfigError, match=r"^output_router_logits = True .* which is not added here"):
         made(stage, tmp_path, tiny.model("mixtral", output_router_logits=True))

@@ -248,6 +248,31 @@ def test_fields_without_a_counterpart_say_so(given: dict[str, Any], message: str
         ("GRPO", {"reward_model": "x"}, "pass it as reward_funcs"),
         ("RLOO", {"config": 1}, "it is args now"),
         ("SFT", {"train_datset": 1}, "did you mean train_dataset"),
+        ("SFT", {"dataset_text_field": "text"}, r"it is a field of args: SFTConfig\(dataset_text_field=...\)"),
+        ("SFT", {"chars_per_token": 3.6}, "packed by their tokens"),
+        ("SFT", {"num_of_sequences": 1024}, "packed by their tokens"),
+        ("SFT", {"infinite": True}, "set max_steps"),
+        ("SFT", {"beta": 0.1}, "and args no such field; it is one of dpo, kto, online_dpo, grpo, rloo, ppo"),
+        ("SFT", {"model_init": 1}, "pass the model as model"),
+        ("Reward", {"tokenizer": 1}, "it is processing_class now"),
+        ("Reward", {"formatting_func": 1}, "SFTTrainer alone takes one"),
+        ("DPO", {"tokenizer": 1}, "it is processing_class now"),
+        ("DPO", {"max_target_length": 9}, "of a prompt and its completion together"),
+        ("DPO", {"loss_type": "ipo"}, r"DPOConfig\(loss_type=...\)"),
+        ("DPO", {"precompute_ref_log_probs": True}, r"DPOConfig\(precompute_ref_log_probs=...\)"),
+        ("KTO", {"tokenizer": 1}, "it is processing_class now"),
+        ("KTO", {"beta": 0.1}, r"KTOConfig\(beta=...\)"),
+        ("GRPO", {"generation_config": 1}, "set the fields of sampling in args"),
+        ("GRPO", {"max_prompt_length": 9}, r"GRPOConfig\(max_prompt_length=...\)"),
+        ("RLOO", {"policy": 1}, "it is model now"),
+        ("RLOO", {"ref_policy": 1}, "it is ref_model now"),
+        ("RLOO", {"data_collator": 1}, "prepare the rows instead"),
+        ("PPO", {"tokenizer": 1}, "it is processing_class now"),
+        ("PPO", {"reward_processing_class": 1}, "it is reward_processing_classes now"),
+        ("PPO", {"kl_coef": 0.1}, r"PPOConfig\(kl_coef=...\)"),
+        ("PPO", {"generation_kwargs": {}}, "of args"),
+        ("OnlineDPO", {"judge": 1}, "reward_funcs, which score each"),
+        ("OnlineDPO", {"reward_processing_class": 1}, "it is reward_processing_classes now"),
         ("GRPO", {"args": None, "model": None}, "GRPOTrainer: multiple values for argument 'model'"),
     ],
 )
@@ -255,7 +280,8 @@ def test_an_argument_of_an_older_trainer_says_where_it_lives(
     stage: str, given: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        getattr(burnish, f"{stage}Trainer")("model", **given)
+        # PPO's first argument by position is args.
+        getattr(burnish, f"{stage}Trainer")(*(() if stage == "PPO" else ("model",)), **given)
 
 
 def test_a_constructor_without_arguments_names_what_is_missing() -> None:

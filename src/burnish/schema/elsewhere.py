@@ -58,7 +58,7 @@ _COMMON: dict[str, Elsewhere] = {
     "packing": Elsewhere(False, _BLOCKS, (bool,)),
     "pad_to_multiple_of": Elsewhere((None, "auto"), "rows are packed, there is no padding; remove the field", (int,)),
     "router_aux_loss_coef": Elsewhere(
-        None,
+        (None, 0.0),
         "the load-balancing loss of a mixture of experts is a product of means, which a packed row would change; "
         "it is not trained; remove the field",
     ),

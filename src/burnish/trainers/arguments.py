@@ -14,6 +14,7 @@ from burnish.errors import ConfigError
 from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.schema import elsewhere, known_fields
 from burnish.schema.checks import did_you_mean
+from burnish.schema.fields import stages_with
 from burnish.schema.translated import ALIASES
 
 __all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
@@ -37,12 +38,21 @@ _REFUSED: dict[str, str] = {
 
 
 _MOVED: dict[str, str] = {
+    "chars_per_token": "rows are packed by their tokens; remove it",
     "config": "it is args now",
     "dataset": "it is train_dataset now",
+    "formatting_func": "prepare the rows instead; SFTTrainer alone takes one",
+    "generation_config": "set the fields of sampling in args, such as temperature and max_completion_length",
+    "infinite": "set max_steps or num_train_epochs in args",
+    "judge": "pass what compares completions as reward_funcs, which score each",
+    "max_target_length": "max_length in args is of a prompt and its completion together",
+    "model_init": "pass the model as model",
+    "num_of_sequences": "rows are packed by their tokens; remove it",
     "policy": "it is model now",
     "ppo_config": "it is args now",
     "ref_policy": "it is ref_model now",
     "reward_model": "pass it as reward_funcs",
+    "reward_processing_class": "it is reward_processing_classes now, in trainers that take reward_funcs",
     "tokenizer": "it is processing_class now",
     "torch_dtype": "it is a key of model_init_kwargs in args, as dtype",
 }
@@ -69,6 +79,10 @@ def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping
             raise ConfigError(f"{what}; it is a field of args: {config.__name__}({name}=...).")
         if config is not None and (there := elsewhere(config.kind).get(name)) is not None:
             raise ConfigError(f"{what}; of args, {there.fix}.")
+        if name in _REFUSED:
+            raise ConfigError(f"{what}; {_REFUSED[name]}.")
+        if stages := stages_with(name):
+            raise ConfigError(f"{what}, and args no such field; it is one of {', '.join(stages)}.")
         raise ConfigError(f"{what}; {did_you_mean(name, list(parameters)[1:])}.")
     try:
         signature.bind(None, *args, **kwargs)

@@ -34,7 +34,7 @@ from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quan
 from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import RewardConfig
 from burnish.trainers.held_out import encode_sets
-from burnish.trainers.preflight import resolve_tokenizer
+from burnish.trainers.preflight import refuse_router_loss, resolve_tokenizer
 from burnish.types import Group, PackedBatch
 
 __all__ = ["RewardStats", "RewardTrainer", "comparisons"]
@@ -141,6 +141,7 @@ class RewardTrainer(GroupTrainer):
 
     def prepare_model(self, model: torch.nn.Module) -> None:
         """Scores on packed rows."""
+        refuse_router_loss(model)
         prepare_for_rewards(model)
 
     @property
