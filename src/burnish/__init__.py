@@ -17,12 +17,24 @@ if TYPE_CHECKING:
         EngineError,
         FileError,
         Interrupted,
+        MissingName,
         ModelError,
         RewardError,
     )
     from burnish.evaluate import Evaluation, pass_at_k
     from burnish.report import write_report
     from burnish.rewards import Criterion, RewardModel, Rubric
+    from burnish.scripts import (
+        DatasetConfig,
+        DatasetMixtureConfig,
+        ModelConfig,
+        ScriptArguments,
+        TrlParser,
+        get_dataset,
+        get_peft_config,
+        get_quantization_config,
+        init_zero_verbose,
+    )
     from burnish.trainers import (
         DPOConfig,
         DPOTrainer,
@@ -52,6 +64,8 @@ __all__ = [
     "DPOConfig",
     "DPOTrainer",
     "DataError",
+    "DatasetConfig",
+    "DatasetMixtureConfig",
     "EngineError",
     "Evaluation",
     "FileError",
@@ -61,6 +75,8 @@ __all__ = [
     "Interrupted",
     "KTOConfig",
     "KTOTrainer",
+    "MissingName",
+    "ModelConfig",
     "ModelError",
     "OnlineDPOConfig",
     "OnlineDPOTrainer",
@@ -77,8 +93,14 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "Score",
+    "ScriptArguments",
     "StopReason",
+    "TrlParser",
     "__version__",
+    "get_dataset",
+    "get_peft_config",
+    "get_quantization_config",
+    "init_zero_verbose",
     "pass_at_k",
     "write_report",
 ]
@@ -94,12 +116,24 @@ _HOMES = {
         "EngineError",
         "FileError",
         "Interrupted",
+        "MissingName",
         "ModelError",
         "RewardError",
     ),
     "burnish.evaluate": ("Evaluation", "pass_at_k"),
     "burnish.report": ("write_report",),
     "burnish.rewards": ("Criterion", "RewardModel", "Rubric"),
+    "burnish.scripts": (
+        "DatasetConfig",
+        "DatasetMixtureConfig",
+        "ModelConfig",
+        "ScriptArguments",
+        "TrlParser",
+        "get_dataset",
+        "get_peft_config",
+        "get_quantization_config",
+        "init_zero_verbose",
+    ),
     "burnish.trainers": (
         "DPOConfig",
         "DPOTrainer",
@@ -125,6 +159,12 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
+        from burnish.errors import MissingName
+        from burnish.schema.imports import NO_IMPORTS
+
+        # An AttributeError would lose its message: `from burnish import ...` replaces it by its own.
+        if name in NO_IMPORTS:
+            raise MissingName(f"burnish has no {name}: {NO_IMPORTS[name]}.")
         raise AttributeError(f"module 'burnish' has no attribute {name!r}")
     value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value

@@ -19,6 +19,7 @@ __all__ = [
     "EngineError",
     "FileError",
     "Interrupted",
+    "MissingName",
     "ModelError",
     "RewardError",
     "contained",
@@ -55,6 +56,10 @@ class ModelError(BurnishError, ValueError):
 
 class RewardError(BurnishError, ValueError):
     """A reward function is unusable (a failure on one completion is data, not an error)."""
+
+
+class MissingName(BurnishError, ImportError):
+    """A name that TRL exports and burnish does not."""
 
 
 class EngineError(BurnishError, RuntimeError):

@@ -177,10 +177,28 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
     refuse_mixed(present, [name for names in allowed for name in names], tokenized=tokenized, index=index)
     if kind is Kind.PREFERENCE and "prompt" in present:
         texts = ("prompt", *texts)
+    elif columns == ("chosen", "rejected"):
+        _refuse_lost_prompt(row, index)
     conversational = not tokenized and _check_values(row, texts, index)
     if kind is Kind.UNPAIRED and row["label"] not in (True, False):
         raise DataError(f"row {index}: label = {short(row['label'])}: use true (good) or false (bad).")
     return Format(kind, conversational, texts, tokenized)
+
+
+def _refuse_lost_prompt(row: Mapping[str, Any], index: int) -> None:
+    """Refuse a pair without a prompt beside a column that looks like one, and that neither answer begins with.
+
+    Raises:
+        DataError: with the line that names the prompt.
+    """
+    meant = meant_columns(row, [("prompt", "chosen", "rejected")])
+    for name in meant:
+        asked = row[name]
+        if isinstance(asked, str) and asked.strip() not in str(row["chosen"]):
+            raise DataError(
+                f"row {index} has chosen + rejected without a prompt, and a column {name!r} that neither holds, "
+                f"so the model would learn answers to nothing: {rename_tip(meant)}, or drop the column."
+            )
 
 
 def refuse_mixed(present: Collection[str], columns: Iterable[str], *, tokenized: bool, index: int) -> None:

@@ -9,6 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from burnish.rewards.answers import extract_answer, parse_number
+from burnish.rewards.catalogue import (
+    accuracy_reward,
+    get_cosine_scaled_reward,
+    get_repetition_penalty_reward,
+    get_soft_overlong_punishment,
+    reasoning_accuracy_reward,
+    think_format_reward,
+)
 from burnish.rewards.diagnosis import AnswerCounts, count_answers
 from burnish.rewards.pool import WorkerPool
 from burnish.rewards.registry import CRITERIA, rubric_from_config
@@ -38,17 +46,23 @@ __all__ = [
     "RewardModel",
     "Rubric",
     "WorkerPool",
+    "accuracy_reward",
     "check_gold",
     "count_answers",
     "exact_answer",
     "extract_answer",
     "format_tags",
+    "get_cosine_scaled_reward",
+    "get_repetition_penalty_reward",
+    "get_soft_overlong_punishment",
     "gym_answer",
     "math_answer",
     "numeric_answer",
     "parse_number",
+    "reasoning_accuracy_reward",
     "rubric_from_config",
     "soft_overlong",
+    "think_format_reward",
 ]
 
 

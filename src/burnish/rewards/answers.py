@@ -8,7 +8,18 @@ from fractions import Fraction
 
 from burnish.errors import ConfigError
 
-__all__ = ["SOURCES", "answer_text", "extract_answer", "parse_number", "render_answer"]
+__all__ = [
+    "SOURCES",
+    "UNREADABLE_GOLD",
+    "answer_text",
+    "boxed_answers",
+    "extract_answer",
+    "parse_number",
+    "render_answer",
+]
+
+UNREADABLE_GOLD = "cannot be read as mathematics"
+"""How the message ends where a gold answer is no mathematics."""
 
 SOURCES = ("tag", "boxed", "last_number", "text")
 """Where an answer may be read from, see :func:`extract_answer`."""
@@ -96,16 +107,31 @@ def _last_tag(text: str, tag: str) -> str | None:
     return text[slice(*found)] if found else None
 
 
+def boxed_answers(text: str) -> list[str]:
+    r"""The contents of every `\boxed{...}` with balanced braces, without white space around them, as they begin.
+
+    Of boxes inside each other the innermost count; empty ones do not.
+    """
+    boxes = _boxes(text)
+    inner = [span for i, span in enumerate(boxes) if i + 1 == len(boxes) or boxes[i + 1][0] > span[1]]
+    return [content for span in inner if (content := text[slice(*span)].strip())]
+
+
 def _last_boxed(text: str) -> str | None:
+    boxes = _boxes(text)
+    return text[slice(*boxes[-1])] if boxes else None
+
+
+def _boxes(text: str) -> list[tuple[int, int]]:
     # One pass: models repeat an unclosed `\boxed{` thousands of times.
     open_braces: list[int | None] = []
-    found: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
         if match[0] != "}":
             open_braces.append(match.end() if len(match[0]) > 1 else None)
         elif open_braces and (start := open_braces.pop()) is not None:
-            found = max(found or (0, 0), (start, match.start()))
-    return text[slice(*found)] if found else None
+            found.append((start, match.start()))
+    return sorted(found)
 
 
 def parse_number(text: str, *, units: bool = True) -> Fraction | None:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from burnish.rewards.answers import UNREADABLE_GOLD
 from burnish.rewards.formulas import stop_sympy_evaluating
 from burnish.rewards.guard import Guard
 from burnish.rewards.gym_tasks import prepare_gym
@@ -56,7 +57,7 @@ def _prepare_math(gold: str, answer: str) -> Callable[[], float]:
         # No time-outs of its own: they rest on signal.alarm. The parent kills this process instead.
         gold_parsed = math_verify.parse(_latex_forms(gold), parsing_timeout=None)
         if not gold_parsed:
-            raise ValueError(f"the gold answer {gold!r} cannot be read as mathematics")
+            raise ValueError(f"the gold answer {gold!r} {UNREADABLE_GOLD}")
         answer_parsed = math_verify.parse(_latex_forms(answer), parsing_timeout=None)
         return float(bool(math_verify.verify(gold_parsed, answer_parsed, timeout_seconds=None)))
 

@@ -21,7 +21,7 @@ from burnish.schema.predicates import text_problem
 from burnish.schema.refused import Kind
 from burnish.schema.rules import check_values
 
-__all__ = ["check_fields", "check_keywords", "check_mapping", "did_you_mean"]
+__all__ = ["as_annotated", "check_fields", "check_keywords", "check_mapping", "did_you_mean", "members_of"]
 
 
 def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
@@ -146,6 +146,22 @@ def check_mapping(fields: Mapping[str, FieldInfo], mapping: Mapping[str, Any], w
             raise ConfigError(f"[{where}] {name} = {show(value)}: unknown field; {did_you_mean(name, fields)}.")
         values[name] = _coerced(fields[name], value, f"[{where}] {name} = {show(value)}")
     return values
+
+
+def members_of(info: FieldInfo) -> list[str]:
+    """The members of a field's annotation, as source text: `["str", "None"]` for `str | None`."""
+    return [ast.unparse(option) for option in _options(ast.parse(info.type, mode="eval").body)]
+
+
+def as_annotated(info: FieldInfo, readings: Iterable[Any], *, otherwise: Any) -> Any:
+    """The first of several readings of a word that fits a field's annotation, in a type of it."""
+    annotation = ast.parse(info.type, mode="eval").body
+    for reading in readings:
+        try:
+            return _coerce(annotation, reading)
+        except _MismatchError:
+            continue
+    return otherwise
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from burnish.errors import ConfigError
 from burnish.schema.refused import Kind
 
-__all__ = ["ALIASES", "translate"]
+__all__ = ["ALIASES", "translate", "translated_names"]
 
 ALIASES: dict[Kind, dict[str, str]] = {
     "ppo": {
@@ -43,6 +43,12 @@ _GENERATION_NEUTRAL: dict[str, Any] = {
     "num_return_sequences": 1, "pad_token_id": None, "use_cache": True,
 }  # fmt: skip
 """Names in `generation_kwargs` that ask for what happens anyway."""
+
+
+def translated_names(kind: Kind) -> tuple[str, ...]:
+    """Names that `translate` rewrites in a stage."""
+    online = ("generation_kwargs", "generation_batch_size") if kind in _ONLINE else ()
+    return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online)
 
 
 def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from burnish.schema import (
     apply_algorithm,
     check_keywords,
 )
+from burnish.trainers.parsing import given_fields, make_parseable
 from burnish.trainers.processes import check_world_size, needs_cpu
 
 __all__ = [
@@ -44,18 +45,22 @@ T = TypeVar("T", bound=type[Any])
 
 
 def _with_checked_arguments(config: T) -> T:
-    """Let a wrong name or type raise a ConfigError that says what to do, and remember which fields were given."""
+    """Let a wrong name or type raise a ConfigError that says what to do, remember which fields were given, and let
+    argument parsers fill the class.
+    """
     own_init: Any = config.__init__
     names = [item.name for item in dataclasses.fields(config)]
 
     @functools.wraps(own_init)
     def init(self: Any, /, *args: Any, **kwargs: Any) -> None:
-        given = check_keywords(config.kind, dict(zip(names, args, strict=False)) | kwargs)
+        values = given_fields(config, dict(zip(names, args, strict=False)) | kwargs)
+        given = check_keywords(config.kind, values)
         self._given = set(given)
         own_init(self, **given)
         del self._given
 
     config.__init__ = init
+    make_parseable(config)
     return config
 
 

@@ -1,0 +1,189 @@
+"""The arguments of a script beside those of its trainer, with TRL's names: model, adapters and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from burnish.errors import ConfigError, show
+from burnish.schema import check_mapping
+from burnish.schema.inherited import FieldInfo
+from burnish.schema.paths import path_problem
+
+__all__ = ["DatasetConfig", "DatasetMixtureConfig", "ModelConfig", "ScriptArguments"]
+
+T = TypeVar("T", bound=type[Any])
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def _typed(record: T) -> T:
+    """Let a dataclass check the types of its fields, as read from its source: argparse and YAML give what they have."""
+    # Taken now, since HfArgumentParser writes into the fields.
+    infos = {
+        item.name: FieldInfo(item.name, str(item.type), None, own=True)
+        for item in dataclasses.fields(record)
+        if item.default_factory is dataclasses.MISSING
+    }
+    rules = getattr(record, "__post_init__", None)
+
+    def check(self: Any) -> None:
+        values = {name: getattr(self, name) for name in infos}
+        for name, value in check_mapping(infos, values, record.__name__).items():
+            setattr(self, name, value)
+        if rules is not None:
+            rules(self)
+
+    record.__post_init__ = check
+    return record
+
+
+def _field(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def _check_name(record: str, name: str, value: str | None) -> None:
+    if value is not None and (problem := path_problem(value)) is not None:
+        raise ConfigError(f"[{record}] {name} = {show(value)}: {problem}.")
+
+
+@_typed
+@dataclass
+class ScriptArguments:
+    """Where a script's rows come from, in the arguments of `datasets.load_dataset`; a mixture replaces all of them."""
+
+    dataset_name: str | None = _field(None, "Folder of data files, or a data set's name on the hub.")
+    dataset_config: str | None = _field(None, "Configuration of the data set, where it has several.")
+    dataset_train_split: str = _field("train", "Split to train on.")
+    dataset_test_split: str = _field("test", "Split to evaluate on.")
+    dataset_streaming: bool = _field(False, "Read rows as they come, and not the whole data set at once.")
+    ignore_bias_buffers: bool = _field(
+        False, "Keep boolean buffers out of the synchronisation between processes (GPT-2's attention masks)."
+    )
+
+    def __post_init__(self) -> None:
+        _check_name("ScriptArguments", "dataset_name", self.dataset_name)
+
+
+@_typed
+@dataclass
+class ModelConfig:
+    """The model of a script, its quantisation and its adapters.
+
+    `dtype` is None here and float32 in TRL, with one meaning: trained weights are kept in fp32, and `bf16` says what
+    the forward computes in. A dtype that is given is that of weights and forward.
+    """
+
+    model_name_or_path: str | None = _field(None, "Folder, .gguf file, hub name, or installed package with a model.")
+    model_revision: str = _field("main", "Branch, tag or commit of a model on the hub.")
+    dtype: str | None = _field(
+        None, f"Dtype to load and compute in: {', '.join(DTYPES)}. None: fp32 weights, computing as bf16 says."
+    )
+    attn_implementation: str | None = _field(None, "Attention of transformers that packed rows run through.")
+    use_peft: bool = _field(False, "Train LoRA adapters instead of the weights.")
+    lora_r: int = _field(16, "Rank of the adapters.")
+    lora_alpha: int = _field(32, "Scale of the adapters' output, divided by the rank.")
+    lora_dropout: float = _field(0.05, "Dropout before the adapters, where the trainer leaves dropout on.")
+    lora_target_modules: list[str] | None = _field(
+        None, "Names of modules that get adapters, one regular expression, or all-linear. None: the architecture's own."
+    )
+    lora_target_parameters: list[str] | None = _field(None, "Names of parameters that get adapters (experts of MoE).")
+    lora_modules_to_save: list[str] | None = _field(None, "Modules trained in full and saved with the adapters.")
+    lora_task_type: str = _field("CAUSAL_LM", "CAUSAL_LM, or SEQ_CLS for reward models.")
+    use_rslora: bool = _field(False, "Divide lora_alpha by the square root of the rank (rsLoRA, 2312.03732).")
+    use_dora: bool = _field(False, "Train direction and magnitude apart (DoRA, 2402.09353).")
+    load_in_8bit: bool = _field(False, "Load the model's weights in 8 bits; needs adapters.")
+    load_in_4bit: bool = _field(False, "Load the model's weights in 4 bits (QLoRA, 2305.14314); needs adapters.")
+    bnb_4bit_quant_type: str = _field("nf4", "4-bit data type: nf4 or fp4.")
+    use_bnb_nested_quant: bool = _field(False, "Quantise the constants of 4-bit blocks too.")
+    bnb_4bit_quant_storage: str | None = _field(None, "Dtype that holds packed 4-bit weights. None: uint8.")
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype = {show(self.dtype)}: use one of {', '.join(DTYPES)}, or leave it out.")
+        _check_name("ModelConfig", "model_name_or_path", self.model_name_or_path)
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ConfigError("load_in_8bit and load_in_4bit are both set: keep one of them.")
+
+
+@_typed
+@dataclass
+class DatasetConfig:
+    """One data set of a mixture, in the arguments of `datasets.load_dataset`.
+
+    Attributes:
+        path: folder, file (.csv, .json, .jsonl, .parquet), or name on the hub.
+        name: configuration of the data set, where it has several.
+        data_dir: folder in the data set.
+        data_files: its files: one, several, or several by split.
+        split: the split to take.
+        columns: the columns to keep; None for all.
+        fraction: share of the mixture that comes from here, relative to the others' fractions.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("DatasetConfig", "path", self.path)
+        if not self.path:
+            raise ConfigError("[DatasetConfig] path = '': name a folder, a file or a data set on the hub.")
+        if self.fraction is not None and not (math.isfinite(self.fraction) and self.fraction > 0):
+            raise ConfigError(f"[DatasetConfig] fraction = {show(self.fraction)}: use a share above 0.")
+
+
+@_typed
+@dataclass
+class DatasetMixtureConfig:
+    """Data sets that become one; see `burnish.get_dataset`."""
+
+    datasets: list[DatasetConfig] = field(
+        default_factory=list[DatasetConfig],
+        metadata={"help": "Paths of data sets, or in a file: tables of path, split, columns, fraction."},
+    )
+    streaming: bool = _field(False, "Read rows as they come, and not whole data sets at once.")
+    test_split_size: float | None = _field(
+        None, "Share of the rows to hold out as the split test, or above 1 their number. None: none."
+    )
+
+    def __post_init__(self) -> None:
+        given: Any = self.datasets
+        if isinstance(given, DatasetConfig):  # one path, as argparse reads it from a file
+            given = [given]
+        if not isinstance(given, list):
+            raise ConfigError(f"datasets = {show(given)}: use a list of tables, such as [{{path: train.jsonl}}].")
+        self.datasets = [_as_dataset(item, i) for i, item in enumerate(cast("list[Any]", given))]
+        fractions = [item.fraction for item in self.datasets]
+        if None in fractions and any(fraction is not None for fraction in fractions):
+            raise ConfigError(f"datasets: fraction = {show(fractions)}: give one to every data set, or to none.")
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and size.is_integer())):
+            raise ConfigError(
+                f"test_split_size = {show(size)}: use a share in (0, 1) or a whole number of rows, or leave it out."
+            )
+        if self.streaming and (size is not None or any(fraction is not None for fraction in fractions)):
+            raise ConfigError(
+                "streaming = true with test_split_size or fraction: they need the number of rows; remove one of them."
+            )
+
+
+def _as_dataset(item: Any, index: int) -> DatasetConfig:
+    if isinstance(item, DatasetConfig):
+        return item
+    if not isinstance(item, Mapping):
+        raise ConfigError(f"datasets[{index}] = {show(item)}: use a table, such as {{path: train.jsonl}}.")
+    table = cast("Mapping[str, Any]", item)
+    known = {entry.name for entry in dataclasses.fields(DatasetConfig)}
+    if unknown := sorted(str(name) for name in table if name not in known):
+        raise ConfigError(f"datasets[{index}].{unknown[0]} is unknown: a data set takes {', '.join(sorted(known))}.")
+    if "path" not in table:
+        raise ConfigError(f"datasets[{index}] = {show(dict(table))}: path is missing.")
+    return DatasetConfig(**table)

@@ -1,0 +1,119 @@
+"""Data sets of a script: several become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import ConfigError, DataError, show
+from burnish.schema.paths import is_file, is_folder
+from burnish.scripts.arguments import DatasetConfig, DatasetMixtureConfig
+
+__all__ = ["get_dataset"]
+
+_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_SEED = 0
+"""Of the split into train and test: a resumed run must hold out the same rows."""
+
+
+def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
+    """Load the data sets of a mixture and concatenate them.
+
+    With fractions f_i (normalised to a sum of 1) and n_i rows, the mixture has N = min_i(n_i / f_i) rows at most: the
+    first round(f_i N) of each, so no row is used twice.
+
+    Args:
+        mixture_config: the data sets, and what to hold out.
+
+    Returns:
+        A `datasets.DatasetDict` with the split train, and test where `test_split_size` is set (drawn with a fixed
+        seed); an `IterableDatasetDict` where they stream.
+
+    Raises:
+        ConfigError: no data sets, one that cannot be found, or columns that it does not have.
+        DataError: data sets without rows, or whose columns do not fit together.
+    """
+    import datasets
+
+    specs = mixture_config.datasets
+    if not specs:
+        raise ConfigError("datasets is empty: list at least one, such as [{path: train.jsonl}].")
+    parts = [_load(spec, i, streaming=mixture_config.streaming) for i, spec in enumerate(specs)]
+    if specs[0].fraction is not None:
+        parts = _share(parts, specs)
+    try:
+        rows: Any = datasets.concatenate_datasets(parts)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"datasets: their columns do not fit together ({' '.join(str(error).split())}); set columns of each."
+        ) from error
+    if mixture_config.streaming:
+        return datasets.IterableDatasetDict({"train": rows})
+    size = mixture_config.test_split_size
+    if size is None:
+        return datasets.DatasetDict({"train": rows})
+    try:
+        return rows.train_test_split(test_size=size if size < 1 else int(size), seed=_SEED)
+    except ValueError as error:
+        raise ConfigError(
+            f"test_split_size = {show(size)} of {len(rows)} rows: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _load(spec: DatasetConfig, index: int, *, streaming: bool) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    where = f"datasets[{index}].path = {show(spec.path)}"
+    try:
+        if is_folder(spec.path) and _is_saved(Path(spec.path)):
+            rows: Any = _saved(spec, where, streaming=streaming)
+        else:
+            rows = datasets.load_dataset(**_arguments(spec), split=spec.split, streaming=streaming)
+    except ConfigError:
+        raise
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
+        raise ConfigError(
+            f"{where}: cannot be loaded ({' '.join(str(error).split())}); check the path, name and split."
+        ) from error
+    if spec.columns is None:
+        return rows
+    if missing := [name for name in spec.columns if name not in (rows.column_names or spec.columns)]:
+        raise ConfigError(
+            f"datasets[{index}].columns = {show(spec.columns)}: there is no {missing[0]!r} among "
+            f"{', '.join(rows.column_names)}."
+        )
+    return rows.select_columns(spec.columns)
+
+
+def _arguments(spec: DatasetConfig) -> dict[str, Any]:
+    """Arguments of `load_dataset`, which takes no path of a single file."""
+    if is_file(spec.path) and spec.data_files is None and Path(spec.path).suffix in _BUILDERS:
+        return {"path": _BUILDERS[Path(spec.path).suffix], "data_files": spec.path}
+    return {"path": spec.path, "name": spec.name, "data_dir": spec.data_dir, "data_files": spec.data_files}
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
+
+
+def _saved(spec: DatasetConfig, where: str, *, streaming: bool) -> Any:
+    import datasets
+
+    loaded: Any = datasets.load_from_disk(spec.path)
+    if isinstance(loaded, datasets.DatasetDict):
+        if spec.split not in loaded:
+            raise ConfigError(f"{where}, split = {spec.split!r}: it has {', '.join(map(str, loaded))}.")
+        loaded = loaded[spec.split]
+    return loaded.to_iterable_dataset() if streaming else loaded
+
+
+def _share(parts: Sequence[Any], specs: Sequence[DatasetConfig]) -> list[Any]:
+    fractions = [spec.fraction or 0.0 for spec in specs]
+    for i, part in enumerate(parts):
+        if not len(part):
+            raise DataError(f"datasets[{i}].path = {show(specs[i].path)}: no rows.")
+    total = min(len(part) * sum(fractions) / fraction for part, fraction in zip(parts, fractions, strict=True))
+    counts = [round(fraction / sum(fractions) * total) for fraction in fractions]
+    return [part.select(range(min(count, len(part)))) for part, count in zip(parts, counts, strict=True)]

@@ -1,0 +1,100 @@
+"""`ModelConfig` to what the trainers take: a peft configuration, and a quantisation."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from burnish.errors import ConfigError, show
+from burnish.model.precision import fast_bf16
+from burnish.model.quantization import resolve_quantization
+from burnish.schema.adapters import check_lora
+from burnish.schema.quantization import check_quantization
+from burnish.scripts.arguments import ModelConfig
+
+__all__ = ["get_peft_config", "get_quantization_config"]
+
+_LORA = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+    "lora_task_type": "task_type",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""Fields of `ModelConfig` -> fields of `LoraConfig`."""
+
+_MODULE_NAME = re.compile(r"[\w.]+")
+
+
+def get_peft_config(model_args: ModelConfig) -> Any:
+    """The adapters that a script asks for.
+
+    A single `lora_target_modules` is a list of one module where it is a plain name, else what peft takes as text:
+    `all-linear`, or a regular expression.
+
+    Args:
+        model_args: the model's arguments.
+
+    Returns:
+        A `LoraConfig`, or None without `use_peft`.
+
+    Raises:
+        ConfigError: a value that no adapter takes.
+    """
+    if not model_args.use_peft:
+        return None
+    fields: dict[str, Any] = {}
+    for name, field in _LORA.items():
+        value = getattr(model_args, name)
+        if field == "target_modules" and value is not None and len(value) == 1 and not _MODULE_NAME.fullmatch(value[0]):
+            value = value[0]
+        try:
+            fields |= check_lora({field: value})
+        except ConfigError as error:
+            fix = str(error).removeprefix(f"[peft] {field} = {show(value)}: ")
+            raise ConfigError(f"{name} = {show(value)}: {fix}") from None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(**fields)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"use_peft: peft refuses the adapters ({' '.join(str(error).split())}).") from error
+
+
+def get_quantization_config(model_args: ModelConfig) -> Any:
+    """The quantisation that a script asks for; 4-bit layers compute in the dtype that the model does.
+
+    Args:
+        model_args: the model's arguments.
+
+    Returns:
+        A `BitsAndBytesConfig`, or None without `load_in_4bit` and `load_in_8bit`.
+
+    Raises:
+        ConfigError: a bad value, or the package bitsandbytes is not installed.
+    """
+    if model_args.load_in_8bit:
+        return resolve_quantization({"load_in_8bit": True}, torch.float32)
+    if not model_args.load_in_4bit:
+        return None
+    fields = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": model_args.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": model_args.use_bnb_nested_quant,
+    }
+    if model_args.bnb_4bit_quant_storage is not None:
+        fields["bnb_4bit_quant_storage"] = model_args.bnb_4bit_quant_storage
+    return resolve_quantization(check_quantization(fields, "ModelConfig"), _compute_dtype(model_args.dtype))
+
+
+def _compute_dtype(name: str | None) -> torch.dtype:
+    if name is not None and name != "auto":
+        return getattr(torch, name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.bfloat16 if fast_bf16(device) else torch.float32
