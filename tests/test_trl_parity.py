@@ -121,6 +121,10 @@ def cases() -> dict[str, Case]:
     return made
 
 
+EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
+ACCURACY = [name for name in cases() if name.startswith("sft,")]
+"""Every mask of SFT's."""
+
 HALVES = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
 
 
@@ -130,6 +134,11 @@ def only_theirs() -> dict[str, Case]:
     for name in ("aot", "aot_unpaired", "sft", "sigmoid", "kto", "sft, completions"):
         case = cases()[name]
         made[f"{name} in halves"] = Case(case.trainer, {**case.theirs, **HALVES}, rows=case.rows)
+    for name in ACCURACY:
+        case = cases()[name]
+        whole = {**case.theirs, **EVALUATED, "per_device_eval_batch_size": len(ROWS[case.rows])}
+        made[f"{name}, evaluated"] = Case("sft", whole, rows=case.rows)
+        made[f"{name}, evaluated by 5"] = Case("sft", {**whole, "per_device_eval_batch_size": 5}, rows=case.rows)
     made["orpo in halves"] = Case("orpo", {"beta": 0.7, **HALVES})
     return made
 
@@ -148,7 +157,7 @@ def classifier() -> Any:
 
 
 @pytest.fixture(scope="module")
-def trl_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def trl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not TRL.is_file():
         pytest.skip("TRL's environment is not there: make trl")
     folder = tmp_path_factory.mktemp("trl")
@@ -168,8 +177,20 @@ def trl_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, float] = json.loads((folder / "losses.json").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trl_losses(trl_folder: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((trl_folder / "losses.json").read_text())
     return found
+
+
+@pytest.fixture(scope="module")
+def trl_logs(trl_folder: Path) -> dict[str, dict[str, float]]:
+    """All metrics that a case has logged."""
+    found: dict[str, list[dict[str, float]]] = json.loads((trl_folder / "logs.json").read_text())
+    return {name: {key: value for log in logs for key, value in log.items()} for name, logs in found.items()}
 
 
 def own_loss(folder: Path, case: Case, **changes: Any) -> float:
@@ -203,6 +224,29 @@ def test_the_loss_is_trl_s(
     ours = own_loss(tmp_path, cases()[name])
     record_property("difference", abs(ours - trl_losses[name]))
     assert ours == pytest.approx(trl_losses[name], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACCURACY)
+def test_token_accuracy_is_trl_s_in_one_batch_and_of_all_tokens_in_several(
+    tmp_path: Path, trl_logs: dict[str, dict[str, float]], name: str
+) -> None:
+    """TRL's is a mean over batches of their accuracies, which several batches of unlike lengths change."""
+    case, rows = cases()[name], ROWS[cases()[name].rows]
+    by: list[dict[str, float]] = []
+    for size in (len(rows), 5):
+        config = {**EVALUATED, "max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": len(rows)}
+        args = SFTConfig(**settings(tmp_path, **config, per_device_eval_batch_size=size), **case.own_config)
+        trainer = SFTTrainer(tiny.model(), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer())
+        trainer.train()
+        by.append({key: value for log in trainer.state.log_history for key, value in log.items()})
+    theirs, in_parts = trl_logs[f"{name}, evaluated"], trl_logs[f"{name}, evaluated by 5"]
+    for metric in ("mean_token_accuracy", "eval_mean_token_accuracy", "entropy", "eval_entropy"):
+        # Counts of tokens are equal; entropies are sums in fp32.
+        assert by[0][metric] == pytest.approx(theirs[metric], abs=1e-5), metric
+    assert by[1]["eval_mean_token_accuracy"] == pytest.approx(by[0]["eval_mean_token_accuracy"], abs=1e-7)
+    if name == "sft, completions":  # the rows of other sets are too alike in length and score
+        assert abs(in_parts["eval_entropy"] - theirs["eval_entropy"]) > 1e-5
 
 
 @pytest.mark.slow

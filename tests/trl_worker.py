@@ -32,8 +32,8 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 }
 
 
-def loss(folder: Path, case: dict[str, Any], rows: list[dict[str, Any]]) -> float:
-    """The first step's loss, at a learning rate of 0."""
+def logs(folder: Path, case: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The logs of one step at a learning rate of 0, and of an evaluation on the same rows where there is one."""
     config, trainer = CLASSES[case["trainer"]]
     shared: dict[str, Any] = {
         "output_dir": str(folder / "out"), "max_steps": 1, "learning_rate": 0.0, "use_cpu": True, "bf16": False,
@@ -49,16 +49,20 @@ def loss(folder: Path, case: dict[str, Any], rows: list[dict[str, Any]]) -> floa
         models["model"] = AutoModelForCausalLM.from_pretrained(folder / "policy")
     if case["trainer"] in ("dpo", "kto"):
         models["ref_model"] = AutoModelForCausalLM.from_pretrained(folder / "reference")
+    if case["config"].get("eval_strategy"):
+        models["eval_dataset"] = Dataset.from_list(rows)
     made = trainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     made.train()
-    return next(log["loss"] for log in made.state.log_history if "loss" in log)
+    return made.state.log_history
 
 
 def main(folder: Path) -> None:
-    """Read cases, write losses."""
+    """Read cases, write losses and logs."""
     given = json.loads((folder / "cases.json").read_text())
-    found = {name: loss(folder, case, given["rows"][case["rows"]]) for name, case in given["cases"].items()}
-    (folder / "losses.json").write_text(json.dumps(found))
+    found = {name: logs(folder, case, given["rows"][case["rows"]]) for name, case in given["cases"].items()}
+    losses = {name: next(log["loss"] for log in history if "loss" in log) for name, history in found.items()}
+    (folder / "losses.json").write_text(json.dumps(losses))
+    (folder / "logs.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
