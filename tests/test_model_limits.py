@@ -15,7 +15,8 @@ import tiny
 from burnish import ConfigError, ModelError
 from burnish.model.scoring import prepare_for_scoring, score
 from burnish.packing import pack
-from burnish.rollout import Request, SamplingParams, make_engine
+from burnish.rollout import NativeEngine, Request, SamplingParams, make_engine
+from burnish.rollout.lockstep import LockstepEngine
 from burnish.types import Completion, Group
 from test_chaining import SAMPLES, STAGES, made
 
@@ -186,3 +187,18 @@ def test_one_layer_at_two_depths_is_refused(tmp_path: Path) -> None:
 def test_the_loss_of_routers_is_refused(tmp_path: Path, stage: str) -> None:
     with pytest.raises(ConfigError, match=r"^output_router_logits = True .* which is not added here"):
         made(stage, tmp_path, tiny.model("mixtral", output_router_logits=True))
+
+
+def test_rollouts_of_a_model_that_asks_for_router_logits_share_prompts() -> None:
+    """The loss of routers, which nobody reads in a rollout, must neither fail nor cost the shared prompt."""
+    tokenizer = tiny.tokenizer()
+    requests = [Request([3, 4, 5], 2, SamplingParams(max_new_tokens=6))]
+    found: list[list[list[int]]] = []
+    for asked in (False, True):
+        model = tiny.model("mixtral", output_router_logits=asked)
+        engine = make_engine(model, tokenizer)
+        assert isinstance(engine, NativeEngine)
+        for sampler in (engine, LockstepEngine(model, tokenizer)):
+            found.append([completion.token_ids for completion in sampler.generate(requests, seed=0, step=0)[0]])
+        assert model.config.output_router_logits is asked
+    assert all(tokens == found[0] for tokens in found)

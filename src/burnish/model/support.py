@@ -22,7 +22,7 @@ from burnish.model.attention import find_pretrained, install, use_layout
 from burnish.model.prefix import PrefixLayout
 from burnish.types import GroupSpan
 
-__all__ = ["PrefixSupport", "supports_prefix"]
+__all__ = ["PrefixSupport", "supports_prefix", "without_router_logits"]
 
 _PROMPTS_AND_COMPLETIONS = ((9, (5, 3, 6)), (7, (4, 4)))
 _MAX_NATS = 3e-4
@@ -170,6 +170,21 @@ def _tiny_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
 
 
 @contextmanager
+def without_router_logits(model: nn.Module) -> Generator[None]:
+    """Let a mixture of experts keep its routers' logits to itself: its load-balancing loss reads them, row by row."""
+    text: Any = cast("PreTrainedModel", model).config.get_text_config()
+    asked = getattr(text, "output_router_logits", False)
+    if not asked:
+        yield
+        return
+    text.output_router_logits = False
+    try:
+        yield
+    finally:
+        text.output_router_logits = asked
+
+
+@contextmanager
 def _prepared(model: PreTrainedModel) -> Generator[PreTrainedModel]:
     """The model in eval mode with small windows, put back afterwards."""
     text = model.config.get_text_config()
@@ -180,7 +195,8 @@ def _prepared(model: PreTrainedModel) -> Generator[PreTrainedModel]:
         model.eval()
         for name in windows:
             setattr(text, name, _WINDOW)
-        yield model
+        with without_router_logits(model):
+            yield model
     finally:
         for name, size in windows.items():
             setattr(text, name, size)

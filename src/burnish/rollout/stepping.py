@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from burnish.data.tokens import decode_text
 from burnish.errors import ConfigError, EngineError
 from burnish.model.positions import check_positions
-from burnish.model.scoring import eval_mode
+from burnish.model.scoring import causal_lm, eval_mode
+from burnish.model.support import without_router_logits
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
 from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms
@@ -125,7 +126,7 @@ class Track:
 
 @contextmanager
 def sampling_mode(model: nn.Module) -> Generator[None]:
-    """Evaluation mode without autograd; every module gets its own mode back.
+    """Evaluation mode without autograd and routers' logits; every module gets its own mode back.
 
     Raises:
         EngineError: an active prompt-learning adapter, whose virtual tokens live outside the model that is sampled.
@@ -135,7 +136,7 @@ def sampling_mode(model: nn.Module) -> Generator[None]:
             f"model = {type(model).__name__} with a prompt-learning adapter: its virtual tokens live outside the base "
             "model; use LoRA or another adapter of weights."
         )
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), without_router_logits(causal_lm(model)), torch.no_grad():
         yield
 
 
