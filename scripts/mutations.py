@@ -68,7 +68,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/value.py", "gamma * lam * sums_TS[time + 1]", "gamma * sums_TS[time + 1]", VALUE),
     ("objectives/value.py", "gamma * next_values_N - values", "gamma * next_values_N + values", VALUE),
     ("objectives/value.py", "is_clipped_N = near_losses_N > losses_N", "is_clipped_N = near_losses_N < losses_N", VALUE),
-    ("objectives/aggregate.py", "/ lengths_S.clamp(min=1)).sum()", ").sum()", OBJECTIVES),
+    ("objectives/aggregate.py", " / lengths_S.clamp(min=1)", "", OBJECTIVES),
     ("advantages.py", "(r - mean) / by", "(mean - r) / by", ADVANTAGES),
     ("advantages.py", "/ (len(values) - 1))", "/ len(values))", ADVANTAGES),
     ("advantages.py", "(len(values) - 1) / len(values) *", "len(values) / (len(values) - 1) *", ADVANTAGES),
