@@ -8,7 +8,7 @@ _ROWS = "trainers read conversations, texts and pairs as they are; pass the rows
 _TEMPLATE = "set chat_template in the trainer's config, which is saved with the tokenizer"
 _TURNS = "a completion is one turn of text; put tool schemas into a tools column"
 _NOTHING = "there is no counterpart; pass a callback of transformers as callbacks"
-_DPO = "it is DPOTrainer with loss_type = "
+_DPO = "it is DPOTrainer, whose loss_type is "
 _TEACHER = "distillation from a teacher is not there yet"
 _GAMES = "it is not there; OnlineDPOTrainer samples and compares pairs"
 _CRITIC = "PPOTrainer adds a critic to a plain model itself"
