@@ -20,7 +20,7 @@ from burnish.cli import stages
 from burnish.runs import checkpoints
 from burnish.runs.checkpoints import COMPLETE, DRAFTS, find_checkpoint, problem_of
 from burnish.schema import Kind, known_fields, refused_fields
-from burnish.schema.refused import met_types
+from burnish.schema.refused import met_fields
 from burnish.schema.resume import APPLIED, FREE, FREE_PREFIXES, REFUSED_ON_RESUME, resume_class
 from burnish.trainers.rollout_state import RolloutState
 from burnish.types import Completion, Group
@@ -213,7 +213,7 @@ def test_a_checkpoint_without_a_record_of_adapters_is_refused_for_the_whole_mode
 def test_every_field_has_one_class() -> None:
     known: set[str] = set()
     for kind in get_args(Kind):
-        known |= set(known_fields(kind)) - set(refused_fields(kind)) - set(met_types(kind))
+        known |= set(known_fields(kind)) - set(refused_fields(kind)) - set(met_fields(kind))
     free = {n for n in known if n in FREE or (n.startswith(FREE_PREFIXES) and n not in APPLIED | REFUSED_ON_RESUME)}
     assert known == free | (APPLIED & known) | (REFUSED_ON_RESUME & known)
     assert len(APPLIED | REFUSED_ON_RESUME | FREE) == len(APPLIED) + len(REFUSED_ON_RESUME) + len(FREE)
@@ -346,6 +346,7 @@ BREAKS: dict[str, Callable[[Path], object]] = {
     "save_only_model": lambda c: (
         (c / "optimizer.pt").unlink(), (c / "scheduler.pt").unlink(), (c / COMPLETE).write_text("")
     ),
+    "complete empty": lambda c: (c / COMPLETE).write_text(""),
     "emptied": lambda c: (shutil.rmtree(c), c.mkdir()),
 }  # fmt: skip
 

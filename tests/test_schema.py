@@ -242,6 +242,27 @@ def test_data_loader_fields_are_dropped_where_prompts_are_drawn_only():
     assert check_fields("grpo", {"dataloader_num_workers": 2}) == {}
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("eval_accumulation_steps", 0), ("eval_accumulation_steps", -1.0), ("torch_empty_cache_steps", -1),
+        ("torch_empty_cache_steps", 2**63), ("length_column_name", "a\0b"), ("length_column_name", ""),
+        ("length_column_name", "\ud800"), ("local_rank", -2), ("use_cache", "perhaps"), ("use_liger_kernel", 7),
+        ("liger_kernel_config", [1]), ("dataloader_num_workers", -1),
+    ],
+)  # fmt: skip
+def test_fields_that_nothing_reads_refuse_nonsense_too(kind: Kind, name: str, value: Any):
+    """A field whose intent is met anyway is dropped; a value that means nothing is a mistake all the same."""
+    with pytest.raises(ConfigError, match=rf"^\[training\] {name} = "):
+        check_fields(kind, {name: value})
+
+
+def test_a_data_loader_that_only_counts_refuses_nonsense_too():
+    with pytest.raises(ConfigError, match="dataloader_prefetch_factor = 0: use at least 1, or leave it out"):
+        check_fields("grpo", {"dataloader_prefetch_factor": 0})
+
+
 def test_sft_samples_rows_in_order_or_at_random():
     assert check_fields("sft", {"train_sampling_strategy": "sequential"}) == {"train_sampling_strategy": "sequential"}
     with pytest.raises(ConfigError, match="train_sampling_strategy = 'group_by_length': use random or sequential"):

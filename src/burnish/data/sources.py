@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from string import Formatter
@@ -237,7 +238,10 @@ def _filled(prompt: Any, template: str, field: str, index: int) -> Any:
 
 def _gym_rows(spec: Mapping[str, Any], field: str) -> list[Row]:
     try:
-        import reasoning_gym
+        # Its modules and those of its dependencies are compiled now, with warnings that are not the user's to mend.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym
     except ImportError as error:
         raise ConfigError(f"{field}.source = 'reasoning_gym' needs the package: pip install reasoning-gym.") from error
     task, options = spec["task"], dict(spec.get("options", {}))

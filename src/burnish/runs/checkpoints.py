@@ -26,6 +26,7 @@ from burnish.runs.status import STATUS
 __all__ = [
     "COMPLETE",
     "DRAFTS",
+    "RUN",
     "check_unused",
     "checkpoints_in",
     "delete_run",
@@ -46,6 +47,9 @@ COMPLETE = "complete"
 
 DRAFTS = ".saving"
 """Folder, inside a run's, in which a checkpoint is written and what replaces or rotates it out is deleted."""
+
+RUN = "run.json"
+"""What a checkpoint says of its run."""
 
 _RECORDS = (STATUS, "metrics.jsonl", "environment.json", "*transcripts.jsonl", "reference_log_probs_*.json")
 """What a run writes beside its checkpoints and its model."""
@@ -279,9 +283,9 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _broken_seal(checkpoint: Path) -> str | None:
-    """Return what differs from the list in `complete`; earlier versions left that file empty."""
+    """Return what differs from the list in `complete`, which versions that knew no record of the run left empty."""
     if not (text := (checkpoint / COMPLETE).read_text(encoding="utf-8")):
-        return None
+        return f"{COMPLETE!r} is empty" if (checkpoint / RUN).is_file() else None
     for name, entry in dict(json.loads(text)["files"]).items():
         path = checkpoint / name
         if not path.is_file():

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from burnish.errors import ConfigError, show
-from burnish.schema.refused import Kind, met_types
+from burnish.schema.refused import Kind, met_fields
 from burnish.schema.translated import translate
 
 __all__ = ["Elsewhere", "drop_elsewhere", "elsewhere"]
@@ -203,9 +203,10 @@ def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, An
     for name, value in translate(kind, values).items():
         there = elsewhere(kind).get(name)
         if name in known:
-            if type(value) in met_types(kind).get(name, ()) and _fits(value):
+            allows, _ = met_fields(kind).get(name, (None, ""))
+            if allows is not None and allows(value) and _fits(value):
                 met += [name] if value != known[name].default else []
-            else:
+            else:  # what is not allowed is coerced and refused with the other fields
                 kept[name] = value
         elif there is None:
             kept[name] = value

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["REFUSED", "REFUSED_FOR", "Kind", "met_types", "refused_fields"]
+from burnish.schema.predicates import count, is_text, text_problem
+
+__all__ = ["REFUSED", "REFUSED_FOR", "Kind", "met_fields", "refused_fields"]
+
+Met: TypeAlias = tuple[Callable[[Any], bool], str]
+"""What a value must be, and what to do where it is not."""
 
 Kind: TypeAlias = Literal["sft", "reward", "dpo", "kto", "online_dpo", "grpo", "rloo", "ppo"]
 """A stage that trains."""
@@ -57,33 +63,37 @@ REFUSED_FOR: dict[Kind, dict[str, str]] = {
 """The same, for some stages only."""
 
 
-_MET: dict[str, tuple[type, ...]] = {
-    "eval_accumulation_steps": (int,),
-    "eval_do_concat_batches": (bool,),
-    "eval_use_gather_object": (bool,),
-    "length_column_name": (str,),
-    "liger_kernel_config": (dict,),
-    "local_rank": (int,),
-    "torch_empty_cache_steps": (int,),
-    "use_cache": (bool,),
-    "use_liger_kernel": (bool,),
-}
-"""Inherited field -> types of values whose intent is met in every stage, or that change nothing: they are dropped."""
+_STEPS: Met = (count(1), "use at least 1, or leave it out")
+_SWITCH: Met = (lambda value: isinstance(value, bool), "use true or false")
+_NAME: Met = (lambda value: is_text(value) and text_problem(value) is None, "use a text of whole characters")
 
-_MET_ONLINE: dict[str, tuple[type, ...]] = {
-    "dataloader_drop_last": (bool,),
-    "dataloader_in_order": (bool,),
-    "dataloader_multiprocessing_context": (str,),
-    "dataloader_num_workers": (int,),
-    "dataloader_persistent_workers": (bool,),
-    "dataloader_prefetch_factor": (int,),
-    "ignore_data_skip": (bool,),
+_MET: dict[str, Met] = {
+    "eval_accumulation_steps": _STEPS,
+    "eval_do_concat_batches": _SWITCH,
+    "eval_use_gather_object": _SWITCH,
+    "length_column_name": _NAME,
+    "liger_kernel_config": (lambda value: isinstance(value, dict), "use a table"),
+    "local_rank": (count(-1), "use an integer of at least -1"),
+    "torch_empty_cache_steps": _STEPS,
+    "use_cache": _SWITCH,
+    "use_liger_kernel": _SWITCH,
+}
+"""Inherited field -> values whose intent is met in every stage, or that change nothing: they are dropped."""
+
+_MET_ONLINE: dict[str, Met] = {
+    "dataloader_drop_last": _SWITCH,
+    "dataloader_in_order": _SWITCH,
+    "dataloader_multiprocessing_context": _NAME,
+    "dataloader_num_workers": (count(0), "use an integer in [0, 1024]"),
+    "dataloader_persistent_workers": _SWITCH,
+    "dataloader_prefetch_factor": _STEPS,
+    "ignore_data_skip": _SWITCH,
 }
 """The same where the trainer draws prompts itself, and its data loader only counts steps."""
 
 
-def met_types(kind: Kind) -> dict[str, tuple[type, ...]]:
-    """Inherited fields of one stage that are dropped, with the types of values that can be."""
+def met_fields(kind: Kind) -> dict[str, Met]:
+    """Inherited fields of one stage that are dropped, each with the values that it may have, and the fix of others."""
     return _MET | (_MET_ONLINE if REFUSED_FOR[kind] is _ONLINE else {})
 
 

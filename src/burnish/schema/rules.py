@@ -28,7 +28,7 @@ from burnish.schema.predicates import (
     optional,
     words_or_members,
 )
-from burnish.schema.refused import Kind, refused_fields
+from burnish.schema.refused import Kind, met_fields, refused_fields
 
 __all__ = ["PREFERENCE_LOSS_NAMES", "check_values"]
 
@@ -42,7 +42,8 @@ def check_values(kind: Kind, values: Mapping[str, Any]) -> None:
     for name, reason in refused_fields(kind).items():
         if name in values and not _is_unset(values[name], _inherited_default(name)):
             raise ConfigError(f"{name} = {show(values[name])}: {reason}.")
-    for name, holds, fix in (*_COMMON, *_RULES[kind]):
+    met = ((name, optional(holds), fix) for name, (holds, fix) in met_fields(kind).items())
+    for name, holds, fix in (*_COMMON, *_RULES[kind], *met):
         if name in values and not holds(values[name]):
             raise ConfigError(f"{name} = {show(values[name])}: {fix if isinstance(fix, str) else fix()}.")
     for name, value in values.items():

@@ -19,6 +19,7 @@ from transformers import TrainerState
 from burnish.errors import BurnishError, ConfigError, FileError, show
 from burnish.runs.checkpoints import (
     DRAFTS,
+    RUN,
     check_unused,
     delete_run,
     discard_draft,
@@ -47,9 +48,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_RUN = "run.json"
-"""What a checkpoint says of its run."""
 
 _OWN = "trainer.json"
 """What a checkpoint holds of every trainer's own."""
@@ -111,7 +109,7 @@ class RunCheckpoints:
             with reading(checkpoint):
                 step = _read_step(checkpoint)
                 self.changed = changed_settings(checkpoint, self._run)
-                self._run["run"] = read_json(checkpoint / _RUN, self._run)["run"]
+                self._run["run"] = read_json(checkpoint / RUN, self._run)["run"]
             trainer.agreed(lambda: set_aside_after(Path(args.output_dir), step))
         return checkpoint
 
@@ -145,7 +143,7 @@ class RunCheckpoints:
             trainer.log_state.save(draft)
             if trainer.is_world_process_zero():
                 write_json(draft / _OWN, own)
-                write_json(draft / _RUN, self._run)
+                write_json(draft / RUN, self._run)
             _name_best(trainer, folder, draft)
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
@@ -173,7 +171,7 @@ class RunCheckpoints:
         trainer = self._trainer
         total = read_json(checkpoint / "trainer_state.json").get("max_steps")
         with reading(checkpoint):
-            if not (checkpoint / _RUN).is_file():
+            if not (checkpoint / RUN).is_file():
                 _check_masters(checkpoint, trainer.master_weights is not None)
             with applying(trainer, self.changed, total_before=total):
                 read()
@@ -300,7 +298,7 @@ def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tupl
     Raises:
         ConfigError: the checkpoint is of another run.
     """
-    before = read_json(checkpoint / _RUN)
+    before = read_json(checkpoint / RUN)
     if before is None:
         logger.warning(
             "%s was written by an earlier version of burnish, without a record of its run: nothing checks that "
