@@ -211,7 +211,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("runs/checkpoints.py", "if path not in protected", "if True", "test_checkpoints.py::test_the_best_checkpoint_is_kept_and_named"),
     ("trainers/reference.py", "weights.copy_(saved[name])", "pass", "test_checkpoints.py::test_a_moved_reference_is_restored_to_the_bit"),
     ("trainers/rollout_state.py", "if len(files) != world and (not states or any(state[\"buffer\"] for state in states)):", "if not files:", "test_checkpoints.py::test_samples_in_flight_stay_with_their_processes"),
-    ("trainers/rollout_state.py", "dataclasses.asdict(dataclasses.replace(group, row={}))", "dataclasses.asdict(group)", "test_checkpoints.py::test_rows_of_any_kind_stay_in_the_data_set"),
+    ("trainers/rollout_state.py", "completions, rows[values[\"index\"]],", "completions, {},", "test_checkpoints.py::test_rows_of_any_kind_stay_in_the_data_set"),
     ("model/finite.py", "if not flag]", "if False]", "test_finite.py"),
     # what is trained, and with what
     ("trainers/handover.py", "owner.release()", "pass", "test_chaining.py"),
