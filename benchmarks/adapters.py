@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from burnish import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from burnish.model.loading import load_model, load_processing_class
+from burnish.model.packing import pack
 from burnish.model.scoring import prepare_for_scoring, score
-from burnish.packing import pack
-from burnish.trainers.environment import environment
+from burnish.training.environment import environment
 
 ROWS, TOKENS = 16, 128
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

@@ -22,8 +22,8 @@ from burnish import (
     SFTTrainer,
     __version__,
 )
+from burnish.model.packing import pack
 from burnish.model.scoring import score as score_batch
-from burnish.packing import pack
 
 
 def _scorer(trainer: Any) -> Scorer:

@@ -338,7 +338,7 @@ def run(job: Job) -> None:
 
 def _end_after(seconds: float) -> None:
     """End this process so long after training begins, wherever it is."""
-    from burnish.trainers.base import GroupTrainer
+    from burnish.training.base import GroupTrainer
 
     train = GroupTrainer.train
 

@@ -19,11 +19,11 @@ from burnish import ModelError, RewardModel, Rubric
 from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.cli.stages import evaluate_model, make_pairs, rank_with, train
 from burnish.model.adapter_files import saved_adapters
+from burnish.model.classifier import load_reward_model
+from burnish.model.critic import load_value_model
 from burnish.model.loading import load_model
-from burnish.model.rewards import load_reward_model
+from burnish.model.packing import pack
 from burnish.model.scoring import prepare_for_scoring, score
-from burnish.model.values import load_value_model
-from burnish.packing import pack
 from burnish.rewards import Criterion
 from burnish.rollout import Request, SamplingParams, make_engine
 from burnish.types import Completion, Group

@@ -32,10 +32,10 @@ from burnish import (
     SFTTrainer,
 )
 from burnish.model.loading import load_model
+from burnish.model.packing import pack
 from burnish.model.quantization import keep_layout, resolve_quantization
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import prepare_for_scoring, score
-from burnish.packing import pack
 from burnish.types import Completion, Group
 from test_preference_trainer import LABELLED, PAIRS
 from test_trainers import PROMPTS, TEXTS, assert_same, digits, settings, weights

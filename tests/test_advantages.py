@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from burnish.advantages import (
+from burnish.objectives.advantages import (
     ADVANTAGES,
     Rewards,
     group_advantages,

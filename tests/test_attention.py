@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from burnish.errors import CheckFailed, ModelError
 from burnish.model import prefix
-from burnish.model import support as support_module
+from burnish.model import self_test as support_module
 from burnish.model.attention import IMPLEMENTATION, AttentionCall, SlidingWindow, install, math_attention, use_layout
 from burnish.model.prefix import PrefixLayout
-from burnish.model.support import supports_prefix
+from burnish.model.self_test import supports_prefix
 from burnish.types import GroupSpan
 
 # (prompt, completions): uneven lengths, one of a single token, a group of one, an empty prompt.

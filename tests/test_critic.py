@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 from burnish.errors import CheckFailed, ModelError
+from burnish.model.classifier import prepare_for_rewards, to_reward_model
+from burnish.model.critic import load_value_model, share_base
 from burnish.model.masters import MasterWeights
-from burnish.model.rewards import prepare_for_rewards, to_reward_model
+from burnish.model.packing import pack
 from burnish.model.scoring import causal_lm, prepare_for_scoring, score
-from burnish.model.values import load_value_model, share_base
-from burnish.packing import pack
-from burnish.trainers.critic import Critic
+from burnish.training.critic import Critic
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes
 

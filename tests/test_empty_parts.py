@@ -13,7 +13,7 @@ import torch
 import test_finite
 import tiny
 from burnish import DataError, RLOOConfig, RLOOTrainer
-from burnish.packing import split_by_tokens
+from burnish.model.packing import split_by_tokens
 
 TRAINERS = {**test_finite.TRAINERS, "rloo": (RLOOTrainer, RLOOConfig)}
 LABELLED = [

@@ -15,7 +15,7 @@ import torch
 
 import tiny
 from burnish.errors import ConfigError, RewardError
-from burnish.evaluate import (
+from burnish.evaluation.evaluate import (
     Evaluation,
     Interval,
     _key,

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import tiny
 from burnish.errors import ConfigError, ModelError
 from burnish.model.head import head_logprobs, head_spec
+from burnish.model.packing import pack
 from burnish.model.scoring import prepare_for_scoring, score
 from burnish.model.tiled_head import HeadSpec, tiled_logprobs
-from burnish.packing import pack
 from burnish.rollout import Request, SamplingParams, make_engine
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes

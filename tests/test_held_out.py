@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback
 import burnish
 import tiny
 from burnish import ConfigError, DataError
-from burnish.trainers.held_out import TIMINGS
+from burnish.training.held_out import TIMINGS
 from test_preference_trainer import LABELLED, PAIRS
 from test_trainers import PROMPTS, TEXTS, digits, settings
 

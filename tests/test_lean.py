@@ -12,9 +12,9 @@ import torch
 
 import tiny
 from burnish.model import lean, scoring
-from burnish.model.lean import recomputing, save_less
+from burnish.model.packing import pack
+from burnish.model.recomputation import recomputing, save_less
 from burnish.model.scoring import prepare_for_scoring, score
-from burnish.packing import pack
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from burnish import CheckFailed, Criterion, Rubric
 from burnish.rewards import exact_answer, numeric_answer
-from burnish.trainers.liveness import (
+from burnish.training.liveness import (
     UNJUDGED,
     Liveness,
     Outcome,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from burnish.trainers.metrics import StepMetrics
+from burnish.training.metrics import StepMetrics
 
 
 def together(*ranks: StepMetrics) -> list[dict[str, float]]:

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 import tiny
 from burnish import ConfigError, ModelError
+from burnish.model.packing import pack
 from burnish.model.scoring import prepare_for_scoring, score
-from burnish.packing import pack
 from burnish.rollout import NativeEngine, Request, SamplingParams, make_engine
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.types import Completion, Group

@@ -21,7 +21,7 @@ import burnish
 import tiny
 from burnish.cli.main import main
 from burnish.errors import BurnishError, ConfigError, DataError, ModelError
-from burnish.model.rewards import to_reward_model
+from burnish.model.classifier import to_reward_model
 from test_trainers import settings
 
 NAN, INF = float("nan"), float("inf")

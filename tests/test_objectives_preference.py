@@ -8,8 +8,8 @@ from math import exp, log
 import pytest
 import torch
 
+from burnish.config import PREFERENCE_LOSS_NAMES
 from burnish.objectives.preference import PREFERENCE_LOSSES, Pairs, PreferenceOptions, divergence_score, kto_losses
-from burnish.schema import PREFERENCE_LOSS_NAMES
 
 OPTIONS = PreferenceOptions(beta=0.5, label_smoothing=0.1, simpo_gamma=0.3, alpha=0.4, discopop_tau=0.7)
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from burnish.objectives.reward import (
+from burnish.objectives.reward_modelling import (
     bradley_terry,
     calibration_bins,
     calibration_error,

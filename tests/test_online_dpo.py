@@ -10,7 +10,6 @@ import torch
 
 import tiny
 from burnish import ConfigError, OnlineDPOConfig, OnlineDPOTrainer
-from burnish.trainers.metrics import total
 from test_trainers import PROMPTS, assert_same, digits, settings, weights
 
 
@@ -41,8 +40,8 @@ def test_the_best_is_preferred_to_the_worst(tmp_path: Path) -> None:
     groups, pairs = seen[0]
     assert len(groups) == 3
     for pair in pairs:
-        rewards = [total(c) for group in groups if group.index == pair.index for c in group.completions]
-        assert [total(c) for c in pair.completions] == [max(rewards), min(rewards)]
+        rewards = [c.reward for group in groups if group.index == pair.index for c in group.completions]
+        assert [c.reward for c in pair.completions] == [max(rewards), min(rewards)]
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(0.6931, abs=1e-3), "policy and reference are one at the start"
 

@@ -24,7 +24,7 @@ HEAVY = "print(sorted({'torch', 'transformers', 'peft', 'datasets', 'accelerate'
     [
         "import burnish; dir(burnish)",
         "import burnish; burnish.ConfigError, burnish.Rubric, burnish.Group, burnish.write_report",
-        "import burnish.schema as s; s.known_fields('grpo'), s.lora_fields(), s.check_fields('sft', {'seed': 1})",
+        "import burnish.config as s; s.known_fields('grpo'), s.lora_fields(), s.check_fields('sft', {'seed': 1})",
         "import burnish.cli.config",
         "from burnish.cli.main import build_parser; build_parser().format_help()",
         "import burnish.data, burnish.rewards, burnish.report",
@@ -63,7 +63,7 @@ def test_unknown_name():
 
 
 def test_submodule_is_not_shadowed():
-    assert import_module("burnish.evaluate").__name__ == "burnish.evaluate"
+    assert import_module("burnish.evaluation.evaluate").__name__ == "burnish.evaluation.evaluate"
 
 
 def test_package_is_typed():
@@ -81,7 +81,7 @@ def test_every_module_declares_its_names():
 
 
 def test_the_docs_list_every_algorithm() -> None:
-    from burnish.schema import ALGORITHMS
+    from burnish.config import ALGORITHMS
 
     text = (Path(__file__).parent.parent / "docs" / "algorithms.md").read_text()
     for name, row in ALGORITHMS.items():

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from burnish.packing import group_cost, pack, partition, split_by_tokens, to_row, unpack, zero_weight_group
-from burnish.trainers.batches import scored_tokens
+from burnish.model.packing import group_cost, pack, partition, split_by_tokens, to_row, unpack, zero_weight_group
+from burnish.training.batches import scored_tokens
 from burnish.types import Completion, Group
 
 

@@ -13,7 +13,7 @@ import tiny
 from burnish import ConfigError, DataError, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from burnish.cli.main import main
 from burnish.data import encode_rows, prompt_group
-from burnish.pairs import best_row, preference_rows, rank_pairs, sample_rows, write_rows
+from burnish.evaluation.pairs import best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, make_engine
 from test_trainers import settings

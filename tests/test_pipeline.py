@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 
 import tiny
 from burnish.cli.main import main
-from burnish.trainers.base import GroupTrainer
+from burnish.training.base import GroupTrainer
 
 FILE = """
 model = "{model}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import burnish
-from burnish.trainers.plan import describe_plan
+from burnish.training.plan import describe_plan
 from test_trainers import grpo, settings, sft
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 import tiny
 from burnish import ConfigError, PPOConfig, PPOTrainer
-from burnish.model.rewards import to_reward_model
+from burnish.model.classifier import to_reward_model
 from test_trainers import PROMPTS, assert_same, digits, settings, weights
 
 Weights = dict[str, torch.Tensor]

@@ -139,7 +139,7 @@ def test_the_command_exits_with_the_signal_and_prints_the_line_that_resumes(
         f'[training]\noutput_dir = "{tmp_path}/out"\nmax_steps = 3\nuse_cpu = true\nreport_to = "none"\n'
     )
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 8)
-    from burnish.trainers.callbacks import MetricsCallback
+    from burnish.training.callbacks import MetricsCallback
 
     def signalled(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from burnish.errors import DataError
-from burnish.trainers.prompts import PromptSource, shares_of
+from burnish.rollout.prompts import PromptSource, shares_of
 from burnish.types import Completion, Group
 
 

@@ -21,7 +21,7 @@ import tiny
 from burnish import ConfigError, DataError, ModelError, RewardConfig, RewardError, RewardTrainer, Rubric
 from burnish.data import read_last, reward_group
 from burnish.errors import CheckFailed
-from burnish.model.rewards import load_reward_model, pack_reads, prepare_for_rewards, reward_scores, to_reward_model
+from burnish.model.classifier import load_reward_model, pack_reads, prepare_for_rewards, reward_scores, to_reward_model
 from burnish.rewards import RewardModel
 from burnish.types import Completion, Group
 

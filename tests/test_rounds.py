@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from burnish.trainers.rounds import Replay, fill_batch, has_spread
+from burnish.rollout.dynamic_sampling import Replay, fill_batch, has_spread
 from burnish.types import Completion, Group, Score
 
 

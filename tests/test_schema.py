@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from burnish.errors import ConfigError
-from burnish.schema import (
+from burnish.config import (
     ALGORITHMS,
     REFUSED,
     REFUSED_FOR,
@@ -23,6 +22,7 @@ from burnish.schema import (
     refused_fields,
     training_argument_fields,
 )
+from burnish.errors import ConfigError
 
 KINDS: tuple[Kind, ...] = ("sft", "grpo")
 

@@ -10,8 +10,8 @@ import torch
 
 import tiny
 from burnish.errors import CheckFailed
+from burnish.model.packing import pack
 from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, prepare_for_scoring, score
-from burnish.packing import pack
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes
 

@@ -33,8 +33,8 @@ from burnish import (
     get_peft_config,
     get_quantization_config,
 )
-from burnish.schema import Kind, elsewhere, known_fields
-from burnish.schema.imports import NO_IMPORTS
+from burnish.config import Kind, elsewhere, known_fields
+from burnish.config.imports import NO_IMPORTS
 
 CONFIGS: dict[Kind, Any] = {
     "sft": burnish.SFTConfig,

@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from burnish import ConfigError, DataError, SFTConfig, SFTTrainer
-from burnish.trainers.stream import GroupStream
+from burnish.training.stream import GroupStream
 from test_trainers import SPLITS, TEXTS, settings, sft, weights
 
 

@@ -14,13 +14,13 @@ from huggingface_hub import constants
 
 import tiny
 from burnish import ConfigError, GRPOConfig, GRPOTrainer, ModelError, PPOConfig, PPOTrainer, RewardModel
+from burnish.config.files import read_file
+from burnish.config.paths import is_only_a_path, missing
 from burnish.data import load_rows, resolve_chat_template
+from burnish.model.classifier import is_reward_model
+from burnish.model.critic import load_value_model
 from burnish.model.loading import load_model, load_processing_class
-from burnish.model.rewards import is_reward_model
 from burnish.model.sources import find_model, reach
-from burnish.model.values import load_value_model
-from burnish.schema.files import read_file
-from burnish.schema.paths import is_only_a_path, missing
 from test_chaining import STAGES, made
 from test_trainers import PROMPTS, digits, settings
 

@@ -14,9 +14,9 @@ import tiny
 from burnish import GRPOConfig, GRPOTrainer, RewardModel
 from burnish.data import encode_rows, prompt_group
 from burnish.data.tokens import decode_text
-from burnish.evaluate import evaluate
-from burnish.model.rewards import to_reward_model
-from burnish.pairs import sample_rows
+from burnish.evaluation.evaluate import evaluate
+from burnish.evaluation.pairs import sample_rows
+from burnish.model.classifier import to_reward_model
 from burnish.rewards import Rubric
 from burnish.rollout import Request, SamplingParams, make_engine
 from burnish.rollout.lockstep import LockstepEngine

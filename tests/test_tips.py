@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import burnish
+from burnish.config.tips import as_toml, toml_line
 from burnish.errors import BurnishError
-from burnish.schema.tips import as_toml, toml_line
 
 SOURCE = Path(burnish.__file__).parent
 _ADVICE = r"\b(?:add|and|begin the file with|for instance|give|instead of|or|set|such as|use|with|write)\s+`?"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer, ModelError, SFTConfig, SFTTrainer
 from burnish.rollout import Request
-from burnish.trainers.agreement import Agreement
+from burnish.training.sampler_check import Agreement
 from burnish.types import Completion
 
 TEXTS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (1 + i % 3)} for i in range(24)]

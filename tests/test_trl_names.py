@@ -14,7 +14,7 @@ import torch
 import burnish
 import tiny
 from burnish import ConfigError, DataError, SFTConfig, SFTTrainer
-from burnish.schema import Kind, check_fields, elsewhere, known_fields
+from burnish.config import Kind, check_fields, elsewhere, known_fields
 from test_preference_trainer import LABELLED, PAIRS, dpo, kto
 from test_reward_trainer import trainer as reward
 from test_trainers import PROMPTS, TEXTS, digits, grpo, settings
@@ -199,7 +199,7 @@ MET = [
 def test_fields_whose_intent_is_met_are_named_in_one_line(
     kind: Kind, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="burnish.schema"):
+    with caplog.at_level("INFO", logger="burnish.config"):
         assert check_fields(kind, fields) == {}
     assert len(caplog.records) == 1
     named = caplog.records[0].getMessage().partition(": ")[2].split(", ")

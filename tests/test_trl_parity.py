@@ -22,7 +22,7 @@ from burnish import (
     SFTConfig,
     SFTTrainer,
 )
-from burnish.model.rewards import to_reward_model
+from burnish.model.classifier import to_reward_model
 from test_preference_trainer import LABELLED, PAIRS, losses_of
 from test_trainers import settings
 

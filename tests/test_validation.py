@@ -11,8 +11,8 @@ import pytest
 
 import tiny
 from burnish import CheckFailed, Criterion, EngineError, GRPOConfig, GRPOTrainer, Rubric
-from burnish.evaluate import evaluate
-from burnish.pairs import sample_rows
+from burnish.evaluation.evaluate import evaluate
+from burnish.evaluation.pairs import sample_rows
 from burnish.rollout import Request, SamplingParams, make_engine
 from burnish.rollout.validation import check_completions
 from burnish.types import Completion, Group, StopReason

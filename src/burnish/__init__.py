@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         ModelError,
         RewardError,
     )
-    from burnish.evaluate import Evaluation, pass_at_k
+    from burnish.evaluation.evaluate import Evaluation, pass_at_k
     from burnish.report import write_report
     from burnish.rewards import Criterion, RewardModel, Rubric
     from burnish.scripts import (
@@ -120,7 +120,7 @@ _HOMES = {
         "ModelError",
         "RewardError",
     ),
-    "burnish.evaluate": ("Evaluation", "pass_at_k"),
+    "burnish.evaluation.evaluate": ("Evaluation", "pass_at_k"),
     "burnish.report": ("write_report",),
     "burnish.rewards": ("Criterion", "RewardModel", "Rubric"),
     "burnish.scripts": (
@@ -159,8 +159,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
+        from burnish.config.imports import NO_IMPORTS
         from burnish.errors import MissingName
-        from burnish.schema.imports import NO_IMPORTS
 
         # An AttributeError would lose its message: `from burnish import ...` replaces it by its own.
         if name in NO_IMPORTS:

@@ -1,8 +1,8 @@
 """The table of online algorithms, and how to add a row from outside.
 
-An algorithm is a row of values of configuration fields (`burnish.schema.algorithms`): an advantage estimator
-(`burnish.advantages`), a surrogate with its reduction (`burnish.objectives.policy`), a level of the importance ratio, a
-KL estimate and where it counts, and filters of samples. `GRPOConfig(algorithm="gspo")` takes a row.
+An algorithm is a row of values of configuration fields (`burnish.config.algorithms`): an advantage estimator
+(`burnish.objectives.advantages`), a surrogate with its reduction (`burnish.objectives.policy`), a level of the
+importance ratio, a KL estimate and where it counts, and filters of samples. `GRPOConfig(algorithm="gspo")` takes a row.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from burnish.advantages import ADVANTAGES, Estimator
+from burnish.config import ADVANTAGE_NAMES, ALGORITHMS, LOSS_NAMES, Algorithm, known_fields
 from burnish.errors import ConfigError
+from burnish.objectives.advantages import ADVANTAGES, Estimator
 from burnish.objectives.aggregate import Reduction
 from burnish.objectives.policy import POLICY_LOSSES, PolicyLoss, PolicyOptions, PolicyTerms
-from burnish.schema import ADVANTAGE_NAMES, ALGORITHMS, LOSS_NAMES, Algorithm, known_fields
 
 __all__ = ["ALGORITHMS", "Algorithm", "register"]
 

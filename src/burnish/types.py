@@ -98,6 +98,11 @@ class Completion:
     returns: list[float] | None = None
 
     @property
+    def reward(self) -> float | None:
+        """What the rubric gives in all; None before it has seen the completion, and where a criterion failed."""
+        return None if self.score is None else self.score.total
+
+    @property
     def num_scored_tokens(self) -> int:
         """Number of tokens with a place in the loss."""
         return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)

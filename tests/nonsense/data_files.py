@@ -231,6 +231,6 @@ def _compare(content: bytes) -> None:
     from burnish.cli.eval import _earlier  # pyright: ignore[reportPrivateUsage]
 
     Path("before.json").write_bytes(content)
-    from burnish.evaluate import Evaluation, compare
+    from burnish.evaluation.evaluate import Evaluation, compare
 
     compare(_earlier(Path("before.json")), Evaluation.from_dict(_EVALUATION))

@@ -11,7 +11,7 @@ import yaml
 
 import burnish
 from burnish.cli.config import load_run_file
-from burnish.schema import Kind, known_fields, refused_fields
+from burnish.config import Kind, known_fields, refused_fields
 from nonsense.cases import Case
 from nonsense.values import BAD_PATHS, bad_values, kinds_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from burnish.cli.config import load_pipeline_file, load_run_file
-from burnish.schema import lora_fields
+from burnish.config import lora_fields
 from nonsense.cases import Case
 from nonsense.values import BAD_PATHS, bad_values
 

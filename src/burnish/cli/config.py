@@ -10,17 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
+from burnish.config import Kind, check_fields, check_mapping
+from burnish.config.adapters import check_lora
+from burnish.config.fields import stages_with
+from burnish.config.files import apply_overrides, read_file
+from burnish.config.inherited import FieldInfo
+from burnish.config.paths import expanded, file_problem, folder_problem, is_file, is_folder, missing, path_problem
+from burnish.config.quantization import check_quantization
 from burnish.data.sources import check_source
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
-from burnish.schema import Kind, check_fields, check_mapping
-from burnish.schema.adapters import check_lora
-from burnish.schema.fields import stages_with
-from burnish.schema.files import apply_overrides, read_file
-from burnish.schema.inherited import FieldInfo
-from burnish.schema.paths import expanded, file_problem, folder_problem, is_file, is_folder, missing, path_problem
-from burnish.schema.quantization import check_quantization
 
 __all__ = [
     "PIPELINE_STAGES",

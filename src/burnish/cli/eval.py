@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 from burnish.cli.config import load_run_file
+from burnish.config.paths import missing
 from burnish.data import load_rows
 from burnish.errors import ConfigError
-from burnish.evaluate import Evaluation, compare
+from burnish.evaluation.evaluate import Evaluation, compare
 from burnish.runs.files import read_json, write_json
 from burnish.runs.processes import refuse_ranks
-from burnish.schema.paths import missing
 
 __all__ = ["run"]
 

@@ -13,8 +13,8 @@ from importlib import import_module
 from pathlib import Path
 
 import burnish
+from burnish.config import Kind, known_fields
 from burnish.errors import BurnishError, Interrupted
-from burnish.schema import Kind, known_fields
 
 __all__ = ["build_parser", "console", "main", "split_overrides"]
 

@@ -12,7 +12,7 @@ from burnish.cli.config import PipelineFile, load_pipeline_file
 from burnish.cli.steps import StepInputs, model_identity
 from burnish.data import disjoint, load_rows
 from burnish.errors import ConfigError
-from burnish.evaluate import Evaluation, compare
+from burnish.evaluation.evaluate import Evaluation, compare
 from burnish.progress import format_seconds, say
 from burnish.report import write_report
 from burnish.rewards import check_gold
@@ -110,7 +110,7 @@ class Pipeline:
 
     def _claim_folder(self, data: _Data) -> None:
         """Refuse to go on from steps that were made from something else; nothing is written before the data is read."""
-        from burnish.trainers.environment import environment
+        from burnish.training.environment import environment
 
         for name in ("raw", *self.file.stages):
             if name == "pairs":

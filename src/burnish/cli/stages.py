@@ -14,13 +14,13 @@ import transformers
 from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
 from burnish.errors import ConfigError
-from burnish.evaluate import Evaluation, evaluate, mean_nll
+from burnish.evaluation.evaluate import Evaluation, evaluate, mean_nll
+from burnish.evaluation.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.loading import adopt_chat_template, load_model, load_processing_class
 from burnish.model.precision import fast_bf16
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import prepare_for_scoring
-from burnish.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows, write_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
 from burnish.runs.lock import locked
@@ -42,8 +42,8 @@ from burnish.trainers import (
     SFTConfig,
     SFTTrainer,
 )
-from burnish.trainers.callbacks import EngineProgress
-from burnish.trainers.checkpoint import start
+from burnish.training.callbacks import EngineProgress
+from burnish.training.checkpoint import start
 
 __all__ = ["evaluate_model", "make_pairs", "rank_with", "train"]
 

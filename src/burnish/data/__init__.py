@@ -15,7 +15,7 @@ from burnish.data.encode import (
 )
 from burnish.data.formats import Format, Kind, as_row, detect_format, split_turns, unpair
 from burnish.data.held_out import DisjointCounts, disjoint
-from burnish.data.rewards import RewardKind, answer_group, read_last, reward_group, reward_kind
+from burnish.data.reward_modelling import RewardKind, answer_group, read_last, reward_group, reward_kind
 from burnish.data.sources import as_rows, check_source, finite_rows, load_rows
 
 __all__ = [

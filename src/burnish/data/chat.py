@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 
+from burnish.config.paths import missing, path_problem
 from burnish.data.formats import Message
 from burnish.data.tokens import inner_tokenizer
 from burnish.errors import ConfigError, DataError
-from burnish.schema.paths import missing, path_problem
 
 __all__ = ["DEFAULT_CHAT_TEMPLATE", "ChatSpans", "chat_spans", "render_chat", "resolve_chat_template"]
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from burnish.schema.predicates import is_number
-from burnish.schema.tips import toml_line
+from burnish.config.predicates import is_number
+from burnish.config.tips import toml_line
 
 __all__ = ["meant_columns", "rename_line", "rename_tip"]
 

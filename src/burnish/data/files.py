@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
+from burnish.config.paths import is_file, is_folder, missing
 from burnish.data.delimited import read_delimited
 from burnish.data.parsing import object_of, parse_json, repeated
 from burnish.errors import ConfigError, DataError
-from burnish.schema.paths import is_file, is_folder, missing
 
 __all__ = ["read_rows"]
 

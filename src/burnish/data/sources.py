@@ -11,13 +11,13 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeAlias, cast
 
+from burnish.config.paths import path_problem
+from burnish.config.predicates import is_seed, is_text
 from burnish.data.columns import meant_columns, rename_line, rename_tip
 from burnish.data.files import read_rows
 from burnish.data.formats import messages_of
 from burnish.data.instructions import instruction_row
 from burnish.errors import ConfigError, DataError, show
-from burnish.schema.paths import path_problem
-from burnish.schema.predicates import is_seed, is_text
 
 __all__ = ["as_rows", "check_source", "finite_rows", "load_rows"]
 

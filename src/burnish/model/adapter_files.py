@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from burnish.config.paths import expanded, is_file, is_folder, is_only_a_path, missing
 from burnish.errors import ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
-from burnish.schema.paths import expanded, is_file, is_folder, is_only_a_path, missing
 
 __all__ = ["SavedAdapters", "saved_adapters"]
 

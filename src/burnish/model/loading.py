@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from burnish.config.paths import expanded, is_file
 from burnish.data.chat import resolve_chat_template
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_files import SavedAdapters, saved_adapters
 from burnish.model.adapters import put_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
 from burnish.model.sources import ModelSource, find_model, hub_arguments, reach, reading_model
-from burnish.schema.paths import expanded, is_file
 
 __all__ = [
     "adopt_chat_template",

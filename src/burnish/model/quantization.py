@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from transformers import BitsAndBytesConfig
 
+from burnish.config.quantization import check_quantization
 from burnish.errors import ConfigError, ModelError
-from burnish.schema.quantization import check_quantization
 
 __all__ = ["is_quantized", "keep_layout", "mark_quantized", "resolve_quantization"]
 

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from burnish.data import answer_group, read_last
 from burnish.errors import ModelError, RewardError
 from burnish.model.adapter_files import saved_adapters
+from burnish.model.classifier import load_reward_model, pack_reads, prepare_for_rewards, reward_scores
 from burnish.model.loading import load_processing_class
+from burnish.model.packing import split_by_tokens
 from burnish.model.precision import fast_bf16
-from burnish.model.rewards import load_reward_model, pack_reads, prepare_for_rewards, reward_scores
 from burnish.model.scoring import causal_lm, eval_mode
-from burnish.packing import split_by_tokens
 from burnish.types import Group
 
 __all__ = ["RewardModel"]

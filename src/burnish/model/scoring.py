@@ -20,13 +20,13 @@ import torch
 from burnish.errors import CheckFailed, ModelError
 from burnish.model.attention import install, use_layout
 from burnish.model.head import head_logprobs, head_spec
-from burnish.model.lean import recomputing, save_less
+from burnish.model.packing import to_row
 from burnish.model.positions import learned_positions, refuse_beyond
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout
-from burnish.model.support import supports_prefix
+from burnish.model.recomputation import recomputing, save_less
+from burnish.model.self_test import supports_prefix
 from burnish.model.tiled_head import HeadOutput, HeadSpec
-from burnish.packing import to_row
 from burnish.types import PackedBatch
 
 __all__ = [

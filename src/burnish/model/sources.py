@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from burnish.config.paths import expanded, is_file, is_folder, is_only_a_path, missing
 from burnish.errors import ModelError
-from burnish.schema.paths import expanded, is_file, is_folder, is_only_a_path, missing
 
 __all__ = ["ModelSource", "find_model", "hub_arguments", "reach", "reading_model"]
 

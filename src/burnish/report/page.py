@@ -15,13 +15,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from burnish.config.paths import file_problem
 from burnish.errors import ConfigError, show
 from burnish.report.ending import ending, standing
 from burnish.report.findings import findings
 from burnish.report.records import Comparison, Evaluation, Interval, Run, read_run
 from burnish.report.series import histograms, pack_transcripts, sample_evenly, stage_curves
 from burnish.runs.files import replacing
-from burnish.schema.paths import file_problem
 
 __all__ = ["write_report"]
 

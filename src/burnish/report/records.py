@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from burnish.config.paths import is_file, is_folder
 from burnish.errors import DataError, show
 from burnish.runs.lock import is_locked
 from burnish.runs.status import STATUS, Status, read_status
-from burnish.schema.paths import is_file, is_folder
 
 __all__ = ["Comparison", "Evaluation", "Interval", "MetricRow", "Run", "Transcript", "finite", "read_run"]
 

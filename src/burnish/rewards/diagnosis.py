@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from burnish.config.tips import toml_line
 from burnish.rewards.answers import SOURCES, extract_answer
 from burnish.rewards.rubric import Rubric
 from burnish.rewards.verifiers import AnswerVerifier, completion_text
-from burnish.schema.tips import toml_line
 
 __all__ = ["AnswerCounts", "count_answers"]
 

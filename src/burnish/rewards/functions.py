@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from burnish.config.paths import expanded, is_file, path_problem
 from burnish.errors import ConfigError, show
 from burnish.rewards.rubric import RewardFunction
-from burnish.schema.paths import expanded, is_file, path_problem
 
 __all__ = ["python_function"]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
 from burnish.rewards.functions import python_function
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
@@ -19,7 +20,6 @@ from burnish.rewards.verifiers import (
     numeric_answer,
     soft_overlong,
 )
-from burnish.schema.predicates import is_number
 
 __all__ = ["CRITERIA", "rubric_from_config"]
 

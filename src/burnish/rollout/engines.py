@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from burnish.model.scoring import causal_lm
-from burnish.model.support import supports_prefix
+from burnish.model.self_test import supports_prefix
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
 

@@ -15,7 +15,7 @@ from burnish.data.tokens import decode_text
 from burnish.errors import ConfigError, EngineError
 from burnish.model.positions import check_positions
 from burnish.model.scoring import causal_lm, eval_mode
-from burnish.model.support import without_router_logits
+from burnish.model.self_test import without_router_logits
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
 from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms

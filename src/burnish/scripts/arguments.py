@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+from burnish.config import check_mapping
+from burnish.config.inherited import FieldInfo
+from burnish.config.paths import path_problem
 from burnish.errors import ConfigError, show
-from burnish.schema import check_mapping
-from burnish.schema.inherited import FieldInfo
-from burnish.schema.paths import path_problem
 
 __all__ = ["DatasetConfig", "DatasetMixtureConfig", "ModelConfig", "ScriptArguments"]
 

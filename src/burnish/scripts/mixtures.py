@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from burnish.config.paths import is_file, is_folder
 from burnish.errors import ConfigError, DataError, show
-from burnish.schema.paths import is_file, is_folder
 from burnish.scripts.arguments import DatasetConfig, DatasetMixtureConfig
 
 __all__ = ["get_dataset"]

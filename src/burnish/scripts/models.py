@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from burnish.config.adapters import check_lora
+from burnish.config.quantization import check_quantization
 from burnish.errors import ConfigError, show
 from burnish.model.precision import fast_bf16
 from burnish.model.quantization import resolve_quantization
-from burnish.schema.adapters import check_lora
-from burnish.schema.quantization import check_quantization
 from burnish.scripts.arguments import ModelConfig
 
 __all__ = ["get_peft_config", "get_quantization_config"]

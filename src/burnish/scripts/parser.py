@@ -11,13 +11,13 @@ from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 
+from burnish.config import Kind, elsewhere, known_fields
+from burnish.config.checks import did_you_mean, members_of
+from burnish.config.files import read_file
+from burnish.config.inherited import FieldInfo
+from burnish.config.translated import translated_names
 from burnish.errors import ConfigError, show
 from burnish.progress import say
-from burnish.schema import Kind, elsewhere, known_fields
-from burnish.schema.checks import did_you_mean, members_of
-from burnish.schema.files import read_file
-from burnish.schema.inherited import FieldInfo
-from burnish.schema.translated import translated_names
 from burnish.trainers.parsing import word_reader
 
 __all__ = ["TrlParser"]

@@ -1,4 +1,4 @@
-"""Training arguments: `transformers.TrainingArguments` plus the fields of `burnish.schema`."""
+"""Training arguments: `transformers.TrainingArguments` plus the fields of `burnish.config`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from burnish.errors import ConfigError, show
-from burnish.model.precision import fast_bf16
-from burnish.schema import (
+from burnish.config import (
     DPOFields,
     GRPOFields,
     Kind,
@@ -27,8 +25,10 @@ from burnish.schema import (
     apply_algorithm,
     check_keywords,
 )
+from burnish.errors import ConfigError, show
+from burnish.model.precision import fast_bf16
 from burnish.trainers.parsing import given_fields, make_parseable
-from burnish.trainers.processes import check_world_size, needs_cpu
+from burnish.training.processes import check_world_size, needs_cpu
 
 __all__ = [
     "DPOConfig",
@@ -144,7 +144,7 @@ class _PolicyConfig:
 @_with_checked_arguments
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.schema.SFTFields`."""
+    """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.config.SFTFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)
@@ -153,7 +153,7 @@ class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompat
 @_with_checked_arguments
 @dataclass
 class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.schema.RewardFields`."""
+    """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.config.RewardFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)
@@ -162,7 +162,7 @@ class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIn
 @_with_checked_arguments
 @dataclass
 class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.schema.DPOFields`."""
+    """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.config.DPOFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)
@@ -171,7 +171,7 @@ class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompat
 @_with_checked_arguments
 @dataclass
 class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.schema.KTOFields`."""
+    """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.config.KTOFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)
@@ -180,7 +180,7 @@ class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompat
 @_with_checked_arguments
 @dataclass
 class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.schema.OnlineDPOFields`."""
+    """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.config.OnlineDPOFields`."""
 
     def __post_init__(self) -> None:
         _finish(self)
@@ -189,13 +189,13 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
 @_with_checked_arguments
 @dataclass
 class GRPOConfig(_PolicyConfig, GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.schema.GRPOFields`."""
+    """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.config.GRPOFields`."""
 
 
 @_with_checked_arguments
 @dataclass
 class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.schema.RLOOFields`."""
+    """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.config.RLOOFields`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,4 +206,4 @@ class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: igno
 @_with_checked_arguments
 @dataclass
 class PPOConfig(_PolicyConfig, PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.schema.PPOFields`."""
+    """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.config.PPOFields`."""

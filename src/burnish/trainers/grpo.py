@@ -70,7 +70,7 @@ class GRPOTrainer(PolicyTrainer):
         return tuple(value for value in values if value is not None)
 
     def advantages(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
-        """By the configured row of `burnish.advantages.ADVANTAGES`."""
+        """By the configured row of `burnish.objectives.advantages.ADVANTAGES`."""
         scale = {True: "group", False: "none"}.get(self.args.scale_rewards, self.args.scale_rewards)  # pyright: ignore
         return estimate(
             table,

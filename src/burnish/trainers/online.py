@@ -15,35 +15,34 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from burnish.config.contradictions import micro_batches_per_rollout
 from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
 from burnish.errors import ConfigError, DataError
+from burnish.model.packing import partition
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode
-from burnish.packing import partition
 from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams, make_engine
+from burnish.rollout.dynamic_sampling import Replay, fill_batch
+from burnish.rollout.prompts import PromptSource, Share, shares_of, whole_groups
 from burnish.rollout.validation import generate
-from burnish.schema.contradictions import micro_batches_per_rollout
-from burnish.trainers.agreement import Agreement, default_bound
-from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer
-from burnish.trainers.batches import collate
-from burnish.trainers.callbacks import RecordsCallback
-from burnish.trainers.held_out import encode_sets, named_sets, sets_of_rows
-from burnish.trainers.held_out_samples import evaluate_samples
-from burnish.trainers.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, only_said
-from burnish.trainers.logprobs import LogprobName, fill_logprobs
-from burnish.trainers.metrics import total
-from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
-from burnish.trainers.prompts import PromptSource, Share, shares_of, whole_groups
-from burnish.trainers.reference import Reference, check_reference, check_untrained, refuse_shared_weights
-from burnish.trainers.reward_funcs import RewardFunction, as_rubric, penalise_overlong
-from burnish.trainers.rollout_state import RolloutState
-from burnish.trainers.rollout_verdict import judge_rollout
-from burnish.trainers.rounds import Replay, fill_batch
-from burnish.trainers.sampling import sampling_params
-from burnish.trainers.transcripts import TranscriptLog
+from burnish.training.arguments import refuse_arguments, resolve_args, with_quantization
+from burnish.training.base import GroupTrainer
+from burnish.training.batches import collate
+from burnish.training.callbacks import RecordsCallback
+from burnish.training.checks import check_vocabulary, resolve_tokenizer
+from burnish.training.held_out import encode_sets, named_sets, sets_of_rows
+from burnish.training.held_out_samples import evaluate_samples
+from burnish.training.liveness import UNJUDGED, Outcome, Verdict, judge_gradient, only_said
+from burnish.training.logprobs import LogprobName, fill_logprobs
+from burnish.training.reference import Reference, check_reference, check_untrained, refuse_shared_weights
+from burnish.training.reward_funcs import RewardFunction, as_rubric, penalise_overlong
+from burnish.training.rollout_state import RolloutState
+from burnish.training.rollout_verdict import judge_rollout
+from burnish.training.sampler_check import Agreement, default_bound
+from burnish.training.sampling import sampling_params
+from burnish.training.transcripts import TranscriptLog
 from burnish.types import Completion, Group, PackedBatch, StopReason
 
 __all__ = ["OnlineTrainer"]
@@ -281,7 +280,7 @@ class OnlineTrainer(GroupTrainer):
         self._log_round([share.group for share in shares])
         self._sampled += shares
         rewards: dict[int, list[float | None]] = defaultdict(list)
-        own = [(share.place, share.first, [total(c) for c in share.group.completions]) for share in shares]
+        own = [(share.place, share.first, [c.reward for c in share.group.completions]) for share in shares]
         for place, _, values in sorted(self.gathered(own)):
             rewards[place] += values
         self._metrics.add_rewards(list(rewards.values()))
@@ -350,7 +349,7 @@ class OnlineTrainer(GroupTrainer):
     def in_loss(self, completion: Completion) -> bool:
         """Whether a completion has a reward, and is not masked as truncated."""
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
-        return total(completion) is not None and not masked
+        return completion.reward is not None and not masked
 
     @property
     def compared(self) -> str:
@@ -359,7 +358,7 @@ class OnlineTrainer(GroupTrainer):
 
     def signals(self, completion: Completion) -> tuple[float, ...] | None:
         """Hook: the numbers that a completion is judged by, or None where it has no reward."""
-        reward = total(completion)
+        reward = completion.reward
         return None if reward is None else (reward,)
 
     def learns_otherwise(self) -> bool:

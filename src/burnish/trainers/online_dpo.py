@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from burnish.model.packing import pack
 from burnish.model.scoring import score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
@@ -16,9 +17,7 @@ from burnish.objectives.preference import (
     pair_metrics,
     pairs_of,
 )
-from burnish.packing import pack
 from burnish.trainers.configs import OnlineDPOConfig
-from burnish.trainers.metrics import total
 from burnish.trainers.online import OnlineTrainer
 from burnish.types import Completion, Group, PackedBatch
 
@@ -71,7 +70,7 @@ class OnlineDPOTrainer(OnlineTrainer):
         """The best and the worst completion of every prompt whose rewards differ."""
         pairs: list[Group] = []
         for group in groups:
-            judged = [(reward, c) for c in group.completions if self.in_loss(c) and (reward := total(c)) is not None]
+            judged = [(reward, c) for c in group.completions if self.in_loss(c) and (reward := c.reward) is not None]
             if judged:
                 best, worst = max(judged, key=_reward), min(judged, key=_reward)
                 if best[0] > worst[0]:

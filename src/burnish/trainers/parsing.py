@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from burnish.schema import known_fields
-from burnish.schema.checks import as_annotated, members_of
-from burnish.schema.files import parse_value
-from burnish.schema.inherited import FieldInfo
+from burnish.config import known_fields
+from burnish.config.checks import as_annotated, members_of
+from burnish.config.files import parse_value
+from burnish.config.inherited import FieldInfo
 
 __all__ = ["given_fields", "make_parseable", "word_reader"]
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from burnish.advantages import ADVANTAGES, Rewards, per_criterion_advantages, token_advantages
 from burnish.errors import CheckFailed, ConfigError
+from burnish.model.packing import pack
 from burnish.model.scoring import eval_mode, score
+from burnish.objectives.advantages import ADVANTAGES, Rewards, per_criterion_advantages, token_advantages
 from burnish.objectives.aggregate import aggregate, sequence_means
 from burnish.objectives.kl import KL_ESTIMATORS, adapted_beta
 from burnish.objectives.policy import (
@@ -25,12 +26,10 @@ from burnish.objectives.policy import (
     off_policy_mask,
     sequence_log_weight,
 )
-from burnish.packing import pack
-from burnish.trainers.batches import scored_tokens
-from burnish.trainers.entropy import EntropyBonus
-from burnish.trainers.metrics import total
+from burnish.rollout.prompts import Share
 from burnish.trainers.online import OnlineTrainer
-from burnish.trainers.prompts import Share
+from burnish.training.batches import scored_tokens
+from burnish.training.entropy import EntropyBonus
 from burnish.types import Completion, Group, PackedBatch
 
 __all__ = ["PolicyTrainer", "Record", "estimate"]
@@ -137,7 +136,7 @@ class PolicyTrainer(OnlineTrainer):
 
     def clipped_reward(self, completion: Completion) -> float | None:
         """The completion's reward within `reward_clip_range`, or None where it failed."""
-        reward, clip = total(completion), self.args.reward_clip_range
+        reward, clip = completion.reward, self.args.reward_clip_range
         return reward if reward is None or clip is None else min(max(reward, clip[0]), clip[1])
 
     def record(self, completion: Completion, kl: list[float] | None) -> Record:
@@ -225,7 +224,7 @@ class PolicyTrainer(OnlineTrainer):
 
         Completions without a reward count nowhere; truncated ones that are masked count as sequences, as in TRL.
         """
-        sequences = sum(total(c) is not None for group in groups for c in group.completions)
+        sequences = sum(c.reward is not None for group in groups for c in group.completions)
         match self.loss.reduction:
             case "token":
                 return float(sum(map(scored_tokens, self._kept(groups))))
@@ -347,7 +346,7 @@ class PolicyTrainer(OnlineTrainer):
 def estimate(
     table: Sequence[Sequence[Record]], estimator: str, *, weights: Sequence[float], scale: Any, by_criterion: bool
 ) -> Sequence[Sequence[float | list[float]]]:
-    """Advantages by a row of `burnish.advantages.ADVANTAGES`, from the records of all ranks."""
+    """Advantages by a row of `burnish.objectives.advantages.ADVANTAGES`, from the records of all ranks."""
     if estimator == "batch" and any(r.penalties for row in table for r in row):
         penalties = [[r.penalties or [] for r in row] for row in table]
         return token_advantages([[r.reward for r in row] for row in table], penalties)

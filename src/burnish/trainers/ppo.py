@@ -12,17 +12,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.errors import ConfigError
+from burnish.model.critic import load_value_model, share_base
 from burnish.model.sources import find_model
-from burnish.model.values import load_value_model, share_base
 from burnish.objectives.value import gae, moments, token_rewards, whiten
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
-from burnish.trainers.checkpoint import keeping_hyperparameters
+from burnish.rollout.prompts import Share
 from burnish.trainers.configs import PPOConfig
-from burnish.trainers.critic import Critic
-from burnish.trainers.liveness import UNJUDGED, Verdict
 from burnish.trainers.policy import PolicyTrainer
-from burnish.trainers.prompts import Share
+from burnish.training.checkpoint import keeping_hyperparameters
+from burnish.training.critic import Critic
+from burnish.training.liveness import UNJUDGED, Verdict
 from burnish.types import Completion, Group, StopReason
 
 __all__ = ["PPOTrainer"]

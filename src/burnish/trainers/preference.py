@@ -16,6 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from burnish.data import encode_rows, finite_rows, preference_group
 from burnish.errors import CheckFailed, ConfigError, DataError, user_code
+from burnish.model.packing import pack
 from burnish.model.positions import check_lengths
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.objectives.aggregate import sequence_sums
@@ -27,14 +28,13 @@ from burnish.objectives.preference import (
     pair_metrics,
     pairs_of,
 )
-from burnish.packing import pack
-from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import DPOConfig
-from burnish.trainers.held_out import encode_sets, named_sets
-from burnish.trainers.preflight import check_vocabulary, resolve_tokenizer
-from burnish.trainers.reference import MovingReference, Reference, check_reference
-from burnish.trainers.reference_sums import ReferenceSums
+from burnish.training.arguments import refuse_arguments, resolve_args, with_quantization
+from burnish.training.base import GroupTrainer
+from burnish.training.checks import check_vocabulary, resolve_tokenizer
+from burnish.training.held_out import encode_sets, named_sets
+from burnish.training.reference import MovingReference, Reference, check_reference
+from burnish.training.reference_sums import ReferenceSums
 from burnish.types import Completion, Group, PackedBatch
 
 __all__ = ["DPOTrainer", "ReferenceTrainer"]

@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from burnish.data import encode_rows, errors_of, finite_rows, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
-from burnish.model.rewards import (
+from burnish.model.classifier import (
     classifier_adapters,
     group_places,
     load_reward_model,
@@ -22,7 +22,7 @@ from burnish.model.rewards import (
     reward_scores,
 )
 from burnish.model.scoring import causal_lm, eval_mode
-from burnish.objectives.reward import (
+from burnish.objectives.reward_modelling import (
     bradley_terry,
     calibration_bins,
     calibration_error,
@@ -30,11 +30,11 @@ from burnish.objectives.reward import (
     plackett_luce,
     step_cross_entropy,
 )
-from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer
 from burnish.trainers.configs import RewardConfig
-from burnish.trainers.held_out import encode_sets
-from burnish.trainers.preflight import refuse_router_loss, resolve_tokenizer
+from burnish.training.arguments import refuse_arguments, resolve_args, with_quantization
+from burnish.training.base import GroupTrainer
+from burnish.training.checks import refuse_router_loss, resolve_tokenizer
+from burnish.training.held_out import encode_sets
 from burnish.types import Group, PackedBatch
 
 __all__ = ["RewardStats", "RewardTrainer", "comparisons"]

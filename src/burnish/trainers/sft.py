@@ -13,20 +13,20 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from burnish.config.tips import toml_line
 from burnish.data import as_row, as_rows, encode_rows, finite_rows, sft_groups
 from burnish.data.columns import meant_columns
 from burnish.errors import DataError, user_code
 from burnish.model.scoring import causal_lm, eval_mode, noisy_embeddings, score
 from burnish.objectives.aggregate import aggregate
 from burnish.objectives.supervised import SUPERVISED_LOSSES
-from burnish.schema.tips import toml_line
-from burnish.trainers.arguments import refuse_arguments, resolve_args, with_quantization
-from burnish.trainers.base import GroupTrainer
-from burnish.trainers.batches import collate
 from burnish.trainers.configs import SFTConfig
-from burnish.trainers.held_out import encode_sets
-from burnish.trainers.preflight import resolve_tokenizer
-from burnish.trainers.stream import GroupStream
+from burnish.training.arguments import refuse_arguments, resolve_args, with_quantization
+from burnish.training.base import GroupTrainer
+from burnish.training.batches import collate
+from burnish.training.checks import resolve_tokenizer
+from burnish.training.held_out import encode_sets
+from burnish.training.stream import GroupStream
 from burnish.types import Group, PackedBatch
 
 __all__ = ["SFTTrainer"]

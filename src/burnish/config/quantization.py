@@ -1,0 +1,59 @@
+"""What can be said about quantisation, without torch: one word, or the arguments of `BitsAndBytesConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from burnish.config.checks import check_mapping, did_you_mean
+from burnish.config.inherited import FieldInfo
+from burnish.errors import ConfigError, show
+
+__all__ = ["check_quantization"]
+
+_WORDS: dict[str, dict[str, Any]] = {
+    # The data type and the quantised constants of QLoRA (2305.14314).
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+_FIELDS = {
+    "load_in_4bit": "bool",
+    "load_in_8bit": "bool",
+    "bnb_4bit_compute_dtype": "str",
+    "bnb_4bit_quant_storage": "str",
+    "bnb_4bit_quant_type": "Literal['nf4', 'fp4']",
+    "bnb_4bit_use_double_quant": "bool",
+    "llm_int8_enable_fp32_cpu_offload": "bool",
+    "llm_int8_has_fp16_weight": "bool",
+    "llm_int8_skip_modules": "list[str]",
+    "llm_int8_threshold": "float",
+    "quant_method": "Literal['bitsandbytes']",
+}
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def check_quantization(value: str | Mapping[str, Any], where: str = "quantization_config") -> dict[str, Any]:
+    """Arguments of transformers' `BitsAndBytesConfig`, checked.
+
+    Args:
+        value: `"nf4"` (QLoRA's: NF4 with double quantisation), `"int8"`, or the arguments themselves.
+        where: the table's name, for messages.
+
+    Raises:
+        ConfigError: an unknown word, name, type or value, or neither 4 nor 8 bits.
+    """
+    if isinstance(value, str):
+        if value not in _WORDS:
+            raise ConfigError(
+                f"{where} = {show(value)}: {did_you_mean(value, _WORDS)}, or give a table, such as "
+                "{ load_in_4bit = true }."
+            )
+        return dict(_WORDS[value])
+    infos = {name: FieldInfo(name, type_, None, own=True) for name, type_ in _FIELDS.items()}
+    fields = check_mapping(infos, value, where)
+    if bool(fields.get("load_in_4bit")) == bool(fields.get("load_in_8bit")):
+        raise ConfigError(f"[{where}] {show(dict(value))}: set one of load_in_4bit and load_in_8bit to true.")
+    dtype = fields.get("bnb_4bit_compute_dtype")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"[{where}] bnb_4bit_compute_dtype = {show(dtype)}: use one of {', '.join(_DTYPES)}.")
+    return fields

@@ -1,0 +1,261 @@
+"""Rows of reward models to groups: pairs, ranked lists and judged steps.
+
+Scores are read at single tokens, and a group says at which: `loss_mask` is True there and False elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+from burnish.config.predicates import is_number
+from burnish.data.encode import EncodeStats, preference_group, prompt_group, sft_group, shared_prompt
+from burnish.data.formats import as_row, hint, refuse_mixed
+from burnish.data.parsing import short
+from burnish.data.tokenized import token_completion
+from burnish.data.tokens import plain_ids
+from burnish.errors import DataError
+from burnish.types import Completion, Group
+
+__all__ = ["RewardKind", "answer_group", "ranked_group", "read_last", "reward_group", "reward_kind", "stepwise_group"]
+
+RewardKind: TypeAlias = Literal["preference", "ranked", "stepwise"]
+"""What a row of a reward data set says: which of two is better, the order of several, or which steps are right."""
+
+_FORMATS: tuple[tuple[RewardKind, tuple[str, ...]], ...] = (
+    ("preference", ("chosen", "rejected")),
+    ("preference", ("chosen_ids", "rejected_ids")),
+    ("stepwise", ("prompt", "completions", "labels")),
+    ("ranked", ("prompt", "completions")),
+)
+
+
+_TEXTS = ("chosen", "rejected", "completions")
+_TOKENS = ("chosen_ids", "rejected_ids")
+
+
+def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
+    """The kind of a row by its columns; a column that is None counts as missing.
+
+    Raises:
+        DataError: columns missing, or those of two kinds.
+    """
+    row = as_row(row, index)
+    present = {name for name, value in row.items() if value is not None}
+    kinds: list[RewardKind] = [kind for kind, columns in _FORMATS if present.issuperset(columns)]
+    if not kinds:
+        needed = " | ".join(" + ".join(columns) for _, columns in _FORMATS)
+        fix = hint(row, [columns for _, columns in _FORMATS], also=("prompt", "margin"))
+        raise DataError(
+            f"row {index} has the columns {sorted(map(str, present))}; reward modelling needs {needed}: {fix}."
+        )
+    tokenized = present.issuperset(_TOKENS)
+    refuse_mixed(present, ("prompt", "prompt_ids", *_TEXTS, *_TOKENS), tokenized=tokenized, index=index)
+    if tokenized and "prompt_ids" in present:
+        raise DataError(
+            f"row {index} has prompt_ids: here chosen_ids and rejected_ids are whole sequences; put the prompt's "
+            "tokens in front of both, and drop the column."
+        )
+    if "preference" in kinds and len(kinds) > 1:
+        raise DataError(f"row {index} has chosen, rejected and completions: drop the columns that you do not mean.")
+    return kinds[0]
+
+
+def reward_group(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    pad_token_id: int | None = None,
+    chat_template: str | None = None,
+    step_separator: str = "\n",
+    stats: EncodeStats | None = None,
+) -> Group:
+    """A row of any kind as a group whose `loss_mask` marks where scores are read.
+
+    Pairs may be given as tokens, `chosen_ids` and `rejected_ids`: whole sequences, which share their first tokens.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        pad_token_id: the token that a score is never read at (see `read_last`).
+        chat_template: see `resolve_chat_template`.
+        step_separator: ends every step of a stepwise row.
+        stats: counters to add to.
+
+    Raises:
+        DataError: the columns, an empty or doubled completion, a margin that is no number, labels that fit no steps.
+    """
+    kind = reward_kind(row, index)
+    if kind == "stepwise":
+        _check_margin(row, index, kind)
+        return stepwise_group(
+            row, processing_class, index=index, separator=step_separator, chat_template=chat_template, stats=stats
+        )
+    if kind == "ranked":
+        group = ranked_group(row, processing_class, index=index, chat_template=chat_template, stats=stats)
+    elif row.get("chosen_ids") is not None:
+        if stats is not None:
+            stats.formats["tokenized preference"] += 1
+        wholes = [token_completion(row, name, processing_class, index) for name in _TOKENS]
+        group = Group(*shared_prompt(wholes), dict(row), index)
+    else:
+        group = preference_group(row, processing_class, index=index, chat_template=chat_template, stats=stats)
+    _check_margin(row, index, kind)
+    _check_completions(group)
+    return read_last(group, pad_token_id)
+
+
+def ranked_group(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    chat_template: str | None = None,
+    stats: EncodeStats | None = None,
+) -> Group:
+    """A `prompt` + `completions` row, plain or conversational, as one group, the best completion first.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        chat_template: see `resolve_chat_template`.
+        stats: counters to add to.
+
+    Raises:
+        DataError: fewer than two completions, or what `sft_group` refuses.
+    """
+    ranked = row["completions"]
+    if not isinstance(ranked, list) or len(cast("list[Any]", ranked)) < 2:
+        raise DataError(f"row {index}: completions = {ranked!r:.80}: use a list of at least two, the best first.")
+    if any(not isinstance(one, str | list) for one in cast("list[Any]", ranked)):
+        raise DataError(f"row {index}: completions = {ranked!r:.80}: each must be a string, or a list of messages.")
+    rest = {name: value for name, value in row.items() if name != "completions"}
+    groups = [
+        answer_group(
+            {**rest, "completion": one}, processing_class, index=index, chat_template=chat_template, stats=stats
+        )
+        for one in cast("list[Any]", ranked)
+    ]
+    if any(group.prompt_ids != groups[0].prompt_ids for group in groups):
+        raise DataError(
+            f"row {index}: the chat template renders the prompt differently for different completions (it rewrites "
+            "earlier turns): give all of them the same kind of turns, or set chat_template_kwargs."
+        )
+    return Group(groups[0].prompt_ids, [c for group in groups for c in group.completions], dict(row), index)
+
+
+def answer_group(row: Mapping[str, Any], processing_class: Any, **options: Any) -> Group:
+    """A `prompt` + `completion` row as a group with one completion, tokenized as those of pairs and lists are.
+
+    Args:
+        row: the row.
+        processing_class: tokenizer or processor.
+        options: `index`, `chat_template`, `stats` of `sft_group`.
+
+    Raises:
+        DataError: as `sft_group`.
+    """
+    group = sft_group(row, processing_class, **options)
+    group.completions[0].loss_mask = None
+    return group
+
+
+def stepwise_group(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    *,
+    index: int = 0,
+    separator: str = "\n",
+    chat_template: str | None = None,
+    stats: EncodeStats | None = None,
+) -> Group:
+    """A `prompt` + `completions` + `labels` row: the steps as one completion, scores read at the end of each.
+
+    Each step is tokenized apart with the separator behind it, so a step's score does not depend on the next one's text.
+
+    Args:
+        row: `completions` holds the steps (strings), `labels` for each whether it is right.
+        processing_class: tokenizer or processor.
+        index: the row's place.
+        separator: ends every step.
+        chat_template: see `resolve_chat_template`.
+        stats: counters to add to.
+
+    Raises:
+        DataError: no steps, an empty one, or labels that are not one bool a step.
+    """
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in cast("list[Any]", steps)):
+        raise DataError(f"row {index}: completions = {steps!r:.80}: use a non-empty list of steps, none an empty text.")
+    if not isinstance(labels, list) or not all(label in (True, False) for label in cast("list[Any]", labels)):
+        raise DataError(f"row {index}: labels = {labels!r:.80}: use a list of true and false, one a step.")
+    if len(cast("list[Any]", labels)) != len(cast("list[Any]", steps)):
+        raise DataError(f"row {index}: {len(labels)} labels for {len(steps)} steps in completions: give each step one.")
+    group = prompt_group(row, processing_class, index=index, chat_template=chat_template, stats=stats)
+    ids: list[int] = []
+    ends: list[int] = []
+    for step in cast("list[str]", steps):
+        piece = plain_ids(processing_class, step) + plain_ids(processing_class, separator)
+        if not piece:
+            raise DataError(f"row {index}: the step {step!r:.80} has no token: drop it.")
+        ids += piece
+        ends.append(len(ids) - 1)
+    group.completions = [Completion(ids, _marks(len(ids), ends), separator.join(cast("list[str]", steps)))]
+    return group
+
+
+def read_last(group: Group, pad_token_id: int | None) -> Group:
+    """Mark where transformers' sequence classifiers read a score: the last token that is not the padding token.
+
+    Where that lies in the prompt (a completion of EOS alone, and EOS pads), the end of the prompt moves into the
+    completions: the layout changes, the sequences do not.
+
+    Args:
+        group: changed in place.
+        pad_token_id: the padding token; None: there is none, the last token counts.
+
+    Returns:
+        The group.
+    """
+
+    def is_read(token: int) -> bool:
+        return token != pad_token_id
+
+    while group.prompt_ids and any(not any(map(is_read, c.token_ids)) for c in group.completions):
+        token = group.prompt_ids.pop()
+        for completion in group.completions:
+            completion.token_ids.insert(0, token)
+    for completion in group.completions:
+        places = [place for place, token in enumerate(completion.token_ids) if is_read(token)]
+        # Without any such token transformers reads the first one.
+        completion.loss_mask = _marks(len(completion.token_ids), places[-1:] or [0])
+    return group
+
+
+def _marks(length: int, places: Sequence[int]) -> list[bool]:
+    return [place in places for place in range(length)]
+
+
+def _check_completions(group: Group) -> None:
+    for place, completion in enumerate(group.completions):
+        if not completion.text.strip():
+            raise DataError(f"row {group.index}: completion {place} is empty: drop the row.")
+    seen = {tuple(completion.token_ids) for completion in group.completions}
+    if len(seen) < len(group.completions):
+        raise DataError(f"row {group.index}: two completions are the same tokens, which says nothing: drop it.")
+
+
+_LARGEST_MARGIN = 1e30
+
+
+def _check_margin(row: Mapping[str, Any], index: int, kind: RewardKind) -> None:
+    margin = row.get("margin")
+    if margin is None:
+        return
+    if kind != "preference":
+        raise DataError(f"row {index}: margin belongs to chosen and rejected; drop the column from {kind} rows.")
+    if not is_number(margin) or abs(margin) > _LARGEST_MARGIN:
+        raise DataError(f"row {index}: margin = {short(margin)}: use a finite number.")

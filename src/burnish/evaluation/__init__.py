@@ -1,0 +1,1 @@
+"""Evaluation: pass@k, held-out losses, comparisons, and pairs of sampled completions."""

@@ -1,0 +1,266 @@
+"""Preference pairs and demonstrations from a model's own samples and a rubric: `burnish pairs`; and how a reward model
+ranks such pairs.
+
+Every sampled completion goes to `samples.jsonl` with its rewards, so a killed run goes on where it was, and the rows
+can be chosen anew without sampling. `pairs.jsonl` holds preference rows, `best.jsonl` prompt-completion rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from burnish.errors import ConfigError, DataError
+from burnish.evaluation.evaluate import Interval, mean_interval
+from burnish.objectives.reward_modelling import calibration_bins, calibration_error
+from burnish.progress import format_seconds, say
+from burnish.rewards import Rubric
+from burnish.rewards.identity import rubric_identity
+from burnish.rollout import Engine, SamplingParams
+from burnish.rollout.collect import collect
+from burnish.runs.files import append_json_lines, filter_json_lines, read_json_lines, write_json_lines
+from burnish.types import Group
+
+__all__ = ["PairRanking", "best_row", "preference_rows", "rank_pairs", "sample_rows", "write_rows"]
+
+Row = Mapping[str, Any]
+
+
+def sample_rows(
+    engine: Engine,
+    groups: Sequence[Group],
+    rubric: Rubric,
+    *,
+    params: SamplingParams,
+    num_samples: int,
+    file: Path,
+    model: str,
+    seed: int = 0,
+    prompts_per_round: int = 16,
+) -> list[dict[str, Any]]:
+    """Sample and score every prompt once; what the file already holds is not sampled again.
+
+    Args:
+        engine: samples; its weights must be in sync.
+        groups: prompts, with their rows.
+        rubric: judges.
+        params: how tokens are drawn.
+        num_samples: completions a prompt.
+        file: JSON lines, one record a prompt.
+        model: its identity, such as the fingerprint of its weights: samples of another model, other prompts or columns,
+            another rubric or other settings are refused.
+        seed: of the random numbers.
+        prompts_per_round: prompts sampled and written together.
+
+    Returns:
+        Records `{index, prompt, row, samples: [{text, reward, criteria, answers, errors, stop_reason}]}`, by index.
+
+    Raises:
+        ConfigError: the file holds samples of another run.
+        DataError: a column whose name is an argument of every reward function.
+    """
+    rubric.check_columns(groups)
+    key = _key(model, groups, rubric, params, num_samples, seed)
+    done = {record["index"]: record for record in _read(file, key)}
+    missing = [group for group in groups if group.index not in done]
+    if done:
+        say(f"pairs: {len(done)} of {len(groups)} prompts sampled before")
+    filter_json_lines(file, lambda record: True)  # a line that a kill has cut off
+    started = time.monotonic()
+    for begin in range(0, len(missing), prompts_per_round):
+        part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
+        collect(engine, part, num_generations=num_samples, params=params, seed=seed, step=0)
+        rubric.score(part)
+        records = [_record(group, key) for group in part]
+        append_json_lines(file, records)
+        done |= {record["index"]: record for record in records}
+        left = (time.monotonic() - started) / (begin + len(part)) * (len(missing) - begin - len(part))
+        say(f"pairs: {len(done)}/{len(groups)} prompts sampled  left {format_seconds(left)}")
+    return [done[group.index] for group in groups]
+
+
+def preference_rows(
+    record: Row, *, pairs_per_prompt: int = 1, min_margin: float = 0.0, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The i-th best sample over the i-th worst, while their rewards differ by more than `min_margin`.
+
+    Equal rewards are ordered by a random number of (seed, prompt), equal texts count once, and empty, blank or cut
+    texts and samples without a reward not at all.
+
+    Args:
+        record: of `sample_rows`.
+        pairs_per_prompt: most rows of one prompt.
+        min_margin: rewards must differ by more.
+        seed: of the order of ties.
+
+    Returns:
+        Rows with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, `differs_in` (the criteria whose
+        values differ), and the prompt's own columns.
+    """
+    ranked = _ranked(record, seed)
+    rows: list[dict[str, Any]] = []
+    for best, worst in zip(ranked, reversed(ranked), strict=True):
+        if len(rows) == pairs_per_prompt or not best["reward"] - worst["reward"] > min_margin:
+            break
+        chosen, rejected = (_said(record["prompt"], sample["text"]) for sample in (best, worst))
+        judged = {
+            "score_chosen": best["reward"],
+            "score_rejected": worst["reward"],
+            "differs_in": [name for name, value in best["criteria"].items() if value != worst["criteria"].get(name)],
+        }
+        rows.append({**record["row"], "prompt": record["prompt"], "chosen": chosen, "rejected": rejected, **judged})
+    return rows
+
+
+def best_row(record: Row, *, min_reward: float | None = None, seed: int = 0) -> dict[str, Any] | None:
+    """Best-of-n: the best sample as a prompt-completion row; None where none has a reward of at least `min_reward`."""
+    ranked = _ranked(record, seed)
+    if not ranked or (min_reward is not None and ranked[0]["reward"] < min_reward):
+        return None
+    best = ranked[0]
+    said = _said(record["prompt"], best["text"])
+    return {**record["row"], "prompt": record["prompt"], "completion": said, "score": best["reward"]}
+
+
+@dataclass(frozen=True, slots=True)
+class PairRanking:
+    """How a reward model ranks pairs whose order is known.
+
+    Attributes:
+        num_pairs: pairs.
+        num_problems: prompts that they belong to.
+        accuracy: share of a problem's pairs with the higher score on the chosen side, over problems.
+        accuracy_by_kind: the same over the pairs that differ in one set of criteria, `correct` or `format+correct`.
+        pairs_by_kind: their numbers.
+        calibration_error: of sigma(r_chosen - r_rejected) as a probability, each pair in both orders, 10 bins.
+        brier_score: mean of (1 - sigma(r_chosen - r_rejected))^2.
+        ahead: r_chosen - r_rejected of each pair, in the order of the rows.
+    """
+
+    num_pairs: int
+    num_problems: int
+    accuracy: Interval
+    accuracy_by_kind: dict[str, Interval]
+    pairs_by_kind: dict[str, int]
+    calibration_error: float
+    brier_score: float
+    ahead: tuple[float, ...]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """The numbers without those of each pair: what a report shows."""
+        kinds = {f"ranked right, {kind}": asdict(interval) for kind, interval in self.accuracy_by_kind.items()}
+        figures = {"calibration error": self.calibration_error, "Brier score": self.brier_score}
+        return {
+            "name": name,
+            "num_problems": self.num_problems,
+            "criteria": {"pairs ranked right": asdict(self.accuracy), **(kinds if len(kinds) > 1 else {})}
+            | {figure: {"mean": value} for figure, value in figures.items()},
+        }
+
+
+def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:
+    """Score both sides of every pair and compare.
+
+    Args:
+        judge: `judge(prompts, completions)` gives one score a completion; a `burnish.RewardModel` is one.
+        rows: of `preference_rows`, or any with `prompt`, `chosen` and `rejected`.
+
+    Returns:
+        The ranking. Equal scores are ranked wrong.
+
+    Raises:
+        DataError: no rows.
+    """
+    if not rows:
+        raise DataError("rows = []: a ranking needs at least one pair.")
+    prompts = [row["prompt"] for row in rows]
+    chosen, rejected = (judge(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    ahead = [float(better - worse) for better, worse in zip(chosen, rejected, strict=True)]
+    kinds = ["+".join(row.get("differs_in") or ()) or "unknown" for row in rows]
+    problems = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
+
+    def accuracy(kind: str | None) -> Interval:
+        right: dict[str, list[float]] = defaultdict(list)
+        for problem, own, value in zip(problems, kinds, ahead, strict=True):
+            if kind in (None, own):
+                right[problem].append(float(value > 0))
+        return mean_interval([fmean(values) for values in right.values()], bounds=(0.0, 1.0))
+
+    wins_M = torch.tensor(ahead, dtype=torch.float64).sigmoid()
+    both = calibration_bins(
+        torch.cat((wins_M, 1 - wins_M)), torch.cat((torch.ones_like(wins_M), torch.zeros_like(wins_M)))
+    )
+    counts = Counter(kinds)
+    return PairRanking(
+        num_pairs=len(rows),
+        num_problems=len(set(problems)),
+        accuracy=accuracy(None),
+        accuracy_by_kind={kind: accuracy(kind) for kind in sorted(counts)},
+        pairs_by_kind=dict(sorted(counts.items())),
+        calibration_error=calibration_error(both),
+        brier_score=float(((1 - wins_M) ** 2).mean()),
+        ahead=tuple(ahead),
+    )
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> int:
+    """Write JSON lines whole or not at all; returns their number."""
+    write_json_lines(file, rows)
+    return len(rows)
+
+
+def _ranked(record: Row, seed: int) -> list[Row]:
+    rng = random.Random(f"{seed}-{record['index']}")
+    # What has no text teaches to say nothing, and the stages that read the pairs refuse it.
+    samples: dict[str, Row] = {s["text"]: s for s in record["samples"] if s["reward"] is not None and s["text"].strip()}
+    # A truncated text would teach the model to stop in the middle, or that stopping there is bad for its content.
+    whole = [s for s in samples.values() if s["stop_reason"] != "length"]
+    return sorted(whole, key=lambda s: (-s["reward"], rng.random()))
+
+
+def _said(prompt: Any, text: str) -> Any:
+    """A completion in the prompt's own format."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _record(group: Group, key: str) -> dict[str, Any]:
+    samples: list[dict[str, Any]] = []
+    for completion in group.completions:
+        assert completion.score is not None
+        reason = completion.stop_reason.value if completion.stop_reason else None
+        score = completion.score
+        samples.append(
+            {"text": completion.text, "reward": score.total, "criteria": score.criteria, "answers": score.answers,
+             "errors": score.errors, "stop_reason": reason}
+        )  # fmt: skip
+    row = {name: value for name, value in group.row.items() if name not in ("prompt", "completion")}
+    return {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row, "samples": samples}
+
+
+def _key(
+    model: str, groups: Sequence[Group], rubric: Rubric, params: SamplingParams, num_samples: int, seed: int
+) -> str:
+    rows = [(group.index, group.prompt_ids, group.row) for group in groups]
+    asked = [model, repr(params), num_samples, seed, rubric_identity(rubric), rows]
+    text = json.dumps(asked, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _read(file: Path, key: str) -> list[dict[str, Any]]:
+    records = list(read_json_lines(file))
+    if any(record.get("key") != key for record in records):
+        raise ConfigError(
+            f"{file} holds samples of another model, other prompts, another rubric or other settings: give another "
+            "output_dir, or delete the file."
+        )
+    return records

@@ -1,0 +1,1 @@
+"""What every trainer shares: steps, checkpoints, checks, metrics."""

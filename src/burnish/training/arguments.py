@@ -1,0 +1,182 @@
+"""Arguments of TRL's trainers: what a constructor of ours takes, passes on, or refuses with what to do instead."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerCallback
+
+from burnish.config import elsewhere, known_fields
+from burnish.config.checks import did_you_mean
+from burnish.config.fields import stages_with
+from burnish.config.translated import ALIASES
+from burnish.errors import ConfigError
+from burnish.model.adapter_checks import refuse_outside_weights
+
+__all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
+
+_METRICS = (
+    "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
+    "with burnish.evaluation.evaluate"
+)
+
+_REFUSED: dict[str, str] = {
+    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override batch_loss in a "
+    "subclass",
+    "compute_metrics": _METRICS,
+    "data_collator": "rows are encoded and packed by the trainer itself, so a collator would never be called; prepare "
+    "the rows instead",
+    "environment_factory": "a completion is one turn of text; score it with reward_funcs",
+    "preprocess_logits_for_metrics": _METRICS,
+    "rollout_func": "completions come from an engine; pass one as engine",
+    "tools": "a completion is one turn of text; put the schemas into a tools column",
+}
+
+
+_MOVED: dict[str, str] = {
+    "chars_per_token": "rows are packed by their tokens; remove it",
+    "config": "it is args now",
+    "dataset": "it is train_dataset now",
+    "formatting_func": "prepare the rows instead; SFTTrainer alone takes one",
+    "generation_config": "set the fields of sampling in args, such as temperature and max_completion_length",
+    "infinite": "set max_steps or num_train_epochs in args",
+    "judge": "pass what compares completions as reward_funcs, which score each",
+    "max_target_length": "max_length in args is of a prompt and its completion together",
+    "model_init": "pass the model as model",
+    "num_of_sequences": "rows are packed by their tokens; remove it",
+    "policy": "it is model now",
+    "ppo_config": "it is args now",
+    "ref_policy": "it is ref_model now",
+    "reward_model": "pass it as reward_funcs",
+    "reward_processing_class": "it is reward_processing_classes now, in trainers that take reward_funcs",
+    "tokenizer": "it is processing_class now",
+    "torch_dtype": "it is a key of model_init_kwargs in args, as dtype",
+}
+"""Arguments that older trainers of TRL's had -> where they live now."""
+
+
+def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that a trainer's constructor does not have, with where they live now.
+
+    Raises:
+        ConfigError: an unknown, missing or doubled argument.
+    """
+    signature = inspect.signature(trainer.__init__)
+    parameters = signature.parameters
+    config: Any = getattr(trainer, "config_class", None)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in kwargs.items():
+        if name in parameters or takes_any:
+            continue
+        what = f"{name} = {_short(value)}: {trainer.__name__} has no such argument"
+        if name in _MOVED:
+            raise ConfigError(f"{what}; {_MOVED[name]}.")
+        if config is not None and (name in known_fields(config.kind) or name in ALIASES.get(config.kind, {})):
+            raise ConfigError(f"{what}; it is a field of args: {config.__name__}({name}=...).")
+        if config is not None and (there := elsewhere(config.kind).get(name)) is not None:
+            raise ConfigError(f"{what}; of args, {there.fix}.")
+        if name in _REFUSED:
+            raise ConfigError(f"{what}; {_REFUSED[name]}.")
+        if stages := stages_with(name):
+            raise ConfigError(f"{what}, and args no such field; it is one of {', '.join(stages)}.")
+        raise ConfigError(f"{what}; {did_you_mean(name, list(parameters)[1:])}.")
+    try:
+        signature.bind(None, *args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{trainer.__name__}: {error}; name the arguments.") from None
+
+
+def resolve_args(args: Any, config_class: type[Any]) -> Any:
+    """The arguments given, or the defaults of the trainer's own config.
+
+    Raises:
+        ConfigError: arguments of another class.
+    """
+    if args is None:
+        return config_class()
+    if not isinstance(args, config_class):
+        raise ConfigError(f"args = {type(args).__name__}: use a {config_class.__name__}.")
+    return args
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Refuse arguments that TRL's trainers have and that have no place here; None is no argument.
+
+    Raises:
+        ConfigError: one that was given.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "data_collator" and not isinstance(value, Callable):
+            raise ConfigError(
+                f"data_collator = {type(value).__name__}: by position it stands before train_dataset, as in TRL; pass "
+                "the rows as train_dataset=..."
+            )
+        raise ConfigError(f"{name} = {_short(value)}: {_REFUSED[name]}.")
+
+
+def _short(value: Any) -> str:
+    name = getattr(value, "__name__", None)
+    return name if isinstance(name, str) else f"{value!r:.60}"
+
+
+def check_parts(
+    *, peft_config: Any, callbacks: Any, optimizers: Any, optimizer_cls_and_kwargs: Any, args: Any, eval_dataset: Any
+) -> None:
+    """Refuse parts of the wrong kind before any weight is read.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    if peft_config is not None and not hasattr(peft_config, "peft_type"):
+        raise ConfigError(
+            f"peft_config = {_short(peft_config)}: pass a configuration of peft, such as LoraConfig(r=16)."
+        )
+    if peft_config is not None:
+        refuse_outside_weights(peft_config.peft_type, "peft_config")
+    for callback in callbacks or ():
+        kind: Any = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise ConfigError(f"callbacks: {_short(callback)} is no transformers.TrainerCallback; derive it from one.")
+    if not isinstance(optimizers, tuple) or len(cast("tuple[Any, ...]", optimizers)) != 2:
+        raise ConfigError(
+            f"optimizers = {_short(optimizers)}: pass an optimizer and a scheduler, (optimizer, None) for the "
+            "configured scheduler; args.optim names one of transformers' own."
+        )
+    if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
+        raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
+    if best and args.metric_for_best_model is None:
+        raise ConfigError(
+            "save_strategy = 'best' with metric_for_best_model = None: name the metric to follow, such as 'loss'."
+        )
+    if eval_dataset is None and strategy != "no":
+        raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")
+
+
+def with_quantization(args: Any, model: Any, quantization_config: Any) -> Any:
+    """Arguments whose `model_init_kwargs` hold the quantisation.
+
+    Raises:
+        ConfigError: given twice, or beside a model in memory.
+    """
+    if quantization_config is None:
+        return args
+    kwargs = dict(args.model_init_kwargs or {})
+    if "quantization_config" in kwargs:
+        raise ConfigError(
+            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
+        )
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+        )
+    args = copy.copy(args)
+    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
+    return args

@@ -1,0 +1,485 @@
+"""How a run starts, what it may change when it resumes, and how the changes take effect."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import uuid
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerState
+
+from burnish.config.paths import is_folder, missing
+from burnish.config.resume import resume_class
+from burnish.errors import BurnishError, ConfigError, FileError, show
+from burnish.runs.checkpoints import (
+    DRAFTS,
+    RUN,
+    check_unused,
+    delete_run,
+    discard_draft,
+    find_checkpoint,
+    noting_files,
+    problem_of,
+    publish,
+    rotate,
+    set_aside_after,
+    settle,
+)
+from burnish.runs.files import read_json, write_json
+from burnish.training.fingerprint import describe_run, model_digest
+
+__all__ = [
+    "RunCheckpoints",
+    "changed_settings",
+    "check_weights",
+    "keeping_dtypes",
+    "keeping_hyperparameters",
+    "reading",
+    "start",
+    "writing_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+
+_OWN = "trainer.json"
+"""What a checkpoint holds of every trainer's own."""
+
+_DISK = ("PytorchStreamWriter", "open file")
+"""What torch says of a file that it cannot write."""
+
+_SCHEDULE = frozenset(
+    {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"}
+)
+_HYPERPARAMETERS = {"weight_decay": "weight_decay", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+"""Fields of optimizers -> their key in a parameter group."""
+
+
+class RunCheckpoints:
+    """The checkpoints of one trainer's run: what it is, where it starts, how it saves and goes on.
+
+    Args:
+        trainer: whose run it is.
+        model: its model as it was given, before it gets new adapters.
+    """
+
+    def __init__(self, trainer: Any, model: torch.nn.Module) -> None:
+        self._trainer = trainer
+        self._base = model_digest(model)
+        self._run: dict[str, Any] = {}
+        self.changed: Mapping[str, tuple[Any, Any]] = {}
+        """Settings that differ from those of the checkpoint that is resumed, as (before, now)."""
+        self.drafting = False
+        """Whether a checkpoint is being written, beside the finished ones."""
+
+    def begin(self, asked: str | bool | None) -> Path | None:
+        """Return the checkpoint to start from, None for a new run; `asked` is what `train` was called with.
+
+        Raises:
+            ConfigError: there is no such checkpoint, it is of another run, or a new run would mix with an earlier one.
+        """
+        trainer = self._trainer
+        args = trainer.args
+        resume = args.resume_from_checkpoint if asked is None else asked
+        checkpoint = trainer.agreed(lambda: start(args, resume, model=_source(trainer.model)))
+        if checkpoint is None and asked is True:
+            raise ConfigError(
+                f"resume_from_checkpoint = True: output_dir = {args.output_dir!r} has no checkpoint; name one, or "
+                "remove it to start anew."
+            )
+        if not self._run:  # of the weights as they were given, whatever an earlier call has made of them
+            self._run = describe_run(
+                args,
+                model=trainer.model,
+                base=self._base,
+                train_dataset=trainer.train_dataset,
+                others={name: model_digest(model) for name, model in trainer.other_models().items()},
+                rewards=trainer.reward_names(),
+            )
+        self.changed = {}
+        self._run["run"] = trainer.agreed(lambda: uuid.uuid4().hex)
+        if checkpoint is not None:
+            with reading(checkpoint):
+                step = _read_step(checkpoint)
+                self.changed = changed_settings(checkpoint, self._run)
+                self._run["run"] = read_json(checkpoint / RUN, self._run)["run"]
+            trainer.agreed(lambda: set_aside_after(Path(args.output_dir), step))
+        return checkpoint
+
+    def place(self, folder: str) -> str:
+        """Return where transformers writes: among the drafts while one is written."""
+        return str(Path(folder) / DRAFTS) if self.drafting else folder
+
+    def save(self, folder: Path, write: Callable[[], None]) -> None:
+        """Write a checkpoint beside the finished ones, then move it among them, then delete old ones.
+
+        Args:
+            folder: of the run.
+            write: lets transformers write its part to `place(folder)`.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        trainer, state = self._trainer, self._trainer.state
+        draft = folder / DRAFTS / f"checkpoint-{state.global_step}"
+        own = {"num_tokens": int(trainer.total_tokens())}
+        with writing_checkpoint(draft):
+            if trainer.args.should_save:
+                discard_draft(folder)
+            trainer.accelerator.wait_for_everyone()
+            self.drafting = True
+            try:
+                write()
+            finally:
+                self.drafting = False
+            trainer.save_own_state(draft)
+            trainer.log_state.save(draft)
+            if trainer.is_world_process_zero():
+                write_json(draft / _OWN, own)
+                write_json(draft / RUN, self._run)
+            _name_best(trainer, folder, draft)
+            trainer.accelerator.wait_for_everyone()
+            if trainer.args.should_save:
+                finished = publish(draft, folder)
+                rotate(folder, trainer.args.save_total_limit, keep=[state.best_model_checkpoint])
+                if trainer.args.push_to_hub:
+                    trainer._push_from_checkpoint(str(finished))
+            trainer.accelerator.wait_for_everyone()
+
+    def saving_result(self, folder: Path) -> AbstractContextManager[None]:
+        """Save the trained model inside; a later run that overwrites this one knows its files."""
+        own = self._trainer.args.should_save and folder.resolve() == Path(self._trainer.args.output_dir).resolve()
+        return noting_files(folder) if own else contextlib.nullcontext()
+
+    def load(self, checkpoint: Path, read: Callable[[], None]) -> None:
+        """Restore optimizer, schedule and the trainer's own state; changed settings win over what is restored.
+
+        Args:
+            checkpoint: to read.
+            read: lets transformers restore optimizer and scheduler.
+
+        Raises:
+            ConfigError: the files are damaged, or of another configuration.
+        """
+        trainer = self._trainer
+        total = read_json(checkpoint / "trainer_state.json").get("max_steps")
+        with reading(checkpoint):
+            if not (checkpoint / RUN).is_file():
+                _check_masters(checkpoint, trainer.master_weights is not None)
+            with applying(trainer, self.changed, total_before=total):
+                read()
+            if {"metric_for_best_model", "greater_is_better"} & set(self.changed):
+                trainer.state.best_metric = trainer.state.best_global_step = trainer.state.best_model_checkpoint = None
+            own = read_json(checkpoint / _OWN)
+            if own is None:
+                logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _OWN)
+            trainer.num_tokens = int(own["num_tokens"]) if own and trainer.is_world_process_zero() else 0
+            trainer.log_state.load(checkpoint)
+            trainer.load_own_state(checkpoint)
+
+
+def _read_step(checkpoint: Path) -> int:
+    """Return the step of a checkpoint whose state is one that transformers can go on from.
+
+    Raises:
+        TypeError: a field is unknown, or of another type.
+    """
+    state: Any = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    for name, kind in _STATE_TYPES.items():
+        if not isinstance(getattr(state, name), kind):
+            raise TypeError(f"trainer_state.json: {name} = {show(getattr(state, name))}")
+    if not isinstance(state.stateful_callbacks.get("TrainerControl"), dict):
+        raise TypeError("trainer_state.json: stateful_callbacks has no TrainerControl")
+    return int(state.global_step)
+
+
+_STATE_TYPES: dict[str, Any] = {
+    "best_model_checkpoint": str | None,
+    "epoch": int | float | None,
+    "global_step": int,
+    "log_history": list,
+    "max_steps": int,
+    "stateful_callbacks": dict,
+    "train_batch_size": int,
+}
+
+
+def _check_masters(checkpoint: Path, masters: bool) -> None:
+    """Refuse an optimizer of another number format: torch ignores masters that it does not know.
+
+    Raises:
+        ConfigError: the checkpoint has masters and the run none, or the other way round.
+    """
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    if ("masters" in saved) != masters:
+        kinds = {True: "bf16 weights with fp32 masters", False: "weights without masters"}
+        raise ConfigError(
+            f"resume_from_checkpoint = {str(checkpoint)!r}: it holds {kinds[not masters]}, and this run trains "
+            f"{kinds[masters]}; set bf16, or the model's dtype, as it was."
+        )
+
+
+def _source(model: Any) -> str:
+    """Where a model was read from; of adapters on a base, the adapters' folder is not known."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def _name_best(trainer: Any, folder: Path, draft: Path) -> None:
+    """Record the best checkpoint by the name that it will have."""
+    state = trainer.state
+    if not (best := state.best_global_step):
+        return
+    path = folder / f"checkpoint-{best}"
+    if best == state.global_step or path.is_dir():
+        state.best_model_checkpoint = str(path)
+    if trainer.args.should_save:
+        state.save_to_json(str(draft / "trainer_state.json"))
+
+
+def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: bool = False) -> Path | None:
+    """Return the checkpoint that a run starts from; None for a new run, whose folder holds no other run.
+
+    Args:
+        args: the trainer's config.
+        resume: a checkpoint; True (in words too) for the latest usable one; None or False for a new run.
+        model: where the model was read from, which `overwrite_output_dir` must not delete.
+        check_only: write and delete nothing yet.
+
+    Raises:
+        ConfigError: the checkpoint cannot be resumed, or the folder holds another run.
+        FileError: the folder cannot be written.
+    """
+    folder, overwrite = Path(args.output_dir), bool(args.overwrite_output_dir)
+    if overwrite:
+        _spare(folder, model)
+    if resume is None or str(resume).lower() == "false":
+        if not overwrite:
+            check_unused(folder)
+        elif not check_only:
+            delete_run(folder)
+        return None
+    if not check_only:
+        settle(folder)
+    if str(resume).lower() == "true":
+        found = find_checkpoint(folder)
+        if found is None and overwrite and not check_only:
+            delete_run(folder)
+        return found
+    if not is_folder(checkpoint := Path(str(resume))):
+        raise ConfigError(
+            f"resume_from_checkpoint = {show(resume)}: no such folder; name a checkpoint ({missing(checkpoint)})."
+        )
+    if (problem := problem_of(checkpoint)) is not None:
+        raise ConfigError(
+            f"resume_from_checkpoint = {resume!r}: {problem}. resume_from_checkpoint = true takes the latest usable "
+            "checkpoint of output_dir."
+        )
+    return checkpoint
+
+
+def _spare(folder: Path, model: str) -> None:
+    if model and Path(model).exists() and Path(model).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"overwrite_output_dir = True: output_dir = {str(folder)!r} holds the model to start from, {model}; give "
+            "another output_dir."
+        )
+
+
+def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ from the checkpoint's and take effect, each as (before, now).
+
+    Raises:
+        ConfigError: the checkpoint is of another run.
+    """
+    before = read_json(checkpoint / RUN)
+    if before is None:
+        logger.warning(
+            "%s was written by an earlier version of burnish, without a record of its run: nothing checks that "
+            "settings, data and model are those that wrote it",
+            checkpoint,
+        )
+        return {}
+    if problems := list(_differences(before, now)):
+        raise ConfigError(
+            f"resume_from_checkpoint = {str(checkpoint)!r} is of another run: {'; '.join(problems)}. Set back what "
+            "changed to continue that run; or train a new one in another output_dir, from model = "
+            f"{str(checkpoint)!r} where its weights are wanted."
+        )
+    applied = {name: pair for name, pair in _changed(before, now).items() if resume_class(name) == "applied"}
+    told = dict(applied)
+    for name in ("world_size", "rewards"):
+        if before.get(name) != now[name]:
+            told[name] = (before.get(name), now[name])
+    if told:
+        changes = ", ".join(f"{name} = {new!r} (was {old!r})" for name, (old, new) in told.items())
+        logger.warning("resuming %s with %s", checkpoint, changes)
+    return applied
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    # A field that only one of two versions of transformers has cannot be compared.
+    old, new = before["settings"], now["settings"]
+    return {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
+    """What makes two runs of two descriptions, each with the value of both."""
+    if before["stage"] != now["stage"]:
+        yield f"stage {now['stage']}, it was {before['stage']}"
+        return
+    for name, (old, new) in _changed(before, now).items():
+        if resume_class(name) == "refused":
+            yield f"{name} = {new!r}, it was {old!r}"
+    if before["data"] != now["data"]:
+        yield f"train_dataset is not the same ({now['data']}, it was {before['data']})"
+    for name in sorted({*before["models"], *now["models"]}):
+        old, new = before["models"].get(name), now["models"].get(name)
+        if old != new:
+            yield f"{name} is not the one that the run began with ({new}, it was {old})"
+    for name, what in (("batch", "completions or rows of an optimizer step"), ("rollout", "completions of a rollout")):
+        if before[name] != now[name]:
+            yield f"{now[name]} {what}, it was {before[name]} (per_device_train_batch_size x processes x accumulation)"
+    yield from _adapter_differences(before, now)
+
+
+def _adapter_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
+    old, new = before["adapters"], now["adapters"]
+    if set(old) != set(new):
+        yield f"adapters {sorted(new) or 'none'}, it was {sorted(old) or 'none'} (peft_config)"
+        return
+    found = False
+    for adapter, fields in new.items():
+        for name in sorted(fields.keys() & old[adapter].keys()):
+            if fields[name] != old[adapter][name]:
+                found = True
+                yield f"peft_config.{name} = {fields[name]!r}, it was {old[adapter][name]!r}"
+    if not found and before["trained"] != now["trained"]:
+        yield f"other weights train ({now['trained']}, it was {before['trained']})"
+
+
+@contextlib.contextmanager
+def applying(trainer: Any, changed: Mapping[str, tuple[Any, Any]], *, total_before: int | None) -> Generator[None]:
+    """Let changed settings of optimizer and schedule win over the state that is loaded inside.
+
+    Args:
+        trainer: with its new optimizer and scheduler.
+        changed: field -> (before, now).
+        total_before: steps of the run that wrote the checkpoint, which its schedule was laid out for.
+    """
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    moved = bool(_SCHEDULE & set(changed)) or total_before not in (None, trainer.state.max_steps)
+    own = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and not isinstance(
+        scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau
+    )
+    state: dict[str, Any] | None = None
+    if moved and own and trainer._created_lr_scheduler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # steps of the scheduler before any of the optimizer
+            for _ in range(trainer.state.global_step):
+                scheduler.step()  # pyright: ignore[reportCallIssue]
+        state = scheduler.state_dict()
+    with keeping_hyperparameters(optimizer, changed, *(() if state is None else ("lr", "initial_lr"))):
+        yield
+    if state is not None:
+        scheduler.load_state_dict(state)
+    elif "learning_rate" in changed:
+        _scale(optimizer, changed["learning_rate"])
+
+
+@contextlib.contextmanager
+def keeping_hyperparameters(optimizer: Any, changed: Mapping[str, tuple[Any, Any]], *keys: str) -> Generator[None]:
+    """Load an optimizer's state inside; afterwards it has the changed hyperparameters and `keys` that it has now."""
+    now = [dict(group) for group in optimizer.param_groups]
+    wanted = {*keys, *(key for name, key in _HYPERPARAMETERS.items() if name in changed)}
+    yield
+    for group, own in zip(optimizer.param_groups, now, strict=True):
+        group.update({key: own[key] for key in wanted & own.keys()})
+
+
+def _scale(optimizer: Any, change: tuple[float, float]) -> None:
+    """Scale learning rates that only the loaded state knows, as those that follow a metric."""
+    for group in optimizer.param_groups:
+        for key in {"lr", "initial_lr"} & group.keys():
+            group[key] *= change[1] / change[0] if change[0] else 1.0
+
+
+@contextlib.contextmanager
+def keeping_dtypes(model: torch.nn.Module) -> Generator[None]:
+    """Load weights inside; afterwards each has the dtype that it has now.
+
+    peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
+    """
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | Path) -> Generator[None]:
+    """Turn what a library raises over a file of a checkpoint into an error that names it.
+
+    Raises:
+        ConfigError: the files are damaged, or of another configuration.
+    """
+    try:
+        yield
+    except BurnishError:
+        raise
+    except (OSError, EOFError, LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise _unreadable(checkpoint, error) from error
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: str | Path, error: Exception) -> ConfigError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return ConfigError(
+        f"resume_from_checkpoint = {str(checkpoint)!r}: it does not fit this run, or is damaged ({said:.300}). Resume "
+        "with the dtype, optimizer and peft_config that wrote it, or from another checkpoint."
+    )
+
+
+@contextlib.contextmanager
+def writing_checkpoint(folder: str | Path, what: str = "a checkpoint") -> Generator[None]:
+    """Turn a full disk, as torch and safetensors report it, into a `FileError`.
+
+    Raises:
+        FileError: the checkpoint, or whatever else is written there, cannot be.
+    """
+    try:
+        yield
+    except BurnishError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _DISK):
+            raise
+        raise FileError(
+            f"{folder}: {what} cannot be written ({' '.join(str(error).split()):.200}). Free space or permit "
+            "writing there, then resume: the checkpoints before it are whole."
+        ) from error
+
+
+def check_weights(model: torch.nn.Module, missing: Any, unexpected: Any) -> None:
+    """Refuse weights of another model, which transformers mentions in the log and leaves out.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    weights = model.state_dict()
+    loaded = {tensor.data_ptr() for name, tensor in weights.items() if name not in set(missing)}
+    absent = [name for name in missing if name in weights and weights[name].data_ptr() not in loaded]
+    if found := [*absent, *unexpected]:
+        lack = "lacks" if absent else "holds"
+        raise ConfigError(
+            f"resume_from_checkpoint: the checkpoint {lack} {found[0]} and {len(found) - 1} other weights that the "
+            "model does not share with it: resume with the model and peft_config that wrote it."
+        )

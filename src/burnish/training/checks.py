@@ -1,0 +1,182 @@
+"""What is checked before any step: that model, tokenizer, data and arguments belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.training_args import ParallelMode
+
+from burnish.errors import ConfigError, ModelError
+from burnish.model.adapter_checks import refuse_outside_weights
+from burnish.model.adapter_files import saved_adapters
+from burnish.model.adapters import carries_adapters
+from burnish.model.loading import adopt_chat_template, load_processing_class
+from burnish.model.positions import check_lengths
+from burnish.model.quantization import is_quantized
+from burnish.model.scoring import causal_lm
+from burnish.training.held_out import named_sets
+from burnish.types import Group
+
+__all__ = [
+    "check_loaded",
+    "check_run",
+    "check_vocabulary",
+    "refuse_router_loss",
+    "resolve_tokenizer",
+    "use_non_reentrant_checkpointing",
+]
+
+
+def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> None:
+    """What can be known before any weight is read: processes, batches, quantised weights.
+
+    Raises:
+        ConfigError: naming the argument.
+    """
+    _refuse_data_parallel(args)
+    _refuse_no_batch(args, train_dataset)
+    _check_quantized(model, args, peft_config)
+
+
+def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
+    """Whether something of the model is trained, and knows every token of the data.
+
+    Raises:
+        ConfigError, ModelError: it does not.
+    """
+    if carries_adapters(model) and not getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"model = {type(model).__name__}: it carries the adapters of an earlier trainer. Pass that trainer's "
+            "`model` to train them further, its `model.merge_and_unload()`, or a model that was loaded anew."
+        )
+    for adapters in cast("dict[str, Any]", getattr(model, "peft_config", {})).values():
+        refuse_outside_weights(adapters.peft_type, f"model = {type(model).__name__}")
+    _check_trains(model)
+    for name, groups in {"train_dataset": train_dataset, **named_sets(eval_dataset, "eval_dataset")}.items():
+        check_vocabulary(model, groups, name)
+        check_lengths(causal_lm(model), groups, name, "set max_length, or leave out the rows that are longer")
+
+
+def refuse_router_loss(model: torch.nn.Module) -> None:
+    """Refuse a mixture of experts whose configuration asks for the load-balancing loss of its routers.
+
+    That loss is a product of means over the tokens of a batch: with shared prompts and steps that are split it would be
+    another one.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    lm = causal_lm(model)
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            f"output_router_logits = True in the configuration of {type(lm).__name__}: it asks for the load-balancing "
+            "loss of the experts, which is not added here. Train without it: model.config.output_router_logits = "
+            "False, or model_init_kwargs={'output_router_logits': False} in Python."
+        )
+
+
+def check_vocabulary(model: Any, groups: Any, name: str) -> None:
+    """Refuse tokens that the model has no embedding for; a stream's are not known before they come.
+
+    Raises:
+        ModelError: naming the row.
+    """
+    lm = causal_lm(model)
+    if not isinstance(groups, list) or getattr(lm, "is_quantized", False):
+        return
+    size = int(lm.get_input_embeddings().weight.shape[0])
+    for group in cast("list[Group]", groups):
+        largest = max(max(ids, default=0) for ids in (group.prompt_ids, *(c.token_ids for c in group.completions)))
+        if largest >= size:
+            raise ModelError(
+                f"{name}: row {group.index} has the token {largest}, and {type(lm).__name__} has {size} embeddings: "
+                "processing_class belongs to another model, or the embeddings were not resized."
+            )
+
+
+def _refuse_no_batch(args: Any, groups: Any) -> None:
+    """A run of no step, which transformers mentions in a line of the log."""
+    size = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(groups, Sized) and len(groups) < size:
+        raise ConfigError(
+            f"dataloader_drop_last = True: {len(groups)} rows are no whole batch of {size}, so nothing would be "
+            "trained; remove it, or lower per_device_train_batch_size."
+        )
+
+
+def _refuse_data_parallel(args: Any) -> None:
+    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED and args.n_gpu > 1:
+        raise ConfigError(
+            f"n_gpu = {args.n_gpu}: several visible GPUs without a launcher would become nn.DataParallel. Start with "
+            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one device."
+        )
+
+
+def resolve_tokenizer(
+    model: Any, processing_class: PreTrainedTokenizerBase | None, args: Any
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the one that belongs to the model.
+
+    It has `args.eos_token`, `args.chat_template` and a pad token afterwards, and is saved with them.
+
+    Raises:
+        ModelError: no tokenizer is known.
+        ConfigError: `eos_token` is not in the vocabulary, or there is no such chat template.
+    """
+    if processing_class is not None:
+        tokenizer = processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(
+                f"processing_class = {type(tokenizer).__name__}: pass a tokenizer of transformers (of a processor, its "
+                "tokenizer)."
+            )
+    else:
+        name = model if isinstance(model, str | Path) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        if not name and not isinstance(model, str):
+            raise ModelError(
+                f"model = {type(model).__name__}, processing_class = None: nothing names a tokenizer. Pass the model's "
+                "name or folder, or its tokenizer as processing_class."
+            )
+        tokenizer = load_processing_class(name, args.model_init_kwargs)
+    if (eos_token := getattr(args, "eos_token", None)) is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token = {eos_token!r}: not in the vocabulary of the tokenizer; use a token that is."
+            )
+        tokenizer.eos_token = eos_token
+    adopt_chat_template(tokenizer, args.chat_template, keep_eos=eos_token is not None)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def use_non_reentrant_checkpointing(args: Any) -> None:
+    """Reentrant checkpointing is wrong for layers that share keys and values, and needs inputs with gradients."""
+    # transformers 5.17 knows the second name only.
+    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    if getattr(args, name):
+        setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
+
+
+_ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as LoraConfig()"
+
+
+def _check_quantized(model: Any, args: Any, peft_config: Any) -> None:
+    """Quantised weights have adapters; known before any is read."""
+    if peft_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is None:
+        return
+    if not isinstance(model, str | Path) or saved_adapters(model) is None:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+
+
+def _check_trains(model: torch.nn.Module) -> None:
+    has_adapters = hasattr(model, "peft_config")
+    if is_quantized(causal_lm(model)) and not has_adapters:
+        raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        fix = "load the adapters with is_trainable=True" if has_adapters else "let some of them require gradients"
+        raise ModelError(f"model = {type(model).__name__}: all of its parameters are frozen; {fix}.")

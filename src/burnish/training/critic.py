@@ -1,0 +1,294 @@
+"""The critic of PPO: values of rollouts, and its own optimizer step on their returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish.errors import CheckFailed
+from burnish.model.adapters import saving_adapters
+from burnish.model.classifier import reward_scores
+from burnish.model.finite import check_finite
+from burnish.model.masters import MasterWeights, average_gradients
+from burnish.model.packing import pack, partition, split_by_tokens, unpack, zero_weight_group
+from burnish.model.scoring import eval_mode
+from burnish.objectives.value import clipped_value_loss, explained_variance, moments
+from burnish.training.batches import scored_tokens
+from burnish.training.checkpoint import writing_checkpoint
+from burnish.types import Completion, Group, PackedBatch
+
+__all__ = ["Critic"]
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def _alone(value: float) -> float:
+    """A number over the ranks of a process that has no others."""
+    return value
+
+
+class Critic:
+    """A value model with an optimizer of its own, beside a policy that a trainer updates.
+
+    Policy and critic take turns: `values` and `update` leave no activations and no gradients behind, so a step needs
+    the memory of the larger of the two updates and not of both. No wrapper synchronises the critic's gradients; it
+    averages them over the ranks itself.
+
+    Args:
+        model: of `burnish.model.critic`; its parameters that require a gradient are trained. It is moved to `device`
+            and stays in evaluation mode between updates.
+        learning_rate: peak learning rate.
+        device: where it runs.
+        make_optimizer: makes the optimizer from parameter groups; None is AdamW.
+        weight_decay: of matrices; vectors are not decayed.
+        max_grad_norm: largest norm of a step's gradient; 0 or None does not clip.
+        token_budget: most tokens of one forward and backward, prompts counted once per group; None: no limit.
+        exact: fp32 values of parameters that were rounded, as the loader gives them.
+        checkpointing: recompute activations in the backward pass.
+        pad_token_id: any token, for empty batches.
+        sum_over_ranks: sums a number over all ranks.
+        max_over_ranks: largest of a number over all ranks.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        learning_rate: float,
+        device: torch.device | str = "cpu",
+        make_optimizer: MakeOptimizer | None = None,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        token_budget: int | None = None,
+        exact: dict[torch.nn.Parameter, torch.Tensor] | None = None,
+        checkpointing: bool = False,
+        pad_token_id: int = 0,
+        sum_over_ranks: Callable[[float], float] = _alone,
+        max_over_ranks: Callable[[float], float] = _alone,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.device = torch.device(device)
+        self.learning_rate = learning_rate
+        self.max_grad_norm = max_grad_norm or math.inf
+        self.token_budget = token_budget
+        self._sum, self._max = sum_over_ranks, max_over_ranks
+        self._ranks = round(sum_over_ranks(1.0))
+        self._filler = [_nothing(pad_token_id)]
+        if checkpointing:
+            _recompute_activations(model)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = self._make_optimizer(make_optimizer or torch.optim.AdamW, weight_decay, exact or {})
+
+    def _make_optimizer(
+        self, make: MakeOptimizer, weight_decay: float, exact: dict[torch.nn.Parameter, torch.Tensor]
+    ) -> torch.optim.Optimizer:
+        groups = [
+            {
+                "params": [p for p in self._trained.values() if (p.ndim > 1) == decayed],
+                "lr": self.learning_rate,
+                "weight_decay": weight_decay * decayed,
+            }
+            for decayed in (True, False)
+        ]
+        if all(p.dtype.itemsize >= 4 for p in self._trained.values()):
+            return make([group for group in groups if group["params"]])
+        return MasterWeights(groups, make, exact)
+
+    @torch.no_grad()
+    def values(self, groups: Sequence[Group]) -> None:
+        """Write the value of the state before each token into the completions (0 at tokens that are not scored).
+
+        Args:
+            groups: this rank's groups; may be none.
+
+        Raises:
+            CheckFailed: a value is not finite.
+        """
+        with eval_mode(self.model):
+            for part in self._parts(groups, 1):
+                values = reward_scores(self.model, pack(part).to(self.device)).tolist()
+                if not all(map(math.isfinite, values)):
+                    raise CheckFailed("the critic's values are not finite: look for a NaN in value_model.")
+                completions = [completion for group in part for completion in group.completions]
+                for completion, own in zip(completions, unpack(part, values), strict=True):
+                    completion.values = own
+
+    def update(
+        self,
+        groups: Sequence[Group],
+        *,
+        clip: float | None,
+        vf_coef: float = 1.0,
+        lr_factor: float = 1.0,
+        num_batches: int = 1,
+    ) -> dict[str, float]:
+        r"""One optimizer step on the values and returns of this step's completions.
+
+        .. math:: \frac{c_{vf}}{N} \sum_t \tfrac12 \max\big( (V_t - R_t)^2,
+            (\mathrm{clip}(V_t, V_{old,t} - c, V_{old,t} + c) - R_t)^2 \big)
+
+        with N the scored tokens of all ranks, so that the gradient is independent of every split.
+
+        Args:
+            groups: this rank's groups, with `values` and `returns` in every completion; may be none.
+            clip: c, how far values may move from the old ones before they lose their gradient; None for no clip.
+            vf_coef: weight of the loss. With one optimizer for each model it matters to gradient clipping alone
+                (and to optimizers that do not divide by the gradient's size).
+            lr_factor: the learning rate of this step over the peak learning rate.
+            num_batches: split the step in at least so many parts, as gradient accumulation does for the policy.
+
+        Returns:
+            Metrics over all tokens of all ranks, the same on every rank: `value/loss` (without vf_coef),
+            `value/clip_ratio` (share of tokens without a gradient), `value/explained_variance` and `value/mean` (both
+            of the old values, which the advantages were made from), `value/grad_norm` (before clipping).
+
+        Raises:
+            CheckFailed: the gradient is not finite; the step is not taken.
+        """
+        count = self._sum(float(sum(scored_tokens(group) for group in groups)))
+        scale = vf_coef * self._ranks / max(count, 1.0)
+        sums = torch.zeros(9, dtype=torch.float64)
+        self.model.train()
+        try:
+            for part in self._parts(groups, num_batches):
+                batch = pack(part, token={"old_values": _old_values, "returns": _returns})
+                sums += self._backward(batch.to(self.device), clip=clip, scale=scale)
+            grad_norm = self._step(lr_factor)
+        finally:
+            self.model.eval()
+            self.optimizer.zero_grad(set_to_none=True)
+        loss, clipped, total, *rest = (self._sum(value) for value in sums.tolist())
+        errors, returns = torch.tensor(rest, dtype=torch.float64).split(3)
+        return {
+            "value/loss": loss / max(count, 1.0),
+            "value/clip_ratio": clipped / max(count, 1.0),
+            "value/explained_variance": explained_variance(errors, returns),
+            "value/mean": total / max(count, 1.0),
+            "value/grad_norm": grad_norm,
+        }
+
+    def _parts(self, groups: Sequence[Group], num_batches: int) -> list[list[Group]]:
+        """Groups in parts within the budget, as many on every rank: a sharded model's forward is a meeting of all."""
+        batches = [batch for batch in partition(groups, num_batches) if batch]
+        parts = [part for batch in batches for part in split_by_tokens(batch, self.token_budget)]
+        return parts + [self._filler] * (int(self._max(len(parts))) - len(parts))
+
+    def _backward(self, batch: PackedBatch, *, clip: float | None, scale: float) -> torch.Tensor:
+        """Accumulate one part's gradient; [9] sums of loss, clipped, old values, and moments of errors and returns."""
+        old_N, returns_N = batch.token["old_values"], batch.token["returns"]
+        values_N = reward_scores(self.model, batch)
+        losses_N, clipped_N = clipped_value_loss(values_N, old_N, returns_N, clip=clip)
+        (losses_N.sum() * scale).backward()
+        first = torch.stack([x.detach().double().sum() for x in (losses_N, clipped_N, old_N)])
+        return torch.cat((first, moments(returns_N - old_N), moments(returns_N))).cpu()
+
+    def _step(self, lr_factor: float) -> float:
+        norm = float(self._clip_gradients())
+        if not math.isfinite(norm):
+            raise CheckFailed(
+                f"the gradient norm of the critic is {norm}; its step is not taken. Look for NaN rewards or values; a "
+                "lower learning rate of the critic, or cliprange_value, helps where its loss diverged."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * lr_factor
+        self.optimizer.step()
+        return norm
+
+    def _clip_gradients(self) -> torch.Tensor:
+        """Average the gradients over the ranks and clip them; returns their norm before."""
+        if isinstance(self.optimizer, MasterWeights):
+            if self._ranks > 1:
+                self.optimizer.all_reduce_gradients()
+            return self.optimizer.clip_gradients(self.max_grad_norm)
+        trained = list(self._trained.values())
+        if self._ranks > 1:
+            average_gradients(trained)
+        return torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the trained weights by name, and the optimizer with what masters have beside them.
+
+        The tensors are the live ones; ranks have equal states, so one of them saves.
+        """
+        return {
+            "weights": {name: p.detach() for name, p in self._trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken.
+
+        Raises:
+            CheckFailed: the state is of another critic.
+        """
+        weights: Mapping[str, torch.Tensor] = state["weights"]
+        if {n: p.shape for n, p in self._trained.items()} != {n: w.shape for n, w in weights.items()}:
+            raise CheckFailed(
+                f"the checkpoint's critic trains {len(weights)} tensors and this one {len(self._trained)}, of other "
+                "names or shapes: resume with the configuration that wrote it."
+            )
+        for name, parameter in self._trained.items():
+            parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the model: a sequence classifier that transformers loads, or the adapters and score that peft loads.
+
+        Raises:
+            CheckFailed: a weight is not finite; nothing is written.
+        """
+        check_finite(self.model, "the critic")
+        with writing_checkpoint(folder, "the critic"), saving_adapters(self.model, folder):
+            self.model.save_pretrained(folder)
+
+    def memory_bytes(self, policy: torch.nn.Module | None = None) -> dict[str, int]:
+        """Bytes of the critic by component, in which activations are not counted.
+
+        Args:
+            policy: the model that it may share weights with.
+
+        Returns:
+            `weights` (its own), `shared_weights` (counted with the policy), `masters` (what they take beside the
+            weights) and `optimizer` (as they are now: optimizers make their states in the first step), and
+            `gradients` (during `update` only; bf16 ones take twice the bytes after a second backward).
+        """
+        shared = set() if policy is None else {id(p) for p in policy.parameters()}
+        own = [p for p in self.model.parameters() if id(p) not in shared]
+        common = [p for p in self.model.parameters() if id(p) in shared]
+        masters = self.optimizer.rests if isinstance(self.optimizer, MasterWeights) else []
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        named = {"weights": own, "shared_weights": common, "masters": masters, "optimizer": states}
+        named["gradients"] = list(self._trained.values())
+        return {name: _num_bytes(tensors) for name, tensors in named.items()}
+
+
+def _nothing(token_id: int) -> Group:
+    """A group whose forward and backward yield zeros."""
+    group = zero_weight_group(token_id)
+    group.completions[0].values = group.completions[0].returns = [0.0]
+    return group
+
+
+def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _old_values(completion: Completion) -> list[float]:
+    assert completion.values is not None
+    return completion.values
+
+
+def _returns(completion: Completion) -> list[float]:
+    assert completion.returns is not None
+    return completion.returns
+
+
+def _recompute_activations(model: Any) -> None:
+    # transformers 5.17 knows the second name only. Reentrant checkpointing needs inputs with gradients.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

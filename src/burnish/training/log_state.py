@@ -1,0 +1,66 @@
+"""What was measured since the last log, kept in each checkpoint, so that the next log covers all of its steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from burnish.runs.files import read_json, write_json
+from burnish.training.checkpoint import reading
+
+if TYPE_CHECKING:
+    from burnish.training.base import GroupTrainer
+
+__all__ = ["LogState"]
+
+
+class LogState(TrainerCallback):
+    """Saves one rank's sums of loss and metrics, and restores them when training begins.
+
+    transformers keeps the loss since the last log in memory only and starts it anew on a resume, so that where
+    `save_steps` is not a multiple of `logging_steps` the next log would cover fewer steps than its uninterrupted twin.
+    """
+
+    def __init__(self, trainer: GroupTrainer) -> None:
+        self.trainer = trainer
+        self._loaded: tuple[Path, dict[str, Any] | None] | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's file of a checkpoint.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        own: Any = self.trainer
+        state = {"loss": float(own._tr_loss), "last_logged": own._globalstep_last_logged, **own.metrics_state()}
+        write_json(self._file(folder), state, indent=None)
+
+    def load(self, folder: Path) -> None:
+        """Read this rank's file; a checkpoint of other ranks or of an older version has none.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        self._loaded = (folder, read_json(self._file(folder)))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore what `load` read.
+
+        Raises:
+            ConfigError: it is not what `save` wrote.
+        """
+        (folder, loaded), self._loaded = self._loaded or (Path(), None), None
+        own: Any = self.trainer
+        if loaded is not None:
+            with reading(folder):
+                own.load_metrics_state(loaded)
+                own._tr_loss += torch.tensor(loaded["loss"], dtype=own._tr_loss.dtype)
+                own._globalstep_last_logged = int(loaded["last_logged"])
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"log_{self.trainer.args.process_index}.json"

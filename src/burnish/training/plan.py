@@ -1,0 +1,40 @@
+"""What a run is about to do, in one line: a bare command takes the default of every field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from burnish.config.contradictions import micro_batches_per_rollout
+
+__all__ = ["describe_plan"]
+
+_SEQUENCES_PER_ROW = {"dpo": 2, "reward": 2}
+
+
+def describe_plan(args: Any, *, first_step: int, max_steps: int) -> str:
+    """Say how many steps a run takes, what each of them reads or samples, and how many tokens that is at most.
+
+    Args:
+        args: the trainer's config.
+        first_step: steps taken already, by the run that is resumed.
+        max_steps: step at which it ends.
+    """
+    steps = max(max_steps - first_step, 0)
+    taken = f"{steps} steps" if first_step == 0 else f"{steps} steps, {first_step + 1} to {max_steps}"
+    micro, accumulation = args.per_device_train_batch_size * args.world_size, args.gradient_accumulation_steps
+    if not hasattr(args, "max_completion_length"):
+        rows = micro * accumulation
+        if args.max_length is None:
+            return f"{args.kind}: {taken} of {rows} rows, of any length"
+        tokens = steps * rows * _SEQUENCES_PER_ROW.get(args.kind, 1) * args.max_length
+        return f"{args.kind}: {taken} of {rows} rows; at most {args.max_length} tokens a sequence, {tokens:,} in all"
+    rollout = micro_batches_per_rollout(args.steps_per_generation, accumulation)
+    steps_per_rollout = rollout // accumulation * getattr(args, "num_iterations", 1)
+    rollouts, limit = math.ceil(steps / steps_per_rollout), args.max_completion_length
+    completions = micro * rollout * (args.max_sampling_rounds if args.dynamic_sampling else 1)
+    counted = f"up to {completions}" if args.dynamic_sampling else str(completions)
+    return (
+        f"{args.kind}: {taken}; {rollouts} rollouts of {counted} completions, {args.num_generations} to a prompt; "
+        f"at most {limit} tokens each, {rollouts * completions * limit:,} in all"
+    )

@@ -1,0 +1,113 @@
+"""Every sampled completion with its reward breakdown and advantage, as JSON lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from burnish.data.tokens import decode_text
+from burnish.rollout.prompts import Share
+from burnish.runs.records import StepRecords
+from burnish.types import Completion
+
+__all__ = ["TranscriptLog"]
+
+Entry = tuple[tuple[int, int], bool, dict[str, Any]]
+"""The completion's place and number, whether it is a copy that another rank sampled, and its record."""
+
+
+class TranscriptLog:
+    """Writes one record per completion: prompt, text, reward, criteria, columns that rewards log, advantage.
+
+    Args:
+        args: `log_completions` says whether and where.
+        is_main: whether this rank writes; the others hand their completions to it.
+        gathered: the same list of all ranks.
+        name: of the file.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        *,
+        is_main: bool,
+        gathered: Callable[[Sequence[Entry]], list[Entry]],
+        name: str = "transcripts.jsonl",
+    ) -> None:
+        self.enabled = bool(args.log_completions)
+        self.records = StepRecords.of_run(args, args.log_completions, name, writes=is_main)
+        self._gathered = gathered
+
+    def write(
+        self,
+        sampled: Sequence[Share],
+        *,
+        trained: Sequence[Share] = (),
+        step: int,
+        tokenizer: PreTrainedTokenizerBase,
+        **fields: Any,
+    ) -> None:
+        """Append completions, those of all ranks, once each and in one order; every rank calls this.
+
+        Args:
+            sampled: every completion that was sampled, whether it is trained on or not.
+            trained: those of the batch, with their advantages: refills may have brought them from another rank.
+            step: the first optimizer step that they feed.
+            tokenizer: decodes prompts.
+            fields: of every record.
+
+        Raises:
+            FileError: they cannot be written.
+        """
+        if not self.enabled:
+            return
+        here = {id(completion) for share in sampled for completion in share.group.completions}
+        own = [*_entries(sampled, tokenizer), *_entries(trained, tokenizer, but=here)]
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        for key, is_copy, record in sorted(self._gathered(own), key=lambda entry: entry[:2]):
+            # What is replayed was written when it was sampled.
+            if not is_copy or key in found:
+                found[key] = record
+        self.records.append([{"step": step, **fields, **record} for record in found.values()])
+
+
+def _entries(
+    shares: Sequence[Share], tokenizer: PreTrainedTokenizerBase, but: Collection[int] | None = None
+) -> list[Entry]:
+    """Entries of completions; with `but`, of copies of what other ranks sampled."""
+    return [
+        (
+            (share.place, share.first + number),
+            but is not None,
+            {
+                "prompt_index": share.group.index,
+                "sample": share.first + number,
+                "prompt": prompt,
+                **_record(completion),
+            },
+        )
+        for share in shares
+        for prompt in [decode_text(tokenizer, share.group.prompt_ids)]
+        for number, completion in enumerate(share.group.completions)
+        if but is None or id(completion) not in but
+    ]
+
+
+def _record(completion: Completion) -> dict[str, Any]:
+    score, advantage = completion.score, completion.advantage
+    if completion.token_advantages is not None:
+        advantage = fmean(completion.token_advantages)
+    return {
+        "completion": completion.text,
+        "stop_reason": completion.stop_reason,
+        "num_tokens": len(completion.token_ids),
+        "reward": None if score is None else score.total,
+        "criteria": {} if score is None else score.criteria,
+        "errors": {} if score is None else score.errors,
+        "answers": {} if score is None else score.answers,
+        "extra": {} if score is None else score.extra,
+        "advantage": advantage,
+    }
