@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from burnish.model import lean, scoring
+from burnish.model import recomputation, scoring
 from burnish.model.packing import pack
 from burnish.model.recomputation import recomputing, save_less
 from burnish.model.scoring import prepare_for_scoring, score
@@ -135,7 +135,7 @@ def test_outside_and_without_gradients_nothing_is_recomputed(monkeypatch: pytest
 
     model = tiny.model("llama").train()
     prepare_for_scoring(model)
-    monkeypatch.setattr(lean, "_again", refuse)
+    monkeypatch.setattr(recomputation, "_again", refuse)
     model(torch.arange(1, 9)[None]).logits.sum().backward()
     with torch.no_grad():
         score(model, pack(groups()))
