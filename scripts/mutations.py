@@ -241,7 +241,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("errors.py", "if isinstance(error, Exception):\n        return error\n    return kind(", "if True:\n        return error\n    return kind(", "test_rewards_calls.py"),
     ("rewards/calls.py", "            raise _Overdue\n", "            pass\n", "test_rewards_calls.py::test_a_function_over_its_time_is_interrupted_and_pinned_on_its_completion"),
     ("rewards/pool.py", "env=kept | own | threads |", "env=dict(os.environ) | own | threads |", "test_rewards_isolation.py"),
-    ("rewards/pool.py", ".get(\"nonce\") == nonce", ".get(\"nonce\")", "test_rewards_isolation.py"),
+    ("rewards/pool.py", "cast(\"dict[str, Any]\", reply).get(\"nonce\") == nonce", "True", "test_rewards_isolation.py::test_a_reply_cannot_be_forged_by_writing_to_descriptors"),
     ("rewards/pool.py", "_kill_marked(f\"{_MARK}={self._mark}\".encode())", "pass", "test_rewards_isolation.py"),
     ("rewards/guard.py", "return isinstance(code, CodeType) and _is_from_text(code.co_filename) and not _is_by_library()", "return False", "test_rewards_isolation.py"),
     # pairs, held-out losses and pipelines
