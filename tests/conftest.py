@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,16 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more threads than one each only fight. Read when torch is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of scripts/, which is no package, as a module."""
+    spec = spec_from_file_location(name, Path(__file__).parent.parent / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -203,11 +203,11 @@ def test_the_same_from_files(
 
 @pytest.mark.parametrize("asked", ["question", "instruction", "Query"])
 def test_a_prompt_by_another_name_beside_a_pair_is_not_lost(asked: str) -> None:
-    row = {asked: "How far is it?", "chosen": "4 km", "rejected": "far"}
+    row = {asked: 'How "far"\nis Ben\'s town?', "chosen": "4 km", "rejected": "far"}
     with pytest.raises(DataError, match=rf"row 3 has chosen \+ rejected without a prompt.*{asked} = \"prompt\""):
         detect_format(row, stage="preference", index=3)
     # Where the answers begin with it, as Anthropic's dialogues do, nothing is lost; nor beside a prompt.
-    whole = {name: f"How far is it? {text}" for name, text in row.items()}
+    whole = {name: f"{row[asked]} {text}" for name, text in row.items()}
     assert detect_format({**whole, asked: row[asked]}, stage="preference").columns == ("chosen", "rejected")
     chat = [{"role": "user", "content": row[asked]}, {"role": "assistant", "content": "4 km"}]
     other = [chat[0], {"role": "assistant", "content": "far"}]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "measures.py"
+from conftest import load_script
 
 LIMITS: dict[str, float] = {
     "files over 500 lines": 0,
@@ -25,12 +23,7 @@ LIMITS: dict[str, float] = {
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    spec = importlib.util.spec_from_file_location("measures", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.measures()
+    return load_script("measures").measures()
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
@@ -13,17 +12,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from conftest import load_script
+
 FILE = Path(__file__).parent.parent / "scripts" / "plot_curves.py"
 
 
 @pytest.fixture(scope="module")
 def plot() -> Any:
-    spec = importlib.util.spec_from_file_location("plot_curves", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("plot_curves")
 
 
 def test_points_lie_where_the_axes_say(plot: Any) -> None:

@@ -444,3 +444,14 @@ def test_an_import_that_is_not_there_says_so() -> None:
 def test_a_parser_knows_every_name_of_trl_s(kind: Kind) -> None:
     options = TrlParser(CONFIGS[kind])._option_string_actions
     assert {f"--{name}" for name in (*known_fields(kind), *elsewhere(kind))} <= set(options)
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ";"), (".csv", ","), (".tsv", "\t"), (".csv", "|")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_mixture_are_split_at_their_own_delimiter(
+    tmp_path: Path, suffix: str, delimiter: str, streaming: bool
+) -> None:
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(f"prompt{delimiter}completion\na{delimiter}b\n")
+    mixture = DatasetMixtureConfig([DatasetConfig(str(file))], streaming=streaming)
+    assert list(get_dataset(mixture)["train"]) == [{"prompt": "a", "completion": "b"}]

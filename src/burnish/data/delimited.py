@@ -12,7 +12,7 @@ from burnish.data.parsing import repeated
 from burnish.errors import DataError
 from burnish.progress import say
 
-__all__ = ["read_delimited"]
+__all__ = ["find_delimiter", "read_delimited"]
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
@@ -35,9 +35,17 @@ def read_delimited(path: Path, *, usual: str) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         head = list(islice(file, _LOOKED_AT_LINES))
         delimiter = _delimiter(head, usual, path)
-        if delimiter != usual:
-            say(f"{path}: cells are read as separated by {_DELIMITERS[delimiter]}, as in its header")
         return _rows(chain(head, file), delimiter, path)
+
+
+def find_delimiter(path: Path, *, usual: str) -> str:
+    """The delimiter of a file that another reader reads; see `read_delimited`.
+
+    Raises:
+        DataError: two delimiters fit equally well.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return _delimiter(list(islice(file, _LOOKED_AT_LINES)), usual, path)
 
 
 def _rows(lines: Iterable[str], delimiter: str, path: Path) -> list[dict[str, Any]]:
@@ -60,7 +68,10 @@ def _rows(lines: Iterable[str], delimiter: str, path: Path) -> list[dict[str, An
 
 
 def _delimiter(head: list[str], usual: str, path: Path) -> str:
-    """The delimiter that splits the header; of several the one that gives each of the first rows as many cells."""
+    """The delimiter that splits the header; of several the one that gives each of the first rows as many cells.
+
+    One that the file's suffix does not promise is said.
+    """
     splitting = {one: counts for one in _DELIMITERS if (counts := _cells(head, one))[:1] > [1]}
     if len(splitting) > 1:
         splitting = {one: counts for one, counts in splitting.items() if len(set(counts)) == 1} or splitting
@@ -69,7 +80,10 @@ def _delimiter(head: list[str], usual: str, path: Path) -> str:
             f"{path}: its header and first rows can be read as separated by "
             f"{' or by '.join(_DELIMITERS[one] for one in splitting)}: put quotes around the cells of the header."
         )
-    return next(iter(splitting), usual)
+    delimiter = next(iter(splitting), usual)
+    if delimiter != usual:
+        say(f"{path}: cells are read as separated by {_DELIMITERS[delimiter]}, as in its header")
+    return delimiter
 
 
 def _cells(head: list[str], delimiter: str) -> list[int]:

@@ -186,7 +186,7 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
 
 
 def _refuse_lost_prompt(row: Mapping[str, Any], index: int) -> None:
-    """Refuse a pair without a prompt beside a column that looks like one, and that neither answer begins with.
+    """Refuse a pair without a prompt beside a column that looks like one, and that the chosen answer does not hold.
 
     Raises:
         DataError: with the line that names the prompt.
@@ -194,11 +194,20 @@ def _refuse_lost_prompt(row: Mapping[str, Any], index: int) -> None:
     meant = meant_columns(row, [("prompt", "chosen", "rejected")])
     for name in meant:
         asked = row[name]
-        if isinstance(asked, str) and asked.strip() not in str(row["chosen"]):
+        if isinstance(asked, str) and asked.strip() not in _texts_of(row["chosen"]):
             raise DataError(
-                f"row {index} has chosen + rejected without a prompt, and a column {name!r} that neither holds, "
+                f"row {index} has chosen + rejected without a prompt, and a column {name!r} that chosen does not hold, "
                 f"so the model would learn answers to nothing: {rename_tip(meant)}, or drop the column."
             )
+
+
+def _texts_of(value: Any) -> str:
+    """All texts within a value, such as a list of messages, one a line."""
+    if isinstance(value, Mapping):
+        value = list(cast("Mapping[str, Any]", value).values())
+    if isinstance(value, list):
+        return "\n".join(map(_texts_of, cast("list[Any]", value)))
+    return value if isinstance(value, str) else ""
 
 
 def refuse_mixed(present: Collection[str], columns: Iterable[str], *, tokenized: bool, index: int) -> None:

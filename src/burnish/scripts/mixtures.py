@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config.paths import is_file, is_folder
+from burnish.data.delimited import find_delimiter
 from burnish.errors import ConfigError, DataError, show
 from burnish.scripts.arguments import DatasetConfig, DatasetMixtureConfig
 
 __all__ = ["get_dataset"]
 
-_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tsv": "csv"}
+_DELIMITED = {".csv": ",", ".tsv": "\t"}
+"""Suffix of delimited text -> the delimiter that it promises."""
+
 _SEED = 0
 """Of the split into train and test: a resumed run must hold out the same rows."""
 
@@ -89,8 +93,11 @@ def _load(spec: DatasetConfig, index: int, *, streaming: bool) -> Any:
 
 def _arguments(spec: DatasetConfig) -> dict[str, Any]:
     """Arguments of `load_dataset`, which takes no path of a single file."""
-    if is_file(spec.path) and spec.data_files is None and Path(spec.path).suffix in _BUILDERS:
-        return {"path": _BUILDERS[Path(spec.path).suffix], "data_files": spec.path}
+    file = Path(spec.path)
+    if is_file(spec.path) and spec.data_files is None and file.suffix in _BUILDERS:
+        usual = _DELIMITED.get(file.suffix)
+        cells = {} if usual is None else {"delimiter": find_delimiter(file, usual=usual)}
+        return {"path": _BUILDERS[file.suffix], "data_files": spec.path, **cells}
     return {"path": spec.path, "name": spec.name, "data_dir": spec.data_dir, "data_files": spec.data_files}
 
 
