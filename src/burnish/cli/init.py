@@ -47,8 +47,9 @@ _LONGEST_ANSWER = 60
 """Characters of an answer that a model can be expected to give word for word."""
 
 _TEMPLATE = """\
-# For {{ path|line }}: {{ num_rows }} rows with {{ found|line }}. Written by `burnish init`; every line is yours to change.
-# Look first: `burnish {{ command }} {{ target|line }} --dry-run`. Then train: `burnish {{ command }} {{ target|line }}`.
+# For {{ path|line }}: {{ num_rows }} rows with {{ found|line }}.
+# Written by `burnish init`; every line is yours to change.
+# Look first: `burnish {{ command }} {{ target|line }} --dry-run`. Train: `burnish {{ command }} {{ target|line }}`.
 {% if command == "pipeline" %}
 # It measures the model, fine-tunes, measures, reinforces, measures, and writes a report.
 {% endif %}
