@@ -31,6 +31,7 @@ __all__ = [
     "row_tools",
     "split_turns",
     "unpair",
+    "with_system",
 ]
 
 Message: TypeAlias = dict[str, Any]
@@ -404,6 +405,18 @@ def _with_role(message: Mapping[str, Any]) -> Message:
     content = message["value"] if message.get("value") is not None else message.get("content")
     rest = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
     return {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": content, **rest}
+
+
+def with_system(prompt: Any, system_prompt: str, place: str) -> list[Message]:
+    """A prompt as messages with a system message in front.
+
+    Raises:
+        DataError: it has one, naming `place`.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
+    if messages[0]["role"] == "system":
+        raise DataError(f"{place} has a system message and system_prompt is set too: unset one of them.")
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def split_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 
 from burnish.config.checks import check_mapping
 from burnish.config.inherited import FieldInfo
+from burnish.data.instructions import instruction_columns
 from burnish.errors import ConfigError, RewardError
 from burnish.model.packing import pack, split_by_tokens
 from burnish.model.scoring import eval_mode, score
@@ -35,6 +36,7 @@ __all__ = [
     "mean_nll",
     "paired_difference",
     "pass_at_k",
+    "sample_record",
 ]
 
 _NUM_RESAMPLES = 10_000
@@ -431,11 +433,12 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
         num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
-        samples=[_sample(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
+        samples=[sample_record(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
     )
 
 
-def _sample(completion: Completion, score: Score) -> dict[str, Any]:
+def sample_record(completion: Completion, score: Score) -> dict[str, Any]:
+    """Return a scored completion as JSON."""
     return {
         "text": completion.text,
         "stop_reason": completion.stop_reason and completion.stop_reason.value,
@@ -453,6 +456,9 @@ def _key(row: Mapping[str, Any]) -> str:
     A demonstration is no part of the problem.
     """
     asked = {name: value for name, value in row.items() if name != "completion"}
+    without = {name: value for name, value in asked.items() if name != "prompt"}
+    if instruction_columns(without):  # the prompt was read from them, as text or as messages
+        asked = without
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
