@@ -167,7 +167,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     run = RunFile(
         path=Path(path),
         kind=kind,
-        training=check_fields(cast("Kind", kind), tables.get("training", {})) if trains else {},
+        training=check_fields(kind, tables.get("training", {})) if trains else {},
         **_shared(tables, path, pipeline=False),
         pairs=section(PairsSection, tables.get("pairs", {})) if kind == "pairs" else None,
         document=document,

@@ -108,7 +108,8 @@ def own(default: T, text: str, group: Group = TABLE, *, fix: str = "", resume: R
     """
     metadata = {"help": text, "group": group, "fix": fix, "resume": resume or group.resume}
     if isinstance(default, list):
-        return field(default_factory=partial(copy.copy, default), metadata=metadata)
+        copied = partial(copy.copy, default)
+        return field(default_factory=copied, metadata=metadata)  # pyright: ignore[reportReturnType]
     return field(default=default, metadata=metadata)  # pyright: ignore[reportReturnType]
 
 

@@ -100,4 +100,5 @@ def _holds(stages: str, kind: Kind) -> bool:
 @cache
 def resume_class(name: str) -> ResumeClass:
     """What a resumed run does with a changed field; one that no version of the tables knows is refused."""
-    return next((known_fields(kind)[name].resume for kind in stages_with(name)), "refused")
+    kinds = stages_with(name)
+    return known_fields(kinds[0])[name].resume if kinds else "refused"

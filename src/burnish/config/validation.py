@@ -237,8 +237,8 @@ def _converting(hint: Any) -> Any:
         return functools.reduce(operator.or_, map(_converting, members))
     if origin is Annotated:
         return Annotated[(_converting(args[0]), *args[1:])]
-    if origin in (list, dict, tuple):
-        inner = origin[tuple(map(_converting, args))]
+    if origin in (list, dict, tuple) and args:
+        inner = cast(Any, origin)[tuple(map(_converting, args))]
         return Annotated[inner, BeforeValidator(_as_tuple)] if origin is tuple else inner
     return hint
 

@@ -64,7 +64,7 @@ def _with_checked_arguments(config: T) -> T:
 
 def _set_by_algorithm(config: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that the `algorithm` of a config sets, beside those that are given."""
-    values = {name: info.default for name, info in known_fields(config.kind).items()} | given
+    values = {name: info.default for name, info in known_fields(config.kind).items()} | dict(given)
     return {
         name: value
         for name, value in apply_algorithm(config.kind, values, given).items()
