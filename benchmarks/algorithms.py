@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from plot_curves import picture
+from plot_curves import draw, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "algorithms.json", ROOT / "docs" / "algorithms.svg"
@@ -273,7 +273,7 @@ def collect(folder: Path) -> None:
             ("cpu_seconds", "seconds of training, of one core"),
         )
     ]
-    PICTURE.write_text(picture(panels, "Held-out accuracy of every algorithm, one task and checkpoint", 3))
+    save(draw(panels, "Held-out accuracy of every algorithm, one task and checkpoint", 3), PICTURE)
     print(table(runs))
 
 

@@ -18,11 +18,11 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -30,6 +30,9 @@ from burnish import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
 from burnish.model.masters import MasterWeights
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from plot_curves import save
+
 from live_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +69,7 @@ def main() -> None:
                 gc.collect()
     sizes = {name: value for name, value in vars(options).items() if isinstance(value, int)}
     options.json.write_text(json.dumps({"model": MODEL, **sizes, "cases": cases}, indent=1) + "\n")
-    options.svg.write_text(picture([case for case in cases if not case["checkpointing"]]))
+    save(draw([case for case in cases if not case["checkpointing"]]), options.svg)
     print(table(cases))
 
 
@@ -241,40 +244,27 @@ def _cell(measured: int | None, expected: int | None) -> str:
     return f"{measured / 1e6:,.0f}" + ("" if expected is None else f" / {expected / 1e6:,.0f}")
 
 
-def picture(cases: list[dict[str, Any]]) -> str:
-    """Stacked bars: the fixed bytes, and on them the largest phase; a tick where the formulas put the peak."""
-    left, top, height, gap, width = 210, 46, 26, 14, 560
-    largest = max(max(peak(case), formula_peak(case)) for case in cases)
-    scale = width / largest
-    bottom = top + len(cases) * (height + gap)
-    labels = [*FIXED, "largest phase"]
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 90}" height="{bottom + 84}" '
-        'font-family="system-ui, sans-serif" font-size="12">',
-        f'<rect width="100%" height="100%" fill="#fff"/><text x="{left}" y="24" font-size="14">'
-        "Peak bytes by component, SmolLM2-135M, bf16 (black mark: the formulas)</text>",
-    ]
-    for row, case in enumerate(cases):
-        y, x = top + row * (height + gap), float(left)
-        kind = "LoRA" if case["lora"] else "full"
-        out.append(f'<text x="{left - 8}" y="{y + 17}" text-anchor="end">{escape(kind + ": " + case["name"])}</text>')
-        sizes = [case["fixed"].get(name, 0) for name in FIXED] + [max(case["phases"].values())]
-        for label, size, color in zip(labels, sizes, COLORS, strict=True):
-            if size:
-                title = f"<title>{label}: {size / 1e6:,.0f} MB</title>"
-                out.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="{height}" fill="{color}">{title}'
-                    "</rect>"
-                )
-                x += size * scale
-        out.append(f'<text x="{x + 6:.1f}" y="{y + 17}">{peak(case) / 1e9:.2f} GB</text>')
-        mark = left + formula_peak(case) * scale
-        out.append(f'<rect x="{mark - 1:.1f}" y="{y - 3}" width="2" height="{height + 6}" fill="#000"/>')
-    for place, (label, color) in enumerate(zip(labels, COLORS, strict=True)):
-        x, y = 20 + (place % 4) * 200, bottom + 18 + (place // 4) * 24
-        out.append(f'<rect x="{x}" y="{y}" width="13" height="13" fill="{color}"/>')
-        out.append(f'<text x="{x + 19}" y="{y + 11}">{escape(label)}</text>')
-    return "\n".join([*out, "</svg>"]) + "\n"
+def draw(cases: list[dict[str, Any]]) -> Figure:
+    """Stacked bars: the fixed bytes, and on them the largest phase; a mark where the formulas put the peak."""
+    figure = Figure(figsize=(9, 0.5 * len(cases) + 1.6), layout="constrained")
+    axes = figure.add_subplot()
+    names = [f"{_kind(case)}, {peak(case) / 1e9:.2f} GB" for case in cases]
+    lefts = [0.0] * len(cases)
+    for label, color in zip((*FIXED, "largest phase"), COLORS, strict=True):
+        phases = label == "largest phase"
+        sizes = [(max(c["phases"].values()) if phases else c["fixed"].get(label, 0)) / 1e9 for c in cases]
+        axes.barh(names, sizes, left=lefts, color=color, label=label)
+        lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
+    axes.scatter(
+        [formula_peak(case) / 1e9 for case in cases], names, marker="|", s=300, color="black", label="formulas"
+    )
+    axes.invert_yaxis()
+    axes.set_title("Peak bytes by component, SmolLM2-135M, bf16", loc="left")
+    axes.set_xlabel("GB")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

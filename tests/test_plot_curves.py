@@ -1,20 +1,16 @@
-"""The script that draws curves: points at their places, numbers from a run's file, gaps and intervals."""
+"""The script that draws curves: points, gaps and intervals, numbers from a run's file."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import re
+import math
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
 from conftest import load_script
-
-FILE = Path(__file__).parent.parent / "scripts" / "plot_curves.py"
 
 
 @pytest.fixture(scope="module")
@@ -22,33 +18,28 @@ def plot() -> Any:
     return load_script("plot_curves")
 
 
-def test_points_lie_where_the_axes_say(plot: Any) -> None:
+def test_points_whiskers_and_names_are_drawn(plot: Any, tmp_path: Path) -> None:
     series = {"name": "a <b>", "x": [0, 5, 10], "y": [0.0, 1.0, 0.5], "low": [0.0, 0.5, 0.25], "high": [0.5, 1.0, 0.75]}
-    text = plot.picture([{"title": "t", "series": [series]}])
-    root = ElementTree.fromstring(text)
-    circles = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in root.iter() if c.tag.endswith("circle")]
-    left, right, bottom = plot.LEFT, plot.WIDTH - plot.RIGHT, plot.HEIGHT - plot.BOTTOM
-    assert [x for x, _ in circles] == [left, (left + right) / 2, right]
-    heights = [bottom - y for _, y in circles]
-    assert heights[0] == 0
-    assert heights[1] == pytest.approx(2 * heights[2], abs=0.2), "to the rounding of 0.1"
+    figure = plot.draw([{"title": "t", "y_percent": True, "series": [series]}])
+    (axes,) = figure.axes
+    (line,), (whiskers,) = axes.lines, axes.collections
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 5, 10], [0.0, 1.0, 0.5])
+    assert line.get_marker() == "o"
+    assert [list(segment[:, 1]) for segment in whiskers.get_segments()] == [[0.0, 0.5], [0.5, 1.0], [0.25, 0.75]]
+    for name in ("one.svg", "two.svg"):
+        plot.save(figure, tmp_path / name)
+    text = (tmp_path / "one.svg").read_text()
     assert "a &lt;b&gt;" in text
-    assert text.count('stroke-opacity="0.55"') == 3, "few points have whiskers"
+    assert "100%" in text
+    assert text == (tmp_path / "two.svg").read_text(), "a picture changes with its numbers only"
 
 
-def test_a_gap_ends_a_line(plot: Any) -> None:
-    assert plot.path([(0, 1), (2, 3), None, (4, 5), (6, 7)]) == "M0 1L2 3M4 5L6 7"
-    assert plot.smooth([1.0, None, 3.0], 3) == [1.0, None, pytest.approx((0.5 + 3.0) / 1.5)]
-
-
-def test_ticks_are_round_and_inside(plot: Any) -> None:
-    for values in ([0.1, 0.9], [3.0, 3.0], [0.001, 0.0042], [-3.0, 17.0], [1000.0, 52000.0], [1.742, 0.147]):
-        low, high, ticks = plot.scale(values)
-        assert low <= min(values) < high
-        assert low - 1e-9 <= ticks[0] < ticks[-1] <= high + 1e-9
-        assert 3 <= len(ticks) <= 7, (values, ticks)
-        steps = [b - a for a, b in itertools.pairwise(ticks)]
-        assert steps == pytest.approx([steps[0]] * len(steps))
+def test_a_gap_ends_a_line_and_a_smooth_line_lies_over_the_raw_one(plot: Any) -> None:
+    series = {"name": "n", "x": [0, 1, 2], "y": [1.0, None, 3.0], "smooth": 3, "color": 2, "dashed": True}
+    raw, smooth = plot.draw([{"series": [series]}]).axes[0].lines
+    assert list(raw.get_ydata()) == pytest.approx([1.0, math.nan, 3.0], nan_ok=True)
+    assert list(smooth.get_ydata()) == pytest.approx([1.0, math.nan, (0.5 + 3.0) / 1.5], nan_ok=True)
+    assert (smooth.get_color(), smooth.get_linestyle()) == (plot.PALETTE[2], "--")
 
 
 def test_points_come_from_the_metrics_of_a_run(plot: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +68,9 @@ def test_points_come_from_the_metrics_of_a_run(plot: Any, tmp_path: Path, monkey
 
 def test_many_points_have_a_band_and_no_marks(plot: Any) -> None:
     x = list(range(50))
-    text = plot.picture([{"series": [{"name": "n", "x": x, "y": x, "low": x, "high": x}]}], "title", 1)
-    assert "<circle" not in text
-    assert len(re.findall('fill-opacity="0.15"', text)) == 1
+    panels = [{"series": [{"name": "n", "x": x, "y": x, "low": x, "high": x}]}] * 3
+    figure = plot.draw(panels, "title", 2)
+    assert [axes.get_subplotspec().rowspan.start for axes in figure.axes] == [0, 0, 1]
+    (line,), (band,) = figure.axes[0].lines, figure.axes[0].collections
+    assert line.get_marker() == "None"
+    assert band.get_alpha() == 0.15

@@ -17,6 +17,7 @@ from burnish.progress import format_seconds, say
 from burnish.report import write_report
 from burnish.rewards import check_gold
 from burnish.rewards.identity import rubric_identity
+from burnish.runs.evaluations import Interval
 from burnish.runs.files import read_json, write_json
 from burnish.runs.lock import locked
 from burnish.runs.processes import refuse_ranks
@@ -208,10 +209,9 @@ class Pipeline:
         self.inputs.begin("evaluations/reward.json", {"data": rows, "reward": model_identity(model)})
         if not target.is_file():
             ranking = stages.rank_with(model, rows)
-            write_json(target, {**asdict(ranking), "summary": ranking.summary("reward")})
+            write_json(target, {**asdict(ranking), "summary": asdict(ranking.summary("reward"))})
         for name, figure in read_json(target, {})["summary"]["criteria"].items():
-            ends = f" [{figure['low']:.4g}, {figure['high']:.4g}]" if "low" in figure else ""
-            say(f"reward: {name} {figure['mean']:.4g}{ends}")
+            say(f"reward: {name} {Interval(**figure)}")
 
     def _train(self, name: str, model: str, rows: Rows, eval_rows: Rows) -> str:
         from burnish.cli import stages
@@ -268,18 +268,10 @@ class Pipeline:
             for i, before in enumerate(names):
                 for after in names[i + 1 :]:
                     interval = compare(results[before], results[after], metric)
-                    comparisons.append(
-                        {
-                            "before": before,
-                            "after": after,
-                            "metric": metric,
-                            "mean": interval.mean,
-                            "low": interval.low,
-                            "high": interval.high,
-                        }
-                    )
+                    named = {"before": before, "after": after, "metric": metric}
+                    comparisons.append(named | asdict(interval))
                     say(f"{metric} {before} -> {after}: {interval} (paired)")
-        summaries = [result.summary() for result in results.values()]
+        summaries = [asdict(result.summary()) for result in results.values()]
         if self.file.reward is not None:
             summaries.append(read_json(self.folder / "evaluations" / "reward.json", {})["summary"])
         write_json(self.folder / "evaluations.json", {"evaluations": summaries, "comparisons": comparisons})
