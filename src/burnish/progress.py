@@ -35,13 +35,13 @@ def format_seconds(seconds: float) -> str:
 
 @contextmanager
 def phase(title: str) -> Generator[None]:
-    """Say how long a block took, `loading MODEL ... 12 s`; a terminal shows it while it runs. Rank 0 speaks."""
+    """Say how long a block took, `loading MODEL ... 12 s`; a terminal shows it while it runs."""
     console = _live_console()
     started = time.monotonic()
     with nullcontext() if console is None else console.status(f"{title} ..."):
         yield
     seconds = time.monotonic() - started
-    if seconds >= _SHORT_SECONDS and os.environ.get("RANK", "0") == "0":
+    if seconds >= _SHORT_SECONDS and _is_main():
         say(f"{title} ... {seconds:.0f} s" if seconds >= 10 else f"{title} ... {seconds:.1f} s")
 
 
@@ -91,7 +91,7 @@ class Progress:
         left = format_seconds(elapsed / done * (self._total - completed)) if done else "?"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=completed, left=left, note=self._note)
-        elif now or time.monotonic() - self._said >= _LINE_SECONDS:
+        elif _is_main() and (now or time.monotonic() - self._said >= _LINE_SECONDS):
             self._said = time.monotonic()
             say(f"{self._title} {completed}/{self._total}  left {left}  {self._note}".rstrip())
 
@@ -102,9 +102,14 @@ class Progress:
             atexit.unregister(self._bar.stop)
 
 
+def _is_main() -> bool:
+    """Whether this is the rank that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _live_console() -> Any:
-    """A console that can redraw a line; None in logs, and in notebooks without widgets."""
-    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+    """A console that can redraw a line; None in logs, in notebooks without widgets and on other ranks."""
+    if not _is_main() or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
         return None
     from rich.console import Console
 

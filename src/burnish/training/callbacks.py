@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from burnish.progress import Progress, format_seconds, say
 from burnish.runs.files import write_json
@@ -31,37 +31,26 @@ class ProgressCallback(TrainerCallback):
         self._metrics: dict[str, float] = {}
         self._started = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what will be done; start the clock."""
         if state.is_world_process_zero:
             say(describe_plan(args, first_step=state.global_step, max_steps=state.max_steps))
-            self._started = time.monotonic()
+            self._started, self._metrics = time.monotonic(), {}
             self._progress = Progress(self.stage, state.max_steps, completed=state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Advance."""
         if self._progress is not None:
             self._progress.update(state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Show the metrics people watch."""
         logged = {name: logs[name] for name in _SHOWN if name in logs} if logs else {}
         self._metrics |= logged
         if self._progress is not None and logged:
             self._progress.update(state.global_step, _line(logged), now=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave a line of the last metrics."""
         if self._progress is not None:
             self._progress.stop()
@@ -80,9 +69,7 @@ class RecordsCallback(TrainerCallback):
     def __init__(self, *files: StepRecords) -> None:
         self.files = files
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the records back to the checkpoint, or to nothing."""
         if state.is_world_process_zero:
             for records in self.files:
@@ -100,9 +87,7 @@ class MetricsCallback(RecordsCallback):
         super().__init__(self.records)
         self._resumes = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the records back to the checkpoint, or to nothing."""
         super().on_train_begin(args, state, control, **kwargs)
         self._resumes = state.global_step > 0
@@ -111,32 +96,21 @@ class MetricsCallback(RecordsCallback):
         if state.is_world_process_zero and self.records.file is not None:
             write_json(self.records.file.with_name("environment.json"), environment())
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record from here on: `eval_on_start` evaluates again in a resumed run."""
         self._resumes = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log what a run shorter than `logging_steps`, or its last steps, would leave unsaid."""
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append one record."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs and not self._resumes:
             self.records.append([{"step": state.global_step, "time": time.time(), **logs}])
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record evaluations after a run that had no step left."""
         self._resumes = False
 
