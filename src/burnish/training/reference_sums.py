@@ -12,7 +12,7 @@ from typing import Any, cast
 from accelerate.utils import gather_object
 
 from burnish.errors import FileError
-from burnish.progress import say
+from burnish.progress import Progress, say
 from burnish.runs.files import read_json, write_json
 from burnish.types import Group
 
@@ -89,10 +89,11 @@ class ReferenceSums:
             say(f"reference: {len(groups)} groups read from {file}")
             self._values = found
             return
-        for begin in range(0, len(own), _GROUPS_PER_ROUND):
-            say(f"reference: {begin}/{len(own)} groups scored")
-            part = own[begin : begin + _GROUPS_PER_ROUND]
-            self.add(part, compute(part))
+        with Progress("reference", len(own)) as progress:
+            for begin in range(0, len(own), _GROUPS_PER_ROUND):
+                part = own[begin : begin + _GROUPS_PER_ROUND]
+                self.add(part, compute(part))
+                progress.update(begin + len(part))
         if accelerator.num_processes > 1:
             self._values = dict(cast("list[tuple[int, list[float]]]", gather_object(list(self._values.items()))))
         if accelerator.is_main_process:
