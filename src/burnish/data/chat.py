@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -174,17 +174,7 @@ def chat_spans(
     Raises:
         DataError: the template rejects the conversation, or a turn cannot be located exactly.
     """
-
-    def render(chat: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return render_chat(
-            processing_class,
-            chat,
-            template=template,
-            tools=tools,
-            kwargs=kwargs,
-            add_generation_prompt=add_generation_prompt,
-        )
-
+    render = partial(render_chat, processing_class, template=template, tools=tools, kwargs=kwargs)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     text = render(messages)
     if not turns:
