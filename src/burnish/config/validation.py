@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 __all__ = [
-    "OPAQUE", "check_config", "check_fields", "check_keywords", "check_mapping", "did_you_mean", "fits", "plain",
-    "validated",
+    "OPAQUE", "bounds", "check_config", "check_fields", "check_keywords", "check_mapping", "did_you_mean", "fits",
+    "plain", "schema_of", "validated",
 ]  # fmt: skip
 
 logger = logging.getLogger("burnish.config")
@@ -317,10 +317,10 @@ def _fix(info: FieldInfo, value: Any, error: ValidationError) -> str:
         return "use a finite number"
     if all(kind.endswith("_type") or kind in ("is_instance_of", "finite_number") for kind in kinds):
         return f"expected {describe(info.hint)}, got {type(value).__name__}"
-    return info.fix or _bounds(info.hint)
+    return info.fix or bounds(info.hint)
 
 
-def _bounds(hint: Any) -> str:
+def bounds(hint: Any) -> str:
     """Say which values a type with bounds takes: `use a number in (0, 1], or leave it out`."""
     members = [member for member in union_members(hint) if member is not type(None)]
     words = [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
@@ -328,13 +328,22 @@ def _bounds(hint: Any) -> str:
         words += ["true", "false"] if bool in members else []
         said = f"use {', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else f"use {words[0]}"
     else:
-        said = " or ".join(_bound(member) for member in members if get_origin(member) is Annotated)
+        said = " or ".join(filter(None, map(_bound, members)))
         said = f"use {said}" if said else f"expected {describe(hint)}"
     return f"{said}, or leave it out" if type(None) in union_members(hint) else said
 
 
+def schema_of(infos: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """The JSON schema of a table with these fields."""
+    properties = {
+        name: {"description": info.help, **_adapters(info.hint)[0].json_schema()} for name, info in infos.items()
+    }
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
 def _bound(hint: Any) -> str:
-    base, *constraints = get_args(hint)
+    """The values between the bounds of one member of a union; nothing where it has none."""
+    base, *constraints = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     noun = "an integer" if base is int else "a number"
     for constraint in constraints:
         match constraint:
@@ -355,7 +364,7 @@ def _bound(hint: Any) -> str:
                 return f"{noun} in {left}, {f'{high}]' if below is None else f'{below})'}"
             case _:
                 pass
-    return describe(hint)
+    return ""
 
 
 def _is_scalar(hint: Any) -> bool:
