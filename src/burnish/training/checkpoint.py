@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 
 from burnish.config.paths import is_folder, missing
-from burnish.config.resume import resume_class
+from burnish.config.stages import resume_class
 from burnish.errors import BurnishError, ConfigError, FileError, show
 from burnish.runs.checkpoints import (
     DRAFTS,
