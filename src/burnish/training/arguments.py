@@ -17,7 +17,7 @@ from burnish.config.translated import ALIASES
 from burnish.errors import ConfigError
 from burnish.model.adapter_checks import refuse_outside_weights
 
-__all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
+__all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args"]
 
 _METRICS = (
     "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
@@ -25,8 +25,8 @@ _METRICS = (
 )
 
 _REFUSED: dict[str, str] = {
-    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override batch_loss in a "
-    "subclass",
+    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override the loss of a stage "
+    "(burnish.stages)",
     "compute_metrics": _METRICS,
     "data_collator": "rows are encoded and packed by the trainer itself, so a collator would never be called; prepare "
     "the rows instead",
@@ -90,16 +90,35 @@ def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping
         raise ConfigError(f"{trainer.__name__}: {error}; name the arguments.") from None
 
 
-def resolve_args(args: Any, config_class: type[Any]) -> Any:
-    """The arguments given, or the defaults of the trainer's own config.
+def resolve_args(args: Any, config_class: type[Any], model: Any, quantization_config: Any = None) -> Any:
+    """Return the arguments given, or the defaults of the trainer's own config, with the quantisation in them.
+
+    Args:
+        args: as the trainer was given them, or None.
+        config_class: of the trainer.
+        model: as the trainer was given it.
+        quantization_config: becomes a key of `model_init_kwargs`.
 
     Raises:
-        ConfigError: arguments of another class.
+        ConfigError: arguments of another class; a quantisation given twice, or beside a model in memory.
     """
     if args is None:
-        return config_class()
-    if not isinstance(args, config_class):
+        args = config_class()
+    elif not isinstance(args, config_class):
         raise ConfigError(f"args = {type(args).__name__}: use a {config_class.__name__}.")
+    if quantization_config is None:
+        return args
+    kwargs = dict(args.model_init_kwargs or {})
+    if "quantization_config" in kwargs:
+        raise ConfigError(
+            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
+        )
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+        )
+    args = copy.copy(args)
+    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
     return args
 
 
@@ -158,25 +177,3 @@ def check_parts(
         )
     if eval_dataset is None and strategy != "no":
         raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")
-
-
-def with_quantization(args: Any, model: Any, quantization_config: Any) -> Any:
-    """Arguments whose `model_init_kwargs` hold the quantisation.
-
-    Raises:
-        ConfigError: given twice, or beside a model in memory.
-    """
-    if quantization_config is None:
-        return args
-    kwargs = dict(args.model_init_kwargs or {})
-    if "quantization_config" in kwargs:
-        raise ConfigError(
-            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
-        )
-    if not isinstance(model, str | Path):
-        raise ConfigError(
-            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
-        )
-    args = copy.copy(args)
-    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
-    return args
