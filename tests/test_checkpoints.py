@@ -522,7 +522,7 @@ def test_a_moved_reference_is_restored_to_the_bit(tmp_path: Path, make: Callable
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
         assert losses_of(resumed) == losses_of(whole)
         assert_same(weights(whole), weights(resumed), 0.0)
-        own = [dict(trainer.reference.model.named_parameters()) for trainer in (whole, resumed)]
+        own = [dict(trainer.stage.reference.model.named_parameters()) for trainer in (whole, resumed)]
         assert_same(*own, 0.0)
     older(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "reference.pt").unlink()

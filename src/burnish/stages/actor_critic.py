@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
@@ -20,8 +20,6 @@ from burnish.stages.policy_gradient import PolicyGradient, PolicyStep
 from burnish.training.checkpoint import keeping_hyperparameters
 from burnish.training.critic import Critic
 from burnish.training.liveness import UNJUDGED
-from burnish.training.reference import Reference
-from burnish.training.stage import Run
 from burnish.types import Completion, Group, StopReason
 
 __all__ = ["ActorCritic"]
@@ -43,10 +41,10 @@ class ActorCritic(PolicyGradient):
         super().__init__(args)
         self._value_model, self._value_peft_config = value_model, value_peft_config
 
-    def join(self, stage: OnlineStage, run: Run, reference: Reference | None) -> None:
+    def join(self, stage: OnlineStage) -> None:
         """Make the critic and its optimizer."""
-        super().join(stage, run, reference)
-        args, tokenizer, value_model = self.args, stage.tokenizer, self._value_model
+        super().join(stage)
+        args, run, tokenizer, value_model = self.args, stage.run, stage.tokenizer, self._value_model
         common: dict[str, Any] = {
             "seed": args.seed,
             "pad_token_id": tokenizer.pad_token_id,
@@ -71,7 +69,7 @@ class ActorCritic(PolicyGradient):
             token_budget=args.token_budget,
             exact=exact,
             checkpointing=bool(args.gradient_checkpointing),
-            pad_token_id=int(tokenizer.pad_token_id or 0),
+            pad_token_id=cast(int, tokenizer.pad_token_id or 0),
             sum_over_ranks=run.ranks.sum,
             max_over_ranks=run.ranks.max,
         )

@@ -10,7 +10,6 @@ import torch
 
 from burnish.model.scoring import Scores
 from burnish.rollout.prompts import Share
-from burnish.training.reference import Reference
 from burnish.training.stage import Run
 from burnish.training.step import Loss, Step
 from burnish.types import Completion, Group, PackedBatch, StopReason
@@ -36,14 +35,13 @@ class Algorithm:
 
     stage: OnlineStage
     run: Run
-    reference: Reference | None
 
     def __init__(self, args: Any) -> None:
         self.args = args
 
-    def join(self, stage: OnlineStage, run: Run, reference: Reference | None) -> None:
-        """Make what needs the model in place."""
-        self.stage, self.run, self.reference = stage, run, reference
+    def join(self, stage: OnlineStage) -> None:
+        """Make what needs the model in place; the stage has its reference and its engine."""
+        self.stage, self.run = stage, stage.run
 
     @property
     def compared(self) -> str:

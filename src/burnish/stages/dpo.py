@@ -173,6 +173,7 @@ class DPOStage(PreferenceStage):
 
 def _wpo_weights(batch: PackedBatch, scores: Scores, tokens_S: torch.Tensor) -> torch.Tensor:
     """WPO (2406.11827): [P] e to the mean over tokens of log p_t - log sum_v p_v^2, of both completions."""
+    assert scores.log_collision is not None
     aligned_N = scores.logprobs.detach() - scores.log_collision
     means_S = sequence_sums(aligned_N, batch.sequence_index, batch.num_sequences) / tokens_S.clamp(min=1)
     return means_S.exp().view(-1, 2).prod(1)

@@ -163,7 +163,8 @@ class KTOStage(PreferenceStage):
         """Measure the loss, at the KL of the held-out rows themselves, and the metrics."""
         found = self.scores.held_out(groups, self.own(groups))
         kl = self._divergence([group for group, _, _ in found]) if self.asks_reference_anew else 0.0
-        policy_S, reference_S = (torch.tensor([row[i][0] for row in found], dtype=torch.float64) for i in (1, 2))
+        policy_S = torch.tensor([policy[0] for _, policy, _ in found], dtype=torch.float64)
+        reference_S = torch.tensor([reference[0] for _, _, reference in found], dtype=torch.float64)
         desirable_S = torch.tensor([bool(group.row["label"]) for group, _, _ in found])
         losses_S = self._losses(policy_S - reference_S, desirable_S, torch.tensor(kl, dtype=torch.float64))
         values = self._metrics(policy_S, policy_S - reference_S, desirable_S)

@@ -256,13 +256,10 @@ class OnlineStage(Stage):
             if isinstance(criterion.function, RewardModel):
                 refuse_shared_weights(run.model, criterion.function.model, f"reward model {criterion.name!r}")
         self.sampler = Sampler(
-            args,
-            self.algorithm,
+            self,
             source=self._source,
             engine=make_engine(run.model, self.tokenizer) if self._engine is None else self._engine,
-            rubric=self.rubric,
             params=sampling_params(args, causal_lm(run.model), self.tokenizer),
-            run=run,
         )
         shared: dict[str, Any] = {"is_main": run.ranks.is_first, "gathered": run.ranks.gathered}
         self.transcripts = TranscriptLog(args, **shared)
@@ -271,7 +268,7 @@ class OnlineStage(Stage):
         self.agreement = Agreement(default_bound(run.model.dtype) if bound is None else bound)
         if self.algorithm.corrects_sampling:
             self.agreement.report_only()
-        self.algorithm.join(self, run, self.reference)
+        self.algorithm.join(self)
 
     def check_sampled_lengths(self, model: Any) -> None:
         """Refuse prompts whose completions may grow beyond a model's positions."""

@@ -143,12 +143,13 @@ class PolicyGradient(Algorithm):
 
     @property
     def _is_pulled(self) -> bool:
-        pulls = self.reference is not None and not self.reference.is_initial_policy
+        reference = self.stage.reference
+        pulls = reference is not None and not reference.is_initial_policy
         return self.entropy_bonus.coefficient != 0 or pulls
 
     def needs_old_logprobs(self, group: Group) -> bool:
         """Return whether a divergence that is not part of the loss cannot take the sampler's word for the policy's."""
-        wanted = self.reference is not None and (self.kl.is_in_reward or self.args.kl_target is not None)
+        wanted = self.stage.reference is not None and (self.kl.is_in_reward or self.args.kl_target is not None)
         return wanted and (self.corrects_sampling or any(c.policy_logprobs is None for c in group.completions))
 
     def assign_advantages(self, shares: Sequence[Share]) -> Mapping[str, float]:
@@ -167,7 +168,7 @@ class PolicyGradient(Algorithm):
 
     def begin_rollout(self, shares: Sequence[Share]) -> dict[str, float]:
         """Measure the divergence from the reference; an adaptive weight follows it from the next rollout on."""
-        if self.reference is None:
+        if self.stage.reference is None:
             return {}
         return self.kl.begin_rollout([c for share in shares for c in share.group.completions], self.run.ranks)
 

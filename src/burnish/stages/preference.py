@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
 from burnish.errors import ConfigError, user_code
-from burnish.training.reference import check_reference
+from burnish.training.reference import Reference, check_reference
 from burnish.training.sequence_scores import SequenceScores
 from burnish.training.stage import Run, Stage
 from burnish.types import Group, PackedBatch
@@ -57,6 +57,11 @@ class PreferenceStage(Stage):
         self.compute_metrics = compute_metrics
         self._needs_reference = needs_reference
         self._train_dataset: list[Group] = []
+
+    @property
+    def reference(self) -> Reference | None:
+        """The reference, once the stage has joined a run."""
+        return self.scores.reference
 
     def token_weights(self, batch: PackedBatch) -> torch.Tensor | None:
         """Return the [N] weights of tokens in their sequence's log-probability; None for 1."""

@@ -7,18 +7,18 @@ import math
 import time
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from burnish.config.contradictions import micro_batches_per_rollout
 from burnish.model.scoring import causal_lm
-from burnish.rewards import Rubric
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
 from burnish.rollout.prompts import PromptSource, Share, gather_by_prompt, shares_of, whole_groups
 from burnish.rollout.validation import generate
-from burnish.stages.algorithm import Algorithm
-from burnish.training.stage import Run
 from burnish.types import Group
+
+if TYPE_CHECKING:
+    from burnish.stages.online import OnlineStage
 
 __all__ = ["Sampler", "prompts_per_rollout"]
 
@@ -35,32 +35,18 @@ class Sampler:
     """Samples the next prompts of a source and scores the samples.
 
     Args:
-        args: the trainer's config.
-        algorithm: checks the samples.
+        stage: has the rubric, the algorithm that checks the samples, and the run that gets the metrics.
         source: order of the prompts.
         engine: samples.
-        rubric: scores.
         params: how to sample.
-        run: gets the metrics.
     """
 
-    def __init__(
-        self,
-        args: Any,
-        algorithm: Algorithm,
-        *,
-        source: PromptSource,
-        engine: Engine,
-        rubric: Rubric,
-        params: SamplingParams,
-        run: Run,
-    ) -> None:
-        self._args, self._algorithm, self._run = args, algorithm, run
+    def __init__(self, stage: OnlineStage, *, source: PromptSource, engine: Engine, params: SamplingParams) -> None:
+        self._stage, self._args, self._run = stage, stage.args, stage.run
         self.source = source
         self.engine = engine
-        self.rubric = rubric
         self.params = params
-        self.replay = Replay(args.replay_size)
+        self.replay = Replay(stage.args.replay_size)
         self.rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
 
@@ -135,7 +121,9 @@ class Sampler:
     def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
         """Score the completions of groups; returns what reward functions log, of all ranks."""
         logged: list[tuple[str, float]] = []
-        self.rubric.score(groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric))
+        self._stage.rubric.score(
+            groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
+        )
         return self._run.ranks.gathered(logged)
 
     def _check(self, groups: Sequence[Group]) -> None:
@@ -147,10 +135,10 @@ class Sampler:
                 "the temperature that the loss assumes. Let the engine fill Completion.policy_logprobs.",
                 engine,
             )
-        self._algorithm.check_samples(completions, engine)
+        self._stage.algorithm.check_samples(completions, engine)
 
     def _report(self, groups: Sequence[Group]) -> None:
-        clipped = self._run.metrics.add_completions(groups, self.rubric.names)
+        clipped = self._run.metrics.add_completions(groups, self._stage.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
             logger.warning("%d completions leave the loss: %s", len(failed), "; ".join(failed[0].errors.values()))

@@ -120,7 +120,7 @@ class Learner(Trainer):
             args=args,
             data_collator=cast(Any, collate),
             train_dataset=training_set,
-            eval_dataset=held_out,
+            eval_dataset=cast(Any, held_out),
             processing_class=stage.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
