@@ -252,7 +252,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("evaluation/evaluate.py", "if name != \"completion\"}", "if name}", "test_evaluate.py"),
     ("cli/pipeline.py", "if name == \"reward\":", "if name == \"none\":", "test_pipeline.py"),
     ("cli/pipeline.py", "return disjoint(data.train, data.held_out)[0]", "return data.train + data.held_out", "test_pipeline.py"),
-    ("report/page.py", "up != (comparison", "up == (comparison", "test_report.py"),
+    ("report/page.py", "(difference.mean > 0) != (comparison", "(difference.mean > 0) == (comparison", "test_report.py"),
     # adapters
     ("model/quantization.py", "cast(\"Any\", module).support_avx512bf16_for_cpu = False", "pass", "test_adapters.py"),
     ("model/adapters.py", "torch.default_generator.manual_seed(seed)", "pass", "test_adapters.py"),

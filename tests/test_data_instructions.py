@@ -80,13 +80,22 @@ def test_columns_of_ours_come_first(text: dict[str, Any]) -> None:
         sft_group({"prompt": "a", "question": "a", "answer": "b"}, TEMPLATED)
 
 
+def test_prompts_are_read_from_questions() -> None:
+    """Rewards still see every column, and no completion that nobody named so."""
+    for row, prompt in (({"question": "1+1=", "answer": "2"}, "1+1="), (ALPACA, "Add.\n\n1+1")):
+        for processing_class, expected in ((TEMPLATED, [user(prompt)]), (BARE, prompt)):
+            found = prompt_group(row, processing_class)
+            assert found.prompt_ids == prompt_group({"prompt": expected}, processing_class).prompt_ids
+            assert found.row == {**row, "prompt": expected}
+
+
 def test_other_stages_ask_for_names() -> None:
     with pytest.raises(
         DataError, match=r'needs prompt: rename columns \(in a source: `columns = \{ question = "prompt"'
     ):
-        prompt_group({"question": "1+1=", "answer": "2"}, TEMPLATED)
+        prompt_group({"question": "1+1=", "solution": "2"}, TEMPLATED)
     with pytest.raises(DataError, match=r"; input is no part of the prompt then: write both into one\.$"):
-        prompt_group(ALPACA, TEMPLATED)
+        prompt_group({"instruction": "Add.", "input": "1+1", "solution": "2"}, TEMPLATED)
 
 
 def test_one_line_says_how_rows_are_read(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,10 +103,12 @@ def test_one_line_says_how_rows_are_read(capsys: pytest.CaptureFixture[str]) -> 
     encode_rows(sft_groups, rows, TEMPLATED, name="train_dataset")
     encode_rows(sft_groups, [*rows, {"prompt": "a", "completion": "b"}], BARE)
     encode_rows(sft_groups, [{"prompt": "a", "completion": "b"}], BARE)
+    encode_rows(prompt_group, rows, BARE)
     assert capsys.readouterr().err.splitlines() == [
         "[burnish] train_dataset: 3 of 3 rows: prompts are read from question, completions from answer, as messages of "
         "user and assistant",
         "[burnish] 3 of 4 rows: prompts are read from question, completions from answer, as plain texts",
+        "[burnish] 3 of 3 rows: prompts are read from question, as plain texts",
     ]
 
 

@@ -143,6 +143,34 @@ def test_files(tmp_path: Path) -> None:
     ]
 
 
+def test_a_path_is_a_source(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("prompt;answer\na;1\n")
+    row = {"prompt": "a", "answer": "1"}
+    for path in (file, str(file)):
+        check_source(path)
+        assert load_rows(path) == as_rows(path) == [row]
+    assert load_rows({"mix": [str(file), {"path": str(file), "columns": {"answer": "gold"}}]})[0] == row
+    for call in (load_rows, as_rows):
+        with pytest.raises(ConfigError, match=r"data\.path = '.*y\.csv': no such file; .* it has 'x\.csv'"):
+            call(str(tmp_path / "y.csv"))
+
+
+def test_a_folder_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `load_dataset` reads it."""
+    (tmp_path / "train.csv").write_text("prompt,completion\na,b\n")
+    assert load_rows(str(tmp_path)) == [{"prompt": "a", "completion": "b"}]
+    (tmp_path / "test.csv").write_text("prompt,completion\nc,d\n")
+    assert load_rows({"path": str(tmp_path), "split": "test"}) == [{"prompt": "c", "completion": "d"}]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError, match=r"data\.split = None: the data set has the splits train, test; set one"):
+        load_rows(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"none of data files that it reads \(.*trian.*\['train', 'test'\]"):
+        load_rows({"path": str(tmp_path), "split": "trian"})
+    with pytest.raises(ConfigError, match=r"data\.name = 'main': only a directory saved by datasets has splits"):
+        load_rows({"path": str(tmp_path / "test.csv"), "name": "main"})
+
+
 def test_saved_data_set(tmp_path: Path) -> None:
     import datasets
 
@@ -191,7 +219,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ({"path": "x", "mix": []}, "give exactly one of path"),
         (
             {"path": "x", "paths": "y"},
-            "train.paths is unknown: a source with path takes columns, completion_template, limit, path",
+            "train.paths is unknown: a source with path takes columns, completion_template, limit, name, path",
         ),
         ({"path": 3}, "train.path = 3: use a str or Path"),
         ({"path": "x", "limit": True}, "train.limit = True: use a int"),
@@ -200,7 +228,10 @@ def test_bad_files(tmp_path: Path) -> None:
         ({"source": "reasoning_gym", "size": 3}, "train.task is missing"),
         ({"mix": []}, "train.mix is empty"),
         ({"mix": "x"}, "train.mix = 'x'"),
-        ({"mix": ["x"]}, r"train.mix\[0\] = 'x': use a source"),
+        ({"mix": [3]}, r"train.mix\[0\] = 3: use a source"),
+        ({"mix": [""]}, r"train.mix\[0\].path = '': that names nothing"),
+        ("", "train.path = '': that names nothing"),
+        ({"path": "x", "name": ""}, "train.name = '': that names nothing"),
         ({"mix": [{"path": 3}]}, r"train.mix\[0\].path = 3"),
         ({"path": "x", "prompt_template": "hi"}, r"has the places \[\]: it needs \{prompt\}"),
         ({"path": "x", "prompt_template": "{prompt} {"}, "write literal braces as"),
@@ -257,8 +288,8 @@ def test_mix_template_and_system_prompt(tmp_path: Path) -> None:
 def test_as_rows() -> None:
     rows = [{"text": "x"}]
     assert as_rows(rows) is rows
-    with pytest.raises(ConfigError, match=r"eval = 'x\.json': use a list of rows"):
-        as_rows("x.json", "eval")
+    with pytest.raises(ConfigError, match=r"eval = b'x\.json': use a list of rows"):
+        as_rows(b"x.json", "eval")
     with pytest.raises(ConfigError, match="exactly one of path"):
         as_rows({"text": "x"})
 

@@ -17,7 +17,6 @@ import tiny
 from burnish.errors import ConfigError, RewardError
 from burnish.evaluation.evaluate import (
     Evaluation,
-    Interval,
     _key,
     compare,
     evaluate,
@@ -29,6 +28,7 @@ from burnish.evaluation.evaluate import (
 from burnish.model.scoring import prepare_for_scoring
 from burnish.rewards import Criterion, Rubric, exact_answer
 from burnish.rollout.engine import Request, SamplingParams
+from burnish.runs.evaluations import Interval
 from burnish.types import Completion, Group, StopReason
 
 PARAMS = SamplingParams(max_new_tokens=4, stop=("x",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -44,5 +45,5 @@ def test_a_sound_run_has_none() -> None:
 def test_the_page_shows_them_first(tmp_path: Path) -> None:
     rows = [{"stage": "grpo", "step": i, "reward": 0.0, "frac_reward_zero_std": 1.0} for i in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page = write_report(tmp_path).read_text()
-    assert "Read first</h2><ul><li>grpo: no prompt&#x27;s rewards differed in any of 2 logged steps" in page
+    page = unescape(write_report(tmp_path).read_text())
+    assert "Read first</h2><ul><li>grpo: no prompt's rewards differed in any of 2 logged steps" in page

@@ -189,8 +189,8 @@ def ranked(*completions: Any, **more: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("stage", "rows", "fragment"),
     each(
-        (EVERY, "abc", "train_dataset = 'abc': use a list of rows"),
-        (EVERY, 3, "train_dataset = 3: use a list of rows"),
+        (EVERY, "abc", "train_dataset.path = 'abc': no such file; check it"),
+        (EVERY, 3, "train_dataset = 3: use a list of rows, a data set, or a path"),
         (EVERY, [], "train_dataset: there are no rows"),
         (EVERY, Dataset.from_list([]), "train_dataset: there are no rows"),
         (EVERY, ["abc"], "row 0 is 'abc': each row must be columns by name"),

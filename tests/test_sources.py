@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from huggingface_hub import constants
 
@@ -171,12 +172,13 @@ def test_a_cached_model_is_read_without_a_network(
 
 @pytest.fixture
 def requests_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Paths that a server was asked for, which knows nothing."""
+    """Paths that a server was asked for, which knows nothing; not what huggingface_hub asks for itself."""
     asked: list[str] = []
 
     class Nothing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            if "/someone/" in self.path:
+                asked.append(self.path)
             self.send_error(404)
 
         def log_message(self, *args: Any) -> None:
@@ -185,7 +187,8 @@ def requests_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with HTTPServer(("127.0.0.1", 0), Nothing) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        for module, name in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+            monkeypatch.setattr(module, name, f"http://127.0.0.1:{server.server_port}")
         yield asked
         server.shutdown()
         thread.join()
@@ -197,3 +200,23 @@ def test_a_hub_that_answers_is_asked_once(requests_to: list[str]) -> None:
     assert reach(source, {"revision": "main"}) == "someone/base"
     assert reach(source) == "someone/base"
     assert requests_to == ["/api/models/someone/base"]
+
+
+def test_a_data_set_on_the_hub(requests_to: list[str]) -> None:
+    """What its library says of the name, with the field; a file that is missing is no name on the hub."""
+    with pytest.raises(ConfigError, match=r"^data\.path = 'someone/rows': no such file, and as a data set on the hub"):
+        load_rows("someone/rows")
+    assert requests_to[0] == "/api/datasets/someone/rows"
+    asked = len(requests_to)
+    for path in ("rows/units.csv", "units", "rows/*"):
+        with pytest.raises(ConfigError, match=r"^data\.path = .*: no such file; check it, or give a glob"):
+            load_rows(path)
+    assert len(requests_to) == asked
+
+
+def test_a_hub_out_of_reach_is_said_for_data_sets_too(unreachable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=rf"hub: {unreachable} does not answer .*HF_HUB_OFFLINE=1 to read"):
+        load_rows({"path": "someone/rows", "name": "main", "split": "train"}, "data.train")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"^data\.train\.path = 'someone/rows': .* hub it cannot be read"):
+        load_rows({"path": "someone/rows", "split": "train"}, "data.train")

@@ -17,7 +17,7 @@ from burnish.config.files import apply_overrides, read_file
 from burnish.config.inherited import FieldInfo
 from burnish.config.paths import expanded, file_problem, folder_problem, is_file, is_folder, missing, path_problem
 from burnish.config.quantization import check_quantization
-from burnish.data.sources import check_source
+from burnish.data.sources import as_source, check_source
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
@@ -434,10 +434,10 @@ def _check_quantised(run: RunFile | PipelineFile) -> None:
 
 def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:
     sources = ("train", "eval", "sft") if pipeline else ("train", "eval")
-    types = dict.fromkeys(sources, "dict[str, Any]") | {"system_prompt": "str", "prompt_template": "str"}
+    types = dict.fromkeys(sources, "str | dict[str, Any]") | {"system_prompt": "str", "prompt_template": "str"}
     values = check_mapping(_infos(types), table, "data")
     shared = {name: values.pop(name) for name in ("system_prompt", "prompt_template") if name in values}
-    sections = {name: shared | source for name, source in values.items()}
+    sections = {name: shared | as_source(source) for name, source in values.items()}
     for name, source in sections.items():
         check_source(source, f"data.{name}")
     return DataSection(**sections)

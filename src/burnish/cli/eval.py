@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from burnish.cli.config import load_run_file
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     result = evaluate_model(file.model, rows, file.rubric, section, name=file.model, model_init=file.model_init)
     if section.output is not None:
         write_json(Path(section.output), result.to_dict())
-    summary = result.summary()
+    summary = asdict(result.summary())
     if before is not None:
         gains = {f"pass@{k}": str(compare(before, result, f"pass@{k}")) for k in result.pass_at_k}
         summary["gain_paired"] = {"over": before.name, **gains}

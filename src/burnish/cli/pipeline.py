@@ -17,6 +17,7 @@ from burnish.progress import format_seconds, say
 from burnish.report import write_report
 from burnish.rewards import check_gold
 from burnish.rewards.identity import rubric_identity
+from burnish.runs.evaluations import Interval
 from burnish.runs.files import read_json, write_json
 from burnish.runs.lock import locked
 from burnish.runs.processes import refuse_ranks
@@ -29,6 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Check the file, then do what has not been done yet."""
     refuse_ranks("pipeline")
     file = load_pipeline_file(args.file, args.overrides)
+    if args.dry_run:
+        Pipeline(file, Path(file.output_dir)).look()
+        return
     with locked(file.output_dir):
         Pipeline(file, Path(file.output_dir)).run()
 
@@ -107,6 +111,25 @@ class Pipeline:
             max_transcripts=self.file.report.max_transcripts,
         )
         say(f"done in {format_seconds(time.monotonic() - started)}: model in {model}, report in {page}")
+
+    def look(self) -> None:
+        """Print what each stage would train on, with the tokenizer of the first model; write nothing."""
+        from burnish.cli import stages
+
+        data = self._rows()
+        for name in self.file.stages:
+            print(f"[{name}]")
+            if name == "pairs" or name in _FROM_PAIRS:
+                print("rows are sampled from the model of the stage before: nothing to show yet\n")
+                continue
+            rows, held_out = _rows_of(name, data, _Pairs([], []))
+            eval_rows = held_out if self._evaluates(name) else None
+            shared: dict[str, Any] = {"rubric": self.file.rubric, "model_init": self.file.model_init}
+            stages.train(
+                name, self.file.model, rows, self._settings(name), eval_rows=eval_rows, only_look=True, **shared
+            )
+            print()
+        print(f"evaluations of {len(data.held_out)} held-out rows, report.html and one folder a stage: {self.folder}")
 
     def _claim_folder(self, data: _Data) -> None:
         """Refuse to go on from steps that were made from something else; nothing is written before the data is read."""
@@ -208,10 +231,9 @@ class Pipeline:
         self.inputs.begin("evaluations/reward.json", {"data": rows, "reward": model_identity(model)})
         if not target.is_file():
             ranking = stages.rank_with(model, rows)
-            write_json(target, {**asdict(ranking), "summary": ranking.summary("reward")})
+            write_json(target, {**asdict(ranking), "summary": asdict(ranking.summary("reward"))})
         for name, figure in read_json(target, {})["summary"]["criteria"].items():
-            ends = f" [{figure['low']:.4g}, {figure['high']:.4g}]" if "low" in figure else ""
-            say(f"reward: {name} {figure['mean']:.4g}{ends}")
+            say(f"reward: {name} {Interval(**figure)}")
 
     def _train(self, name: str, model: str, rows: Rows, eval_rows: Rows) -> str:
         from burnish.cli import stages
@@ -223,18 +245,19 @@ class Pipeline:
             say(f"{name}: done before")
             return str(folder)
         say(f"{name}: training {model}")
-        training = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", **self._stage(name)}
-        training |= {"output_dir": str(folder), "resume_from_checkpoint": True}
         shared: dict[str, Any] = {"model_init": self._model_init(model)}
         # A later stage trains the adapters of the one before it.
         shared["peft"] = self.file.peft if model == self.file.model else None
         shared["eval_rows"] = eval_rows if self._evaluates(name) else None
-        training.setdefault("log_metrics", str(self.folder))
-        if name in _ONLINE:
-            training.setdefault("log_completions", str(self.folder))
-        stages.train(name, model, rows, training, rubric=self.file.rubric, **shared)
+        stages.train(name, model, rows, self._settings(name), rubric=self.file.rubric, **shared)
         (folder / "done").touch()
         return str(folder)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """Keyword arguments of a stage's config."""
+        settings = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", "log_metrics": str(self.folder)}
+        settings |= {"log_completions": str(self.folder)} if name in _ONLINE else {}
+        return settings | self._stage(name) | {"output_dir": str(self.folder / name), "resume_from_checkpoint": True}
 
     def _model_init(self, model: str) -> dict[str, Any]:
         """Arguments of from_pretrained; a stage's adapters are put on the base, read as it was for training."""
@@ -268,18 +291,10 @@ class Pipeline:
             for i, before in enumerate(names):
                 for after in names[i + 1 :]:
                     interval = compare(results[before], results[after], metric)
-                    comparisons.append(
-                        {
-                            "before": before,
-                            "after": after,
-                            "metric": metric,
-                            "mean": interval.mean,
-                            "low": interval.low,
-                            "high": interval.high,
-                        }
-                    )
+                    named = {"before": before, "after": after, "metric": metric}
+                    comparisons.append(named | asdict(interval))
                     say(f"{metric} {before} -> {after}: {interval} (paired)")
-        summaries = [result.summary() for result in results.values()]
+        summaries = [asdict(result.summary()) for result in results.values()]
         if self.file.reward is not None:
             summaries.append(read_json(self.folder / "evaluations" / "reward.json", {})["summary"])
         write_json(self.folder / "evaluations.json", {"evaluations": summaries, "comparisons": comparisons})

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from burnish.cli.config import EvaluationSection, PairsSection
+from burnish.cli.dry_run import dry_run
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, evaluate, mean_nll
@@ -79,6 +80,7 @@ def train(
     eval_rows: Rows | None = None,
     model_init: dict[str, Any] | None = None,
     peft: dict[str, Any] | None = None,
+    only_look: bool = False,
 ) -> Any:
     """Train one stage and save.
 
@@ -91,9 +93,16 @@ def train(
         eval_rows: held out.
         model_init: arguments of from_pretrained.
         peft: fields of a LoraConfig.
+        only_look: print what would be done instead, without weights (`--dry-run`).
+
+    Returns:
+        The trainer; None after a look.
     """
     config_class, trainer_class = _TRAINERS[kind]
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
+    if only_look:
+        dry_run(kind, config, model, rows, rubric=rubric if kind in _ONLINE else None, eval_rows=eval_rows)
+        return None
     # The trainer asks again, when weights are loaded.
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
     rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}

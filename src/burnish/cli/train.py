@@ -27,5 +27,7 @@ def run(args: argparse.Namespace) -> None:
         eval_rows=eval_rows,
         model_init=file.model_init,
         peft=file.peft,
+        only_look=args.dry_run,
     )
-    print(f"saved to {trainer.args.output_dir}")
+    if trainer is not None:
+        print(f"saved to {trainer.args.output_dir}")

@@ -155,7 +155,7 @@ def sft_group(
         DataError: the row's format, the template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
     """
-    row = _sft_row(row, processing_class, index, chat_template, stats)
+    row = _read_instruction(row, processing_class, index, chat_template, stats)
     row, fmt = _detected(row, "sft", index, stats)
     prompt_ids: list[int] = []
     if fmt.tokenized:
@@ -180,19 +180,26 @@ def sft_group(
     return group
 
 
-def _sft_row(
-    row: Mapping[str, Any], processing_class: Any, index: int, chat_template: str | None, stats: EncodeStats | None
+def _read_instruction(
+    row: Mapping[str, Any],
+    processing_class: Any,
+    index: int,
+    chat_template: str | None,
+    stats: EncodeStats | None,
+    *,
+    with_completion: bool = True,
 ) -> Mapping[str, Any]:
     """The row, with a prompt and a completion where it has an instruction and an answer; messages under a template."""
     columns = instruction_columns(row)
     if not columns:
         return row
     as_messages = bool(chat_template or getattr(processing_class, "chat_template", None))
+    found = instruction_row(as_row(row, index), index, as_messages=as_messages)
     if stats is not None:
         kind = "messages of user and assistant" if as_messages else "plain texts"
-        asked, answer = " and ".join(columns[:-1]), columns[-1]
-        stats.readings[f"prompts are read from {asked}, completions from {answer}, as {kind}"] += 1
-    return instruction_row(as_row(row, index), index, as_messages=as_messages)
+        answer = f", completions from {columns[-1]}" if with_completion else ""
+        stats.readings[f"prompts are read from {' and '.join(columns[:-1])}{answer}, as {kind}"] += 1
+    return found if with_completion else {**row, "prompt": found["prompt"]}
 
 
 def _check_loss_options(fmt: Format, index: int, completion_only_loss: bool | None, assistant_only_loss: bool) -> None:
@@ -430,7 +437,7 @@ def prompt_group(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `prompt` row as a group without completions.
+    """A `prompt` row, or one of an instruction and its answer, as a group without completions.
 
     A conversation ends with the generation prompt; one that ends with an assistant message is left open for the model
     to continue.
@@ -449,6 +456,7 @@ def prompt_group(
         DataError: the format, the template, a second system prompt, or a prompt over the limit.
     """
     check_limit("max_prompt_length", max_prompt_length)
+    row = _read_instruction(row, processing_class, index, chat_template, stats, with_completion=False)
     row, fmt = _detected(row, "prompt", index, stats)
     prompt: Any = row["prompt"]
     if system_prompt is not None:

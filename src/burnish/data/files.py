@@ -1,4 +1,8 @@
-"""Files of rows: JSON, JSON lines, delimited text, Parquet, and directories that `datasets` saved."""
+"""Rows of files, of folders and of the hub.
+
+`datasets` reads the hub, what it saved and folders of data files. Single files are read here: its readers guess types
+(the answer "007" becomes 7), want one type a column, keep the last of two equal keys and name no line in an error.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from burnish.config.paths import is_file, is_folder, missing
+from huggingface_hub.constants import is_offline_mode
+
+from burnish.config.hub import hub_problem
+from burnish.config.paths import is_file, is_folder, is_only_a_path, missing
 from burnish.data.delimited import read_delimited
 from burnish.data.parsing import object_of, parse_json, repeated
 from burnish.errors import ConfigError, DataError
@@ -17,24 +24,40 @@ __all__ = ["read_rows"]
 
 Row: TypeAlias = dict[str, Any]
 
+_OF_DATA_SETS = ("name", "revision", "split")
+"""Keys of a source that say which part of a data set is meant."""
 
-def read_rows(path: str, split: str | None, field: str) -> list[Row]:
-    """Rows of a file, of all files that a glob matches, or of a saved data set.
+
+def read_rows(source: Mapping[str, Any], field: str) -> list[Row]:
+    """Rows of a file, of all files that a glob matches, of a folder, or of a data set on the hub.
 
     Args:
-        path: the file, glob or directory.
-        split: of a saved data set that has several.
+        source: `path`; `split`, and `name` and `revision` as of `datasets.load_dataset`, of a folder or of the hub.
         field: what to call the source in messages.
 
     Raises:
-        ConfigError: no such file, a suffix without a reader, or a split that is not there.
+        ConfigError: no such file, a suffix without a reader, a split that is not there, or a hub out of reach.
         DataError: a file that cannot be read or parsed, with the line where there are lines.
     """
+    path = str(source["path"])
+    options = {key: source[key] for key in _OF_DATA_SETS if key in source}
     if is_folder(path):
-        return _saved_rows(path, split, field)
-    if split is not None:
-        raise ConfigError(f"{field}.split = {split!r}: only a directory saved by datasets has splits, not {path!r}.")
+        saved = any(is_file(Path(path, mark)) for mark in ("dataset_dict.json", "state.json"))
+        return _saved_rows(path, options.get("split"), field) if saved else _loaded_rows(path, options, field)
     files = sorted(glob.glob(path, recursive=True)) if not is_file(path) else [path]
+    if not files and "/" in path and Path(path).suffix not in _READERS and not is_only_a_path(path):
+        if (problem := hub_problem(path, repo_type="dataset")) is not None and not is_offline_mode():
+            raise ConfigError(
+                f"{field}.path = {path!r}: no such file or folder ({missing(path)}). And as a data set on the hub: "
+                f"{problem}. Give the path of a file, or set HF_HUB_OFFLINE=1 to read what the cache has."
+            )
+        return _loaded_rows(path, options, field)
+    if options:
+        key, value = next(iter(options.items()))
+        raise ConfigError(
+            f"{field}.{key} = {value!r}: only a directory saved by datasets has splits, another folder or a data set "
+            f"on the hub has them too, and names and revisions, not {path!r}."
+        )
     if not files:
         there = "" if glob.has_magic(path) else f" ({missing(path)})"
         raise ConfigError(f"{field}.path = {path!r}: no such file; check it, or give a glob that matches{there}.")
@@ -128,11 +151,7 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
     try:
         saved: Any = cast("Any", datasets).load_from_disk(path)
     except Exception as error:  # whatever pyarrow and json say of files that are missing, cut or of another format
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(
-            f"{field}.path = {path!r} is a directory, but not one saved whole by datasets ({reason}): give a file or a "
-            "glob, or save it again."
-        ) from error
+        raise _unread(path, error, field) from error
     if isinstance(saved, Mapping):
         splits = sorted(cast("Mapping[str, Any]", saved))
         if split not in splits:
@@ -141,3 +160,35 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
     elif split is not None:
         raise ConfigError(f"{field}.split = {split!r}: the saved data set has no splits; drop split.")
     return [dict(row) for row in saved]
+
+
+def _loaded_rows(path: str, options: Mapping[str, Any], field: str) -> list[Row]:
+    """Rows that `datasets.load_dataset` finds in a folder of data files or on the hub."""
+    import datasets
+
+    library, name, revision = cast("Any", datasets), options.get("name"), options.get("revision")
+    library.disable_progress_bars()  # they would break through the lines of the run
+    try:
+        splits = (
+            [options["split"]] if "split" in options else library.get_dataset_split_names(path, name, revision=revision)
+        )
+        loaded = library.load_dataset(path, name, split=splits[0], revision=revision) if len(splits) == 1 else ()
+        rows = [dict(row) for row in loaded]
+    except Exception as error:
+        raise _unread(path, error, field) from error
+    if len(splits) != 1:
+        raise ConfigError(f"{field}.split = None: the data set has the splits {', '.join(splits)}; set one.")
+    return rows
+
+
+def _unread(path: str, error: Exception, field: str) -> ConfigError:
+    reason = " ".join(str(error).split())[:300]
+    if not is_folder(path):
+        return ConfigError(
+            f"{field}.path = {path!r}: no such file, and as a data set on the hub it cannot be read ({reason}): check "
+            "path, name, revision and split."
+        )
+    return ConfigError(
+        f"{field}.path = {path!r} is a directory, but not one saved whole by datasets, and none of data files that it "
+        f"reads ({reason}): give a file or a glob, or save it again."
+    )

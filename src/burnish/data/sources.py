@@ -19,12 +19,12 @@ from burnish.data.formats import messages_of
 from burnish.data.instructions import instruction_row
 from burnish.errors import ConfigError, DataError, show
 
-__all__ = ["as_rows", "check_source", "finite_rows", "load_rows"]
+__all__ = ["as_rows", "as_source", "check_source", "finite_rows", "load_rows"]
 
 Row: TypeAlias = dict[str, Any]
 
 _COMMON = frozenset({"columns", "completion_template", "limit", "prompt_template", "system_prompt"})
-_FILE_KEYS = frozenset({"path", "split"}) | _COMMON
+_FILE_KEYS = frozenset({"name", "path", "revision", "split"}) | _COMMON
 _GYM_KEYS = frozenset({"options", "seed", "size", "source", "task"}) | _COMMON
 _MIX_KEYS = frozenset({"mix"}) | _COMMON
 _MOST_TASKS = 10_000_000
@@ -35,9 +35,11 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "completion_template": str,
     "limit": int,
     "mix": Sequence,
+    "name": str,
     "options": Mapping,
     "path": (str, Path),
     "prompt_template": str,
+    "revision": str,
     "seed": int,
     "size": int,
     "source": str,
@@ -47,19 +49,26 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
-def check_source(spec: Mapping[str, Any], field: str = "data") -> None:
+def as_source(value: Any) -> Any:
+    """The table of a source that is given by its path alone; other values as they are."""
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+def check_source(spec: Mapping[str, Any] | str | Path, field: str = "data") -> None:
     """Check a source's keys and values without loading anything.
 
     Args:
-        spec: `{path, split}`, `{source = "reasoning_gym", task, size, seed, options}` or `{mix = [spec, ...]}`; each
-            may have `columns` (old name -> new name), `limit`, `system_prompt`, `prompt_template` (`{prompt}` is the
-            place of the prompt) and `completion_template`, which makes demonstrations: its places are columns of the
-            row, or of a task entry's metadata (`"<think>{expression}</think><answer>{answer}</answer>"`).
+        spec: a path, `{path, split, name, revision}`, `{source = "reasoning_gym", task, size, seed, options}` or
+            `{mix = [spec, ...]}`; each table may have `columns` (old name -> new name), `limit`, `system_prompt`,
+            `prompt_template` (`{prompt}` is the place of the prompt) and `completion_template`, which makes
+            demonstrations: its places are columns of the row, or of a task entry's metadata
+            (`"<think>{expression}</think><answer>{answer}</answer>"`).
         field: what to call it in messages.
 
     Raises:
         ConfigError: an unknown, missing or ill-typed key.
     """
+    spec = cast("Mapping[str, Any]", as_source(spec))
     kinds = [key for key in ("path", "source", "mix") if key in spec]
     if len(kinds) != 1:
         raise ConfigError(
@@ -77,9 +86,9 @@ def check_source(spec: Mapping[str, Any], field: str = "data") -> None:
             raise ConfigError(f"{field}.{key} = {show(value)}: use a {' or '.join(t.__name__ for t in names)}.")
     _check_values(spec, kind, field)
     for i, part in enumerate(spec.get("mix", ())):
-        if not isinstance(part, Mapping):
+        if not isinstance(part, Mapping | str):
             raise ConfigError(f"{field}.mix[{i}] = {show(part)}: use a source, such as {{path = 'train.jsonl'}}.")
-        check_source(cast("Mapping[str, Any]", part), f"{field}.mix[{i}]")
+        check_source(cast("Mapping[str, Any] | str", part), f"{field}.mix[{i}]")
 
 
 def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
@@ -88,7 +97,7 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
             raise ConfigError(f"{field}.{key} = {show(spec[key])}: use a positive number of rows.")
     if spec.get("size", 1) > _MOST_TASKS:
         raise ConfigError(f"{field}.size = {spec['size']}: tasks are made in memory; use at most {_MOST_TASKS:,}.")
-    for key in ("path", "split", "task"):
+    for key in ("name", "path", "revision", "split", "task"):
         if key in spec and (problem := path_problem(str(spec[key]))) is not None:
             raise ConfigError(f"{field}.{key} = {show(spec[key])}: {problem}.")
     if kind == "source" and spec["source"] != "reasoning_gym":
@@ -142,13 +151,13 @@ def _check_template(template: str, field: str) -> list[str]:
     return [str(name) for name, _, _ in places]
 
 
-def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
+def load_rows(spec: Mapping[str, Any] | str | Path, field: str = "data") -> list[Row]:
     """Rows of a source.
 
     Args:
-        spec: see `check_source`. A path is a .jsonl, .json, .csv, .tsv or .parquet file, a glob of them, or a
-            directory written by `datasets`' `save_to_disk`. A task row has `prompt` (one user message), `answer`,
-            `gym_task` and `gym_entry` (the whole entry as JSON, for the verifier).
+        spec: see `check_source`. A path is a .jsonl, .json, .csv, .tsv or .parquet file, a glob of them, a folder that
+            `datasets` saved or can load, or the name of a data set on the hub. A task row has `prompt` (one user
+            message), `answer`, `gym_task` and `gym_entry` (the whole entry as JSON, for the verifier).
         field: what to call it in messages.
 
     Raises:
@@ -156,12 +165,13 @@ def load_rows(spec: Mapping[str, Any], field: str = "data") -> list[Row]:
         DataError: a file that cannot be parsed, or without rows.
     """
     check_source(spec, field)
+    spec = cast("Mapping[str, Any]", as_source(spec))
     if "mix" in spec:
         rows = [row for i, part in enumerate(spec["mix"]) for row in load_rows(part, f"{field}.mix[{i}]")]
     elif "source" in spec:
         rows = _gym_rows(spec, field)
     else:
-        rows = read_rows(str(spec["path"]), spec.get("split"), field)
+        rows = read_rows(spec, field)
     rows = rows[: spec.get("limit")]
     if not rows:
         raise DataError(f"{field}: {show(dict(spec))} has no rows.")
@@ -266,12 +276,13 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
     """Rows of whatever a trainer was given: a list, a `datasets` data set (map or iterable), or a source spec.
 
     Args:
-        data: data sets and lists are returned unchanged; a mapping is loaded as a spec.
+        data: data sets and lists are returned unchanged; a path or a mapping is loaded as a spec.
         field: what to call it in messages.
 
     Raises:
         ConfigError: none of these, or a set of splits.
     """
+    data = as_source(data)
     if isinstance(data, Mapping):
         values = list(cast("Mapping[Any, Any]", data).values())
         if values and all(hasattr(value, "column_names") for value in values):
@@ -281,10 +292,8 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
                 f"{field} holds columns {sorted(map(str, data))}: use rows, or datasets.Dataset.from_dict(...) of them."
             )
         return load_rows(cast("Mapping[str, Any]", data), field)
-    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise ConfigError(
-            f"{field} = {show(data)}: use a list of rows, a data set, or a source such as {{path = 'train.jsonl'}}."
-        )
+    if isinstance(data, bytes) or not isinstance(data, Iterable):
+        raise ConfigError(f"{field} = {show(data)}: use a list of rows, a data set, or a path such as 'train.jsonl'.")
     return cast("Iterable[Mapping[str, Any]]", data)
 
 

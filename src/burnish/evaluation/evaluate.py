@@ -22,6 +22,7 @@ from burnish.objectives.aggregate import sequence_sums
 from burnish.rewards import Rubric
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
+from burnish.runs.evaluations import EvaluationSummary, Interval
 from burnish.types import Completion, Group, Score, StopReason
 
 __all__ = [
@@ -38,20 +39,6 @@ __all__ = [
 
 _NUM_RESAMPLES = 10_000
 _CHUNK_ELEMENTS = 4_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its confidence interval over `num` problems."""
-
-    mean: float
-    low: float
-    high: float
-    num: int
-    level: float = 0.95
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -219,18 +206,18 @@ class Evaluation:
         """JSON values only; :meth:`from_dict` gives an equal object back."""
         return json.loads(json.dumps(asdict(self)))
 
-    def summary(self) -> dict[str, Any]:
-        """The numbers without the record of each problem: what a report shows."""
-        return {
-            "name": self.name,
-            "num_problems": len(self.problems),
-            "num_samples": self.num_samples,
-            "pass_at_k": {str(k): asdict(interval) for k, interval in self.pass_at_k.items()},
-            "criteria": {name: asdict(interval) for name, interval in self.criteria.items()},
-            "mean_tokens": self.mean_completion_tokens,
-            "truncated_fraction": self.truncated_fraction,
-            "num_failed": self.num_failed,
-        }
+    def summary(self) -> EvaluationSummary:
+        """The figures without the record of each problem."""
+        return EvaluationSummary(
+            name=self.name,
+            num_problems=len(self.problems),
+            num_samples=self.num_samples,
+            pass_at_k=self.pass_at_k,
+            criteria=self.criteria,
+            mean_tokens=self.mean_completion_tokens,
+            truncated_fraction=self.truncated_fraction,
+            num_failed=self.num_failed,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:

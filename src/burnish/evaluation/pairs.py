@@ -13,7 +13,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 
 from burnish.errors import ConfigError, DataError
-from burnish.evaluation.evaluate import Interval, mean_interval
+from burnish.evaluation.evaluate import mean_interval
 from burnish.objectives.reward_modelling import calibration_bins, calibration_error
 from burnish.progress import format_seconds, say
 from burnish.rewards import Rubric
 from burnish.rewards.identity import rubric_identity
 from burnish.rollout import Engine, SamplingParams
 from burnish.rollout.collect import collect
+from burnish.runs.evaluations import EvaluationSummary, Interval
 from burnish.runs.files import append_json_lines, filter_json_lines, read_json_lines, write_json_lines
 from burnish.types import Group
 
@@ -156,16 +157,16 @@ class PairRanking:
     brier_score: float
     ahead: tuple[float, ...]
 
-    def summary(self, name: str) -> dict[str, Any]:
-        """The numbers without those of each pair: what a report shows."""
-        kinds = {f"ranked right, {kind}": asdict(interval) for kind, interval in self.accuracy_by_kind.items()}
+    def summary(self, name: str) -> EvaluationSummary:
+        """The figures without those of each pair."""
+        kinds = {f"ranked right, {kind}": interval for kind, interval in self.accuracy_by_kind.items()}
         figures = {"calibration error": self.calibration_error, "Brier score": self.brier_score}
-        return {
-            "name": name,
-            "num_problems": self.num_problems,
-            "criteria": {"pairs ranked right": asdict(self.accuracy), **(kinds if len(kinds) > 1 else {})}
-            | {figure: {"mean": value} for figure, value in figures.items()},
-        }
+        return EvaluationSummary(
+            name=name,
+            num_problems=self.num_problems,
+            criteria={"pairs ranked right": self.accuracy, **(kinds if len(kinds) > 1 else {})}
+            | {figure: Interval(value) for figure, value in figures.items()},
+        )
 
 
 def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:

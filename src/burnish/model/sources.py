@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from burnish.config.hub import hub_problem
 from burnish.config.paths import expanded, is_file, is_folder, is_only_a_path, missing
 from burnish.errors import ModelError
 
@@ -20,8 +21,6 @@ __all__ = ["ModelSource", "find_model", "hub_arguments", "reach", "reading_model
 logger = logging.getLogger(__name__)
 
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
-_HUB_SECONDS = 5.0
-"""How long the hub may take to answer before it counts as out of reach."""
 
 _DESCRIPTIONS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -88,10 +87,6 @@ def hub_arguments(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
 
 
-_answered: set[tuple[str, str]] = set()
-"""Names that the hub has answered for, with its address: it is asked once."""
-
-
 def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> str:
     """Ask the hub for a name once, before transformers asks for file after file with five retries each.
 
@@ -111,7 +106,11 @@ def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> 
     given = hub_arguments(init_kwargs)
     if is_folder(expanded(source.name)):
         return source.name
-    why = "local_files_only = True" if given.get("local_files_only") else _hub_problem(source.name, given.get("token"))
+    why = (
+        "local_files_only = True"
+        if given.get("local_files_only")
+        else hub_problem(source.name, token=given.get("token"))
+    )
     if why is None:
         return source.name
     folder = _cached(source.name, given)
@@ -122,26 +121,6 @@ def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> 
         )
     logger.warning("model = %r: %s, so it is read from the cache", source.name, why)
     return folder
-
-
-def _hub_problem(name: str, token: Any) -> str | None:
-    """Why the hub cannot be asked; None where it answers, whatever the answer."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    address = str(constants.ENDPOINT)
-    if (address, name) in _answered:
-        return None
-    try:
-        HfApi(endpoint=address).model_info(name, token=token, timeout=_HUB_SECONDS)
-    except OfflineModeIsEnabled:
-        return "HF_HUB_OFFLINE is set"
-    except HfHubHTTPError:
-        pass  # what is wrong with the name, transformers says with all arguments in hand
-    except Exception as error:  # of connections: the library changes its client between versions
-        return f"{address} does not answer ({' '.join(str(error).split()):.120})"
-    _answered.add((address, name))
-    return None
 
 
 def _cached(name: str, given: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""The page: summary and tables written here, charts and the transcript browser drawn by the page's own script."""
+"""The report's page: a template for summary and tables; the page's own script draws charts and transcripts."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import base64
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from importlib.resources import files
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, cast
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from burnish.config.paths import file_problem
 from burnish.errors import ConfigError, show
 from burnish.report.ending import ending, standing
 from burnish.report.findings import findings
-from burnish.report.records import Comparison, Evaluation, Interval, Run, read_run
+from burnish.report.records import Run, read_run
 from burnish.report.series import histograms, pack_transcripts, sample_evenly, stage_curves
+from burnish.runs.evaluations import Comparison, EvaluationSummary, Interval
 from burnish.runs.files import replacing
 
 __all__ = ["write_report"]
 
 _SCRIPTS = ("common.js", "charts.js", "transcripts.js")
-_UNSAFE_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 _MODEL_KEYS = ("model_name_or_path", "model", "model.name_or_path", "model.model_name_or_path", "model.name")
 _TASK_KEYS = (
     "task",
@@ -85,49 +85,49 @@ def write_report(run_dir: str | os.PathLike[str], output: Path | None = None, *,
 
 
 def _page(run: Run, max_transcripts: int) -> str:
-    script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();"
-    style = _asset("report.css")
-    embedded = sample_evenly(run.transcripts, max_transcripts)
-    charts = {
-        "curves": stage_curves(run.metrics),
-        "histograms": histograms(run.transcripts),
-        "evaluations": _evaluation_data(run.evaluations),
-        "names": _STAGE_NAMES,
-    }
-    title = _title(run)
-    return Template(_asset("report.html")).substitute(
+    templates = Environment(
+        loader=PackageLoader("burnish.report", "assets"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    # Written as ASCII: a lone surrogate of a completion has no UTF-8 form.
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    cast("dict[str, Any]", templates.filters).update(
+        change=_change, ends=_ends, fixed=_fixed, indented=_indented, percent=_percent, stage=_stage_name,
+        thousands=_thousands, verdict=_verdict,
+    )  # fmt: skip
+    assets = files("burnish.report") / "assets"
+    parts = [(assets / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    script = Markup("(() => {\n'use strict';\n" + "\n".join(parts) + "\n})();")
+    style = Markup((assets / "report.css").read_text(encoding="utf-8"))
+    return templates.get_template("report.html").render(
         policy=f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'; "
         "form-action 'none'",
-        page_title=escape(" · ".join(title)),
-        title=escape(title[0]),
-        task=f'<p class="task">{escape(title[1])}</p>' if len(title) > 1 else "",
-        facts=_facts(run),
-        summary=_summary(run),
-        evaluations=_evaluation_table(run.evaluations),
-        notes=_notes(run.notes),
-        shown=_shown(len(embedded), len(run.transcripts), max_transcripts),
-        setup=_folded("Configuration", "config.json", run.config)
-        + _folded("Environment", "environment.json", run.environment),
-        charts_json=_script_json(charts),
-        transcripts_json=_script_json(pack_transcripts(embedded, len(run.transcripts))),
-        style=style,
         script=script,
+        style=style,
+        title=_title(run),
+        facts=_facts(run),
+        notes=run.notes,
+        evaluations=run.evaluations,
+        comparisons=run.comparisons,
+        health=_health(run),
+        ks=sorted({k for evaluation in run.evaluations for k in evaluation.pass_at_k}),
+        criteria=list(dict.fromkeys(name for evaluation in run.evaluations for name in evaluation.criteria)),
+        config=run.config,
+        environment=run.environment,
+        charts={
+            "curves": stage_curves(run.metrics),
+            "histograms": histograms(run.transcripts),
+            "evaluations": [_drawn(evaluation) for evaluation in run.evaluations],
+            "names": _STAGE_NAMES,
+        },
+        transcripts=pack_transcripts(sample_evenly(run.transcripts, max_transcripts), len(run.transcripts)),
+        max_transcripts=max_transcripts,
     )
-
-
-def _asset(name: str) -> str:
-    return (files("burnish.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _digest(source: str) -> str:
     """The content-security-policy source of an inline script or style: nothing else may run on the page."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-
-
-def _script_json(value: object) -> str:
-    """JSON that is inert inside a script element: no `<`, so neither `</script>` nor `<!--` can appear."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return _UNSAFE_IN_SCRIPT.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _stage_name(stage: str) -> str:
@@ -160,8 +160,38 @@ def _number(value: float) -> str:
     return _signed(f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}")
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _fixed(value: float, digits: int) -> str:
+    return _signed(f"{value:.{digits}f}")
+
+
+def _thousands(value: float | None, digits: int = 0) -> str:
+    return _ABSENT if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.1%}"
+
+
+def _change(value: float, percent: bool) -> str:
+    """A difference, of fractions in percentage points."""
+    return _signed(f"{100 * value:+.1f} pp" if percent else f"{value:+.3g}")
+
+
+def _ends(interval: Interval, form: str, scale: float = 1.0) -> str:
+    if interval.low is None or interval.high is None:
+        return "no interval"
+    return _signed(f"{scale * interval.low:{form}} to {scale * interval.high:{form}}")
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _verdict(comparison: Comparison) -> str:
+    difference = comparison.difference
+    if not difference.excludes_zero:
+        return "unknown" if difference.excludes_zero is None else "unclear"
+    return "better" if (difference.mean > 0) != (comparison.metric in _LOWER_IS_BETTER) else "worse"
 
 
 def _duration(seconds: float) -> str:
@@ -170,7 +200,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _facts(run: Run) -> str:
+def _facts(run: Run) -> list[tuple[str, str]]:
     """The line under the title: status, steps, times."""
     noted = f"see the notes ({len(run.notes)})" if run.notes else ""
     known = standing(run) or ("" if noted else "Complete")
@@ -186,70 +216,10 @@ def _facts(run: Run) -> str:
         facts.append(("Started", f"{datetime.fromtimestamp(min(times), UTC):%Y-%m-%d %H:%M} UTC"))
     if run.transcripts:
         facts.append(("Completions", f"{len(run.transcripts):,}"))
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return facts
 
 
-def _notes(notes: Sequence[str]) -> str:
-    if not notes:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<aside class="notes" aria-label="Notes"><h2>Read first</h2><ul>{items}</ul></aside>'
-
-
-def _range(interval: Interval, scale: float, sign: str = "") -> str:
-    if interval.low is None or interval.high is None:
-        return "no interval"
-    return _signed(f"{scale * interval.low:{sign}.1f} to {scale * interval.high:{sign}.1f}")
-
-
-def _summary(run: Run) -> str:
-    """Headline: pass@k at the smallest k of each model, then every paired gain with its verdict."""
-    scored = [evaluation for evaluation in run.evaluations if evaluation.pass_at_k]
-    tiles: list[str] = []
-    for evaluation in scored:
-        k = min(evaluation.pass_at_k)
-        interval = evaluation.pass_at_k[k]
-        size = f"{evaluation.num_problems:,} problems" if evaluation.num_problems is not None else ""
-        size += f", {evaluation.num_samples:,} samples each" if size and evaluation.num_samples is not None else ""
-        tiles.append(
-            f'<li class="tile" data-stage="{escape(evaluation.name)}"><h3>{escape(_stage_name(evaluation.name))}</h3>'
-            f'<p class="big">{_percent(interval.mean)}<span>%</span></p>'
-            f"<p>pass@{k}, 95% CI {_range(interval, 100)}</p><p>{size}</p></li>"
-        )
-    gains = "".join(_gain(comparison) for comparison in run.comparisons)
-    parts = [
-        f'<ol class="tiles">{"".join(tiles)}</ol>' if tiles else "",
-        f'<div class="gains"><h3>Paired differences on the same problems</h3><ul>{gains}</ul></div>' if gains else "",
-        _health(run),
-    ]
-    return "".join(parts) or '<p class="empty">No evaluation and no metrics to summarise yet.</p>'
-
-
-def _gain(comparison: Comparison) -> str:
-    """One paired difference; pass@k in percentage points, any other metric in its own unit."""
-    difference, scale = comparison.difference, 100.0 if comparison.k is not None else 1.0
-    value = f"{100 * difference.mean:+.1f} pp" if comparison.k is not None else f"{difference.mean:+.3g}"
-    metric = comparison.metric if comparison.k is None else f"pass@{comparison.k}"
-    if difference.excludes_zero is None:
-        kind, verdict = "unknown", "no interval"
-    elif not difference.excludes_zero:
-        kind, verdict = "unclear", "interval includes 0"
-    else:
-        up = difference.mean > 0
-        kind = "better" if up != (comparison.metric in _LOWER_IS_BETTER) else "worse"
-        verdict = "interval excludes 0"
-    if comparison.k is None and difference.low is not None and difference.high is not None:
-        bounds = f"{difference.low:+.3g} to {difference.high:+.3g}"
-    else:
-        bounds = _range(difference, scale, "+")
-    names = f"{_stage_name(comparison.before)} → {_stage_name(comparison.after)}"
-    return (
-        f'<li class="{kind}"><span class="pair">{escape(names)}</span><span class="metric">{escape(metric)}</span>'
-        f"<b>{_signed(value)}</b><span>[{_signed(bounds)}]</span><em>{verdict}</em></li>"
-    )
-
-
-def _health(run: Run) -> str:
+def _health(run: Run) -> list[tuple[str, str, str]]:
     """Signs of a silent failure, worst values over the whole run."""
     facts: list[tuple[str, str, str]] = []
     if run.metrics:
@@ -270,69 +240,16 @@ def _health(run: Run) -> str:
         failed = sum(bool(t.errors) for t in run.transcripts)
         cut = sum(t.stop_reason == "length" for t in run.transcripts)
         count = len(run.transcripts)
-        facts.append(("Completions cut at the limit", f"{_percent(cut / count)}%", f"{cut:,} of {count:,}"))
+        facts.append(("Completions cut at the limit", _percent(cut / count), f"{cut:,} of {count:,}"))
         facts.append(("Rewards that failed", f"{failed:,}", f"of {count:,} completions, left out of the loss"))
     bad = sum(value is None for row in run.metrics for value in row.values.values())
     if run.metrics:
         facts.append(("Values that are not finite", f"{bad:,}", "in all metrics"))
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd><b>{escape(value)}</b> <span>{escape(where)}</span></dd></div>"
-        for name, value, where in facts
-    )
-    return f'<dl class="health">{cells}</dl>' if cells else ""
+    return facts
 
 
-def _evaluation_data(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def _drawn(evaluation: EvaluationSummary) -> dict[str, Any]:
     def values(intervals: Mapping[Any, Interval]) -> dict[str, list[float | None]]:
         return {str(name): [i.mean, i.low, i.high] for name, i in intervals.items()}
 
-    return [{"name": e.name, "pass": values(e.pass_at_k), "criteria": values(e.criteria)} for e in evaluations]
-
-
-def _evaluation_table(evaluations: Sequence[Evaluation]) -> str:
-    """Every number of the evaluations, one column per model."""
-    if not evaluations:
-        return '<p class="empty">No evaluation was found.</p>'
-    ks = sorted({k for e in evaluations for k in e.pass_at_k})
-    criteria = dict.fromkeys(name for e in evaluations for name in e.criteria)
-
-    def cell(interval: Interval | None, scale: float, digits: int, unit: str) -> str:
-        if interval is None:
-            return _ABSENT
-        value = f"{scale * interval.mean:.{digits}f}{unit}"
-        if interval.low is None or interval.high is None:
-            return _signed(value)
-        low, high = (f"{scale * end:.{digits}f}" for end in (interval.low, interval.high))
-        return f"{_signed(value)} <small>{_signed(low)} to {_signed(high)}</small>"
-
-    def plain(value: float | None, template: str) -> str:
-        return _ABSENT if value is None else template.format(value)
-
-    rows = [(f"pass@{k}", [cell(e.pass_at_k.get(k), 100, 1, "%") for e in evaluations]) for k in ks]
-    rows += [(name, [cell(e.criteria.get(name), 1, 3, "") for e in evaluations]) for name in criteria]
-    rows.append(("Tokens, mean", [plain(e.mean_tokens, "{:,.1f}") for e in evaluations]))
-    rows.append(("Cut at the limit", [plain(e.truncated_fraction, "{:.1%}") for e in evaluations]))
-    rows.append(("Problems", [plain(e.num_problems, "{:,}") for e in evaluations]))
-    rows.append(("Samples per problem", [plain(e.num_samples, "{:,}") for e in evaluations]))
-    head = "".join(f'<th scope="col">{escape(_stage_name(e.name))}</th>' for e in evaluations)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{text}</td>" for text in cells)}</tr>'
-        for name, cells in rows
-    )
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Evaluation numbers"><table class="numbers">'
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _shown(num_embedded: int, total: int, limit: int) -> str:
-    if total == 0:
-        return "No transcript was found."
-    if num_embedded == total:
-        return f"All {total:,} completions of the run."
-    return f"{num_embedded:,} of {total:,} completions, sampled evenly over the steps (max_transcripts = {limit:,})."
-
-
-def _folded(title: str, name: str, value: dict[str, Any] | None) -> str:
-    text = f"{name} is missing or unreadable." if value is None else json.dumps(value, indent=2, ensure_ascii=False)
-    return f"<details><summary>{title} <small>{name}</small></summary><pre>{escape(text)}</pre></details>"
+    return {"name": evaluation.name, "pass": values(evaluation.pass_at_k), "criteria": values(evaluation.criteria)}

@@ -7,61 +7,23 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from burnish.config.paths import is_file, is_folder
-from burnish.errors import DataError, show
+from burnish.errors import DataError, FileError, show
+from burnish.runs.evaluations import Comparison, EvaluationSummary, Interval
+from burnish.runs.files import read_json, read_lines
 from burnish.runs.lock import is_locked
 from burnish.runs.status import STATUS, Status, read_status
 
-__all__ = ["Comparison", "Evaluation", "Interval", "MetricRow", "Run", "Transcript", "finite", "read_run"]
+__all__ = ["MetricRow", "Run", "Transcript", "finite", "read_run"]
 
 _OFFLINE = {"sft", "reward", "dpo", "kto"}
 """Stages that sample nothing, so that a run of them alone has no transcripts to miss."""
-
-_PASS_AT_K = re.compile(r"pass(?:@|_at_)(\d+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its confidence interval; the ends are None where they are unknown."""
-
-    mean: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def excludes_zero(self) -> bool | None:
-        """Whether zero lies outside the interval; None without an interval."""
-        return None if self.low is None or self.high is None else self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One evaluation of one model: `raw`, or the name of the stage it came out of."""
-
-    name: str
-    num_problems: int | None
-    num_samples: int | None
-    pass_at_k: dict[int, Interval]
-    criteria: dict[str, Interval]
-    mean_tokens: float | None
-    truncated_fraction: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The paired difference `after - before` of one metric; `k` is set where the metric is pass@k."""
-
-    before: str
-    after: str
-    metric: str
-    k: int | None
-    difference: Interval
 
 
 @dataclass(slots=True)
@@ -99,7 +61,7 @@ class Run:
     path: Path
     metrics: list[MetricRow] = field(default_factory=list[MetricRow])
     transcripts: list[Transcript] = field(default_factory=list[Transcript])
-    evaluations: list[Evaluation] = field(default_factory=list[Evaluation])
+    evaluations: list[EvaluationSummary] = field(default_factory=list[EvaluationSummary])
     comparisons: list[Comparison] = field(default_factory=list[Comparison])
     config: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
@@ -179,53 +141,43 @@ def _items(value: object) -> list[dict[str, Any]]:
     return [_mapping(item) for item in cast("list[object]", value)] if isinstance(value, list) else []
 
 
-def _parse(raw: bytes) -> object:
-    """The JSON value of `raw`, or None: text cut inside a character, too deep, or not JSON."""
-    try:
-        return json.loads(raw.decode("utf-8", errors="replace"))
-    except (ValueError, RecursionError):
-        return None
-
-
 def _read_object(run: Run, name: str) -> dict[str, Any] | None:
-    path = run.path / name
-    if not path.is_file():
+    value: Any = None
+    if not (run.path / name).is_file():
         run.notes.append(f"{name}: missing.")
         return None
-    try:
-        value = _parse(path.read_bytes())
-    except OSError as error:
-        run.notes.append(f"{name}: cannot be read ({error.strerror}).")
-        return None
+    with suppress(FileError):
+        value = read_json(run.path / name)
     if not isinstance(value, dict):
         run.notes.append(f"{name}: cut or not a JSON object; left out.")
         return None
     return cast("dict[str, Any]", value)
 
 
-def _read_lines(run: Run, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSONL file; what cannot be read is counted in one note."""
+def _read_steps(run: Run, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (step, record) of a JSONL file; what cannot be read or placed is counted in one note each."""
     path = run.path / name
     if not path.is_file():
         run.notes.append(f"{name}: missing.")
         return
     bad: list[int] = []
-    cut = False
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            value = _parse(raw)
-            if isinstance(value, dict):
-                yield number, cast("dict[str, Any]", value)
-            elif raw.endswith(b"\n"):
-                bad.append(number)
+    unplaced = number = 0
+    for number, (line, record) in enumerate(read_lines(path), 1):
+        if record is not None:
+            step = _integer(record.get("step"))
+            if step is None:
+                unplaced += 1
             else:
-                cut = True
-                run.notes.append(f"{name}: line {number}, the last, is cut and left out (the run stopped as it wrote).")
+                yield step, record
+        elif line.endswith(b"\n") and line.strip():
+            bad.append(number)
+        elif line.strip():
+            run.notes.append(f"{name}: line {number}, the last, is cut and left out (the run stopped as it wrote).")
     if bad:
         run.notes.append(f"{name}: {len(bad)} lines are not JSON objects and are left out; the first is line {bad[0]}.")
-    if path.stat().st_size == 0 and not cut:
+    if unplaced:
+        run.notes.append(f"{name}: {unplaced} lines have no step and are left out.")
+    if not number:
         run.notes.append(f"{name}: empty.")
 
 
@@ -233,13 +185,8 @@ def _metrics(run: Run) -> list[MetricRow]:
     """Rows in the order of stages and steps; lines of the same step are merged, the later value wins."""
     rows: dict[tuple[str, int], MetricRow] = {}
     stages: dict[str, None] = {}
-    unplaced = 0
     not_finite: dict[str, int] = {}
-    for _, line in _read_lines(run, "metrics.jsonl"):
-        step = _integer(line.get("step"))
-        if step is None:
-            unplaced += 1
-            continue
+    for step, line in _read_steps(run, "metrics.jsonl"):
         stage = _text(line.get("stage")) or "train"
         stages.setdefault(stage)
         row = rows.setdefault((stage, step), MetricRow(stage, step, None, {}))
@@ -250,8 +197,6 @@ def _metrics(run: Run) -> list[MetricRow]:
             row.values[name] = finite(value)
             if row.values[name] is None:
                 not_finite.setdefault(f"{name} of {stage}", step)
-    if unplaced:
-        run.notes.append(f"metrics.jsonl: {unplaced} lines have no step and are left out.")
     for name, step in not_finite.items():
         run.notes.append(f"metrics.jsonl: {name} is not finite (NaN or infinite), first at step {step}.")
     order = {stage: place for place, stage in enumerate(stages)}
@@ -259,32 +204,23 @@ def _metrics(run: Run) -> list[MetricRow]:
 
 
 def _transcripts(run: Run) -> list[Transcript]:
-    found: list[Transcript] = []
-    unplaced = 0
-    for _, line in _read_lines(run, "transcripts.jsonl"):
-        step = _integer(line.get("step"))
-        if step is None:
-            unplaced += 1
-            continue
-        found.append(
-            Transcript(
-                stage=_text(line.get("stage")) or "train",
-                step=step,
-                prompt_index=_integer(line.get("prompt_index")),
-                sample=_integer(line.get("sample")),
-                prompt=_text(line.get("prompt")),
-                completion=_text(line.get("completion")),
-                stop_reason=_text(line.get("stop_reason")),
-                num_tokens=_integer(line.get("num_tokens")),
-                reward=finite(line.get("reward")),
-                criteria={name: finite(value) for name, value in _mapping(line.get("criteria")).items()},
-                errors={name: _text(message) for name, message in _mapping(line.get("errors")).items()},
-                advantage=finite(line.get("advantage")),
-            )
+    return [
+        Transcript(
+            stage=_text(line.get("stage")) or "train",
+            step=step,
+            prompt_index=_integer(line.get("prompt_index")),
+            sample=_integer(line.get("sample")),
+            prompt=_text(line.get("prompt")),
+            completion=_text(line.get("completion")),
+            stop_reason=_text(line.get("stop_reason")),
+            num_tokens=_integer(line.get("num_tokens")),
+            reward=finite(line.get("reward")),
+            criteria={name: finite(value) for name, value in _mapping(line.get("criteria")).items()},
+            errors={name: _text(message) for name, message in _mapping(line.get("errors")).items()},
+            advantage=finite(line.get("advantage")),
         )
-    if unplaced:
-        run.notes.append(f"transcripts.jsonl: {unplaced} lines have no step and are left out.")
-    return found
+        for step, line in _read_steps(run, "transcripts.jsonl")
+    ]
 
 
 def _interval(value: object) -> Interval | None:
@@ -305,7 +241,7 @@ def _evaluations(run: Run) -> None:
     for item in _items(record.get("evaluations")):
         passes = {int(k): v for k, v in _intervals(item.get("pass_at_k")).items() if k.isdecimal()}
         run.evaluations.append(
-            Evaluation(
+            EvaluationSummary(
                 name=_text(item.get("name")) or "unnamed",
                 num_problems=_integer(item.get("num_problems")),
                 num_samples=_integer(item.get("num_samples")),
@@ -318,10 +254,7 @@ def _evaluations(run: Run) -> None:
     for item in _items(record.get("comparisons")):
         difference = _interval(item)
         if difference is not None:
-            metric = _text(item.get("metric"))
-            match = _PASS_AT_K.fullmatch(metric)
-            k = int(match[1]) if match else None
-            before, after = _text(item.get("before")), _text(item.get("after"))
-            run.comparisons.append(Comparison(before, after, metric, k, difference))
+            before, after, metric = (_text(item.get(name)) for name in ("before", "after", "metric"))
+            run.comparisons.append(Comparison(before, after, metric.replace("pass_at_", "pass@"), difference))
     if not run.evaluations:
         run.notes.append("evaluations.json: holds no evaluation.")

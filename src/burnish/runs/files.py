@@ -20,6 +20,7 @@ __all__ = [
     "filter_json_lines",
     "read_json",
     "read_json_lines",
+    "read_lines",
     "replacing",
     "write_json",
     "write_json_lines",
@@ -126,7 +127,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         FileError: it cannot be read.
     """
-    for _, record in _lines(path):
+    for _, record in read_lines(path):
         if record is not None:
             yield record
 
@@ -137,31 +138,32 @@ def filter_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Non
     Raises:
         FileError: it cannot be read or written.
     """
-    if not path.is_file() or all(record is not None and keep(record) for _, record in _lines(path)):
+    if not path.is_file() or all(record is not None and keep(record) for _, record in read_lines(path)):
         return
     with replacing(path, "wb") as stream:
-        for line, record in _lines(path):
+        for line, record in read_lines(path):
             if record is not None and keep(record):
                 stream.write(line.rstrip(b"\n") + b"\n")
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield the lines of a file with their records, None for a line that is not a JSON object.
+
+    Raises:
+        FileError: it cannot be read.
+    """
     if not path.is_file():
         return
     try:
         with path.open("rb") as stream:
             for line in stream:
-                yield line, _record(line)
+                try:
+                    value: Any = json.loads(line)
+                except (ValueError, RecursionError):
+                    value = None
+                yield line, cast("dict[str, Any]", value) if isinstance(value, dict) else None
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}); check its permissions.") from error
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _ends_a_line(stream: IO[bytes]) -> bool:
