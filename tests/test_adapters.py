@@ -402,7 +402,7 @@ def test_a_later_stage_trains_the_adapters_of_the_one_before(
     assert {name.split(".")[-2] for name, p in second.model.named_parameters() if p.requires_grad} == {"default"}
     assert equal(packed_scores(second.model), imitated)
     second.train()
-    with second.reference.active(second.model) as reference:
+    with second.stage.reference.active(second.model) as reference:
         assert equal(packed_scores(reference), imitated), (
             "the reference is the policy as it was given, not the raw base"
         )

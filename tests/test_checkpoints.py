@@ -550,7 +550,7 @@ def test_the_critic_s_optimizer_takes_changed_settings(tmp_path: Path) -> None:
     ppo(tmp_path, **changes).train()
     resumed = ppo(tmp_path, **{**changes, "max_steps": 2}, weight_decay=0.5, adam_beta1=0.5, value_learning_rate=0.02)
     resumed.train(resume_from_checkpoint=True)
-    groups = resumed.critic.optimizer.param_groups
+    groups = resumed.stage.algorithm.critic.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
     assert {group["betas"][0] for group in groups} == {0.5}
 

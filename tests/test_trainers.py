@@ -18,7 +18,7 @@ from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer
 from burnish.rollout import Request
 from burnish.training.sampler_check import Agreement
 from burnish.training.step import Loss
-from burnish.types import Completion, Group, Group
+from burnish.types import Completion, Group
 
 TEXTS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (1 + i % 3)} for i in range(24)]
 PROMPTS = [{"prompt": f"{i}+{i % 7}=" + "0" * (i % 5), "answer": str(i)} for i in range(24)]
@@ -415,7 +415,8 @@ def test_nonsense_is_refused_with_the_fix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fewer than"):
         grpo(tmp_path, per_device_train_batch_size=400)
     with pytest.raises(DataError, match="train_dataset = None"):
-        GRPOTrainer(tiny.model(), digits, GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8)))
+        args = GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8))
+        GRPOTrainer(tiny.model(), digits, args, processing_class=tiny.tokenizer())
     with pytest.raises(ModelError, match="no such folder"):
         SFTTrainer("./nowhere", SFTConfig(**settings(tmp_path)), train_dataset=TEXTS)
 

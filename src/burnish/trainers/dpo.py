@@ -19,7 +19,7 @@ from burnish.training.learner import Learner
 __all__ = ["DPOTrainer"]
 
 
-class DPOTrainer(Learner):
+class DPOTrainer(Learner[DPOStage]):
     r"""Direct Preference Optimisation (2305.18290) and its family, with the arguments of TRL's trainer.
 
     .. math:: \mathcal L = \sum_k \frac{w_k}{P} \sum_{p=1}^{P} \ell_k(\text{pair } p)

@@ -23,7 +23,7 @@ from burnish.types import Group
 __all__ = ["GRPOTrainer", "RLOOTrainer"]
 
 
-class GRPOTrainer(Learner):
+class GRPOTrainer(Learner[OnlineStage]):
     r"""Group Relative Policy Optimisation (2402.03300) and its relatives, with the arguments of TRL's trainer.
 
     .. math::

@@ -19,7 +19,7 @@ from burnish.training.learner import Learner
 __all__ = ["KTOTrainer"]
 
 
-class KTOTrainer(Learner):
+class KTOTrainer(Learner[KTOStage]):
     r"""Kahneman-Tversky Optimisation (2402.01306): completions labelled desirable or not, with TRL's arguments.
 
     The KL divergence that `kto_losses` subtracts is estimated from mismatched pairs, each prompt with the completion of

@@ -23,7 +23,7 @@ from burnish.types import Group
 __all__ = ["OnlineDPOTrainer"]
 
 
-class OnlineDPOTrainer(Learner):
+class OnlineDPOTrainer(Learner[OnlineStage]):
     r"""Online DPO (2402.04792): sample, judge, prefer the best of a prompt's completions to the worst.
 
     .. math:: \mathcal L = \frac1P \sum_p \ell(y_w^{(p)}, y_l^{(p)})

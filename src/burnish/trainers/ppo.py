@@ -24,7 +24,7 @@ from burnish.types import Group
 __all__ = ["PPOTrainer"]
 
 
-class PPOTrainer(Learner):
+class PPOTrainer(Learner[OnlineStage]):
     r"""Proximal Policy Optimisation (1707.06347) with a critic, in the order of arguments that TRL's trainer had.
 
     .. math::

@@ -18,7 +18,7 @@ from burnish.training.learner import Learner
 __all__ = ["RewardTrainer"]
 
 
-class RewardTrainer(Learner):
+class RewardTrainer(Learner[RewardStage]):
     r"""Reward modelling with the arguments of TRL's trainer; each prompt is computed once, whatever hangs on it.
 
     .. math::

@@ -18,7 +18,7 @@ from burnish.training.learner import Learner
 __all__ = ["SFTTrainer"]
 
 
-class SFTTrainer(Learner):
+class SFTTrainer(Learner[SFTStage]):
     r"""Supervised fine-tuning with the arguments of TRL's trainer; rows are always packed, never padded.
 
     .. math:: \mathcal L = -\frac1N \sum_{t} w_t \log \pi(y_t \mid y_{<t})

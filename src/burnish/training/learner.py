@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 import transformers
@@ -52,8 +52,10 @@ __all__ = ["Learner"]
 
 logger = logging.getLogger(__name__)
 
+S = TypeVar("S", bound=Stage)
 
-class Learner(Trainer):
+
+class Learner(Trainer, Generic[S]):
     """A `transformers.Trainer` that learns by a stage.
 
     For each optimizer step it asks the stage for a `Step`, packs its groups into exactly as many micro-batches as
@@ -74,6 +76,7 @@ class Learner(Trainer):
 
     args: Any
     model: Any
+    stage: S
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the names of the arguments, which Python would refuse without saying what to do."""
@@ -83,7 +86,7 @@ class Learner(Trainer):
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        stage: Stage,
+        stage: S,
         args: Any,
         *,
         train_dataset: Any,

@@ -24,7 +24,7 @@ class LogState(TrainerCallback):
     `save_steps` is not a multiple of `logging_steps` the next log would cover fewer steps than its uninterrupted twin.
     """
 
-    def __init__(self, trainer: Learner) -> None:
+    def __init__(self, trainer: Learner[Any]) -> None:
         self.trainer = trainer
         self._loaded: tuple[Path, dict[str, Any] | None] | None = None
 

@@ -41,7 +41,7 @@ def check_world_size(args: Any) -> None:
 
 
 @contextmanager
-def claimed_folder(trainer: Learner) -> Generator[None]:
+def claimed_folder(trainer: Learner[Any]) -> Generator[None]:
     """Hold the lock of `output_dir`: the first rank takes it, and all ranks learn whether it could.
 
     Raises:

@@ -31,7 +31,7 @@ _LAUNCHER_ECHO_SECONDS = 2.0
 
 
 @contextmanager
-def stopping_on_signals(trainer: Learner) -> Generator[None]:
+def stopping_on_signals(trainer: Learner[Any]) -> Generator[None]:
     """Stop training at the next step boundary after SIGTERM, SIGHUP or SIGUSR1, with a checkpoint.
 
     Only signals whose disposition is the default are taken, and only in the main thread: one that is ignored (nohup) or
@@ -54,7 +54,7 @@ def stopping_on_signals(trainer: Learner) -> Generator[None]:
 class _StopCallback(TrainerCallback):
     """Lets all ranks agree at step boundaries, and asks transformers for the checkpoint."""
 
-    def __init__(self, trainer: Learner, received: _Received) -> None:
+    def __init__(self, trainer: Learner[Any], received: _Received) -> None:
         self.trainer = trainer
         self.received = received
         self.signum = 0
