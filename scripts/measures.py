@@ -32,11 +32,11 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def classes_between() -> int:
-    """Most classes of ours between a public trainer and `transformers.Trainer`."""
+    """Most classes of ours, other public trainers aside, between a public trainer and `transformers.Trainer`."""
     import burnish
 
-    lines = (getattr(burnish, f"{name}Trainer").__mro__ for name in PUBLIC)
-    return max(sum(c.__module__.startswith("burnish.") for c in line) - 1 for line in lines)
+    public = {getattr(burnish, f"{name}Trainer") for name in PUBLIC}
+    return max(sum(c.__module__.startswith("burnish.") and c not in public for c in t.__mro__) for t in public)
 
 
 def overridden_methods() -> list[str]:
@@ -84,25 +84,23 @@ def helpers_used_once(trees: dict[Path, ast.Module]) -> int:
 
 
 def fields_declared_twice(trees: dict[Path, ast.Module]) -> list[str]:
-    """Fields of ours whose name and default stand in two places: declared, and again in a table of a trainer's."""
-    declared = {
-        target.target.id
-        for path, tree in trees.items()
-        if path.parts[-2:] == ("config", "fields.py")
+    """Fields of ours whose name and default stand in two places: declared by `own`, and again in another class."""
+    rooms = [tree for path, tree in trees.items() if path.parts[-2] in ("config", "trainers", "cli")]
+    fields = [
+        (node.name, field.target.id, _is_declaration(field))
+        for tree in rooms
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
-        for target in node.body
-        if isinstance(target, ast.AnnAssign) and isinstance(target.target, ast.Name)
-    }
-    assert declared, "the fields have moved: say where they are declared now"
-    again: list[str] = []
-    for path, tree in trees.items():
-        if path.parts[-2] not in ("config", "trainers", "cli") or path.name == "fields.py":
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in declared:
-                again.append(f"{path.relative_to(SOURCES)}: {node.target.id}")
-    return again
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None
+    ]
+    declared = {name for _, name, is_declaration in fields if is_declaration}
+    assert declared, "the fields have moved: say how they are declared now"
+    return [f"{where}: {name}" for where, name, is_declaration in fields if name in declared and not is_declaration]
+
+
+def _is_declaration(field: ast.AnnAssign) -> bool:
+    return isinstance(field.value, ast.Call) and isinstance(field.value.func, ast.Name) and field.value.func.id == "own"
 
 
 def measures() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,8 @@ from peft import LoraConfig
 import tiny
 from burnish import ConfigError, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from burnish.cli import stages
-from burnish.config import Kind, known_fields, refused_fields
-from burnish.config.refused import met_fields
-from burnish.config.resume import APPLIED, FREE, FREE_PREFIXES, REFUSED_ON_RESUME, resume_class
+from burnish.config import STAGES, known_fields
+from burnish.config.stages import resume_class
 from burnish.runs import checkpoints
 from burnish.runs.checkpoints import COMPLETE, DRAFTS, find_checkpoint, problem_of
 from burnish.training.rollout_state import RolloutState
@@ -211,14 +210,13 @@ def test_a_checkpoint_without_a_record_of_adapters_is_refused_for_the_whole_mode
 
 
 def test_every_field_has_one_class() -> None:
-    known: set[str] = set()
-    for kind in get_args(Kind):
-        known |= set(known_fields(kind)) - set(refused_fields(kind)) - set(met_fields(kind))
-    free = {n for n in known if n in FREE or (n.startswith(FREE_PREFIXES) and n not in APPLIED | REFUSED_ON_RESUME)}
-    assert known == free | (APPLIED & known) | (REFUSED_ON_RESUME & known)
-    assert len(APPLIED | REFUSED_ON_RESUME | FREE) == len(APPLIED) + len(REFUSED_ON_RESUME) + len(FREE)
-    assert not (FREE | APPLIED | REFUSED_ON_RESUME) - known, "fields that no stage has"
-    assert {name for name in known if resume_class(name) == "free"} == free
+    classes: dict[str, set[str]] = {}
+    for kind in STAGES:
+        for name, info in known_fields(kind).items():
+            classes.setdefault(name, set()).add(info.resume)
+    assert {name: found for name, found in classes.items() if len(found) > 1} == {}
+    assert set(map(resume_class, classes)) == {"free", "applied", "refused"}
+    assert [resume_class(name) for name in ("logging_steps", "learning_rate", "seed")] == ["free", "applied", "refused"]
     assert resume_class("a_field_of_tomorrow") == "refused"
 
 

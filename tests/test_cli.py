@@ -203,9 +203,11 @@ def test_quantisation_fields_are_those_of_transformers():
 
     from transformers import BitsAndBytesConfig
 
-    from burnish.config.quantization import _FIELDS
+    from burnish.config.quantization import QUANTIZATION_FIELDS
 
-    assert set(_FIELDS) - {"quant_method"} == set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}
+    assert set(QUANTIZATION_FIELDS) - {"quant_method"} == set(inspect.signature(BitsAndBytesConfig).parameters) - {
+        "kwargs"
+    }
 
 
 def test_model_as_a_table(run_file: Path):
@@ -233,7 +235,7 @@ def test_eval_file_takes_no_training(run_file: Path):
         ("--training.seeds=1", r"\[training\] seeds = 1: unknown field; did you mean .*seed"),
         ("--training.bf16=maybe", r"\[training\] bf16 = 'maybe': expected bool \| None, got str"),
         ("--training.fp16=true", r"\[training\] fp16 = True: "),
-        ("--training.top_p=2", r"\[training\] top_p = 2\.0: "),
+        ("--training.top_p=2", r"\[training\] top_p = 2: "),
         ("--training.reward_weights=[1, 1]", r"each \[\[rubric\]\] table has its own weight"),
         (
             "--training.model_init_kwargs={dtype = 'x'}",
@@ -253,11 +255,11 @@ def test_eval_file_takes_no_training(run_file: Path):
         ),
         (
             "--model_init.quantization_config={load_in_4bit = true, bnb_4bit_quant_type = 'nf5'}",
-            r"bnb_4bit_quant_type = 'nf5': expected Literal\['nf4', 'fp4'\]",
+            r"bnb_4bit_quant_type = 'nf5': use nf4 or fp4",
         ),
         (
             "--model_init.quantization_config={load_in_4bit = true, bnb_4bit_compute_dtype = 'bf16'}",
-            r"bnb_4bit_compute_dtype = 'bf16': use one of bfloat16, float16, float32",
+            r"bnb_4bit_compute_dtype = 'bf16': use bfloat16, float16 or float32",
         ),
         ("--peft.rank=8", r"\[peft\] rank = 8: unknown field"),
         ("--peft.r=big", r"\[peft\] r = 'big': expected int, got str"),
@@ -313,7 +315,7 @@ def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
             r"\[sft\] num_generations = 4: not a field of sft, but of online_dpo, grpo,",
         ),
         ("--grpo.reward_weights=[1, 1]", r"\[grpo\] reward_weights = \[1.0, 1.0\]: "),
-        ("--grpo.beta=-1", r"\[grpo\] beta = -1\.0: "),
+        ("--grpo.beta=-1", r"\[grpo\] beta = -1: "),
         ("--grpo.output_dir=x", r"\[grpo\] output_dir = 'x': .* set output_dir at the top"),
         ("--sft.resume_from_checkpoint=true", r"\[sft\] resume_from_checkpoint = True: "),
         ("--dpo={}", r"\[dpo\] without \[pairs\], which makes its rows"),

@@ -134,6 +134,7 @@ def test_an_unforeseen_error_of_the_command_is_one_line(
         raise KeyError("nobody foresaw")
 
     monkeypatch.setattr(report, "run", broken)
+    monkeypatch.setattr("burnish.cli.main.set_up_output", lambda words: None)  # for a process of its own
     monkeypatch.setattr("sys.argv", ["burnish", "report", str(tmp_path)])
     with pytest.raises(KeyError):
         main()

@@ -15,8 +15,8 @@ LIMITS: dict[str, float] = {
     "classes between Trainer and a public trainer": 4,
     "methods of Trainer overridden": 25,
     "dictionaries keyed by id()": 20,
-    "setattr by name": 16,
-    "fields declared twice": 8,
+    "setattr by name": 15,
+    "fields declared twice": 0,
 }
 """Where the sources stand; DESIGN says where to: 0, 0, 8, 1, 14, 0, and no field twice."""
 

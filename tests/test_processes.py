@@ -151,7 +151,7 @@ def test_the_command_exits_with_the_signal_and_prints_the_line_that_resumes(
     assert message == f"burnish sft: SIGTERM after step 1. To continue from the last checkpoint: {line}"
     monkeypatch.undo()
     assert main(line.split()[1:]) == 0
-    assert [record["step"] for record in read_json_lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+    assert [record["step"] for record in read_json_lines(tmp_path / "out" / "metrics.jsonl")] == [1, 3]
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -80,7 +80,7 @@ def test_runs_that_share_a_folder_keep_each_others(tmp_path: Path) -> None:
 def test_a_run_from_python_records_its_first_step_and_environment(tmp_path: Path, make: Any) -> None:
     short: dict[str, Any] = {"max_steps": 2, "logging_steps": 10}
     make(tmp_path / "on", **({} if make is not reward else {"model": copy.deepcopy(MODEL)}), **short).train()
-    assert [record["step"] for record in lines(tmp_path / "on", "metrics") if "loss" in record] == [1]
+    assert [record["step"] for record in lines(tmp_path / "on", "metrics") if "loss" in record] == [1, 2]
     assert read_json(tmp_path / "on" / "environment.json")["versions"]["torch"]
     off = {"model": copy.deepcopy(MODEL)} if make is reward else {}
     make(tmp_path / "off", log_metrics=False, **off, **short).train()

@@ -52,11 +52,11 @@ def register(
     parts: dict[str, Any] = {}
     if advantage is not None:
         ADVANTAGES[name] = advantage
-        ADVANTAGE_NAMES.append(name)
+        ADVANTAGE_NAMES.add(name)
         parts["advantage_estimator"] = name
     if loss is not None:
         POLICY_LOSSES[name] = PolicyLoss(lambda terms, options: _without_clip(loss(terms, options)), reduction)
-        LOSS_NAMES.append(name)
+        LOSS_NAMES.add(name)
         parts["loss_type"] = name
     ALGORITHMS[name] = Algorithm(summary, paper, parts=parts, defaults=fields)
     return ALGORITHMS[name]

@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
-from burnish.config import Kind, check_fields, check_mapping
-from burnish.config.adapters import check_lora
-from burnish.config.fields import stages_with
+from burnish.config import FieldInfo, Kind, check_fields, check_mapping
 from burnish.config.files import apply_overrides, read_file
-from burnish.config.inherited import FieldInfo
-from burnish.config.paths import expanded, file_problem, folder_problem, is_file, is_folder, missing, path_problem
-from burnish.config.quantization import check_quantization
+from burnish.config.lora import check_lora
+from burnish.config.paths import expanded, folder_problem, is_file, is_folder, missing, path_problem
+from burnish.config.sections import EvaluationSection, PairsSection, ReportSection, model_init, section
+from burnish.config.stages import stages_with
 from burnish.data.sources import as_source, check_source
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
@@ -44,28 +43,10 @@ PIPELINE_STAGES = ("sft", "pairs", "reward", "dpo", "kto", "online_dpo", "grpo",
 _FROM_PAIRS = ("reward", "dpo", "kto")
 """Stages that read what `[pairs]` sampled."""
 
-_MODEL_INIT = {
-    "attn_implementation": "str",
-    "cache_dir": "str",
-    "device_map": "str | dict[str, Any]",
-    "dtype": "str",
-    "local_files_only": "bool",
-    "quantization_config": "str | dict[str, Any]",
-    "revision": "str",
-    "subfolder": "str",
-    "trust_remote_code": "bool",
-    "use_safetensors": "bool",
-    "variant": "str",
-}
-"""Arguments of from_pretrained that a file can set. It would take any name and lose a misspelled one."""
-
 
 def _check_path(value: str | None, where: str, problem_of: Callable[[str], str | None]) -> None:
     if value is not None and (problem := problem_of(value)) is not None:
         raise ConfigError(f"{where} = {show(value)}: {problem}.")
-
-
-_DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -81,94 +62,6 @@ class DataSection:
     """Rows to evaluate on."""
     sft: dict[str, Any] | None = None
     """Pipelines only: rows of the supervised stage; None means `train`."""
-
-
-@dataclass(frozen=True)
-class EvaluationSection:
-    """`[evaluation]`: pass@k on `data.eval`."""
-
-    num_samples: int = 8
-    """Completions per prompt."""
-    ks: list[int] = field(default_factory=lambda: [1])
-    """The k of each pass@k; at most num_samples."""
-    temperature: float = 1.0
-    """Sampling temperature; 0 is greedy, which needs num_samples = 1."""
-    max_completion_length: int = 512
-    """Most tokens of one completion."""
-    solved: str | None = None
-    """The criterion that says whether a completion solved its prompt; None where the rubric has one criterion."""
-    chat_template: str | None = None
-    """A .jinja file, Jinja source, a tokenizer's folder, or chatml; None means the tokenizer's own."""
-    output: str | None = None
-    """`burnish eval` only: JSON file for the whole evaluation, problem by problem."""
-    compare_with: str | None = None
-    """`burnish eval` only: such a file of another model; paired differences are printed too."""
-
-    def __post_init__(self) -> None:
-        for name, holds, fix in (
-            ("num_samples", self.num_samples >= 1, "use at least 1"),
-            ("ks", bool(self.ks) and min(self.ks, default=0) >= 1, "use positive integers, such as [1, 4]"),
-            ("ks", max(self.ks, default=0) <= self.num_samples, f"at most num_samples = {self.num_samples}; raise it"),
-            ("temperature", self.temperature >= 0, "use 0 (greedy) or a positive number"),
-            ("temperature", self.temperature > 0 or self.num_samples == 1, "greedy samples are equal: num_samples = 1"),
-            ("max_completion_length", self.max_completion_length >= 1, "use at least 1 token"),
-        ):
-            if not holds:
-                raise ConfigError(f"[evaluation] {name} = {show(getattr(self, name))}: {fix}.")
-        for name, problem_of in (("output", file_problem), ("compare_with", path_problem)):
-            _check_path(getattr(self, name), f"[evaluation] {name}", problem_of)
-
-
-@dataclass(frozen=True)
-class PairsSection:
-    """`[pairs]`: preference pairs and best-of-n rows from samples of the model on `data.train`."""
-
-    output_dir: str = "outputs/pairs"
-    """`burnish pairs` only: folder of samples.jsonl, pairs.jsonl and best.jsonl."""
-    num_samples: int = 8
-    """Completions per prompt."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    max_completion_length: int = 512
-    """Most tokens of one completion."""
-    pairs_per_prompt: int = 1
-    """Most pairs of one prompt: the best sample over the worst, the second best over the second worst."""
-    min_margin: float = 0.0
-    """Rewards of a pair differ by more than this."""
-    min_reward: float | None = None
-    """Best-of-n rows need at least this reward; None keeps the best whatever it got."""
-    chat_template: str | None = None
-    """A .jinja file, Jinja source, a tokenizer's folder, or chatml; None means the tokenizer's own."""
-    seed: int = 0
-    """Of the random numbers."""
-
-    def __post_init__(self) -> None:
-        for name, holds, fix in (
-            ("num_samples", self.num_samples >= 2, "a pair needs at least 2"),
-            ("temperature", self.temperature > 0, "equal samples make no pair; use a positive number"),
-            ("max_completion_length", self.max_completion_length >= 1, "use at least 1 token"),
-            ("pairs_per_prompt", 1 <= self.pairs_per_prompt <= self.num_samples // 2, "use 1 .. num_samples / 2"),
-            ("min_margin", self.min_margin >= 0, "use a number of at least 0"),
-            ("seed", 0 <= self.seed < 2**32, "use an integer of at least 0, below 2^32"),
-        ):
-            if not holds:
-                raise ConfigError(f"[pairs] {name} = {show(getattr(self, name))}: {fix}.")
-        _check_path(self.output_dir, "[pairs] output_dir", partial(folder_problem, writable=True))
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    """`[report]`: the page that a pipeline ends with."""
-
-    path: str | None = None
-    """The HTML file; None means report.html in the run's folder."""
-    max_transcripts: int = 5000
-    """Most transcripts on the page, sampled evenly over the steps."""
-
-    def __post_init__(self) -> None:
-        if self.max_transcripts < 0:
-            raise ConfigError(f"[report] max_transcripts = {self.max_transcripts}: use 0 (embed none) or more.")
-        _check_path(self.path, "[report] path", file_problem)
 
 
 @dataclass(frozen=True)
@@ -222,19 +115,19 @@ class PipelineFile:
 
 
 _TABLES = {
-    "model": "str | dict[str, Any]",
-    "model_init": "dict[str, Any]",
-    "peft": "dict[str, Any]",
-    "data": "dict[str, Any]",
-    "rubric": "list[dict[str, Any]]",
-    "training": "dict[str, Any]",
-    "evaluation": "dict[str, Any]",
-    "pairs": "dict[str, Any]",
+    "model": str | dict[str, Any],
+    "model_init": dict[str, Any],
+    "peft": dict[str, Any],
+    "data": dict[str, Any],
+    "rubric": list[dict[str, Any]],
+    "training": dict[str, Any],
+    "evaluation": dict[str, Any],
+    "pairs": dict[str, Any],
 }
 _PIPELINE_TABLES = (
-    {name: type_ for name, type_ in _TABLES.items() if name != "training"}
-    | dict.fromkeys(PIPELINE_STAGES, "dict[str, Any]")
-    | {"report": "dict[str, Any]", "output_dir": "str"}
+    {name: hint for name, hint in _TABLES.items() if name != "training"}
+    | dict.fromkeys(PIPELINE_STAGES, dict[str, Any])
+    | {"report": dict[str, Any], "output_dir": str}
 )
 _NEEDED: dict[FileKind, tuple[str, ...]] = {
     "sft": ("data.train",),
@@ -274,9 +167,9 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     run = RunFile(
         path=Path(path),
         kind=kind,
-        training=check_fields(cast("Kind", kind), tables.get("training", {})) if trains else {},
+        training=check_fields(kind, tables.get("training", {})) if trains else {},
         **_shared(tables, path, pipeline=False),
-        pairs=_pairs(tables.get("pairs", {})) if kind == "pairs" else None,
+        pairs=section(PairsSection, tables.get("pairs", {})) if kind == "pairs" else None,
         document=document,
     )
     if kind == "eval" and run.evaluation is None:
@@ -312,7 +205,7 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
                 "themselves; set output_dir at the top of the file instead."
             )
     stages: dict[str, Any] = {
-        kind: _pairs(tables[kind]) if kind == "pairs" else check_fields(kind, tables[kind], kind)
+        kind: section(PairsSection, tables[kind]) if kind == "pairs" else check_fields(kind, tables[kind], kind)
         for kind in PIPELINE_STAGES
         if kind in tables
     }
@@ -324,13 +217,12 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     if set(stages) - {"sft", *_FROM_PAIRS} or data.sft is None:
         needed["data.train"] = data.train
     _need(needed, path)
-    report = check_mapping(_infos_of(ReportSection), tables.get("report", {}), "report")
     run = PipelineFile(
         path=Path(path),
         output_dir=tables.get("output_dir", str(Path("outputs", Path(path).stem))),
         **shared,
         **stages,
-        report=ReportSection(**report),
+        report=section(ReportSection, tables.get("report", {})),
         document=document,
     )
     _check_solved(run.evaluation, run.rubric)
@@ -365,10 +257,6 @@ def _refuse_single_stage(document: Mapping[str, Any], path: str | Path) -> None:
     )
 
 
-def _pairs(table: Mapping[str, Any]) -> PairsSection:
-    return PairsSection(**check_mapping(_infos_of(PairsSection), table, "pairs"))
-
-
 def _check_order(stages: Mapping[str, Any], path: str | Path) -> None:
     if not stages:
         names = ", ".join(f"[{name}]" for name in PIPELINE_STAGES)
@@ -388,13 +276,11 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     evaluation = tables.get("evaluation")
     return {
         "model": _model(tables["model"]),
-        "model_init": _model_init(tables.get("model_init", {})),
+        "model_init": model_init(tables.get("model_init", {})),
         "peft": check_lora(tables["peft"]) if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
         "rubric": rubric_from_config(tables["rubric"], folder=Path(path).parent) if "rubric" in tables else None,
-        "evaluation": None
-        if evaluation is None
-        else EvaluationSection(**check_mapping(_infos_of(EvaluationSection), evaluation, "evaluation")),
+        "evaluation": None if evaluation is None else section(EvaluationSection, evaluation),
     }
 
 
@@ -402,24 +288,12 @@ def _model(value: str | dict[str, Any]) -> str:
     if isinstance(value, str):
         _check_path(value, "model", path_problem)
         return value
-    table = check_mapping(_infos({"path": "str", "gguf_file": "str"}), value, "model")
+    table = check_mapping(_infos({"path": str, "gguf_file": str}), value, "model")
     if "path" not in table:
         raise ConfigError("[model] path is missing; give a folder, a .gguf file, a hub name or a package's name.")
     for name in table:
         _check_path(table[name], f"[model] {name}", path_problem)
     return str(Path(table["path"], table["gguf_file"])) if "gguf_file" in table else table["path"]
-
-
-def _model_init(table: Mapping[str, Any]) -> dict[str, Any]:
-    values = check_mapping(_infos(_MODEL_INIT), table, "model_init")
-    for name, value in values.items():
-        if value == "":
-            raise ConfigError(f"[model_init] {name} = '': that names nothing; leave it out.")
-    if "dtype" in values and values["dtype"] not in _DTYPES:
-        raise ConfigError(f"[model_init] dtype = {show(values['dtype'])}: use one of {', '.join(_DTYPES)}.")
-    if (given := values.get("quantization_config")) is not None:
-        values["quantization_config"] = check_quantization(given, "model_init.quantization_config")
-    return values
 
 
 def _check_quantised(run: RunFile | PipelineFile) -> None:
@@ -434,7 +308,7 @@ def _check_quantised(run: RunFile | PipelineFile) -> None:
 
 def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:
     sources = ("train", "eval", "sft") if pipeline else ("train", "eval")
-    types = dict.fromkeys(sources, "str | dict[str, Any]") | {"system_prompt": "str", "prompt_template": "str"}
+    types = dict.fromkeys(sources, str | dict[str, Any]) | {"system_prompt": str, "prompt_template": str}
     values = check_mapping(_infos(types), table, "data")
     shared = {name: values.pop(name) for name in ("system_prompt", "prompt_template") if name in values}
     sections = {name: shared | as_source(source) for name, source in values.items()}
@@ -473,9 +347,5 @@ def _check_places(training: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"[{where}] {name} = {training[name]!r}: {fix}.")
 
 
-def _infos(types: Mapping[str, str]) -> dict[str, FieldInfo]:
-    return {name: FieldInfo(name, type_, None, own=True) for name, type_ in types.items()}
-
-
-def _infos_of(section: type[Any]) -> dict[str, FieldInfo]:
-    return _infos({item.name: str(item.type) for item in dataclasses.fields(section)})
+def _infos(hints: Mapping[str, Any]) -> dict[str, FieldInfo]:
+    return {name: FieldInfo(name, hint) for name, hint in hints.items()}

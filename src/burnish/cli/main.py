@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import burnish
+from burnish.cli.output import set_up_output
 from burnish.config import Kind, known_fields
 from burnish.errors import BurnishError, Interrupted
 
@@ -147,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> int:
     """Run `main` for the shell: an error that nobody foresaw ends in one line too, with status 1."""
+    set_up_output(sys.argv[1:])
     try:
         return main()
     except BrokenPipeError:  # `burnish eval run.toml | head`: whoever reads has left

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
+from tqdm.auto import tqdm
+from transformers import modeling_gguf_pytorch_utils
 
 from burnish.cli.config import EvaluationSection, PairsSection
 from burnish.cli.dry_run import dry_run
@@ -50,8 +53,9 @@ __all__ = ["evaluate_model", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
-# Bars of transformers for single files would drown the progress of the run.
+# Bars of transformers for single files would drown the progress of the run; that of GGUF files has no switch.
 transformers.logging.disable_progress_bar()
+cast(Any, modeling_gguf_pytorch_utils).tqdm = partial(tqdm, disable=True)
 
 Rows = Sequence[dict[str, Any]]
 

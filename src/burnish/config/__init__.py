@@ -7,31 +7,21 @@ The trainers' configs inherit their own fields from here, files and overrides ar
 from __future__ import annotations
 
 from burnish.config.algorithms import ADVANTAGE_NAMES, ALGORITHMS, LOSS_NAMES, Algorithm, apply_algorithm
-from burnish.config.checks import check_fields, check_keywords, check_mapping
 from burnish.config.compat import Elsewhere, elsewhere
-from burnish.config.fields import (
-    CommonFields,
-    DPOFields,
-    GRPOFields,
-    KTOFields,
-    OnlineDPOFields,
-    PPOFields,
-    RewardFields,
-    RLOOFields,
-    SFTFields,
-    known_fields,
-)
-from burnish.config.inherited import FieldInfo, lora_fields, training_argument_fields
-from burnish.config.refused import REFUSED, REFUSED_FOR, Kind, refused_fields
-from burnish.config.rules import PREFERENCE_LOSS_NAMES, check_values
+from burnish.config.declare import FieldInfo
+from burnish.config.fields import PREFERENCE_LOSS_NAMES, CommonFields, DPOFields, KTOFields, RewardFields, SFTFields
+from burnish.config.online_fields import OnlineDPOFields
+from burnish.config.policy_fields import GRPOFields, PPOFields, RLOOFields
+from burnish.config.sources import lora_fields, training_argument_fields
+from burnish.config.stages import STAGES, Kind, known_fields, refused_fields
+from burnish.config.validation import check_fields, check_keywords, check_mapping
 
 __all__ = [
     "ADVANTAGE_NAMES",
     "ALGORITHMS",
     "LOSS_NAMES",
     "PREFERENCE_LOSS_NAMES",
-    "REFUSED",
-    "REFUSED_FOR",
+    "STAGES",
     "Algorithm",
     "CommonFields",
     "DPOFields",
@@ -49,7 +39,6 @@ __all__ = [
     "check_fields",
     "check_keywords",
     "check_mapping",
-    "check_values",
     "elsewhere",
     "known_fields",
     "lora_fields",

@@ -10,16 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from burnish.config.refused import Kind
+from burnish.config.sources import Names
 from burnish.errors import ConfigError, show
 
 __all__ = ["ADVANTAGE_NAMES", "ALGORITHMS", "LOSS_NAMES", "Algorithm", "apply_algorithm"]
 
-ADVANTAGE_NAMES = ["group", "leave_one_out", "batch", "group_batch", "mean_normalized"]
-"""Names in burnish.objectives.advantages.ADVANTAGES, which a user may add to."""
-
-LOSS_NAMES = ["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
-"""Names in burnish.objectives.policy.POLICY_LOSSES, which a user may add to."""
+ADVANTAGE_NAMES = Names("objectives/advantages.py", "ADVANTAGES")
+LOSS_NAMES = Names("objectives/policy.py", "POLICY_LOSSES")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +153,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 """Name -> row; `burnish.algorithms.register` adds to it. PPO has a trainer of its own, for its critic."""
 
 
-def apply_algorithm(kind: Kind, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+def apply_algorithm(kind: str, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The values of all fields of a config after its `algorithm` has had its say.
 
     Args:

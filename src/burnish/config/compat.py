@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-from burnish.config.refused import Kind, met_fields
+from burnish.config.stages import Kind, known_fields, met_fields
 from burnish.config.translated import translate
 from burnish.errors import ConfigError, show
 
@@ -185,26 +185,27 @@ def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
 logger = logging.getLogger("burnish.config")
 
 
-def drop_elsewhere(kind: Kind, known: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def drop_elsewhere(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields by their names here, without those that ask for what happens here anyway.
 
     One line of the log names the fields of which the intent is met.
 
     Args:
         kind: the stage.
-        known: burnish's own and inherited fields, by name.
         values: fields as given.
 
     Raises:
         ConfigError: one that asks for something else, or one field by two names.
     """
+    from burnish.config.validation import fits, plain
+
+    known = known_fields(kind)
     kept: dict[str, Any] = {}
     met: list[str] = []
     for name, value in translate(kind, values).items():
         there = elsewhere(kind).get(name)
         if name in known:
-            allows, _ = met_fields(kind).get(name, (None, ""))
-            if allows is not None and allows(value) and _fits(value):
+            if name in met_fields(kind) and fits(known[name], plain(value)):
                 met += [name] if value != known[name].default else []
             else:  # what is not allowed is coerced and refused with the other fields
                 kept[name] = value

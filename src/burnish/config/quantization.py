@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from burnish.config.checks import check_mapping, did_you_mean
-from burnish.config.inherited import FieldInfo
+from burnish.config.declare import FieldInfo
+from burnish.config.validation import check_mapping, did_you_mean
 from burnish.errors import ConfigError, show
 
-__all__ = ["check_quantization"]
+__all__ = ["QUANTIZATION_FIELDS", "check_quantization"]
 
 _WORDS: dict[str, dict[str, Any]] = {
     # The data type and the quantised constants of QLoRA (2305.14314).
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-_FIELDS = {
-    "load_in_4bit": "bool",
-    "load_in_8bit": "bool",
-    "bnb_4bit_compute_dtype": "str",
-    "bnb_4bit_quant_storage": "str",
-    "bnb_4bit_quant_type": "Literal['nf4', 'fp4']",
-    "bnb_4bit_use_double_quant": "bool",
-    "llm_int8_enable_fp32_cpu_offload": "bool",
-    "llm_int8_has_fp16_weight": "bool",
-    "llm_int8_skip_modules": "list[str]",
-    "llm_int8_threshold": "float",
-    "quant_method": "Literal['bitsandbytes']",
+_DTYPES = Literal["bfloat16", "float16", "float32"]
+
+QUANTIZATION_FIELDS: dict[str, FieldInfo] = {
+    name: FieldInfo(name, hint)
+    for name, hint in {
+        "load_in_4bit": bool,
+        "load_in_8bit": bool,
+        "bnb_4bit_compute_dtype": _DTYPES,
+        "bnb_4bit_quant_storage": str,
+        "bnb_4bit_quant_type": Literal["nf4", "fp4"],
+        "bnb_4bit_use_double_quant": bool,
+        "llm_int8_enable_fp32_cpu_offload": bool,
+        "llm_int8_has_fp16_weight": bool,
+        "llm_int8_skip_modules": list[str],
+        "llm_int8_threshold": float,
+        "quant_method": Literal["bitsandbytes"],
+    }.items()
 }
-_DTYPES = ("bfloat16", "float16", "float32")
+"""Arguments of transformers' `BitsAndBytesConfig`."""
 
 
 def check_quantization(value: str | Mapping[str, Any], where: str = "quantization_config") -> dict[str, Any]:
@@ -49,11 +54,7 @@ def check_quantization(value: str | Mapping[str, Any], where: str = "quantizatio
                 "{ load_in_4bit = true }."
             )
         return dict(_WORDS[value])
-    infos = {name: FieldInfo(name, type_, None, own=True) for name, type_ in _FIELDS.items()}
-    fields = check_mapping(infos, value, where)
+    fields = check_mapping(QUANTIZATION_FIELDS, value, where)
     if bool(fields.get("load_in_4bit")) == bool(fields.get("load_in_8bit")):
         raise ConfigError(f"[{where}] {show(dict(value))}: set one of load_in_4bit and load_in_8bit to true.")
-    dtype = fields.get("bnb_4bit_compute_dtype")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"[{where}] bnb_4bit_compute_dtype = {show(dtype)}: use one of {', '.join(_DTYPES)}.")
     return fields

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, cast
 
-from burnish.config.refused import Kind
+from burnish.config.stages import Kind
 from burnish.errors import ConfigError
 
 __all__ = ["ALIASES", "translate", "translated_names"]

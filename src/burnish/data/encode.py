@@ -10,7 +10,7 @@ never twice. EOS ends every plain text and plain completion; in conversations th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -30,6 +30,7 @@ from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, report_en
 from burnish.data.tokenized import is_masked_completion, token_completion, token_ids, token_sequence
 from burnish.data.tokens import plain_ids, split_ids, with_bos, with_eos
 from burnish.errors import ConfigError, DataError
+from burnish.progress import phase
 from burnish.types import Completion, Group
 
 __all__ = [
@@ -74,7 +75,8 @@ def encode_rows(
         DataError: a row that cannot be encoded, no rows, or all rows skipped.
     """
     stats = EncodeStats() if stats is None else stats
-    with errors_of(name):
+    count = f"{len(rows):,} rows" if isinstance(rows, Sized) else "rows"
+    with errors_of(name), phase(f"encoding {count} of {name}" if name else f"encoding {count}"):
         groups = list(encode_lazily(encoder, rows, processing_class, stats=stats, **options))
         report_encoding(stats, options, name=name)
     return groups

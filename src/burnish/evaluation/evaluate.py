@@ -7,14 +7,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from dataclasses import fields as dataclass_fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import torch
 
-from burnish.config.checks import check_mapping
-from burnish.config.inherited import FieldInfo
+from burnish.config import FieldInfo, check_mapping
 from burnish.errors import ConfigError, RewardError
 from burnish.model.packing import pack, split_by_tokens
 from burnish.model.scoring import eval_mode, score
@@ -238,20 +236,20 @@ class Evaluation:
 
 
 _STORED = {
-    name: FieldInfo(name, type_, None, own=True)
-    for name, type_ in {
-        "name": "str",
-        "solved": "str",
-        "num_samples": "int",
-        "seed": "int",
-        "params": "dict[str, Any]",
-        "problems": "list[dict[str, Any]]",
-        "pass_at_k": "dict[str, dict[str, Any]]",
-        "criteria": "dict[str, dict[str, Any]]",
-        "mean_completion_tokens": "float",
-        "truncated_fraction": "float",
-        "num_failed": "int",
-        "errors": "list[str]",
+    name: FieldInfo(name, hint)
+    for name, hint in {
+        "name": str,
+        "solved": str,
+        "num_samples": int,
+        "seed": int,
+        "params": dict[str, Any],
+        "problems": list[dict[str, Any]],
+        "pass_at_k": dict[str, dict[str, Any]],
+        "criteria": dict[str, dict[str, Any]],
+        "mean_completion_tokens": float,
+        "truncated_fraction": float,
+        "num_failed": int,
+        "errors": list[str],
     }.items()
 }
 """An evaluation as JSON."""
@@ -260,7 +258,7 @@ _R = TypeVar("_R", Problem, Interval)
 
 
 def _stored(record: type[_R], data: Mapping[str, Any]) -> _R:
-    infos = {item.name: FieldInfo(item.name, str(item.type), None, own=True) for item in dataclass_fields(record)}
+    infos = {name: FieldInfo(name, hint) for name, hint in get_type_hints(record).items()}
     return record(**check_mapping(infos, data, record.__name__))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from burnish.errors import ConfigError, DataError
 from burnish.evaluation.evaluate import mean_interval
 from burnish.objectives.reward_modelling import calibration_bins, calibration_error
-from burnish.progress import format_seconds, say
+from burnish.progress import Progress, say
 from burnish.rewards import Rubric
 from burnish.rewards.identity import rubric_identity
 from burnish.rollout import Engine, SamplingParams
@@ -77,16 +76,15 @@ def sample_rows(
     if done:
         say(f"pairs: {len(done)} of {len(groups)} prompts sampled before")
     filter_json_lines(file, lambda record: True)  # a line that a kill has cut off
-    started = time.monotonic()
-    for begin in range(0, len(missing), prompts_per_round):
-        part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
-        collect(engine, part, num_generations=num_samples, params=params, seed=seed, step=0)
-        rubric.score(part)
-        records = [_record(group, key) for group in part]
-        append_json_lines(file, records)
-        done |= {record["index"]: record for record in records}
-        left = (time.monotonic() - started) / (begin + len(part)) * (len(missing) - begin - len(part))
-        say(f"pairs: {len(done)}/{len(groups)} prompts sampled  left {format_seconds(left)}")
+    with Progress("pairs", len(groups), completed=len(done)) as progress:
+        for begin in range(0, len(missing), prompts_per_round):
+            part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
+            collect(engine, part, num_generations=num_samples, params=params, seed=seed, step=0)
+            rubric.score(part)
+            records = [_record(group, key) for group in part]
+            append_json_lines(file, records)
+            done |= {record["index"]: record for record in records}
+            progress.update(len(done))
     return [done[group.index] for group in groups]
 
 

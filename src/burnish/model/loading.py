@@ -19,6 +19,7 @@ from burnish.model.adapter_files import SavedAdapters, saved_adapters
 from burnish.model.adapters import put_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
 from burnish.model.sources import ModelSource, find_model, hub_arguments, reach, reading_model
+from burnish.progress import phase
 
 __all__ = [
     "adopt_chat_template",
@@ -100,7 +101,11 @@ def load_model(
 def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto_class: Any) -> Any:
     fix = "Name a folder written by save_pretrained, a .gguf file, or a hub name"
     place = reach(source, kwargs)
-    with reading_model(source.name, "model", fix), _without_adapter_files(place) as name:
+    with (
+        phase(f"loading {source.name}"),
+        reading_model(source.name, "model", fix),
+        _without_adapter_files(place) as name,
+    ):
         loaded, info = auto_class.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
         )

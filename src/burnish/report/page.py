@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from burnish.config.paths import file_problem
 from burnish.errors import ConfigError, show
@@ -97,8 +96,8 @@ def _page(run: Run, max_transcripts: int) -> str:
     )  # fmt: skip
     assets = files("burnish.report") / "assets"
     parts = [(assets / name).read_text(encoding="utf-8") for name in _SCRIPTS]
-    script = Markup("(() => {\n'use strict';\n" + "\n".join(parts) + "\n})();")
-    style = Markup((assets / "report.css").read_text(encoding="utf-8"))
+    script = "(() => {\n'use strict';\n" + "\n".join(parts) + "\n})();"
+    style = (assets / "report.css").read_text(encoding="utf-8")
     return templates.get_template("report.html").render(
         policy=f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'; "
         "form-action 'none'",

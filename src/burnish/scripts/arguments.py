@@ -6,10 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
-from burnish.config import check_mapping
-from burnish.config.inherited import FieldInfo
+from burnish.config import FieldInfo, check_mapping
 from burnish.config.paths import path_problem
 from burnish.errors import ConfigError, show
 
@@ -23,8 +22,9 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 def _typed(record: T) -> T:
     """Let a dataclass check the types of its fields, as read from its source: argparse and YAML give what they have."""
     # Taken now, since HfArgumentParser writes into the fields.
+    hints = get_type_hints(record)
     infos = {
-        item.name: FieldInfo(item.name, str(item.type), None, own=True)
+        item.name: FieldInfo(item.name, hints[item.name])
         for item in dataclasses.fields(record)
         if item.default_factory is dataclasses.MISSING
     }

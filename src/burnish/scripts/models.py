@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from burnish.config.adapters import check_lora
+from burnish.config.lora import check_lora
 from burnish.config.quantization import check_quantization
 from burnish.errors import ConfigError, show
 from burnish.model.precision import fast_bf16

@@ -11,11 +11,10 @@ from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser
 
-from burnish.config import Kind, elsewhere, known_fields
-from burnish.config.checks import did_you_mean, members_of
+from burnish.config import FieldInfo, Kind, elsewhere, known_fields
 from burnish.config.files import read_file
-from burnish.config.inherited import FieldInfo
 from burnish.config.translated import translated_names
+from burnish.config.validation import did_you_mean, fits
 from burnish.errors import ConfigError, show
 from burnish.progress import say
 from burnish.trainers.parsing import word_reader
@@ -67,11 +66,11 @@ class TrlParser(HfArgumentParser):
             if name not in known and f"--{name}" not in self._option_string_actions:
                 self.add_argument(
                     f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, help=argparse.SUPPRESS,
-                    type=word_reader(FieldInfo(name, "Any", None, own=True)),
+                    type=word_reader(FieldInfo(name, Any)),
                 )  # fmt: skip
         for name in (*known, *elsewhere(kind)):
             options = [f"--no_{name}", f"--no-{name.replace('_', '-')}"]
-            may_be_false = name not in known or "bool" in members_of(known[name])
+            may_be_false = name not in known or fits(known[name], False)
             if may_be_false and not any(option in self._option_string_actions for option in options):
                 self.add_argument(
                     *dict.fromkeys(options), dest=name, action="store_false", default=argparse.SUPPRESS,

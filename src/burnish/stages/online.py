@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from burnish.config.contradictions import micro_batches_per_rollout
+from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
 from burnish.errors import ConfigError, DataError, user_code
 from burnish.model.packing import partition

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from burnish.config.contradictions import micro_batches_per_rollout
+from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.model.scoring import causal_lm
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch

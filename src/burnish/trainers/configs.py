@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -15,7 +15,6 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from burnish.config import (
     DPOFields,
     GRPOFields,
-    Kind,
     KTOFields,
     OnlineDPOFields,
     PPOFields,
@@ -24,6 +23,7 @@ from burnish.config import (
     SFTFields,
     apply_algorithm,
     check_keywords,
+    known_fields,
 )
 from burnish.errors import ConfigError, show
 from burnish.model.precision import fast_bf16
@@ -55,13 +55,21 @@ def _with_checked_arguments(config: T) -> T:
     def init(self: Any, /, *args: Any, **kwargs: Any) -> None:
         values = given_fields(config, dict(zip(names, args, strict=False)) | kwargs)
         given = check_keywords(config.kind, values)
-        self._given = set(given)
-        own_init(self, **given)
-        del self._given
+        own_init(self, **given, **_set_by_algorithm(config, given))
 
     config.__init__ = init
     make_parseable(config)
     return config
+
+
+def _set_by_algorithm(config: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the `algorithm` of a config sets, beside those that are given."""
+    values = {name: info.default for name, info in known_fields(config.kind).items()} | dict(given)
+    return {
+        name: value
+        for name, value in apply_algorithm(config.kind, values, given).items()
+        if name not in given and value != values[name]
+    }
 
 
 _REFUSALS = (AttributeError, ImportError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
@@ -129,18 +137,6 @@ def _finish(config: Any) -> None:
     config.dataloader_pin_memory = False
 
 
-class _PolicyConfig:
-    """What configs of policy gradients share: an algorithm sets the fields that nobody else has set."""
-
-    kind: ClassVar[Kind]
-
-    def __post_init__(self) -> None:
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(cast(Any, self))}
-        for name, value in apply_algorithm(self.kind, values, self.__dict__.get("_given", ())).items():
-            setattr(self, name, value)
-        _finish(self)
-
-
 @_with_checked_arguments
 @dataclass
 class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -188,22 +184,28 @@ class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[re
 
 @_with_checked_arguments
 @dataclass
-class GRPOConfig(_PolicyConfig, GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class GRPOConfig(GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.config.GRPOFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)
 
 
 @_with_checked_arguments
 @dataclass
-class RLOOConfig(_PolicyConfig, RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class RLOOConfig(RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.config.RLOOFields`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        _finish(self)
         if self.normalize_advantages:
             self.scale_rewards = "batch"
 
 
 @_with_checked_arguments
 @dataclass
-class PPOConfig(_PolicyConfig, PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class PPOConfig(PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.config.PPOFields`."""
+
+    def __post_init__(self) -> None:
+        _finish(self)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from burnish.config import known_fields
-from burnish.config.checks import as_annotated, members_of
+from burnish.config import FieldInfo, known_fields
+from burnish.config.declare import describe, union_members
 from burnish.config.files import parse_value
-from burnish.config.inherited import FieldInfo
+from burnish.config.validation import fits, validated
 
 __all__ = ["given_fields", "make_parseable", "word_reader"]
 
@@ -32,12 +32,15 @@ def make_parseable(config: type[Any]) -> None:
     }
     hints: dict[str, Any] = dict(inspect.get_annotations(config))
     for name, info in infos.items():
-        members = members_of(info)
-        if not info.own or len(members) == 1 or _is_list(members):
+        if not info.own:
             continue
-        hints[name] = word_reader(info)
-        if "bool" in members:
-            fields[name].metadata = MappingProxyType({**fields[name].metadata, "nargs": "?", "const": True})
+        # argparse takes all of a field's metadata for its own.
+        options: dict[str, Any] = {"help": info.help}
+        members = [describe(member) for member in union_members(info.hint)]
+        if info.type not in ("bool", "float", "int", "str") and not _takes_list(info):
+            hints[name] = word_reader(info)
+            options |= {"nargs": "?", "const": True} if "bool" in members else {}
+        fields[name].metadata = MappingProxyType(options)
     config.__annotations__ = hints
     config.__dataclass_fields__ = fields
 
@@ -48,7 +51,7 @@ def word_reader(info: FieldInfo) -> type[Any]:
 
     A word that fits none stays as it is: the config refuses it by name.
     """
-    members = members_of(info)
+    members = [describe(member) for member in union_members(info.hint)]
     constants: dict[str, Any] = {}
     if {"bool", "Any"} & set(members):
         constants = {"true": True, "false": False}
@@ -58,7 +61,9 @@ def word_reader(info: FieldInfo) -> type[Any]:
     def read(_: type[Any], word: str) -> Any:
         if word.lower() in constants:
             return constants[word.lower()]
-        return as_annotated(info, [parse_value(word), word], otherwise=word)
+        value = parse_value(word)
+        fitting = (validated(info, reading) for reading in (value, word) if fits(info, reading))
+        return next(fitting, word if "str" in members else value)
 
     return type(info.type, (), {"__new__": read})
 
@@ -74,7 +79,7 @@ def given_fields(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     if any(name not in values for name in fields) or type(values["lr_scheduler_type"]) is not str:
         return dict(values)
     infos = known_fields(config.kind)
-    lists = {name for name in fields if name in infos and _is_list(members_of(infos[name]))}
+    lists = {name for name in fields if name in infos and _takes_list(infos[name])}
     return {
         name: value
         for name, value in values.items()
@@ -82,8 +87,8 @@ def given_fields(config: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _is_list(members: Iterable[str]) -> bool:
-    return any(member.startswith("list") for member in members)
+def _takes_list(info: FieldInfo) -> bool:
+    return any(describe(member).startswith("list") for member in union_members(info.hint))
 
 
 def _is_default(item: dataclasses.Field[Any], value: Any) -> bool:

@@ -11,9 +11,9 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from burnish.config import elsewhere, known_fields
-from burnish.config.checks import did_you_mean
-from burnish.config.fields import stages_with
+from burnish.config.stages import stages_with
 from burnish.config.translated import ALIASES
+from burnish.config.validation import did_you_mean
 from burnish.errors import ConfigError
 from burnish.model.adapter_checks import refuse_outside_weights
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from burnish.algorithms import ALGORITHMS
 from burnish.config import Kind
-from burnish.config.resume import resume_class
+from burnish.config.stages import resume_class
 from burnish.runs.files import replacing, writing
 from burnish.training.environment import environment
 

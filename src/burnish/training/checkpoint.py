@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
 
 from burnish.config.paths import is_folder, missing
-from burnish.config.resume import resume_class
+from burnish.config.stages import resume_class
 from burnish.errors import BurnishError, ConfigError, FileError, show
 from burnish.runs.checkpoints import (
     DRAFTS,

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import torch
 
-from burnish.config.contradictions import micro_batches_per_rollout
-from burnish.config.resume import resume_class
+from burnish.config.online_fields import micro_batches_per_rollout
+from burnish.config.stages import resume_class
 from burnish.types import Group
 
 __all__ = ["adapter_settings", "data_digest", "describe_run", "model_digest", "trained_digest"]

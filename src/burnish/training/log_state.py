@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from burnish.runs.files import read_json, write_json
 from burnish.training.checkpoint import reading
@@ -52,9 +52,7 @@ class LogState(TrainerCallback):
         """
         self._loaded = (folder, read_json(self._file(folder)))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore what `load` read.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from burnish.config.contradictions import micro_batches_per_rollout
+from burnish.config.online_fields import micro_batches_per_rollout
 
 __all__ = ["describe_plan"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from burnish.errors import FileError
-from burnish.progress import say
+from burnish.progress import Progress, say
 from burnish.runs.files import read_json, write_json
 from burnish.training.ranks import Ranks
 from burnish.types import Group
@@ -88,10 +88,11 @@ class ReferenceSums:
             say(f"reference: {len(groups)} groups read from {file}")
             self._values = found
             return
-        for begin in range(0, len(own), _GROUPS_PER_ROUND):
-            say(f"reference: {begin}/{len(own)} groups scored")
-            part = own[begin : begin + _GROUPS_PER_ROUND]
-            self.add(part, compute(part))
+        with Progress("reference", len(own)) as progress:
+            for begin in range(0, len(own), _GROUPS_PER_ROUND):
+                part = own[begin : begin + _GROUPS_PER_ROUND]
+                self.add(part, compute(part))
+                progress.update(begin + len(part))
         self._values = dict(ranks.gathered(list(self._values.items())))
         if ranks.is_first:
             write_json(file, {"key": key, "values": self._values}, indent=None)

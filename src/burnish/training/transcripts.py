@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from statistics import fmean
 from typing import Any
@@ -9,11 +11,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from burnish.data.tokens import decode_text
+from burnish.progress import say
 from burnish.rollout.prompts import Share
 from burnish.runs.records import StepRecords
-from burnish.types import Completion
+from burnish.types import Completion, Group
 
 __all__ = ["TranscriptLog"]
+
+_SHOWN_SECONDS = 30.0
+_PROMPT_LENGTH, _COMPLETION_LENGTH = 80, 200
 
 Entry = tuple[tuple[int, int], bool, dict[str, Any]]
 """The completion's place and number, whether it is a copy that another rank sampled, and its record."""
@@ -40,6 +46,8 @@ class TranscriptLog:
         self.enabled = bool(args.log_completions)
         self.records = StepRecords.of_run(args, args.log_completions, name, writes=is_main)
         self._gathered = gathered
+        self._shows = is_main and args.progress and not args.disable_tqdm
+        self._shown = -math.inf
 
     def write(
         self,
@@ -62,6 +70,8 @@ class TranscriptLog:
         Raises:
             FileError: they cannot be written.
         """
+        if self._shows and sampled and sampled[0].group.completions:
+            self._show(sampled[0].group, tokenizer)
         if not self.enabled:
             return
         here = {id(completion) for share in sampled for completion in share.group.completions}
@@ -72,6 +82,24 @@ class TranscriptLog:
             if not is_copy or key in found:
                 found[key] = record
         self.records.append([{"step": step, **fields, **record} for record in found.values()])
+
+    def _show(self, group: Group, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Say one completion, at most every half minute."""
+        if time.monotonic() - self._shown < _SHOWN_SECONDS:
+            return
+        self._shown = time.monotonic()
+        completion = group.completions[0]
+        prompt = _printable(decode_text(tokenizer, group.prompt_ids))
+        reward = "failed" if completion.reward is None else f"{completion.reward:.3g}"
+        prompt = prompt if len(prompt) <= _PROMPT_LENGTH else f"...{prompt[-_PROMPT_LENGTH:]}"
+        text = _printable(completion.text)
+        text = text if len(text) <= _COMPLETION_LENGTH else f"{text[:_COMPLETION_LENGTH]}..."
+        say(f"sample: {prompt!r} -> {text!r}  reward {reward}")
+
+
+def _printable(text: str) -> str:
+    """Text in one line, without characters that would steer a terminal."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def _entries(

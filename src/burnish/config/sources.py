@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+import builtins
+import typing
+from collections.abc import Collection, Iterator
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from burnish.config.declare import FieldInfo
 from burnish.errors import ConfigError
 
-__all__ = ["FieldInfo", "lora_fields", "training_argument_fields", "words_of"]
+__all__ = ["Names", "lora_fields", "training_argument_fields", "words_of"]
 
 # What peft writes down by itself, or what only a Python object can hold.
 _LORA_INTERNAL = frozenset(
@@ -20,23 +22,52 @@ _LORA_INTERNAL = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class FieldInfo:
-    """One configuration field.
+class _Opaque:
+    """Stands in annotations for a class of another package: nothing that a file holds is one."""
 
-    Attributes:
-        name: as written in a file.
-        type: its annotation, as source text.
-        default: its default value.
-        own: whether burnish declares it (also where it only changes an inherited default).
-        help: one or two sentences; empty for inherited fields.
+
+class _Namespace(dict[str, Any]):
+    """The names that annotations of other packages use."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(typing, name, None) or getattr(builtins, name, _Opaque)
+
+
+class Names(Collection[str]):
+    """The keys of a table of functions, read from its source since importing it would load torch.
+
+    Args:
+        path: of the module, within burnish.
+        table: its name in the module.
     """
 
-    name: str
-    type: str
-    default: Any
-    own: bool
-    help: str = ""
+    def __init__(self, path: str, table: str) -> None:
+        self._place = (path, table)
+        self._added: list[str] = []
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        path, table = self._place
+        for node in _parsed("burnish", path).body:
+            match node:
+                case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict(keys=keys)) if name == table:
+                    return [ast.literal_eval(key) for key in keys if key is not None]
+                case _:
+                    pass
+        raise AssertionError(f"{path} defines no table {table}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys or name in self._added
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._keys, *self._added))
+
+    def __len__(self) -> int:
+        return len(self._keys) + len(self._added)
+
+    def add(self, name: str) -> None:
+        """Add a name that a user's function has been put into the table by."""
+        self._added.append(name)
 
 
 @cache
@@ -71,15 +102,18 @@ def _source_fields(package: str, path: str, class_name: str) -> dict[str, FieldI
     return {info.name: info for info in _class_fields(node)}
 
 
-def _source_class(package: str, path: str, class_name: str) -> ast.ClassDef:
+def _parsed(package: str, path: str) -> ast.Module:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{package} is not installed: `pip install burnish` brings it.")
-    source = Path(spec.submodule_search_locations[0], path)
-    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+    return ast.parse(Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8"))
+
+
+def _source_class(package: str, path: str, class_name: str) -> ast.ClassDef:
+    for node in _parsed(package, path).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             return node
-    raise ConfigError(f"{source} defines no {class_name}: this version of {package} is not supported.")
+    raise ConfigError(f"{package}/{path} defines no {class_name}: this version of {package} is not supported.")
 
 
 def _class_fields(node: ast.ClassDef) -> Iterator[FieldInfo]:
@@ -95,7 +129,8 @@ def _class_fields(node: ast.ClassDef) -> Iterator[FieldInfo]:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             annotation = ast.unparse(item.annotation)
             if not annotation.startswith("ClassVar"):
-                yield FieldInfo(item.target.id, annotation, _default(item.value, constants), own=False)
+                hint = eval(annotation, {"__builtins__": {}}, _Namespace())
+                yield FieldInfo(item.target.id, hint, _default(item.value, constants))
 
 
 def _default(value: ast.expr | None, constants: dict[str, ast.expr]) -> Any:

@@ -1,0 +1,181 @@
+"""How a configuration field is declared: its type with bounds, its group, and what a resumed run does with a change."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache, partial
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Interval, MinLen
+
+from burnish.config.paths import folder_problem, path_problem
+
+__all__ = [
+    "CORRECTIONS", "CRITIC", "DATA", "ENTROPY", "GROUPS", "LOGGING", "LOSS", "MODEL", "REFERENCE", "REWARDS",
+    "SAMPLING", "TABLE", "TRAINING", "AtLeastTwo", "BelowOne", "Count", "FieldInfo", "Folder", "Fraction", "Group",
+    "Meets", "Natural", "NonNegative", "Place", "Positive", "ResumeClass", "Seed", "Share", "Text", "Weights",
+    "declared", "describe", "one_of", "own", "union_members",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+ResumeClass: TypeAlias = Literal["free", "applied", "refused"]
+"""What becomes of a setting that differs from the checkpoint's. free: it changes nothing that is learned; applied: it
+takes effect and is announced; refused: it would be another run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meets:
+    """A constraint by a function that returns the fix for a value that breaks it, and None for any other."""
+
+    problem: Callable[[Any], str | None]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import PydanticCustomError, core_schema
+
+        def check(value: Any) -> Any:
+            if (fix := self.problem(value)) is not None:
+                raise PydanticCustomError("fix", "{fix}", {"fix": fix})
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+
+def one_of(names: Collection[str]) -> Meets:
+    """A name in a collection that may grow."""
+    return Meets(lambda value: None if value in names else f"use one of {', '.join(names)}")
+
+
+Count = Annotated[int, Ge(1)]
+AtLeastTwo = Annotated[int, Ge(2)]
+Natural = Annotated[int, Ge(0)]
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+"""What every generator takes; numpy's seeds are below 2^32."""
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+Share = Annotated[float, Interval(gt=0, le=1)]
+BelowOne = Annotated[float, Interval(ge=0, lt=1)]
+Text = Annotated[str, MinLen(1)]
+Weights = Annotated[list[float], MinLen(1)]
+Place = Annotated[str, Meets(path_problem)]
+Folder = Annotated[str, Meets(folder_problem)]
+
+
+class Group(NamedTuple):
+    """A heading of `--help`.
+
+    Attributes:
+        title: of the heading.
+        resume: class of its fields, but for those that name another.
+    """
+
+    title: str
+    resume: ResumeClass = "applied"
+
+
+TRAINING = Group("Training")
+DATA = Group("Data", "refused")
+SAMPLING = Group("Sampling")
+REWARDS = Group("Rewards and advantages")
+LOSS = Group("Loss")
+REFERENCE = Group("Reference and KL divergence")
+CRITIC = Group("Critic")
+ENTROPY = Group("Entropy")
+CORRECTIONS = Group("Sampler against trainer")
+MODEL = Group("Model and memory", "free")
+LOGGING = Group("Logging, saving and resuming", "free")
+TABLE = Group("Table")
+"""Of fields that no stage has."""
+GROUPS = (
+    TRAINING, DATA, SAMPLING, REWARDS, LOSS, REFERENCE, CRITIC, ENTROPY, CORRECTIONS, MODEL, LOGGING,
+)  # fmt: skip
+"""The headings of `--help`, most used first."""
+
+
+def own(default: T, text: str, group: Group = TABLE, *, fix: str = "", resume: ResumeClass | None = None) -> T:
+    """Declare a field of a configuration dataclass; its type and bounds stand in the annotation.
+
+    Args:
+        default: its default value.
+        text: help, in one or two sentences.
+        group: heading of `--help`.
+        fix: how to correct a value out of bounds, where the bounds do not say it.
+        resume: what a resumed run does with a change; None: as the group.
+    """
+    metadata = {"help": text, "group": group, "fix": fix, "resume": resume or group.resume}
+    if isinstance(default, list):
+        copied = partial(copy.copy, default)
+        return field(default_factory=copied, metadata=metadata)  # pyright: ignore[reportReturnType]
+    return field(default=default, metadata=metadata)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True, slots=True)
+class FieldInfo:
+    """One configuration field.
+
+    Attributes:
+        name: as written in a file.
+        hint: its type, with bounds.
+        default: its default value.
+        own: whether burnish declares it (also where it only changes an inherited default).
+        help: one or two sentences; empty for inherited fields.
+        group: heading of `--help`.
+        fix: how to correct a value out of bounds; empty: as the bounds say.
+        resume: what a resumed run does with a change.
+        bounded: whether burnish says which values it may have.
+    """
+
+    name: str
+    hint: Any
+    default: Any = None
+    own: bool = False
+    help: str = ""
+    group: Group = LOGGING
+    fix: str = ""
+    resume: ResumeClass = "refused"
+    bounded: bool = False
+
+    @property
+    def type(self) -> str:
+        """The type without bounds, as source text."""
+        return describe(self.hint)
+
+
+@cache
+def declared(record: type[Any]) -> dict[str, FieldInfo]:
+    """The fields of a dataclass that `own` declares."""
+    hints = get_type_hints(record, include_extras=True)
+    return {
+        item.name: FieldInfo(
+            item.name,
+            hints[item.name],
+            item.default if item.default_factory is MISSING else item.default_factory(),
+            own=True,
+            bounded=True,
+            **item.metadata,
+        )
+        for item in fields(record)
+    }
+
+
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def describe(hint: Any) -> str:
+    """A type as source text, without bounds: `float | None`."""
+    members, origin, args = union_members(hint), get_origin(hint), get_args(hint)
+    if len(members) > 1:
+        return " | ".join(map(describe, members))
+    if origin is Annotated:
+        return describe(args[0])
+    if origin is Literal:
+        return f"Literal[{', '.join(map(repr, args))}]"
+    if args:
+        return f"{origin.__name__}[{', '.join(map(describe, args))}]"
+    return "None" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))
