@@ -200,7 +200,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # checkpoints: of one run, whole, and found
     ("training/checkpoint.py", "            check_unused(folder)\n", "            pass\n", "test_checkpoints.py::test_a_new_run_does_not_mix_with_the_checkpoints_of_another"),
     ("training/checkpoint.py", "trainer.ranks.agreed(lambda: set_aside_after(Path(args.output_dir), step))", "pass", "test_checkpoints.py::test_going_back_sets_the_later_checkpoints_aside"),
-    ("training/checkpoint.py", "if problems := list(_differences(before, now)):", "if problems := []:", "test_checkpoints.py::test_another_run_is_refused_with_what_differs"),
+    ("training/fingerprint.py", "if problems := list(_differences(before, now)):", "if problems := []:", "test_checkpoints.py::test_another_run_is_refused_with_what_differs"),
     ("training/checkpoint.py", "_check_masters(checkpoint, trainer.master_weights is not None)", "pass", "test_checkpoints.py::test_another_dtype_is_refused_with_and_without_a_record"),
     ("training/checkpoint.py", "scheduler.load_state_dict(state)", "pass", "test_checkpoints.py::test_learning_rate_and_schedule_take_effect"),
     ("training/checkpoint.py", "group.update({key: own[key] for key in wanted & own.keys()})", "pass", "test_checkpoints.py::test_learning_rate_and_schedule_take_effect"),

@@ -414,8 +414,8 @@ def test_nonsense_is_refused_with_the_fix(tmp_path: Path) -> None:
         grpo(tmp_path, per_device_train_batch_size=5)
     with pytest.raises(DataError, match="fewer than"):
         grpo(tmp_path, per_device_train_batch_size=400)
+    args = GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8))
     with pytest.raises(DataError, match="train_dataset = None"):
-        args = GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8))
         GRPOTrainer(tiny.model(), digits, args, processing_class=tiny.tokenizer())
     with pytest.raises(ModelError, match="no such folder"):
         SFTTrainer("./nowhere", SFTConfig(**settings(tmp_path)), train_dataset=TEXTS)

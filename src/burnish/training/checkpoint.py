@@ -21,7 +21,6 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import safe_globals
 
 from burnish.config.paths import is_folder, missing
-from burnish.config.stages import resume_class
 from burnish.errors import BurnishError, ConfigError, FileError, show
 from burnish.runs.checkpoints import (
     DRAFTS,
@@ -38,11 +37,10 @@ from burnish.runs.checkpoints import (
     settle,
 )
 from burnish.runs.files import read_json, write_json
-from burnish.training.fingerprint import describe_run, model_digest
+from burnish.training.fingerprint import changed_settings, describe_run, model_digest
 
 __all__ = [
     "RunCheckpoints",
-    "changed_settings",
     "check_weights",
     "keeping_dtypes",
     "keeping_hyperparameters",
@@ -304,78 +302,6 @@ def _spare(folder: Path, model: str) -> None:
             f"overwrite_output_dir = True: output_dir = {str(folder)!r} holds the model to start from, {model}; give "
             "another output_dir."
         )
-
-
-def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from the checkpoint's and take effect, each as (before, now).
-
-    Raises:
-        ConfigError: the checkpoint is of another run.
-    """
-    before = read_json(checkpoint / RUN)
-    if before is None:
-        logger.warning(
-            "%s was written by an earlier version of burnish, without a record of its run: nothing checks that "
-            "settings, data and model are those that wrote it",
-            checkpoint,
-        )
-        return {}
-    if problems := list(_differences(before, now)):
-        raise ConfigError(
-            f"resume_from_checkpoint = {str(checkpoint)!r} is of another run: {'; '.join(problems)}. Set back what "
-            "changed to continue that run; or train a new one in another output_dir, from model = "
-            f"{str(checkpoint)!r} where its weights are wanted."
-        )
-    applied = {name: pair for name, pair in _changed(before, now).items() if resume_class(name) == "applied"}
-    told = dict(applied)
-    for name in ("world_size", "rewards"):
-        if before.get(name) != now[name]:
-            told[name] = (before.get(name), now[name])
-    if told:
-        changes = ", ".join(f"{name} = {new!r} (was {old!r})" for name, (old, new) in told.items())
-        logger.warning("resuming %s with %s", checkpoint, changes)
-    return applied
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    # A field that only one of two versions of transformers has cannot be compared.
-    old, new = before["settings"], now["settings"]
-    return {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
-    """What makes two runs of two descriptions, each with the value of both."""
-    if before["stage"] != now["stage"]:
-        yield f"stage {now['stage']}, it was {before['stage']}"
-        return
-    for name, (old, new) in _changed(before, now).items():
-        if resume_class(name) == "refused":
-            yield f"{name} = {new!r}, it was {old!r}"
-    if before["data"] != now["data"]:
-        yield f"train_dataset is not the same ({now['data']}, it was {before['data']})"
-    for name in sorted({*before["models"], *now["models"]}):
-        old, new = before["models"].get(name), now["models"].get(name)
-        if old != new:
-            yield f"{name} is not the one that the run began with ({new}, it was {old})"
-    for name, what in (("batch", "completions or rows of an optimizer step"), ("rollout", "completions of a rollout")):
-        if before[name] != now[name]:
-            yield f"{now[name]} {what}, it was {before[name]} (per_device_train_batch_size x processes x accumulation)"
-    yield from _adapter_differences(before, now)
-
-
-def _adapter_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
-    old, new = before["adapters"], now["adapters"]
-    if set(old) != set(new):
-        yield f"adapters {sorted(new) or 'none'}, it was {sorted(old) or 'none'} (peft_config)"
-        return
-    found = False
-    for adapter, fields in new.items():
-        for name in sorted(fields.keys() & old[adapter].keys()):
-            if fields[name] != old[adapter][name]:
-                found = True
-                yield f"peft_config.{name} = {fields[name]!r}, it was {old[adapter][name]!r}"
-    if not found and before["trained"] != now["trained"]:
-        yield f"other weights train ({now['trained']}, it was {before['trained']})"
 
 
 @contextlib.contextmanager

@@ -78,6 +78,12 @@ class Learner(Trainer, Generic[S]):
     model: Any
     stage: S
 
+    is_untrained = True
+    """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
+
+    num_tokens = 0
+    """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Check the names of the arguments, which Python would refuse without saying what to do."""
         check_constructor(cls, args, kwargs)
@@ -132,10 +138,6 @@ class Learner(Trainer, Generic[S]):
         self.ranks = Ranks(self.accelerator)
         self.metrics = StepMetrics()
         self.liveness = Liveness(args.max_dead_steps)
-        self.is_untrained = True
-        """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
-        self.num_tokens = 0
-        """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
