@@ -42,9 +42,11 @@ class OnlineDPOTrainer(Learner[OnlineStage]):
         optimizers: an optimizer and a scheduler instead of the configured ones.
         quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
-        reward_processing_classes, tools, rollout_func, environment_factory: TRL's; refused.
+        reward_processing_classes: tokenizers of reward models; their own if None.
+        tools, rollout_func, environment_factory: TRL's; refused.
         engine: samples completions; the native in-process engine if None.
         ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
+        compute_metrics: the groups of an evaluation, sampled and scored -> metrics by name.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: before any weight is loaded where that can be known.
