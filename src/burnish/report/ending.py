@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 from burnish.report.records import Run
 from burnish.runs.checkpoints import checkpoints_in
 from burnish.runs.status import Status
@@ -52,8 +50,10 @@ def _is_killed(run: Run, status: Status) -> bool:
 def _step(run: Run, status: Status) -> str:
     """Step S of M; metrics may have come after the status was last written."""
     if status.stage == "pipeline":
-        part = run.part
-        return _of("stage", status.step, status.max_steps) + (f", its {_step(run, part)}" if _is_open(part) else "")
+        part, stage = run.part, _of("stage", status.step, status.max_steps)
+        if part is not None and part.state != "finished" and part.stage != "pipeline":
+            return f"{stage}, its {_step(run, part)}"
+        return stage
     step = status.step
     if status.max_steps is not None:
         logged = [row.step for row in run.metrics if row.stage == status.stage and row.step <= status.max_steps]
@@ -63,10 +63,6 @@ def _step(run: Run, status: Status) -> str:
 
 def _of(unit: str, count: int, limit: int | None) -> str:
     return f"{unit} {count:,}" + ("" if limit is None else f" of {limit:,}")
-
-
-def _is_open(part: Status | None) -> TypeGuard[Status]:
-    return part is not None and part.state != "finished" and part.stage != "pipeline"
 
 
 def _resume(run: Run, status: Status) -> str:

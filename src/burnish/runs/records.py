@@ -60,12 +60,12 @@ class StepRecords:
         Raises:
             FileError: the file cannot be read or written.
         """
+
+        def is_kept(record: Mapping[str, Any]) -> bool:
+            if any(record.get(name) != value for name, value in self.labels.items()):
+                return True
+            own, written = record.get("step", 0), record.get("time", 0.0)
+            return own <= step if step else own == 0 and written >= self._since
+
         if self.file is not None:
-            filter_json_lines(self.file, lambda record: not self._is_own(record) or self._is_kept(record, step))
-
-    def _is_own(self, record: Mapping[str, Any]) -> bool:
-        return all(record.get(name) == value for name, value in self.labels.items())
-
-    def _is_kept(self, record: Mapping[str, Any], step: int) -> bool:
-        own, written = record.get("step", 0), record.get("time", 0.0)
-        return own <= step if step else own == 0 and written >= self._since
+            filter_json_lines(self.file, is_kept)
