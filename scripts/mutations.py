@@ -252,6 +252,10 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("evaluation/evaluate.py", "if name != \"completion\"}", "if name}", "test_evaluate.py"),
     ("cli/pipeline.py", "if name == \"reward\":", "if name == \"none\":", "test_pipeline.py"),
     ("cli/pipeline.py", "return disjoint(data.train, data.held_out)[0]", "return data.train + data.held_out", "test_pipeline.py"),
+    ("progress.py", "self._total - completed", "self._total", "test_progress.py"),
+    ("training/callbacks.py", "control.should_log = True", "pass", "test_callbacks.py"),
+    ("training/environment.py", "Version(found[name]).release >", "Version(found[name]) >", "test_callbacks.py"),
+    ("cli/output.py", "if not any(", "if any(", "test_first_impression.py::test_only_known_remarks_are_silenced"),
     ("report/page.py", "(difference.mean > 0) != (comparison", "(difference.mean > 0) == (comparison", "test_report.py"),
     # adapters
     ("model/quantization.py", "cast(\"Any\", module).support_avx512bf16_for_cpu = False", "pass", "test_adapters.py"),

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from burnish.report.series import ema
+from burnish.runs.files import read_json_lines
 
 # Distinguishable with the common colour blindnesses, on white (Okabe and Ito).
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -63,8 +64,8 @@ def with_points(series: dict[str, Any]) -> dict[str, Any]:
     if "file" not in series:
         return series
     x_name, y_name, stage = series.get("x", "step"), series["y"], series.get("stage")
-    lines = Path(series["file"]).read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if stage is None or record.get("stage") == stage]
+    lines = read_json_lines(Path(series["file"]))
+    records = [record for record in lines if stage is None or record.get("stage") == stage]
     total = 0.0
     points: list[tuple[float, float]] = []
     for record in records:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny
+from burnish import progress
 from burnish.runs.files import read_json_lines
 from burnish.training import environment, transcripts
 from test_trainers import grpo, sft
@@ -27,6 +29,17 @@ def test_a_run_shorter_than_its_logging_steps_has_metrics(tmp_path: Path, capsys
 def test_a_run_that_logs_nothing_still_logs_nothing(tmp_path: Path) -> None:
     sft(tmp_path, logging_strategy="no", logging_first_step=False).train()
     assert not list(read_json_lines(tmp_path / "metrics.jsonl"))
+
+
+def test_a_run_says_what_it_loads_and_encodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SHORT_SECONDS", 0.0)
+    tiny.model().save_pretrained(tmp_path / "model")
+    sft(tmp_path / "run", str(tmp_path / "model"))
+    said = capsys.readouterr().err
+    assert re.search(r"^\[burnish\] encoding 24 rows of train_dataset \.\.\. \d+\.\d s$", said, re.MULTILINE), said
+    assert re.search(r"^\[burnish\] loading \S+/model \.\.\. \d+\.\d s$", said, re.MULTILINE), said
 
 
 def test_an_online_run_shows_a_sample_now_and_then(
