@@ -348,7 +348,6 @@ def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: i
     Returns:
         Nats a token, in the order of the groups.
     """
-    found: dict[int, float] = {}
     device = next(model.parameters()).device
     with eval_mode(model):
         for part in split_by_tokens(groups, token_budget):
@@ -356,8 +355,9 @@ def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: i
             tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
             sums_S = sequence_sums(score(model, batch).logprobs, batch.sequence_index, batch.num_sequences)
             values = (-sums_S / tokens_S).tolist()
-            found |= {id(group.completions[0]): value for group, value in zip(part, values, strict=True)}
-    return [found[id(group.completions[0])] for group in groups]
+            for group, value in zip(part, values, strict=True):
+                group.completions[0].sequence["nll"] = value
+    return [group.completions[0].sequence["nll"] for group in groups]
 
 
 def compare(before: Evaluation, after: Evaluation, metric: str = "pass@1", *, level: float = 0.95) -> Interval:
