@@ -288,17 +288,17 @@ def test_bad_run_files(run_file: Path, override: str, message: str):
 
 def test_pipeline_file(pipeline_file: Path):
     run = load_pipeline_file(pipeline_file, ["--grpo.seed=3", "--data.sft={path = 'sft.jsonl'}"])
-    assert run.sft == {"max_length": 64}
+    assert run.stages["sft"] == {"max_length": 64}
     assert run.output_dir == str(Path("outputs", "pipeline"))
     assert load_pipeline_file(pipeline_file, ["--output_dir=elsewhere"]).output_dir == "elsewhere"
-    assert run.grpo == {"num_generations": 4, "learning_rate": 1e-5, "seed": 3}
+    assert run.stages["grpo"] == {"num_generations": 4, "learning_rate": 1e-5, "seed": 3}
     assert run.data.sft == {"path": "sft.jsonl", "system_prompt": "Answer in <answer> tags."}
     assert run.report.max_transcripts == 5000
     assert run.rubric.names == ("exact", "short")
 
 
 def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
-    assert load_pipeline_file(pipeline_file, ["--sft=null"]).sft is None
+    assert load_pipeline_file(pipeline_file, ["--sft=null"]).stages.keys().isdisjoint({"sft"})
     with pytest.raises(ConfigError, match=r"no stage; add the table of at least one of \[sft\], \[pairs\]"):
         load_pipeline_file(pipeline_file, ["--sft=null", "--grpo=null"])
 

@@ -25,8 +25,7 @@ def test_example(path: Path) -> None:
     file = load_pipeline_file(path, [])
     assert file.data.eval is not None
     assert file.data.eval["size"] >= 200
-    assert file.grpo is not None
-    assert file.grpo["max_steps"] == 100
+    assert file.stages["grpo"]["max_steps"] == 100
 
 
 OFFLINE = sorted((Path(__file__).parent.parent / "examples" / "offline").glob("*.toml"))

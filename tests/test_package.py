@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import burnish
+from burnish.config.stages import TRAINER_NAMES
 
 
 def python(code: str) -> str:
@@ -54,7 +55,8 @@ def test_public_names_are_the_ones_of_their_modules():
         for name in names:
             assert name in import_module(module).__all__
             assert getattr(burnish, name) is getattr(import_module(module), name)
-    assert set(burnish._HOME_OF) | {"__version__"} == set(burnish.__all__)
+    assert sorted(TRAINER_NAMES) == sorted(import_module("burnish.trainers").__all__)
+    assert {*burnish._HOME_OF, *TRAINER_NAMES, "__version__"} == set(burnish.__all__)
 
 
 def test_unknown_name():

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +27,9 @@ from burnish.config import (
 from burnish.config.declare import GROUPS
 from burnish.config.training_arguments import TRAINING_ARGUMENTS
 from burnish.errors import ConfigError
+from conftest import load_script
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 KINDS: tuple[Kind, ...] = ("sft", "grpo")
 
 
@@ -381,3 +386,20 @@ def test_ppo_understands_the_names_of_trl():
     }
     with pytest.raises(ConfigError, match="kl_coef and beta are one field"):
         check_fields("ppo", {"kl_coef": 0.1, "beta": 0.1})
+
+
+def test_the_reference_is_of_this_configuration():
+    reference = load_script("write_reference")
+    assert (reference.DOCS / "reference.md").read_text() == reference.page(), "python scripts/write_reference.py"
+    assert json.loads((reference.DOCS / "run_file.schema.json").read_text()) == reference.schema()
+
+
+def test_the_schema_is_that_of_the_examples():
+    """Every key of the shipped run files is in the schema."""
+    properties = load_script("write_reference").schema()["properties"]
+    for path in sorted(EXAMPLES.rglob("*.toml")):
+        document = tomllib.loads(path.read_text())
+        assert set(document) <= set(properties), path
+        for name, table in document.items():
+            if name in STAGES:
+                assert set(table) <= set(properties[name]["properties"]), (path, name)

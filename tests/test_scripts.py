@@ -34,7 +34,7 @@ from burnish import (
     get_quantization_config,
 )
 from burnish.config import Kind, elsewhere, known_fields
-from burnish.config.imports import NO_IMPORTS
+from burnish.config.compat import NO_IMPORTS
 
 CONFIGS: dict[Kind, Any] = {
     "sft": burnish.SFTConfig,

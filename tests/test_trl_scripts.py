@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import burnish
 import tiny
 from burnish import rewards
-from burnish.config.imports import NO_IMPORTS
+from burnish.config.compat import NO_IMPORTS
 from test_rewards_catalogue import ACCURACY, LENGTHS, OVERLONG, REASONING, THINK
 from test_rewards_catalogue import said as answered
 

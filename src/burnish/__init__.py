@@ -134,39 +134,25 @@ _HOMES = {
         "get_quantization_config",
         "init_zero_verbose",
     ),
-    "burnish.trainers": (
-        "DPOConfig",
-        "DPOTrainer",
-        "GRPOConfig",
-        "GRPOTrainer",
-        "KTOConfig",
-        "KTOTrainer",
-        "OnlineDPOConfig",
-        "OnlineDPOTrainer",
-        "PPOConfig",
-        "PPOTrainer",
-        "RLOOConfig",
-        "RLOOTrainer",
-        "RewardConfig",
-        "RewardTrainer",
-        "SFTConfig",
-        "SFTTrainer",
-    ),
     "burnish.types": ("Completion", "Group", "PackedBatch", "Score", "StopReason"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        from burnish.config.imports import NO_IMPORTS
+    home = _HOME_OF.get(name)
+    if home is None:
+        from burnish.config.compat import NO_IMPORTS
+        from burnish.config.stages import TRAINER_NAMES
         from burnish.errors import MissingName
 
         # An AttributeError would lose its message: `from burnish import ...` replaces it by its own.
         if name in NO_IMPORTS:
             raise MissingName(f"burnish has no {name}: {NO_IMPORTS[name]}.")
-        raise AttributeError(f"module 'burnish' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+        if name not in TRAINER_NAMES:
+            raise AttributeError(f"module 'burnish' has no attribute {name!r}")
+        home = "burnish.trainers"
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

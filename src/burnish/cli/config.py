@@ -8,21 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from burnish.config import FieldInfo, Kind, check_fields, check_mapping
 from burnish.config.files import apply_overrides, read_file
 from burnish.config.lora import check_lora
 from burnish.config.paths import expanded, folder_problem, is_file, is_folder, missing, path_problem
 from burnish.config.sections import EvaluationSection, PairsSection, ReportSection, model_init, section
-from burnish.config.stages import stages_with
+from burnish.config.stages import FROM_PAIRS, PIPELINE_STAGES, STAGES, stages_with
 from burnish.data.sources import as_source, check_source
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
 
 __all__ = [
-    "PIPELINE_STAGES",
     "DataSection",
     "EvaluationSection",
     "FileKind",
@@ -34,14 +33,8 @@ __all__ = [
     "load_run_file",
 ]
 
-FileKind: TypeAlias = Kind | Literal["eval", "pairs"]
-"""A command that takes a run file of one stage."""
-
-PIPELINE_STAGES = ("sft", "pairs", "reward", "dpo", "kto", "online_dpo", "grpo", "rloo", "ppo")
-"""What a pipeline can do, in the order in which it does it."""
-
-_FROM_PAIRS = ("reward", "dpo", "kto")
-"""Stages that read what `[pairs]` sampled."""
+FileKind: TypeAlias = Kind
+"""A command that takes a run file of one stage: a stage, eval or pairs."""
 
 
 def _check_path(value: str | None, where: str, problem_of: Callable[[str], str | None]) -> None:
@@ -95,23 +88,16 @@ class PipelineFile:
     """Folder of the run; every stage has its own folder in it."""
     model_init: dict[str, Any] = field(default_factory=dict[str, Any])
     peft: dict[str, Any] | None = None
-    sft: dict[str, Any] | None = None
-    pairs: PairsSection | None = None
-    reward: dict[str, Any] | None = None
-    dpo: dict[str, Any] | None = None
-    kto: dict[str, Any] | None = None
-    online_dpo: dict[str, Any] | None = None
-    grpo: dict[str, Any] | None = None
-    rloo: dict[str, Any] | None = None
-    ppo: dict[str, Any] | None = None
+    stages: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The stages that the file has, in order, each with its settings."""
     report: ReportSection = field(default_factory=ReportSection)
     document: dict[str, Any] = field(default_factory=dict[str, Any])
     """The file as written, with the overrides: what a run records."""
 
     @property
-    def stages(self) -> list[str]:
-        """The stages that the file has, in order."""
-        return [name for name in PIPELINE_STAGES if getattr(self, name) is not None]
+    def pairs(self) -> PairsSection | None:
+        """The settings of `[pairs]`."""
+        return self.stages.get("pairs")
 
 
 _TABLES = {
@@ -129,18 +115,6 @@ _PIPELINE_TABLES = (
     | dict.fromkeys(PIPELINE_STAGES, dict[str, Any])
     | {"report": dict[str, Any], "output_dir": str}
 )
-_NEEDED: dict[FileKind, tuple[str, ...]] = {
-    "sft": ("data.train",),
-    "reward": ("data.train",),
-    "dpo": ("data.train",),
-    "kto": ("data.train",),
-    "grpo": ("data.train", "rubric"),
-    "rloo": ("data.train", "rubric"),
-    "ppo": ("data.train", "rubric"),
-    "online_dpo": ("data.train", "rubric"),
-    "pairs": ("data.train", "rubric"),
-    "eval": ("data.eval", "rubric"),
-}
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) -> RunFile:
@@ -157,7 +131,7 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     document = apply_overrides(read_file(path), overrides)
     _refuse_pipeline(document, path, kind)
     tables = check_mapping(_infos(_TABLES), document, str(path))
-    trains = kind != "eval" and kind != "pairs"
+    trains = kind in STAGES
     if not trains and "training" in tables:
         raise ConfigError(
             f"{path}: [training] has no place in `burnish {kind}`; remove it, or run the stage's command."
@@ -175,7 +149,8 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     if kind == "eval" and run.evaluation is None:
         run = dataclasses.replace(run, evaluation=EvaluationSection())
     given = {"data.train": run.data.train, "data.eval": run.data.eval, "rubric": run.rubric}
-    needed = {*_NEEDED[kind], *(("data.eval", "rubric") if run.evaluation else ())}
+    needed = {"data.eval" if kind == "eval" else "data.train", *(("data.eval", "rubric") if run.evaluation else ())}
+    needed |= {"rubric"} if not trains or STAGES[kind].online else set()
     _need({name: given[name] for name in sorted(needed)}, path)
     _check_solved(run.evaluation, run.rubric)
     _check_places(run.training, "training")
@@ -214,14 +189,14 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     data: DataSection = shared["data"]
     shared["evaluation"] = shared["evaluation"] or EvaluationSection()
     needed: dict[str, Any] = {"data.eval": data.eval, "rubric": shared["rubric"]}
-    if set(stages) - {"sft", *_FROM_PAIRS} or data.sft is None:
+    if set(stages) - {"sft", *FROM_PAIRS} or data.sft is None:
         needed["data.train"] = data.train
     _need(needed, path)
     run = PipelineFile(
         path=Path(path),
         output_dir=tables.get("output_dir", str(Path("outputs", Path(path).stem))),
         **shared,
-        **stages,
+        stages=stages,
         report=section(ReportSection, tables.get("report", {})),
         document=document,
     )
@@ -261,7 +236,7 @@ def _check_order(stages: Mapping[str, Any], path: str | Path) -> None:
     if not stages:
         names = ", ".join(f"[{name}]" for name in PIPELINE_STAGES)
         raise ConfigError(f"{path}: no stage; add the table of at least one of {names}, it may be empty.")
-    for kind in _FROM_PAIRS:
+    for kind in FROM_PAIRS:
         if kind in stages and "pairs" not in stages:
             raise ConfigError(
                 f"{path}: [{kind}] without [pairs], which makes its rows; add [pairs], or run `burnish {kind}` on rows "

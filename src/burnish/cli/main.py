@@ -14,23 +14,15 @@ from pathlib import Path
 
 import burnish
 from burnish.cli.output import set_up_output
-from burnish.config import Kind, known_fields
+from burnish.config import STAGES, Kind, known_fields
+from burnish.config.declare import GROUPS
+from burnish.config.stages import met_fields, refused_fields
 from burnish.errors import BurnishError, Interrupted
 
 __all__ = ["build_parser", "console", "main", "split_overrides"]
 
-_STAGES: dict[Kind, str] = {
-    "sft": "fine-tune on conversations, prompts with completions, or text",
-    "reward": "train a reward model on comparisons",
-    "dpo": "train on preference pairs: DPO and its family",
-    "kto": "train on completions labelled good or bad",
-    "online_dpo": "train on preferences between the model's own samples, judged by rewards",
-    "grpo": "train on rewards: sample groups of completions, score them, follow the better ones",
-    "rloo": "the same with the mean of the other samples as baseline",
-    "ppo": "the same with a critic that says how good each token was",
-}
 _FILE_COMMANDS: dict[str, str] = {
-    **_STAGES,
+    **{kind: stage.summary for kind, stage in STAGES.items()},
     "pairs": "sample, score with a rubric, and write preference pairs and best-of-n rows",
     "eval": "measure pass@k on held-out prompts",
     "pipeline": "run the stages of one file, measure each, report",
@@ -42,7 +34,7 @@ _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6
 class _CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         command = self.prog.rpartition(" ")[2]
-        if command in _STAGES:
+        if command in STAGES:
             self.epilog = f"{_OVERRIDES}\n\n{_field_help(command)}"
         return super().format_help()
 
@@ -63,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("file", metavar="FILE", type=Path, help="a .toml or .yaml run file")
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-        if name in _STAGES or name == "pipeline":
+        if name in STAGES or name == "pipeline":
             command.add_argument(
                 "--dry-run",
                 action="store_true",
@@ -122,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words, argparse.Namespace(overrides=overrides))
     resume = _how_to_continue(args.command, given)
     try:
-        module = "train" if args.command in _STAGES else args.command
+        module = "train" if args.command in STAGES else args.command
         import_module(f"burnish.cli.{module}").run(args)
     except Interrupted as error:
         print(f"burnish {args.command}: {error.signal_name} after step {error.step}. {resume}", file=sys.stderr)
@@ -167,7 +159,7 @@ def console() -> int:
 
 
 def _how_to_continue(command: str, words: Sequence[str]) -> str:
-    if command in _STAGES:
+    if command in STAGES:
         option = "--training.resume_from_checkpoint=true"
         line = shlex.join(["burnish", *(word for word in words if word != option), option])
         return f"To continue from the last checkpoint: {line}"
@@ -177,9 +169,16 @@ def _how_to_continue(command: str, words: Sequence[str]) -> str:
 
 
 def _field_help(kind: Kind) -> str:
-    lines = ["[training] takes these fields, and those of transformers.TrainingArguments:", ""]
-    for info in known_fields(kind).values():
-        if info.own:
+    """Every field of a stage below its group, most used first; those of transformers by name."""
+    infos = known_fields(kind).values()
+    lines = ["[training] takes these fields:"]
+    for group in GROUPS:
+        own = [info for info in infos if info.own and info.group is group]
+        lines += ["", f"{group.title}:"] if own else []
+        for info in own:
             text = textwrap.fill(info.help, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6)
             lines += [f"  {info.name}: {info.type} = {info.default!r}", text]
-    return "\n".join(lines)
+    left_out = {*refused_fields(kind), *met_fields(kind)}
+    inherited = ", ".join(info.name for info in infos if not info.own and info.name not in left_out)
+    listed = textwrap.fill(inherited, width=100, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([*lines, "", "Of transformers.TrainingArguments:", listed])

@@ -10,6 +10,7 @@ from typing import Any
 
 from burnish.cli.config import PipelineFile, load_pipeline_file
 from burnish.cli.steps import StepInputs, model_identity
+from burnish.config.stages import FROM_PAIRS, ONLINE
 from burnish.data import disjoint, load_rows
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, compare
@@ -39,9 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 Rows = list[dict[str, Any]]
 
-_ONLINE = ("online_dpo", "grpo", "rloo", "ppo")
-_FROM_PAIRS = ("reward", "dpo", "kto")
-_JUDGED = (*_ONLINE, "pairs", "evaluation")
+_JUDGED = (*ONLINE, "pairs", "evaluation")
 """Tables of what the rubric judges."""
 
 
@@ -119,7 +118,7 @@ class Pipeline:
         data = self._rows()
         for name in self.file.stages:
             print(f"[{name}]")
-            if name == "pairs" or name in _FROM_PAIRS:
+            if name == "pairs" or name in FROM_PAIRS:
                 print("rows are sampled from the model of the stage before: nothing to show yet\n")
                 continue
             rows, held_out = _rows_of(name, data, _Pairs([], []))
@@ -143,14 +142,14 @@ class Pipeline:
             if name != "reward":
                 self.inputs.check(f"evaluations/{name}.json", self._made_from("evaluation", data=data.held_out))
             if name != "raw":
-                rows = {} if name in _FROM_PAIRS else {"data": _rows_of(name, data, _Pairs([], []))}
+                rows = {} if name in FROM_PAIRS else {"data": _rows_of(name, data, _Pairs([], []))}
                 self.inputs.check(name, self._made_from(name, **rows))
         write_json(self.folder / "config.json", {k: v for k, v in self.file.document.items() if k != "report"})
         write_json(self.folder / "environment.json", environment())
 
     def _made_from(self, table: str, **rows: Any) -> dict[str, Any]:
         """What a step is made from as far as the file says it, by table."""
-        settings = getattr(self.file, table)
+        settings = self.file.evaluation if table == "evaluation" else self.file.stages[table]
         found: dict[str, Any] = {
             table: asdict(settings) if table in ("pairs", "evaluation") else settings,
             "model_init": self.file.model_init,
@@ -184,7 +183,7 @@ class Pipeline:
         return _Data(found["train"], found["sft"], held_out)
 
     def _stage(self, name: str) -> dict[str, Any]:
-        return getattr(self.file, name) or {}
+        return self.file.stages.get(name, {})
 
     def _evaluates(self, name: str) -> bool:
         """Whether a stage measures itself on held-out rows while it trains."""
@@ -193,7 +192,7 @@ class Pipeline:
     def _sample_pairs(self, model: str, data: _Data) -> _Pairs:
         """Pairs of the current model on training prompts, each once, and on held-out ones where a stage reads those."""
         train = self._pairs_in("train", model, self._prompts(data))
-        measured = self.file.reward is not None or self._evaluates("dpo") or self._evaluates("kto")
+        measured = "reward" in self.file.stages or self._evaluates("dpo") or self._evaluates("kto")
         return _Pairs(train, self._pairs_in("held_out", model, data.held_out) if measured else [])
 
     def _prompts(self, data: _Data) -> Rows:
@@ -256,7 +255,7 @@ class Pipeline:
     def _settings(self, name: str) -> dict[str, Any]:
         """Keyword arguments of a stage's config."""
         settings = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", "log_metrics": str(self.folder)}
-        settings |= {"log_completions": str(self.folder)} if name in _ONLINE else {}
+        settings |= {"log_completions": str(self.folder)} if name in ONLINE else {}
         return settings | self._stage(name) | {"output_dir": str(self.folder / name), "resume_from_checkpoint": True}
 
     def _model_init(self, model: str) -> dict[str, Any]:
@@ -295,7 +294,7 @@ class Pipeline:
                     comparisons.append(named | asdict(interval))
                     say(f"{metric} {before} -> {after}: {interval} (paired)")
         summaries = [asdict(result.summary()) for result in results.values()]
-        if self.file.reward is not None:
+        if "reward" in self.file.stages:
             summaries.append(read_json(self.folder / "evaluations" / "reward.json", {})["summary"])
         write_json(self.folder / "evaluations.json", {"evaluations": summaries, "comparisons": comparisons})
 
@@ -304,4 +303,4 @@ def _rows_of(name: str, data: _Data, pairs: _Pairs) -> tuple[Rows, Rows]:
     """What a stage trains on, and what it is measured on meanwhile."""
     if name == "sft":
         return data.sft, data.held_out
-    return (pairs.train, pairs.held_out) if name in _FROM_PAIRS else (data.train, data.held_out)
+    return (pairs.train, pairs.held_out) if name in FROM_PAIRS else (data.train, data.held_out)

@@ -14,8 +14,10 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import modeling_gguf_pytorch_utils
 
-from burnish.cli.config import EvaluationSection, PairsSection
+from burnish import trainers
 from burnish.cli.dry_run import dry_run
+from burnish.config.sections import EvaluationSection, PairsSection
+from burnish.config.stages import STAGES
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, evaluate, mean_nll
@@ -28,24 +30,6 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
 from burnish.runs.lock import locked
-from burnish.trainers import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    KTOConfig,
-    KTOTrainer,
-    OnlineDPOConfig,
-    OnlineDPOTrainer,
-    PPOConfig,
-    PPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    RLOOConfig,
-    RLOOTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
 from burnish.training.callbacks import EngineProgress
 from burnish.training.checkpoint import start
 
@@ -58,20 +42,6 @@ transformers.logging.disable_progress_bar()
 cast(Any, modeling_gguf_pytorch_utils).tqdm = partial(tqdm, disable=True)
 
 Rows = Sequence[dict[str, Any]]
-
-
-_TRAINERS: dict[str, tuple[type[Any], type[Any]]] = {
-    "sft": (SFTConfig, SFTTrainer),
-    "reward": (RewardConfig, RewardTrainer),
-    "dpo": (DPOConfig, DPOTrainer),
-    "kto": (KTOConfig, KTOTrainer),
-    "online_dpo": (OnlineDPOConfig, OnlineDPOTrainer),
-    "grpo": (GRPOConfig, GRPOTrainer),
-    "rloo": (RLOOConfig, RLOOTrainer),
-    "ppo": (PPOConfig, PPOTrainer),
-}
-_ONLINE = ("online_dpo", "grpo", "rloo", "ppo")
-"""Stages whose trainers take a rubric."""
 
 
 def train(
@@ -102,14 +72,15 @@ def train(
     Returns:
         The trainer; None after a look.
     """
-    config_class, trainer_class = _TRAINERS[kind]
+    stage = STAGES[kind]
+    config_class, trainer_class = (getattr(trainers, f"{stage.name}{ending}") for ending in ("Config", "Trainer"))
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
     if only_look:
-        dry_run(kind, config, model, rows, rubric=rubric if kind in _ONLINE else None, eval_rows=eval_rows)
+        dry_run(kind, config, model, rows, rubric=rubric if stage.online else None, eval_rows=eval_rows)
         return None
     # The trainer asks again, when weights are loaded.
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
-    rewards: dict[str, Any] = {"reward_funcs": rubric} if kind in _ONLINE else {}
+    rewards: dict[str, Any] = {"reward_funcs": rubric} if stage.online else {}
     # From before the model is loaded until it is saved; other ranks end with the first one.
     with locked(config.output_dir) if config.process_index == 0 else nullcontext():
         trainer = trainer_class(

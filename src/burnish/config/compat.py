@@ -1,17 +1,23 @@
-"""Configuration fields of TRL's that burnish does not have: what to do instead, and the value that asks for nothing."""
+"""What TRL has by another name, in another place, or not at all: fields of configs, arguments of trainers, and imports.
+
+Only names that mean nothing here are looked up: what is met anyway is accepted with a line in the log, what can be said
+otherwise is rewritten, and anything else is an error with the fix.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from burnish.config.stages import Kind, known_fields, met_fields
-from burnish.config.translated import translate
-from burnish.errors import ConfigError, show
+from burnish.config.stages import ONLINE, Kind
+from burnish.errors import ConfigError
 
-__all__ = ["Elsewhere", "drop_elsewhere", "elsewhere"]
+__all__ = [
+    "ALIASES", "MOVED_ARGUMENTS", "NO_IMPORTS", "REFUSED_ARGUMENTS", "Elsewhere", "elsewhere", "translate",
+    "translated_names",
+]  # fmt: skip
 
 
 class Elsewhere(NamedTuple):
@@ -90,7 +96,7 @@ _REFERENCE: dict[str, Elsewhere] = {
     "use_logits_to_keep": Elsewhere(_OFF, "logits are never kept; remove the field", (bool,)),
 }
 
-_ONLINE: dict[str, Elsewhere] = {
+_ONLINE_FIELDS: dict[str, Elsewhere] = {
     "cache_implementation": Elsewhere(None, _ONE_CACHE, (str,)),
     "generation_batch_size": Elsewhere(None, "set steps_per_generation"),
     "generation_kwargs": Elsewhere(None, "set the fields of sampling that it names; use a table"),
@@ -121,7 +127,7 @@ _ONLINE: dict[str, Elsewhere] = {
     "vllm_tensor_parallel_size": Elsewhere(1, _IN_PROCESS, (int,)),
 }
 
-_POLICY: dict[str, Elsewhere] = {
+_POLICY_FIELDS: dict[str, Elsewhere] = {
     "max_tool_calling_iterations": Elsewhere(None, "a completion is one turn; remove the field", (int,)),
     "vllm_importance_sampling_cap": Elsewhere(None, _CORRECTION, (float, int)),
     "vllm_importance_sampling_clip_max": Elsewhere((3.0, None), _CORRECTION, (float, int)),
@@ -153,17 +159,17 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     },
     "kto": _REFERENCE,
     "online_dpo": {
-        **_ONLINE,
+        **_ONLINE_FIELDS,
         "off_policy_mask_threshold": Elsewhere(None, _NOT_THERE),
         "max_length": Elsewhere(None, "set max_prompt_length and max_completion_length"),
         "max_new_tokens": Elsewhere(None, "its name is max_completion_length"),
         "missing_eos_penalty": Elsewhere(None, "set mask_truncated_completions, or add a reward function that sees it"),
         "reward_model_path": Elsewhere(None, "pass burnish.RewardModel(path) among reward_funcs"),
     },
-    "grpo": {**_ONLINE, **_POLICY},
-    "rloo": {**_ONLINE, **_POLICY},
+    "grpo": {**_ONLINE_FIELDS, **_POLICY_FIELDS},
+    "rloo": {**_ONLINE_FIELDS, **_POLICY_FIELDS},
     "ppo": {
-        **_ONLINE,
+        **_ONLINE_FIELDS,
         "local_rollout_forward_batch_size": Elsewhere(64, "forwards run within token_budget; set token_budget", (int,)),
         "num_mini_batches": Elsewhere(1, "set steps_per_generation: micro-batches that one round of sampling feeds"),
         "num_sample_generations": Elsewhere(10, "set eval_strategy, and log_completions for transcripts", (int,)),
@@ -182,49 +188,196 @@ def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
     return _COMMON | _BY_KIND[kind]
 
 
-logger = logging.getLogger("burnish.config")
+ALIASES: dict[Kind, dict[str, str]] = {
+    "ppo": {
+        "cliprange": "epsilon",
+        "kl_coef": "beta",
+        "num_ppo_epochs": "num_iterations",
+        "response_length": "max_completion_length",
+    },
+}
+"""Names that TRL gave to fields of a stage -> the names here."""
+
+_EVERYWHERE = {"chat_template_path": "chat_template"}
+
+_GENERATION = {
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "stop": "stop",
+    "stop_strings": "stop",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+}
+"""Names in `generation_kwargs` -> fields."""
+
+_GENERATION_NEUTRAL: dict[str, Any] = {
+    "bos_token_id": None, "disable_compile": True, "do_sample": True, "eos_token_id": None, "num_beams": 1,
+    "num_return_sequences": 1, "pad_token_id": None, "use_cache": True,
+}  # fmt: skip
+"""Names in `generation_kwargs` that ask for what happens anyway."""
 
 
-def drop_elsewhere(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by their names here, without those that ask for what happens here anyway.
+def translated_names(kind: Kind) -> tuple[str, ...]:
+    """Names that `translate` rewrites in a stage."""
+    online = ("generation_kwargs", "generation_batch_size") if kind in ONLINE else ()
+    return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online)
 
-    One line of the log names the fields of which the intent is met.
 
-    Args:
-        kind: the stage.
-        values: fields as given.
+def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by their names here.
 
     Raises:
-        ConfigError: one that asks for something else, or one field by two names.
+        ConfigError: one field by two names, or a value that has no counterpart.
     """
-    from burnish.config.validation import fits, plain
+    renamed: dict[str, Any] = {}
+    origin: dict[str, str] = {}
 
-    known = known_fields(kind)
-    kept: dict[str, Any] = {}
-    met: list[str] = []
-    for name, value in translate(kind, values).items():
-        there = elsewhere(kind).get(name)
-        if name in known:
-            if name in met_fields(kind) and fits(known[name], plain(value)):
-                met += [name] if value != known[name].default else []
-            else:  # what is not allowed is coerced and refused with the other fields
-                kept[name] = value
-        elif there is None:
-            kept[name] = value
-        elif not _is_neutral(value, there.neutral):
-            if type(value) not in there.met or not _fits(value):
-                raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
-            met.append(name)
-    if met:
-        logger.info("accepted, since it is done anyway or changes nothing: %s", ", ".join(sorted(met)))
-    return kept
+    def put(name: str, value: Any, given: str) -> None:
+        if value is None and name in renamed:
+            return
+        if renamed.get(name) is not None and origin[name] != given:
+            other = origin[name] if given == name else given
+            raise ConfigError(f"{other} and {name} are one field: set {name} alone.")
+        renamed[name], origin[name] = value, given
 
-
-def _fits(value: Any) -> bool:
-    """Whether an integer fits 64 bits: nonsense is refused, even where nothing would read it."""
-    return not isinstance(value, int) or abs(value) < 2**63
+    aliases = _EVERYWHERE | ALIASES.get(kind, {})
+    for given, value in values.items():
+        put(aliases.get(given, given), value, given)
+    ratio = renamed.get("warmup_ratio")
+    if isinstance(ratio, float) and 0 < ratio < 1:
+        put("warmup_steps", renamed.pop("warmup_ratio"), "warmup_ratio")
+    if kind in ONLINE and renamed.get("generation_kwargs") is not None:
+        for name, (value, given) in _sampling(renamed.pop("generation_kwargs")).items():
+            put(name, value, given)
+    if kind in ONLINE and renamed.get("generation_batch_size") is not None:
+        size = renamed.pop("generation_batch_size")
+        put("steps_per_generation", _steps(size, renamed), "generation_batch_size")
+    return renamed
 
 
-def _is_neutral(value: Any, neutral: Any) -> bool:
-    choices = neutral if isinstance(neutral, tuple) else (neutral,)
-    return any(type(value) is type(one) and value == one for one in choices)
+def _sampling(kwargs: Any) -> dict[str, tuple[Any, str]]:
+    """Fields that `generation_kwargs` set, each with the name it was given by."""
+    if not isinstance(kwargs, Mapping):
+        raise ConfigError(f"generation_kwargs = {kwargs!r:.80}: use a table, such as {{top_p = 0.9}}.")
+    fields: dict[str, tuple[Any, str]] = {}
+    for name, value in cast("Mapping[str, Any]", kwargs).items():
+        if name in _GENERATION_NEUTRAL and _GENERATION_NEUTRAL[name] == value:
+            continue
+        if name not in _GENERATION:
+            raise ConfigError(
+                f"generation_kwargs[{name!r}] = {value!r:.80}: not a way of sampling here; use "
+                f"{', '.join(sorted(_GENERATION))}."
+            )
+        listed = [value] if _GENERATION[name] == "stop" and isinstance(value, str) else value
+        fields[_GENERATION[name]] = (listed, f"generation_kwargs[{name!r}]")
+    return fields
+
+
+def _steps(size: Any, fields: Mapping[str, Any]) -> int:
+    """Micro-batches that a generation batch of so many completions feeds."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = fields.get("per_device_train_batch_size", 8) * processes
+    if not isinstance(size, int) or size < 1 or size % batch:
+        raise ConfigError(
+            f"generation_batch_size = {size!r}: not a multiple of {batch}, per_device_train_batch_size x {processes} "
+            "processes; use one, or set steps_per_generation."
+        )
+    return size // batch
+
+
+_METRICS = (
+    "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
+    "with burnish.evaluation.evaluate"
+)
+
+REFUSED_ARGUMENTS: dict[str, str] = {
+    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override batch_loss in a "
+    "subclass",
+    "compute_metrics": _METRICS,
+    "data_collator": "rows are encoded and packed by the trainer itself, so a collator would never be called; prepare "
+    "the rows instead",
+    "environment_factory": "a completion is one turn of text; score it with reward_funcs",
+    "preprocess_logits_for_metrics": _METRICS,
+    "rollout_func": "completions come from an engine; pass one as engine",
+    "tools": "a completion is one turn of text; put the schemas into a tools column",
+}
+"""Arguments of TRL's trainers that have no place here -> what to do instead."""
+
+MOVED_ARGUMENTS: dict[str, str] = {
+    "chars_per_token": "rows are packed by their tokens; remove it",
+    "config": "it is args now",
+    "dataset": "it is train_dataset now",
+    "formatting_func": "prepare the rows instead; SFTTrainer alone takes one",
+    "generation_config": "set the fields of sampling in args, such as temperature and max_completion_length",
+    "infinite": "set max_steps or num_train_epochs in args",
+    "judge": "pass what compares completions as reward_funcs, which score each",
+    "max_target_length": "max_length in args is of a prompt and its completion together",
+    "model_init": "pass the model as model",
+    "num_of_sequences": "rows are packed by their tokens; remove it",
+    "policy": "it is model now",
+    "ppo_config": "it is args now",
+    "ref_policy": "it is ref_model now",
+    "reward_model": "pass it as reward_funcs",
+    "reward_processing_class": "it is reward_processing_classes now, in trainers that take reward_funcs",
+    "tokenizer": "it is processing_class now",
+    "torch_dtype": "it is a key of model_init_kwargs in args, as dtype",
+}
+"""Arguments that older trainers of TRL's had -> where they live now."""
+
+_ROWS = "trainers read conversations, texts and pairs as they are; pass the rows unchanged"
+_TEMPLATE = "set chat_template in the trainer's config, which is saved with the tokenizer"
+_TURNS = "a completion is one turn of text; put tool schemas into a tools column"
+_NOTHING = "there is no counterpart; pass a callback of transformers as callbacks"
+_DPO = "it is DPOTrainer, whose loss_type is "
+_TEACHER = "distillation from a teacher is not there yet"
+_GAMES = "it is not there; OnlineDPOTrainer samples and compares pairs"
+_CRITIC = "PPOTrainer adds a critic to a plain model itself"
+
+NO_IMPORTS: dict[str, str] = {
+    "AutoModelForCausalLMWithValueHead": _CRITIC,
+    "AutoModelForSeq2SeqLMWithValueHead": _CRITIC,
+    "BCOConfig": _DPO + '"bco_pair", and DPOConfig',
+    "BCOTrainer": _DPO + '"bco_pair", and DPOConfig',
+    "BEMACallback": _NOTHING,
+    "CPOConfig": _DPO + '"cpo" or "simpo", and DPOConfig',
+    "CPOTrainer": _DPO + '"cpo" or "simpo", and DPOConfig',
+    "DataCollatorForCompletionOnlyLM": "set completion_only_loss or assistant_only_loss in SFTConfig",
+    "DistillationConfig": _TEACHER,
+    "DistillationTrainer": _TEACHER,
+    "GKDConfig": _TEACHER,
+    "GKDTrainer": _TEACHER,
+    "LogCompletionsCallback": "set log_completions, and read them with `burnish report`",
+    "NashMDConfig": _GAMES,
+    "NashMDTrainer": _GAMES,
+    "ORPOConfig": _DPO + '"orpo", and DPOConfig',
+    "ORPOTrainer": _DPO + '"orpo", and DPOConfig',
+    "PRMConfig": "RewardTrainer learns from rows with completions and labels, with RewardConfig",
+    "PRMTrainer": "RewardTrainer learns from rows with completions and labels, with RewardConfig",
+    "RichProgressCallback": "progress is shown by default (progress in the config)",
+    "SyncRefModelCallback": "set sync_ref_model in DPOConfig or KTOConfig",
+    "WeaveCallback": _NOTHING,
+    "XPOConfig": _GAMES,
+    "XPOTrainer": _GAMES,
+    "add_response_schema": _TURNS,
+    "apply_chat_template": _ROWS,
+    "clone_chat_template": _TEMPLATE + "; the folder of another tokenizer will do",
+    "create_reference_model": "pass ref_model, or leave it out: the trainer keeps the starting weights",
+    "extract_prompt": _ROWS,
+    "get_kbit_device_map": "remove device_map: the trainer places quantised weights itself",
+    "get_training_chat_template": "assistant_only_loss finds the turns under any template; " + _TEMPLATE,
+    "is_conversational": _ROWS,
+    "is_conversational_from_value": _ROWS,
+    "maybe_apply_chat_template": _ROWS,
+    "maybe_convert_to_chatml": _ROWS,
+    "maybe_extract_prompt": _ROWS,
+    "maybe_unpair_preference_dataset": "KTOTrainer takes pairs as they are",
+    "pack_dataset": "trainers pack rows without padding themselves; pass them unchanged",
+    "prepare_multimodal_messages": "models and data are text",
+    "setup_chat_format": _TEMPLATE + ' (chat_template = "chatml")',
+    "supports_tool_calling": _TURNS,
+    "unpair_preference_dataset": "KTOTrainer takes pairs as they are",
+}
+"""Name at the top of TRL, now or in older versions -> what to do here."""

@@ -25,6 +25,10 @@ _LORA_INTERNAL = frozenset(
 class _Opaque:
     """Stands in annotations for a class of another package: nothing that a file holds is one."""
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {"not": {}}
+
 
 class _Namespace(dict[str, Any]):
     """The names that annotations of other packages use."""

@@ -14,7 +14,10 @@ from burnish.config.policy_fields import GRPOFields, PPOFields, RLOOFields
 from burnish.config.sources import training_argument_fields
 from burnish.config.training_arguments import TRAINING_ARGUMENTS
 
-__all__ = ["STAGES", "Kind", "Stage", "known_fields", "met_fields", "refused_fields", "resume_class", "stages_with"]
+__all__ = [
+    "FROM_PAIRS", "ONLINE", "PIPELINE_STAGES", "STAGES", "TRAINER_NAMES", "Kind", "Stage", "known_fields",
+    "met_fields", "refused_fields", "resume_class", "stages_with",
+]  # fmt: skip
 
 Kind: TypeAlias = str
 """A key of `STAGES`."""
@@ -27,13 +30,19 @@ class Stage:
     Attributes:
         fields: its own configuration fields.
         name: what its classes are called: `{name}Config` and `{name}Trainer` in burnish.trainers.
+        title: on the page about a run.
         summary: for the command line.
-        rows: what it trains on in a pipeline: demonstrations, sampled pairs, or prompts to sample from.
+        method: for the card of a model.
+        paper: arXiv number of the method, or nothing.
+        rows: what it learns from in a pipeline: demonstrations, sampled pairs, or prompts to sample from.
     """
 
     fields: type[CommonFields]
     name: str
+    title: str
     summary: str
+    method: str
+    paper: str
     rows: Literal["demonstrations", "pairs", "prompts"]
 
     @property
@@ -43,25 +52,54 @@ class Stage:
 
 
 STAGES: dict[Kind, Stage] = {
-    "sft": Stage(SFTFields, "SFT", "fine-tune on conversations, prompts with completions, or text", "demonstrations"),
-    "reward": Stage(RewardFields, "Reward", "train a reward model on comparisons", "pairs"),
-    "dpo": Stage(DPOFields, "DPO", "train on preference pairs: DPO and its family", "pairs"),
-    "kto": Stage(KTOFields, "KTO", "train on completions labelled good or bad", "pairs"),
-    "online_dpo": Stage(
-        OnlineDPOFields,
-        "OnlineDPO",
-        "train on preferences between the model's own samples, judged by rewards",
-        "prompts",
-    ),
-    "grpo": Stage(
-        GRPOFields,
-        "GRPO",
-        "train on rewards: sample groups of completions, score them, follow the better ones",
-        "prompts",
-    ),
-    "rloo": Stage(RLOOFields, "RLOO", "the same with the mean of the other samples as baseline", "prompts"),
-    "ppo": Stage(PPOFields, "PPO", "the same with a critic that says how good each token was", "prompts"),
-}
+    stage.fields.kind: stage
+    for stage in (
+        Stage(
+            SFTFields, "SFT", "SFT", "fine-tune on conversations, prompts with completions, or text",
+            "supervised fine-tuning", "", "demonstrations",
+        ),
+        Stage(
+            RewardFields, "Reward", "Reward model", "train a reward model on comparisons",
+            "reward modelling", "", "pairs",
+        ),
+        Stage(
+            DPOFields, "DPO", "DPO", "train on preference pairs: DPO and its family",
+            "direct preference optimisation", "2305.18290", "pairs",
+        ),
+        Stage(
+            KTOFields, "KTO", "KTO", "train on completions labelled good or bad",
+            "Kahneman-Tversky optimisation", "2402.01306", "pairs",
+        ),
+        Stage(
+            OnlineDPOFields, "OnlineDPO", "Online DPO",
+            "train on preferences between the model's own samples, judged by rewards",
+            "online direct preference optimisation", "2402.04792", "prompts",
+        ),
+        Stage(
+            GRPOFields, "GRPO", "GRPO",
+            "train on rewards: sample groups of completions, score them, follow the better ones",
+            "group relative policy optimisation", "2402.03300", "prompts",
+        ),
+        Stage(
+            RLOOFields, "RLOO", "RLOO", "the same with the mean of the other samples as baseline",
+            "REINFORCE leave-one-out", "2402.14740", "prompts",
+        ),
+        Stage(
+            PPOFields, "PPO", "PPO", "the same with a critic that says how good each token was",
+            "proximal policy optimisation", "1707.06347", "prompts",
+        ),
+    )
+}  # fmt: skip
+"""Every stage that trains, in the order in which a pipeline runs them."""
+
+ONLINE = tuple(kind for kind, stage in STAGES.items() if stage.online)
+FROM_PAIRS = tuple(kind for kind, stage in STAGES.items() if stage.rows == "pairs")
+
+PIPELINE_STAGES = tuple(name for kind in STAGES for name in (("pairs", kind) if kind == FROM_PAIRS[0] else (kind,)))
+"""What a pipeline does, in this order: pairs are sampled before the stages that learn from them."""
+
+TRAINER_NAMES = tuple(f"{stage.name}{ending}" for stage in STAGES.values() for ending in ("Config", "Trainer"))
+"""What burnish.trainers exports."""
 
 
 @cache

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import logging
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -21,20 +22,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args, get_o
 from annotated_types import Ge, Gt, Interval, MinLen
 
 from burnish.config.algorithms import apply_algorithm
-from burnish.config.compat import drop_elsewhere
+from burnish.config.compat import elsewhere, translate
 from burnish.config.declare import FieldInfo, describe, union_members
 from burnish.config.fields import CommonFields
 from burnish.config.predicates import text_problem
-from burnish.config.stages import STAGES, Kind, known_fields, refused_fields, stages_with
+from burnish.config.stages import STAGES, Kind, known_fields, met_fields, refused_fields, stages_with
 from burnish.errors import ConfigError, show
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 __all__ = [
-    "OPAQUE", "check_config", "check_fields", "check_keywords", "check_mapping", "did_you_mean", "fits", "plain",
-    "validated",
+    "OPAQUE", "bounds", "check_config", "check_fields", "check_keywords", "check_mapping", "did_you_mean", "fits",
+    "plain", "schema_of", "validated",
 ]  # fmt: skip
+
+logger = logging.getLogger("burnish.config")
 
 OPAQUE = object()
 """Stands for a value that a file cannot hold."""
@@ -59,7 +62,7 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
     """
     infos = known_fields(kind)
     try:
-        given = drop_elsewhere(kind, mapping)
+        given = drop_met(kind, mapping)
         for name in given:
             if name not in infos and (homes := stages_with(name)):
                 raise ConfigError(
@@ -91,7 +94,7 @@ def check_keywords(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     infos = known_fields(kind)
     checked: dict[str, Any] = {}
-    for name, value in drop_elsewhere(kind, values).items():
+    for name, value in drop_met(kind, values).items():
         if name not in infos:
             raise ConfigError(f"{name} = {show(value)}: unknown field; {did_you_mean(name, infos)}.")
         held = plain(value)
@@ -147,6 +150,49 @@ def check_mapping(infos: Mapping[str, FieldInfo], mapping: Mapping[str, Any], wh
             raise ConfigError(f"[{where}] {name} = {show(value)}: unknown field; {did_you_mean(name, infos)}.")
         values[name] = validated(infos[name], value, f"[{where}] ")
     return values
+
+
+def drop_met(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by their names here, without those that ask for what happens here anyway.
+
+    One line of the log names the fields of which the intent is met.
+
+    Args:
+        kind: the stage.
+        values: fields as given.
+
+    Raises:
+        ConfigError: one that asks for something else, or one field by two names.
+    """
+    known = known_fields(kind)
+    kept: dict[str, Any] = {}
+    met: list[str] = []
+    for name, value in translate(kind, values).items():
+        there = elsewhere(kind).get(name)
+        if name in known:
+            if name in met_fields(kind) and fits(known[name], plain(value)):
+                met += [name] if value != known[name].default else []
+            else:  # what is not allowed is coerced and refused with the other fields
+                kept[name] = value
+        elif there is None:
+            kept[name] = value
+        elif not _is_neutral(value, there.neutral):
+            if type(value) not in there.met or not _fits(value):
+                raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
+            met.append(name)
+    if met:
+        logger.info("accepted, since it is done anyway or changes nothing: %s", ", ".join(sorted(met)))
+    return kept
+
+
+def _fits(value: Any) -> bool:
+    """Whether an integer fits 64 bits: nonsense is refused, even where nothing would read it."""
+    return not isinstance(value, int) or abs(value) < 2**63
+
+
+def _is_neutral(value: Any, neutral: Any) -> bool:
+    choices = neutral if isinstance(neutral, tuple) else (neutral,)
+    return any(type(value) is type(one) and value == one for one in choices)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -271,10 +317,10 @@ def _fix(info: FieldInfo, value: Any, error: ValidationError) -> str:
         return "use a finite number"
     if all(kind.endswith("_type") or kind in ("is_instance_of", "finite_number") for kind in kinds):
         return f"expected {describe(info.hint)}, got {type(value).__name__}"
-    return info.fix or _bounds(info.hint)
+    return info.fix or bounds(info.hint)
 
 
-def _bounds(hint: Any) -> str:
+def bounds(hint: Any) -> str:
     """Say which values a type with bounds takes: `use a number in (0, 1], or leave it out`."""
     members = [member for member in union_members(hint) if member is not type(None)]
     words = [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
@@ -282,13 +328,22 @@ def _bounds(hint: Any) -> str:
         words += ["true", "false"] if bool in members else []
         said = f"use {', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else f"use {words[0]}"
     else:
-        said = " or ".join(_bound(member) for member in members if get_origin(member) is Annotated)
+        said = " or ".join(filter(None, map(_bound, members)))
         said = f"use {said}" if said else f"expected {describe(hint)}"
     return f"{said}, or leave it out" if type(None) in union_members(hint) else said
 
 
+def schema_of(infos: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """The JSON schema of a table with these fields."""
+    properties = {
+        name: {"description": info.help, **_adapters(info.hint)[0].json_schema()} for name, info in infos.items()
+    }
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
 def _bound(hint: Any) -> str:
-    base, *constraints = get_args(hint)
+    """The values between the bounds of one member of a union; nothing where it has none."""
+    base, *constraints = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     noun = "an integer" if base is int else "a number"
     for constraint in constraints:
         match constraint:
@@ -309,7 +364,7 @@ def _bound(hint: Any) -> str:
                 return f"{noun} in {left}, {f'{high}]' if below is None else f'{below})'}"
             case _:
                 pass
-    return describe(hint)
+    return ""
 
 
 def _is_scalar(hint: Any) -> bool:

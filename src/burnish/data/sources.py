@@ -19,14 +19,18 @@ from burnish.data.formats import messages_of
 from burnish.data.instructions import instruction_row
 from burnish.errors import ConfigError, DataError, show
 
-__all__ = ["as_rows", "as_source", "check_source", "finite_rows", "load_rows"]
+__all__ = ["SOURCE_KEYS", "as_rows", "as_source", "check_source", "finite_rows", "load_rows"]
 
 Row: TypeAlias = dict[str, Any]
 
 _COMMON = frozenset({"columns", "completion_template", "limit", "prompt_template", "system_prompt"})
-_FILE_KEYS = frozenset({"name", "path", "revision", "split"}) | _COMMON
-_GYM_KEYS = frozenset({"options", "seed", "size", "source", "task"}) | _COMMON
-_MIX_KEYS = frozenset({"mix"}) | _COMMON
+SOURCE_KEYS = {
+    "path": frozenset({"name", "path", "revision", "split"}) | _COMMON,
+    "source": frozenset({"options", "seed", "size", "source", "task"}) | _COMMON,
+    "mix": frozenset({"mix"}) | _COMMON,
+}
+"""The keys of a source, by the one that says what kind it is."""
+
 _MOST_TASKS = 10_000_000
 _PLACE = re.compile(r"[^\W\d]\w*(\[\w+\])*")
 _FORMAT = re.compile(r"[^{}]?[<>=^]?[-+ ]?#?\d{0,3},?(\.\d{1,2})?[a-zA-Z%]?")
@@ -75,7 +79,7 @@ def check_source(spec: Mapping[str, Any] | str | Path, field: str = "data") -> N
             f"{field} has the keys {sorted(spec)}: give exactly one of path (a file), source (a generator) and mix."
         )
     kind = kinds[0]
-    known = {"path": _FILE_KEYS, "source": _GYM_KEYS, "mix": _MIX_KEYS}[kind]
+    known = SOURCE_KEYS[kind]
     unknown = sorted(set(spec) - known)
     if unknown:
         raise ConfigError(f"{field}.{unknown[0]} is unknown: a source with {kind} takes {', '.join(sorted(known))}.")

@@ -15,6 +15,7 @@ from typing import Any, cast
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from burnish.config.paths import file_problem
+from burnish.config.stages import STAGES
 from burnish.errors import ConfigError, show
 from burnish.report.ending import ending, standing
 from burnish.report.findings import findings
@@ -38,17 +39,7 @@ _TASK_KEYS = (
     "data.train.task",
 )
 _ABSENT = "\N{EN DASH}"
-_STAGE_NAMES = {
-    "raw": "Raw",
-    "sft": "SFT",
-    "reward": "Reward model",
-    "dpo": "DPO",
-    "kto": "KTO",
-    "online_dpo": "Online DPO",
-    "grpo": "GRPO",
-    "ppo": "PPO",
-    "rloo": "RLOO",
-}
+_STAGE_NAMES = {"raw": "Raw", **{kind: stage.title for kind, stage in STAGES.items()}}
 _LOWER_IS_BETTER = {"nll"}
 
 

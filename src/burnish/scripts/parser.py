@@ -12,8 +12,8 @@ from typing import Any, NoReturn, cast
 from transformers import HfArgumentParser
 
 from burnish.config import FieldInfo, Kind, elsewhere, known_fields
+from burnish.config.compat import translated_names
 from burnish.config.files import read_file
-from burnish.config.translated import translated_names
 from burnish.config.validation import did_you_mean, fits
 from burnish.errors import ConfigError, show
 from burnish.progress import say

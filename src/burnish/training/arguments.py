@@ -11,52 +11,13 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from burnish.config import elsewhere, known_fields
+from burnish.config.compat import ALIASES, MOVED_ARGUMENTS, REFUSED_ARGUMENTS
 from burnish.config.stages import stages_with
-from burnish.config.translated import ALIASES
 from burnish.config.validation import did_you_mean
 from burnish.errors import ConfigError
 from burnish.model.adapter_checks import refuse_outside_weights
 
 __all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
-
-_METRICS = (
-    "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
-    "with burnish.evaluation.evaluate"
-)
-
-_REFUSED: dict[str, str] = {
-    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override batch_loss in a "
-    "subclass",
-    "compute_metrics": _METRICS,
-    "data_collator": "rows are encoded and packed by the trainer itself, so a collator would never be called; prepare "
-    "the rows instead",
-    "environment_factory": "a completion is one turn of text; score it with reward_funcs",
-    "preprocess_logits_for_metrics": _METRICS,
-    "rollout_func": "completions come from an engine; pass one as engine",
-    "tools": "a completion is one turn of text; put the schemas into a tools column",
-}
-
-
-_MOVED: dict[str, str] = {
-    "chars_per_token": "rows are packed by their tokens; remove it",
-    "config": "it is args now",
-    "dataset": "it is train_dataset now",
-    "formatting_func": "prepare the rows instead; SFTTrainer alone takes one",
-    "generation_config": "set the fields of sampling in args, such as temperature and max_completion_length",
-    "infinite": "set max_steps or num_train_epochs in args",
-    "judge": "pass what compares completions as reward_funcs, which score each",
-    "max_target_length": "max_length in args is of a prompt and its completion together",
-    "model_init": "pass the model as model",
-    "num_of_sequences": "rows are packed by their tokens; remove it",
-    "policy": "it is model now",
-    "ppo_config": "it is args now",
-    "ref_policy": "it is ref_model now",
-    "reward_model": "pass it as reward_funcs",
-    "reward_processing_class": "it is reward_processing_classes now, in trainers that take reward_funcs",
-    "tokenizer": "it is processing_class now",
-    "torch_dtype": "it is a key of model_init_kwargs in args, as dtype",
-}
-"""Arguments that older trainers of TRL's had -> where they live now."""
 
 
 def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -73,14 +34,14 @@ def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping
         if name in parameters or takes_any:
             continue
         what = f"{name} = {_short(value)}: {trainer.__name__} has no such argument"
-        if name in _MOVED:
-            raise ConfigError(f"{what}; {_MOVED[name]}.")
+        if name in MOVED_ARGUMENTS:
+            raise ConfigError(f"{what}; {MOVED_ARGUMENTS[name]}.")
         if config is not None and (name in known_fields(config.kind) or name in ALIASES.get(config.kind, {})):
             raise ConfigError(f"{what}; it is a field of args: {config.__name__}({name}=...).")
         if config is not None and (there := elsewhere(config.kind).get(name)) is not None:
             raise ConfigError(f"{what}; of args, {there.fix}.")
-        if name in _REFUSED:
-            raise ConfigError(f"{what}; {_REFUSED[name]}.")
+        if name in REFUSED_ARGUMENTS:
+            raise ConfigError(f"{what}; {REFUSED_ARGUMENTS[name]}.")
         if stages := stages_with(name):
             raise ConfigError(f"{what}, and args no such field; it is one of {', '.join(stages)}.")
         raise ConfigError(f"{what}; {did_you_mean(name, list(parameters)[1:])}.")
@@ -117,7 +78,7 @@ def refuse_arguments(**given: Any) -> None:
                 f"data_collator = {type(value).__name__}: by position it stands before train_dataset, as in TRL; pass "
                 "the rows as train_dataset=..."
             )
-        raise ConfigError(f"{name} = {_short(value)}: {_REFUSED[name]}.")
+        raise ConfigError(f"{name} = {_short(value)}: {REFUSED_ARGUMENTS[name]}.")
 
 
 def _short(value: Any) -> str:

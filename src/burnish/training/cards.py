@@ -14,8 +14,7 @@ from typing import Any, cast
 from huggingface_hub import ModelCard, ModelCardData
 
 from burnish.algorithms import ALGORITHMS
-from burnish.config import Kind
-from burnish.config.stages import resume_class
+from burnish.config.stages import STAGES, resume_class
 from burnish.runs.files import replacing, writing
 from burnish.training.environment import environment
 
@@ -26,18 +25,6 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 
 _SIGNATURE = "<!-- Written by burnish ({}). Once it is edited, burnish leaves it alone. -->"
-
-_METHODS: dict[Kind, tuple[str, str]] = {
-    "sft": ("supervised fine-tuning", ""),
-    "reward": ("reward modelling", ""),
-    "dpo": ("direct preference optimisation", "2305.18290"),
-    "kto": ("Kahneman-Tversky optimisation", "2402.01306"),
-    "online_dpo": ("online direct preference optimisation", "2402.04792"),
-    "grpo": ("group relative policy optimisation", "2402.03300"),
-    "rloo": ("REINFORCE leave-one-out", "2402.14740"),
-    "ppo": ("proximal policy optimisation", "1707.06347"),
-}
-"""Stage -> its method and the method's paper."""
 
 _ALWAYS = (
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed",
@@ -156,7 +143,7 @@ def _licence_of(base: str) -> str | None:
 
 def _body(trainer: Any, name: str, base: str, datasets: Sequence[str]) -> str:
     args, state = trainer.args, trainer.state
-    stage, paper = _METHODS[args.kind]
+    stage, paper = STAGES[args.kind].method, STAGES[args.kind].paper
     origin = "" if not base else f" from {_link(base) if _is_hub_name(base) else f'`{Path(base).name}`'}"
     data = "" if not datasets else f" on {', '.join(_link(name, 'datasets/') for name in datasets)}"
     lines = [f"# {name}", "", f"Trained{origin}{data} with [burnish](https://pypi.org/project/burnish/).", ""]
