@@ -19,7 +19,6 @@ from burnish.config.paths import is_file, is_folder, is_only_a_path, missing
 from burnish.data.delimited import read_delimited
 from burnish.data.parsing import object_of, parse_json, repeated
 from burnish.errors import ConfigError, DataError
-from burnish.progress import phase
 
 __all__ = ["read_rows"]
 
@@ -168,12 +167,13 @@ def _loaded_rows(path: str, options: Mapping[str, Any], field: str) -> list[Row]
     import datasets
 
     library, name, revision = cast("Any", datasets), options.get("name"), options.get("revision")
+    library.disable_progress_bars()  # they would break through the lines of the run
     try:
-        with phase(f"reading {path}"):
-            asked = options.get("split")
-            splits = [asked] if asked is not None else library.get_dataset_split_names(path, name, revision=revision)
-            loaded = library.load_dataset(path, name, split=splits[0], revision=revision) if len(splits) == 1 else ()
-            rows = [dict(row) for row in loaded]
+        splits = (
+            [options["split"]] if "split" in options else library.get_dataset_split_names(path, name, revision=revision)
+        )
+        loaded = library.load_dataset(path, name, split=splits[0], revision=revision) if len(splits) == 1 else ()
+        rows = [dict(row) for row in loaded]
     except Exception as error:
         raise _unread(path, error, field) from error
     if len(splits) != 1:
