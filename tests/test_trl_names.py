@@ -95,7 +95,7 @@ def some_function(*args: Any) -> None:
     ("stage", "name", "fix"),
     [
         ("SFT", "data_collator", "prepare the rows instead"),
-        ("SFT", "compute_loss_func", "override batch_loss"),
+        ("SFT", "compute_loss_func", "override the loss of a stage"),
         ("SFT", "compute_metrics", "read the metrics of evaluate"),
         ("SFT", "preprocess_logits_for_metrics", "never logits of a batch"),
         ("Reward", "data_collator", "prepare the rows instead"),

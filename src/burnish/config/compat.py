@@ -298,8 +298,8 @@ _METRICS = (
 )
 
 REFUSED_ARGUMENTS: dict[str, str] = {
-    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override batch_loss in a "
-    "subclass",
+    "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override the loss of "
+    "a stage (burnish.stages)",
     "compute_metrics": _METRICS,
     "data_collator": "rows are encoded and packed by the trainer itself, so a collator would never be called; prepare "
     "the rows instead",
