@@ -147,17 +147,17 @@ def apart(trainer: Any, temperature: float = 1.0, every: int = 1) -> Any:
         def close(self) -> None:
             engine.close()
 
-    given, evaluate = trainer.engine, trainer.evaluate
+    given, evaluate = trainer.stage.sampler.engine, trainer.evaluate
 
     def evaluate_given(*args: Any, **kwargs: Any) -> Any:
-        trainer.engine = given
+        trainer.stage.sampler.engine = given
         try:
             return evaluate(*args, **kwargs)
         finally:
-            trainer.engine = other
+            trainer.stage.sampler.engine = other
 
     other = Apart()
-    trainer.engine, trainer.evaluate = other, evaluate_given
+    trainer.stage.sampler.engine, trainer.evaluate = other, evaluate_given
     return trainer
 
 

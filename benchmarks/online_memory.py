@@ -101,7 +101,8 @@ def make(stage: str, beta: float, *, lora: bool, checkpointing: bool, folder: st
         args = GRPOConfig(**shared, num_generations=SAMPLES)
         trainer = GRPOTrainer(MODEL, letters, args, rows, peft_config=peft_config)
     # Nothing ends a completion, so that all have the length of the formulas.
-    trainer.params = type(trainer.params)(max_new_tokens=options.completion_tokens, eos_token_ids=())
+    sampler = trainer.stage.sampler
+    sampler.params = type(sampler.params)(max_new_tokens=options.completion_tokens, eos_token_ids=())
     return trainer
 
 
@@ -133,25 +134,25 @@ def watch(trainer: Any) -> dict[str, int]:
             state["on"] = True
 
     trainer.add_callback(Switch())
-    wrap(trainer.engine, "generate", "rollout")
-    wrap(trainer, "_fill", "scoring")
+    wrap(trainer.stage.sampler.engine, "generate", "rollout")
+    wrap(trainer.stage, "_fill", "scoring")
     wrap(trainer, "training_step", "policy's update")
-    if hasattr(trainer, "critic"):
-        wrap(trainer.critic, "values", "scoring")
-        wrap(trainer.critic, "update", "critic's update")
+    if hasattr(trainer.stage.algorithm, "critic"):
+        wrap(trainer.stage.algorithm.critic, "values", "scoring")
+        wrap(trainer.stage.algorithm.critic, "update", "critic's update")
     return peaks
 
 
 def fixed_bytes(trainer: Any) -> dict[str, int]:
     """Bytes of what stays between phases; a storage that two hold is counted with the first."""
-    reference = trainer.reference.model if trainer.reference is not None else None
+    reference = trainer.stage.reference.model if trainer.stage.reference is not None else None
     holders: dict[str, Iterable[torch.Tensor]] = {
         "weights": trainer.model.parameters(),
         "masters": trainer.master_weights.rests,
         "optimizer": states(trainer.master_weights),
         "reference": reference.parameters() if reference is not None else (),
     }
-    if (critic := getattr(trainer, "critic", None)) is not None:
+    if (critic := getattr(trainer.stage.algorithm, "critic", None)) is not None:
         masters = critic.optimizer.rests if isinstance(critic.optimizer, MasterWeights) else ()
         holders |= {
             "critic's weights": critic.model.parameters(),
@@ -190,12 +191,12 @@ def formulas(trainer: Any, options: argparse.Namespace, *, checkpointing: bool) 
     activations = tokens * (layers * 2 * hidden + per_layer if checkpointing else layers * per_layer)
     found = {
         "weights": 2 * every, "masters": 2 * trained, "optimizer": 8 * trained,
-        "reference": 0 if lora or trainer.reference is None else 2 * every,
+        "reference": 0 if lora or trainer.stage.reference is None else 2 * every,
         "rollout": 4 * keys * layers * options.prompts * group,
         # The tiled head keeps the hidden states of scored tokens and their gradient.
         "policy's update": gradient * trained + activations + 4 * scored * hidden,
     }  # fmt: skip
-    if (critic := getattr(trainer, "critic", None)) is not None:
+    if (critic := getattr(trainer.stage.algorithm, "critic", None)) is not None:
         own = sum(p.numel() for p in critic.model.parameters() if p.requires_grad)
         found |= {
             "critic's weights": 2 * own, "critic's masters": 2 * own, "critic's optimizer": 8 * own,

@@ -32,11 +32,11 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def classes_between() -> int:
-    """Most classes of ours between a public trainer and `transformers.Trainer`."""
+    """Most classes of ours, other public trainers aside, between a public trainer and `transformers.Trainer`."""
     import burnish
 
-    lines = (getattr(burnish, f"{name}Trainer").__mro__ for name in PUBLIC)
-    return max(sum(c.__module__.startswith("burnish.") for c in line) - 1 for line in lines)
+    public = {getattr(burnish, f"{name}Trainer") for name in PUBLIC}
+    return max(sum(c.__module__.startswith("burnish.") and c not in public for c in t.__mro__) for t in public)
 
 
 def overridden_methods() -> list[str]:

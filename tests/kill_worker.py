@@ -338,9 +338,9 @@ def run(job: Job) -> None:
 
 def _end_after(seconds: float) -> None:
     """End this process so long after training begins, wherever it is."""
-    from burnish.training.base import GroupTrainer
+    from burnish.training.learner import Learner
 
-    train = GroupTrainer.train
+    train = Learner.train
 
     def timed_train(*arguments: Any, **keywords: Any) -> Any:
         # The default action ends the process without a word, in the middle of native code too.
@@ -348,7 +348,7 @@ def _end_after(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-4))
         return train(*arguments, **keywords)
 
-    GroupTrainer.train = timed_train  # type: ignore[method-assign]
+    Learner.train = timed_train  # type: ignore[method-assign]
 
 
 def fork(job: Job) -> dict[str, Any]:

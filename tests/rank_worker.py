@@ -94,7 +94,9 @@ def weights_of(trainer: Trainer) -> list[torch.Tensor]:
     """What is trained, PPO's critic too, as exactly as it is known."""
     optimizer = cast(Any, trainer).master_weights or cast(torch.optim.Optimizer, trainer.optimizer)
     weights = tiny.exact_weights(optimizer)
-    return weights + (tiny.exact_weights(trainer.critic.optimizer) if isinstance(trainer, PPOTrainer) else [])
+    return weights + (
+        tiny.exact_weights(trainer.stage.algorithm.critic.optimizer) if isinstance(trainer, PPOTrainer) else []
+    )
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_adapters_reload_in_plain_peft(base: str, tmp_path: Path, stage: str, qu
     assert apart(trained, of_base) > 1e-2, "training changed the model"
 
     if stage != "sft":
-        with trainer.reference.active(trainer.model) as reference:
+        with trainer.stage.reference.active(trainer.model) as reference:
             assert equal(packed_scores(reference), of_base), "adapters off are the base, bit for bit"
     assert equal(packed_scores(trainer.model), trained)
 
@@ -382,7 +382,7 @@ def test_with_trained_biases_the_reference_remembers_them(tmp_path: Path, stage:
     trainer.train()
     assert all(not torch.equal(start[name], weights(trainer)[name]) for name in trained if "q_proj" in name)
     after = packed_scores(trainer.model)
-    with trainer.reference.active(trainer.model) as reference:
+    with trainer.stage.reference.active(trainer.model) as reference:
         assert equal(packed_scores(reference), packed_scores(before))
     assert equal(packed_scores(trainer.model), after), "the policy has its own weights back"
     with pytest.warns(UserWarning, match="disabling adapter layers with bias"), trainer.model.disable_adapter():
@@ -402,7 +402,7 @@ def test_a_later_stage_trains_the_adapters_of_the_one_before(
     assert {name.split(".")[-2] for name, p in second.model.named_parameters() if p.requires_grad} == {"default"}
     assert equal(packed_scores(second.model), imitated)
     second.train()
-    with second.reference.active(second.model) as reference:
+    with second.stage.reference.active(second.model) as reference:
         assert equal(packed_scores(reference), imitated), (
             "the reference is the policy as it was given, not the raw base"
         )
@@ -421,20 +421,20 @@ def test_adapters_that_change_the_base_are_remembered(base: str, tmp_path: Path)
     prepare_for_scoring(before)
     assert apart(start, packed_scores(before)) < 1e-4
     trainer.train()
-    with trainer.reference.active(trainer.model) as reference:
+    with trainer.stage.reference.active(trainer.model) as reference:
         assert equal(packed_scores(reference), start)
 
 
 def test_the_fingerprint_is_that_of_the_reference_not_of_the_policy(base: str, tmp_path: Path) -> None:
     for name, config in (("off", lora()), ("start", lora(init_lora_weights=False))):
         trainer = trainer_of("dpo", base, tmp_path / name, peft_config=config)
-        before = trainer.reference.fingerprint(trainer.model)
+        before = trainer.stage.reference.fingerprint(trainer.model)
         trainer.train()
-        assert trainer.reference.fingerprint(trainer.model) == before
-        assert (trainer.reference.start is None) == (name == "off")
-        if trainer.reference.start is not None:
-            next(iter(trainer.reference.start.values())).add_(1)
-            assert trainer.reference.fingerprint(trainer.model) != before
+        assert trainer.stage.reference.fingerprint(trainer.model) == before
+        assert (trainer.stage.reference.start is None) == (name == "off")
+        if trainer.stage.reference.start is not None:
+            next(iter(trainer.stage.reference.start.values())).add_(1)
+            assert trainer.stage.reference.fingerprint(trainer.model) != before
 
 
 # Seeds, checkpoints

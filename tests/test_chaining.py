@@ -164,14 +164,14 @@ def test_stages_chain_with_trained_tokens(tmp_path: Path, bf16: bool) -> None:
     assert [n for n, v in weights(first).items() if "trainable_tokens" in n and not torch.equal(v, start[n])]
     for stage in ("dpo", "grpo", "ppo"):
         trainer = made(stage, tmp_path, first.model, **changes)
-        before = trainer.reference.fingerprint(trainer.model)
+        before = trainer.stage.reference.fingerprint(trainer.model)
         trainer.train()
-        assert trainer.reference.fingerprint(trainer.model) == before, stage
+        assert trainer.stage.reference.fingerprint(trainer.model) == before, stage
     bare = made("dpo", tmp_path, model, peft_config=tokens, **changes)
-    before = bare.reference.fingerprint(bare.model)
+    before = bare.stage.reference.fingerprint(bare.model)
     bare.train()
-    assert bare.reference.start is None
-    assert bare.reference.fingerprint(bare.model) == before
+    assert bare.stage.reference.start is None
+    assert bare.stage.reference.fingerprint(bare.model) == before
 
 
 @pytest.mark.slow

@@ -520,7 +520,7 @@ def test_a_moved_reference_is_restored_to_the_bit(tmp_path: Path, make: Callable
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
         assert losses_of(resumed) == losses_of(whole)
         assert_same(weights(whole), weights(resumed), 0.0)
-        own = [dict(trainer.reference.model.named_parameters()) for trainer in (whole, resumed)]
+        own = [dict(trainer.stage.reference.model.named_parameters()) for trainer in (whole, resumed)]
         assert_same(*own, 0.0)
     older(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "reference.pt").unlink()
@@ -548,7 +548,7 @@ def test_the_critic_s_optimizer_takes_changed_settings(tmp_path: Path) -> None:
     ppo(tmp_path, **changes).train()
     resumed = ppo(tmp_path, **{**changes, "max_steps": 2}, weight_decay=0.5, adam_beta1=0.5, value_learning_rate=0.02)
     resumed.train(resume_from_checkpoint=True)
-    groups = resumed.critic.optimizer.param_groups
+    groups = resumed.stage.algorithm.critic.optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
     assert {group["betas"][0] for group in groups} == {0.5}
 

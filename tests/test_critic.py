@@ -52,7 +52,8 @@ def with_returns(seed: int = 0) -> list[Group]:
     """Old values and returns around 0, as a rollout would have them."""
     made, generator = groups(seed), torch.Generator().manual_seed(seed + 1)
     for completion in (c for group in made for c in group.completions):
-        completion.values, completion.returns = torch.randn(2, len(completion.token_ids), generator=generator).tolist()
+        values, returns = torch.randn(2, len(completion.token_ids), generator=generator).tolist()
+        completion.token |= {"values": values, "returns": returns}
     return made
 
 
@@ -145,9 +146,8 @@ def test_values_are_those_of_one_plain_forward_per_completion(form: str, kind: s
     expected = plain_values(plain_model(model), rows)
     assert float(known(expected).detach().std()) > 0.05
     for completion, wanted in zip(completions(rows), expected, strict=True):
-        assert completion.values is not None
         right = [0.0 if value is None else value.item() for value in wanted]
-        assert completion.values == pytest.approx(right, abs=TOLERANCE.get(kind, 5e-6))
+        assert completion.token["values"] == pytest.approx(right, abs=TOLERANCE.get(kind, 5e-6))
     first = completions(rows)[0].values
     assert first is not None
     assert first[0] == completions(rows)[1].values[0], "the state before both is their prompt"  # type: ignore[index]
@@ -166,9 +166,7 @@ def test_an_update_is_one_step_along_the_gradient_of_an_independent_script(form:
     errors: list[torch.Tensor] = []
     clipped, old, targets = 0, [], []
     for completion, row in zip(completions(rows), values, strict=True):
-        assert completion.values is not None
-        assert completion.returns is not None
-        for value, before_it, target in zip(row, completion.values, completion.returns, strict=True):
+        for value, before_it, target in zip(row, completion.token["values"], completion.token["returns"], strict=True):
             if value is None:
                 continue
             old.append(before_it)
@@ -281,7 +279,7 @@ def test_the_critic_does_not_notice_the_policy() -> None:
             parameter.data += 1.0
     with policy.disable_adapter():
         own.values(again)
-    assert [c.values for c in completions(rows)] == [c.values for c in completions(again)]
+    assert [c.token["values"] for c in completions(rows)] == [c.token["values"] for c in completions(again)]
 
 
 def test_the_base_is_shared_and_nothing_else() -> None:
@@ -340,7 +338,7 @@ def test_a_bf16_critic_has_an_fp32_score_and_fp32_masters(tmp_path: Path) -> Non
     assert not own.optimizer.gradients
     assert not torch.equal(trained(model)["score.weight"], start["score.weight"])
     own.values(rows)
-    values = torch.tensor([v for c in completions(rows) for v in c.values or []])
+    values = torch.tensor([v for c in completions(rows) for v in c.token["values"]])
     assert not torch.equal(values, values.bfloat16().float()), "values are not rounded to bf16"
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(model(input_ids=ids).logits.flatten(), model(input_ids=ids).logits.float().flatten())
@@ -358,7 +356,7 @@ def test_adapters_compute_in_bf16_and_their_score_in_fp32(form: str) -> None:
     own, rows = Critic(model, learning_rate=1e-2, exact=exact), with_returns()
     own.update(rows, clip=None)
     own.values(rows)
-    values = torch.tensor([v for c in completions(rows) for v in c.values or []])
+    values = torch.tensor([v for c in completions(rows) for v in c.token["values"]])
     assert not torch.equal(values, values.bfloat16().float()), "values are not rounded to bf16"
 
 
@@ -402,7 +400,7 @@ def test_it_fits_what_the_tokens_say(form: str) -> None:
     for group in rows:
         for c in group.completions:
             before = [*group.prompt_ids, 0][-1:] + c.token_ids[:-1]
-            c.returns = [2.0 + (token % 2) for token in before]
+            c.token["returns"] = [2.0 + (token % 2) for token in before]
     losses = []
     for _ in range(80):
         own.values(rows)
@@ -422,7 +420,9 @@ def test_the_value_model_is_saved_as_a_sequence_classifier(tmp_path: Path) -> No
     assert loaded.config.pad_token_id == PAD
     rows = groups()
     own.values(rows)
-    right = [v for c in completions(rows) for v, m in zip(c.values or [], c.loss_mask or [True] * 9, strict=False) if m]
+    right = [
+        v for c in completions(rows) for v, m in zip(c.token["values"], c.loss_mask or [True] * 9, strict=False) if m
+    ]
     right.pop(sum(len(c.token_ids) for c in completions(rows)[:5]))  # the first token without a prompt
     torch.testing.assert_close(known(plain_values(loaded, rows)).detach(), torch.tensor(right), rtol=0, atol=1e-5)
     again, _ = load_value_model(tmp_path, bf16=False, seed=9, pad_token_id=PAD)
@@ -491,7 +491,7 @@ def test_adapters_on_a_base_of_its_own() -> None:
     rows = with_returns()
     own.values(rows)
     assert known(plain_values(reward, rows)).tolist() == pytest.approx(
-        [v for c in completions(rows) for v in c.values or [] if v], abs=1e-5
+        [v for c in completions(rows) for v in c.token["values"] if v], abs=1e-5
     ), "new adapters are the identity"
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     own.update(rows, clip=None)
@@ -608,7 +608,7 @@ def test_what_is_not_finite_stops_before_the_step() -> None:
     model, _ = made("model")
     own = critic(model)
     start, rows = trained(model), with_returns()
-    rows[0].completions[0].returns = [math.nan] * 5
+    rows[0].completions[0].token["returns"] = [math.nan] * 5
     with pytest.raises(CheckFailed, match="gradient norm of the critic is nan; its step is not taken"):
         own.update(rows, clip=None)
     assert all(torch.equal(value, start[name]) for name, value in trained(model).items())

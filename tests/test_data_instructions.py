@@ -67,6 +67,11 @@ def test_rows_that_can_be_read_in_two_ways_are_refused(row: dict[str, Any]) -> N
         sft_group(row, TEMPLATED, index=3)
 
 
+def test_answers_that_are_numbers_are_named() -> None:
+    with pytest.raises(DataError, match=r": answer = 4\.5 is a number and no text; write it in quotes\.$"):
+        sft_group({"question": "a", "answer": 4.5}, TEMPLATED)
+
+
 @pytest.mark.parametrize("name", ["history", "system"])
 def test_earlier_turns_are_not_lost(name: str) -> None:
     with pytest.raises(DataError, match=f"row 3 has {name} beside instruction and input and output, which would be"):

@@ -227,6 +227,14 @@ def test_a_demonstration_is_no_part_of_the_problem() -> None:
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_a_question_is_one_problem_as_text_and_as_messages() -> None:
+    """`prompt_group` adds the prompt that it reads from the question, by the tokenizer's template."""
+    row = {"question": "1+1=", "answer": "2"}
+    keys = {_key(row), _key({**row, "prompt": "1+1="}), _key({**row, "prompt": [{"role": "user", "content": "1+1="}]})}
+    assert len(keys) == 1
+    assert _key({**row, "question": "1+2="}) not in keys
+
+
 @pytest.mark.parametrize("budget", [None, 12])
 def test_nll_equals_plain_forwards(budget: int | None) -> None:
     """Rows of many lengths, some with unscored tokens, whatever the split."""

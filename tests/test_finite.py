@@ -124,7 +124,7 @@ def test_a_critic_that_overflows_keeps_the_policy_from_being_saved_without_it(tm
     with pytest.raises(CheckFailed, match="the critic: "):
         trainer.save_model()
     with pytest.raises(CheckFailed, match="the critic: "):
-        trainer.critic.save(tmp_path / "critic")
+        trainer.stage.algorithm.critic.save(tmp_path / "critic")
     assert weight_files(tmp_path) == []
 
 

@@ -51,7 +51,7 @@ def test_sets_by_name_have_metrics_by_name(stage: str, tmp_path: Path) -> None:
     both = made(stage, tmp_path / "both", evaluated={"first": rows[:4], "rest": rows[4:8]}).evaluate()
     assert both["eval_rest_loss"] == pytest.approx(one, abs=1e-6)
     assert trainer.evaluate({"other": rows[8:12]}).keys() >= {
-        f"eval_other_{name}" for name in trainer.evaluation_names(trainer.encode(rows[8:12], "other"))
+        f"eval_other_{name}" for name in trainer.stage.evaluation_names(trainer.stage.encode(rows[8:12], "other"))
     }
     assert trainer.evaluate("rest").keys() >= {"eval_loss"}
     with pytest.raises(DataError, match="no held-out set of that name; the trainer has 'first', 'rest'"):
@@ -61,8 +61,8 @@ def test_sets_by_name_have_metrics_by_name(stage: str, tmp_path: Path) -> None:
 def test_a_reference_is_asked_once_for_each_set(tmp_path: Path) -> None:
     trainer = made("DPO", tmp_path, evaluated={"a": PAIRS[:3], "b": PAIRS[3:6]})
     asked: list[int] = []
-    whole = trainer.reference_sums
-    trainer.reference_sums = lambda groups: asked.append(len(groups)) or whole(groups)
+    whole = trainer.stage.scores.of_reference
+    trainer.stage.scores.of_reference = lambda groups: asked.append(len(groups)) or whole(groups)
     for _ in range(2):
         trainer.evaluate()
     assert asked == [3, 3]
@@ -194,7 +194,7 @@ def test_a_run_may_follow_what_a_reward_logs(tmp_path: Path) -> None:
         return digits(completions)
 
     trainer = made("GRPO", tmp_path, metric_for_best_model="mine", greater_is_better=True, **STEERED)
-    trainer.rubric = burnish.Rubric.from_functions(reward)
+    trainer.stage.rubric = burnish.Rubric.from_functions(reward)
     trainer.train()
     assert trainer.state.best_metric == 16.0
 
@@ -228,9 +228,9 @@ def test_the_loss_of_held_out_samples_is_that_of_a_step(tmp_path: Path) -> None:
         "GRPO", tmp_path, evaluated=PROMPTS[:2], beta=0.1, learning_rate=0.0, max_steps=1, shuffle_dataset=False,
         seed=7,
     )  # fmt: skip
-    ref = {name: p + 0.05 for name, p in trainer.reference.model.named_parameters()}
-    trainer.reference.model.load_state_dict(ref, strict=False)
-    trainer.reference = type(trainer.reference)(trainer.reference.model, is_initial_policy=False)
+    ref = {name: p + 0.05 for name, p in trainer.stage.reference.model.named_parameters()}
+    trainer.stage.reference.model.load_state_dict(ref, strict=False)
+    trainer.stage.reference = type(trainer.stage.reference)(trainer.stage.reference.model, is_initial_policy=False)
     evaluated = trainer.evaluate()["eval_loss"]
     trainer.args.seed = 8  # an evaluation draws with the next seed
     trainer.train()
@@ -266,7 +266,7 @@ def test_rewards_see_the_state_of_the_trainer(stage: str, tmp_path: Path) -> Non
         return digits(completions)
 
     trainer = made(stage, tmp_path, **({"num_iterations": 1} if stage == "PPO" else {}))
-    trainer.rubric = burnish.Rubric.from_functions(reward)
+    trainer.stage.rubric = burnish.Rubric.from_functions(reward)
     trainer.train()
     assert sorted(set(seen)) == [0, 1, 2]
     trainer.evaluate()

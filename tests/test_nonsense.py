@@ -436,7 +436,7 @@ def test_what_is_counted_and_said(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         trainer = build(stage, tmp_path, good(stage) + rows, tiny.model(), config=config)
-    assert len(trainer.prompts if stage == "grpo" else trainer.train_dataset) == kept
+    assert len(trainer.train_dataset) == kept
     assert f"train_dataset: {message}" in caplog.text or not message
     trainer.train()
 

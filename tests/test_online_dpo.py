@@ -34,10 +34,11 @@ def test_it_is_independent_of_the_split(tmp_path: Path, split: dict[str, int], l
 def test_the_best_is_preferred_to_the_worst(tmp_path: Path) -> None:
     trainer = online_dpo(tmp_path, max_steps=1)
     seen: list[Any] = []
-    original = trainer.trainable_groups
-    trainer.trainable_groups = lambda groups: seen.append((groups, original(groups))) or seen[-1][1]  # type: ignore[method-assign]
+    algorithm: Any = trainer.stage.algorithm
+    begin = algorithm.begin_step
+    algorithm.begin_step = lambda groups, **k: seen.append((groups, begin(groups, **k))) or seen[-1][1]
     trainer.train()
-    groups, pairs = seen[0]
+    groups, pairs = seen[0][0], seen[0][1].groups
     assert len(groups) == 3
     for pair in pairs:
         rewards = [c.reward for group in groups if group.index == pair.index for c in group.completions]

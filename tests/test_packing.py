@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
 from burnish.model.packing import group_cost, pack, partition, split_by_tokens, to_row, unpack, zero_weight_group
-from burnish.training.batches import scored_tokens
+from burnish.training.step import scored_tokens
 from burnish.types import Completion, Group
 
 
@@ -30,11 +31,21 @@ def test_pack_lays_each_prompt_once_and_scores_from_the_token_before() -> None:
 
 
 def test_pack_honours_loss_masks_and_never_scores_what_nothing_predicts() -> None:
-    text = Group([], [Completion([7, 8, 9])])
-    masked = Group([1], [Completion([2, 3, 4], loss_mask=[False, True, False])])
-    batch = pack([text, masked], token={"x": lambda c: [float(t) * 10 for t in c.token_ids]})
+    text = Group([], [Completion([7, 8, 9], token={"x": [70.0, 80.0, 90.0]})])
+    masked = Group([1], [Completion([2, 3, 4], loss_mask=[False, True, False], token={"x": [20.0, 30.0, 40.0]})])
+    batch = pack([text, masked])
     assert batch.target_ids.tolist() == [8, 9, 3]
     assert batch.token["x"].tolist() == [80.0, 90.0, 30.0]
+
+
+def test_streams_are_unknown_where_a_completion_lacks_them() -> None:
+    known = Completion([1, 2], policy_logprobs=[-0.5, -1.0], token={"kl": [0.25, 0.5]}, sequence={"advantages": 2.0})
+    batch = pack([Group([9], [Completion([3]), known, Completion([4], token={"kl": [1.0]})])])
+    assert batch.token.keys() == {"policy_logprobs", "kl"}
+    torch.testing.assert_close(batch.token["kl"], torch.tensor([math.nan, 0.25, 0.5, 1.0]), equal_nan=True)
+    expected = torch.tensor([math.nan, -0.5, -1.0, math.nan])
+    torch.testing.assert_close(batch.token["policy_logprobs"], expected, equal_nan=True)
+    torch.testing.assert_close(batch.sequence["advantages"], torch.tensor([math.nan, 2.0, math.nan]), equal_nan=True)
 
 
 def test_a_denominator_counts_what_is_scored() -> None:
@@ -53,7 +64,9 @@ def test_unpack_is_the_way_back() -> None:
         Group([], [Completion([7, 8, 9])]),
         Group([1], [Completion([2, 3, 4], loss_mask=[False, True, False]), Completion([5, 6])]),
     ]
-    batch = pack(rows, token={"x": lambda c: [float(t) for t in c.token_ids]})
+    for completion in (completion for row in rows for completion in row.completions):
+        completion.token["x"] = [float(token) for token in completion.token_ids]
+    batch = pack(rows)
     assert unpack(rows, batch.token["x"].tolist(), fill=-1.0) == [[-1, 8, 9], [-1, 3, -1], [5, 6]]
     assert unpack([], []) == []
 
@@ -105,7 +118,9 @@ def test_zero_weight_group_scores_nothing() -> None:
 
 
 def test_batch_is_a_mapping_and_keeps_dtypes() -> None:
-    batch = pack([group(2, 2)], sequence={"advantages": lambda c: 0.5}).to("cpu")
+    row = group(2, 2)
+    row.completions[0].sequence["advantages"] = 0.5
+    batch = pack([row]).to("cpu")
     assert "input_ids" in batch
     assert batch["input_ids"] is batch.input_ids
     assert batch.sequence["advantages"].dtype == torch.float32

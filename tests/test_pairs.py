@@ -13,7 +13,7 @@ import tiny
 from burnish import ConfigError, DataError, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from burnish.cli.main import main
 from burnish.data import encode_rows, prompt_group
-from burnish.evaluation.pairs import best_row, preference_rows, rank_pairs, sample_rows, write_rows
+from burnish.evaluation.pairs import best_row, preference_rows, rank_pairs, sample_rows
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, make_engine
 from test_trainers import settings
@@ -136,8 +136,8 @@ def test_rows_train_the_stages_they_are_for(tmp_path: Path) -> None:
     records = sampled(tmp_path / "samples.jsonl")
     for one in (sample for record in records for sample in record["samples"]):
         one["stop_reason"] = "eos"  # a random model hardly ever ends by itself
-    assert write_rows(tmp_path / "pairs.jsonl", [r for one in records for r in preference_rows(one)])
-    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    pairs = json.loads(json.dumps([row for one in records for row in preference_rows(one)]))
+    assert pairs
     shared = settings(tmp_path, max_steps=1, per_device_train_batch_size=1)
     DPOTrainer(tiny.model(), args=DPOConfig(**shared), train_dataset=pairs, processing_class=tiny.tokenizer()).train()
     best = [row for one in records if (row := best_row(one)) is not None]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
 
 import tiny
 from burnish.cli.main import main
-from burnish.training.base import GroupTrainer
+from burnish.training.learner import Learner
 
 FILE = """
 model = "{model}"
@@ -178,16 +178,16 @@ def test_an_interrupted_run_goes_on_to_the_same_end(file: Path, monkeypatch: pyt
             if args.kind == "grpo" and state.global_step == 3:
                 raise KeyboardInterrupt
 
-    original = GroupTrainer.train
+    original = Learner.train
 
     def killing(trainer, *args, **kwargs):  # type: ignore[no-untyped-def]
         trainer.add_callback(Killed())
         return original(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(GroupTrainer, "train", killing)
+    monkeypatch.setattr(Learner, "train", killing)
     command = ["pipeline", str(file), f"--output_dir={file.parent / 'cut'}"]
     assert main(command) == 130
-    monkeypatch.setattr(GroupTrainer, "train", original)
+    monkeypatch.setattr(Learner, "train", original)
     assert main(command) == 0
     for name in ("transcripts.jsonl", "evaluations.json"):
         assert (file.parent / "cut" / name).read_text() == (file.parent / "whole" / name).read_text()

@@ -9,7 +9,7 @@ import pytest
 
 import burnish
 from burnish.training.plan import describe_plan
-from test_trainers import grpo, settings, sft
+from test_trainers import grpo, recorded, settings, sft
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,14 @@ def test_a_run_says_what_it_will_do_before_its_first_step(tmp_path: Path, capsys
     changes: dict[str, Any] = {"progress": True, "save_strategy": "steps", "save_steps": 2}
     sft(tmp_path / "sft", **changes).train()
     trainer = grpo(tmp_path / "grpo", **changes)
+    steps = recorded(trainer)
     trainer.train()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "[burnish] sft: 3 steps of 8 rows; at most 1024 tokens a sequence, 24,576 in all"
     first = "[burnish] grpo: 3 steps; 3 rollouts of 12 completions, 4 to a prompt; at most 8 tokens each, 288 in all"
     lines = [line for line in lines if line.startswith("[burnish] grpo")]
     assert lines[0] == first
-    sampled = sum(len(c.token_ids) for share in trainer._sampled for c in share.group.completions)
+    sampled = sum(len(c.token_ids) for group in steps[-1] for c in group.completions)
     assert 0 < sampled <= 12 * 8
     grpo(tmp_path / "grpo", **changes).train(resume_from_checkpoint=str(tmp_path / "grpo" / "checkpoint-2"))
     assert "grpo: 1 steps, 3 to 3; 1 rollouts of 12 completions" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ import tiny
 from burnish import CheckFailed, ConfigError, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from burnish.algorithms import register
 from burnish.rollout import Request
-from burnish.trainers.policy import Record, estimate
+from burnish.stages.policy_gradient import Record, estimate
 from burnish.types import Completion, Group
-from test_trainers import PROMPTS, Elsewhere, assert_same, digits, grpo, settings, weights
+from test_trainers import PROMPTS, Elsewhere, assert_same, digits, grpo, recorded, settings, weights
 
 Sequence_ = tuple[Group, Completion, torch.Tensor, torch.Tensor, torch.Tensor]
 """A sequence with its log-probabilities under the trained, the old and the reference policy."""
@@ -99,14 +99,14 @@ def reference_loss(sequences: Sequence[Sequence_], entropies: Sequence[torch.Ten
     losses = []
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     for (_, completion, new, old, ref), keep in zip(sequences, keeps, strict=True):
-        advantage: Any = completion.advantage
-        if completion.token_advantages is not None:
-            advantage = torch.tensor(completion.token_advantages)
+        advantage: Any = completion.sequence.get("advantages")
+        if "advantages" in completion.token:
+            advantage = torch.tensor(completion.token["advantages"])
         ratio = ratio_of(config.importance_sampling_level, new, old)
         loss = surrogate(config.loss_type, ratio, new, advantage, high) * keep * correction(config, old, completion)
         if config.off_policy_mask_threshold is not None:
             moved = float((old - new.detach()).mean()) > config.off_policy_mask_threshold
-            loss = loss * float(completion.advantage >= 0 or not moved)
+            loss = loss * float(completion.sequence["advantages"] >= 0 or not moved)
         if config.beta and config.kl_in == "loss":
             plain = config.use_bias_correction_kl is False or config.kl_estimator == "k2"
             loss = loss + config.beta * kl(config.kl_estimator, new, ref) * (1.0 if plain else ratio)
@@ -136,9 +136,7 @@ def test_gradient_by_an_independent_script(tmp_path: Path, name: str) -> None:
     )  # fmt: skip
     start, reference = copy.deepcopy(trainer.model), tiny.model(seed=3)
     snapshots: list[Any] = []
-    rollouts: list[Any] = []
-    original = trainer.step_groups
-    trainer.step_groups = lambda *a: rollouts.append(original(*a)) or rollouts[-1]  # type: ignore[method-assign]
+    rollouts = recorded(trainer)
 
     class Snapshot(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -207,13 +205,6 @@ def test_rloo_trainer_is_the_row_rloo(tmp_path: Path) -> None:
     assert_same(weights(one), weights(two), 0.0)
 
 
-def recorded(trainer: Any) -> list[list[Group]]:
-    steps: list[list[Group]] = []
-    original: Callable[..., Any] = trainer.step_groups
-    trainer.step_groups = lambda *a: steps.append(original(*a)) or steps[-1]
-    return steps
-
-
 def only_even(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
     """Half of the prompts carry no signal, whatever is sampled."""
     return [float(text.count("1")) if int(a) % 2 == 0 else 0.5 for text, a in zip(completions, answer, strict=True)]
@@ -223,8 +214,9 @@ def test_dynamic_sampling_fills_the_batch_and_counts_what_it_took(tmp_path: Path
     trainer = grpo(tmp_path, rewards=only_even, algorithm="dapo", max_steps=3, overlong_buffer=None, temperature=1.5)
     steps = recorded(trainer)
     sizes: list[float] = []
-    original = trainer.step_denominator
-    trainer.step_denominator = lambda groups: sizes.append(original(groups)) or sizes[-1]  # type: ignore[method-assign]
+    stage: Any = trainer.stage
+    original = stage.next_step
+    stage.next_step = lambda *a: ((step := original(*a)) and sizes.append(step.count)) or step
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [len(step) for step in steps] == [3, 3, 3]
@@ -268,7 +260,7 @@ def test_replay_trains_on_remembered_groups(tmp_path: Path) -> None:
     trainer.train()
     again = [g for step in steps for g in step if any(c.policy_logprobs is None for c in g.completions)]
     assert again
-    assert all(c.old_logprobs is not None for g in again for c in g.completions)
+    assert all("old_logprobs" in c.token for g in again for c in g.completions)
     assert sum(log.get("sampling/replayed_groups", 0) for log in trainer.state.log_history) == len(again)
 
 
@@ -360,7 +352,7 @@ def test_an_evaluation_leaves_an_adaptive_entropy_bonus_alone(tmp_path: Path) ->
     for name, more in (("a", {}), ("b", {"eval_strategy": "steps", "eval_steps": 1})):
         trainer = grpo(tmp_path / name, eval_dataset=PROMPTS[:3], entropy_target=9.0, **ADAPTIVE, **more)
         trainer.train()
-        runs.append((weights(trainer), trainer._entropy_bonus.state_dict()))
+        runs.append((weights(trainer), trainer.stage.algorithm.entropy_bonus.state_dict()))
     assert_same(runs[0][0], runs[1][0], 0.0)
     assert runs[0][1] == runs[1][1]
 
@@ -371,9 +363,9 @@ def test_token_corrections_are_part_of_vespo_s_weight(tmp_path: Path) -> None:
     plain = grpo(tmp_path / "a", **shared)
     correction = {"sampling_correction": "token_truncate", "sampling_correction_max": 3.0}
     corrected = grpo(tmp_path / "b", **shared, **correction)
-    corrected._correction = alternating  # type: ignore[method-assign]
+    corrected.stage.algorithm._correction = alternating  # type: ignore[method-assign]
     other = grpo(tmp_path / "c", **shared, **correction)
-    other._correction = lambda batch, old_N: torch.full_like(old_N, 1.1)  # type: ignore[method-assign]
+    other.stage.algorithm._correction = lambda batch, old_N: torch.full_like(old_N, 1.1)  # type: ignore[method-assign]
     for trainer in (plain, corrected, other):
         trainer.train()
     assert_same(weights(plain), weights(corrected), 3e-7)
@@ -421,14 +413,14 @@ def test_an_engine_without_log_probabilities_says_that_nothing_is_checked(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = grpo(tmp_path, max_steps=2)
-    trainer.engine = Silent(trainer.engine, "policy_logprobs")
+    trainer.stage.sampler.engine = Silent(trainer.stage.sampler.engine, "policy_logprobs")
     trainer.train()
     assert sum("Silent gives no policy_logprobs" in message for message in caplog.messages) == 1
 
 
 def test_a_correction_needs_what_the_sampler_said(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, sampling_correction="token_truncate")
-    trainer.engine = Silent(trainer.engine, "sampler_logprobs")
+    trainer.stage.sampler.engine = Silent(trainer.stage.sampler.engine, "sampler_logprobs")
     before = weights(trainer)
     with pytest.raises(ConfigError, match="Silent gives no sampler_logprobs"):
         trainer.train()
@@ -471,20 +463,19 @@ def test_rloo_s_advantages_by_hand(tmp_path: Path) -> None:
             assert c.score is not None
             assert c.score.total is not None
             assert c.policy_logprobs is not None
-            assert c.ref_logprobs is not None
-            kl = sum(a - b for a, b in zip(c.policy_logprobs, c.ref_logprobs, strict=True))
+            kl = sum(a - b for a, b in zip(c.policy_logprobs, c.token["ref_logprobs"], strict=True))
             values.append(min(max(c.score.total, 0.1), 0.3) - 0.5 * kl)
         for c, value in zip(group.completions, values, strict=True):
             others = (sum(values) - value) / (len(values) - 1)
-            assert c.advantage == pytest.approx(value - others, abs=1e-9)
+            assert c.sequence["advantages"] == pytest.approx(value - others, abs=1e-9)
 
 
 @pytest.mark.parametrize(("scale", "same"), [(True, "group"), (False, "none")])
 def test_trl_s_booleans_of_scale_rewards(tmp_path: Path, scale: bool, same: str) -> None:
     table = [[Record(r, 1, [r], None) for r in (1.0, 0.0, 0.0)], [Record(r, 1, [r], None) for r in (5.0, 1.0, 0.0)]]
-    rows = [grpo(tmp_path, scale_rewards=value).advantages(table) for value in (scale, same)]
+    rows = [grpo(tmp_path, scale_rewards=value).stage.algorithm.estimate(table) for value in (scale, same)]
     assert rows[0] == rows[1]
-    assert rows[0] != grpo(tmp_path, scale_rewards="batch").advantages(table)
+    assert rows[0] != grpo(tmp_path, scale_rewards="batch").stage.algorithm.estimate(table)
 
 
 class Tightlipped:
@@ -507,7 +498,7 @@ class Tightlipped:
 def test_the_divergence_in_the_reward_does_not_depend_on_what_an_engine_tells(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"algorithm": "rloo", "beta": 0.5, "ref_model": tiny.model(seed=7), "optim": "sgd"}
     told, silent = (grpo(tmp_path / name, **changes) for name in ("a", "b"))
-    silent.engine = Tightlipped(silent.engine)
+    silent.stage.sampler.engine = Tightlipped(silent.stage.sampler.engine)
     for trainer in (told, silent):
         trainer.train()
     kl = [[log["kl"] for log in t.state.log_history if "kl" in log] for t in (told, silent)]
@@ -521,7 +512,7 @@ class Stale:
     """An engine that samples from a copy of the weights which is renewed every `every` syncs."""
 
     def __init__(self, trainer: Any, every: int) -> None:
-        self.own, self.every, self.count = trainer.engine, every, 0
+        self.own, self.every, self.count = trainer.stage.sampler.engine, every, 0
         self.trainer, self.weights = trainer, weights(trainer)
 
     def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
@@ -543,8 +534,8 @@ class Stale:
 def test_a_sampler_apart_is_caught_and_corrected(tmp_path: Path, apart: str) -> None:
     def made(folder: Path, **changes: Any) -> GRPOTrainer:
         trainer = grpo(folder, max_steps=30, lr_scheduler_type="constant", eval_dataset=PROMPTS[:8], **changes)
-        other = Elsewhere(trainer.engine, 1.3) if apart == "temperature" else Stale(trainer, 4)
-        trainer.engine = other  # type: ignore[assignment]
+        other = Elsewhere(trainer.stage.sampler.engine, 1.3) if apart == "temperature" else Stale(trainer, 4)
+        trainer.stage.sampler.engine = other  # type: ignore[assignment]
         return trainer
 
     with pytest.raises(CheckFailed, match="samples and trainer are"):
@@ -619,8 +610,9 @@ def test_fresh_samples_cost_no_forward_of_their_own(tmp_path: Path, steps: int, 
     """One step a rollout and beta = 0: nothing is scored but in the loss. Two steps: only the second one's groups."""
     trainer = grpo(tmp_path, max_steps=2, steps_per_generation=steps)
     filled: list[tuple[str, int]] = []
-    original = trainer._fill
-    trainer._fill = lambda g, name, m: filled.append((name, len(g))) or original(g, name, m)  # type: ignore[method-assign]
+    stage: Any = trainer.stage
+    original = stage._fill
+    stage._fill = lambda name, g, m: filled.append((name, len(g))) or original(name, g, m)
     trainer.train()
     assert [(name, number) for name, number in filled if number] == expected
 
@@ -633,7 +625,7 @@ def test_rounds_of_sampling_within_one_step_are_sampled_together(tmp_path: Path)
     parts.train()
     whole.train()
     assert [sum(len(group.completions) for group in step) for step in steps] == [16, 16]
-    assert parts._rollouts == 2
+    assert parts.stage._rollouts == 2
     assert_same(weights(parts), weights(whole), 0.0)
 
 
@@ -650,7 +642,7 @@ def test_the_policy_loss_is_logged_without_entropy_bonus_and_divergence(tmp_path
     completions = [c for group in steps[0] for c in group.completions]
     tokens = sum(len(c.token_ids) for c in completions)
     log = trainer.state.log_history[0]
-    by_hand = -sum((c.advantage or 0.0) * len(c.token_ids) for c in completions) / tokens
+    by_hand = -sum(c.sequence["advantages"] * len(c.token_ids) for c in completions) / tokens
     assert abs(by_hand) > 1e-3
     assert log["policy_loss"] == pytest.approx(by_hand, rel=1e-5)  # fp32
     assert log["loss"] == pytest.approx(by_hand + 0.2 * log["kl"] - 0.1 * log["entropy"], rel=1e-4)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 import tiny
 from burnish import ConfigError, PPOConfig, PPOTrainer
 from burnish.model.classifier import to_reward_model
-from test_trainers import PROMPTS, assert_same, digits, settings, weights
+from test_trainers import PROMPTS, assert_same, digits, recorded, settings, weights
 
 Weights = dict[str, torch.Tensor]
 
@@ -35,7 +35,7 @@ def ppo(folder: Path, model: Any = None, **changes: Any) -> PPOTrainer:
 
 
 def critic_weights(trainer: PPOTrainer) -> Weights:
-    return {name: p.detach().clone() for name, p in trainer.critic.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in trainer.stage.algorithm.critic.model.named_parameters()}
 
 
 def plain_logprobs(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
@@ -81,11 +81,9 @@ def test_both_losses_by_an_independent_float64_script(tmp_path: Path) -> None:
         lam=0.8, lr_scheduler_type="constant", epsilon=0.1, cliprange_value=0.05, beta=0.2, vf_coef=0.3,
         weight_decay=0.0,
     )  # fmt: skip
-    start, critic = copy.deepcopy(trainer.model), copy.deepcopy(trainer.critic.model)
+    start, critic = copy.deepcopy(trainer.model), copy.deepcopy(trainer.stage.algorithm.critic.model)
     snapshots: list[tuple[Weights, Weights]] = []
-    rollouts: list[Any] = []
-    original = trainer.step_groups
-    trainer.step_groups = lambda *a: rollouts.append(original(*a)) or rollouts[-1]  # type: ignore[method-assign]
+    rollouts = recorded(trainer)
 
     class Snapshot(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,7 +155,7 @@ def test_with_adapters_the_critic_shares_the_frozen_base(tmp_path: Path) -> None
     base = {n: p for n, p in trainer.model.named_parameters() if not p.requires_grad}
     start = {name: p.detach().clone() for name, p in base.items()}
     own = {id(p) for p in trainer.model.parameters()}
-    extra = sum(p.numel() for p in trainer.critic.model.parameters() if id(p) not in own)
+    extra = sum(p.numel() for p in trainer.stage.algorithm.critic.model.parameters() if id(p) not in own)
     assert 0 < extra < 0.2 * sum(p.numel() for p in base.values())
     trainer.train()
     for name, value in start.items():
@@ -203,20 +201,20 @@ def test_a_reward_model_rewards_and_starts_the_critic(tmp_path: Path) -> None:
     assert "objective/rlhf_reward" in trainer.state.log_history[0]
     trainer.save_model()
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "value_model", num_labels=1)
-    named = dict(trainer.critic.model.named_parameters())
+    named = dict(trainer.stage.algorithm.critic.model.named_parameters())
     torch.testing.assert_close(loaded.score.weight, named["score.weight"].detach())
 
 
 def test_a_missing_end_costs_reward(tmp_path: Path) -> None:
     trainer = ppo(tmp_path, missing_eos_penalty=3.0, max_steps=1, beta=0.0, gamma=1.0, lam=1.0, whiten_advantages=False)
-    steps: list[Any] = []
-    original = trainer.step_groups
-    trainer.step_groups = lambda *a: steps.append(original(*a)) or steps[-1]  # type: ignore[method-assign]
+    steps = recorded(trainer)
     trainer.train()
     for completion in (c for g in steps[0] for c in g.completions):
         penalty = 3.0 if completion.stop_reason == "length" else 0.0
         # With gamma = lambda = 1 the return of every token is the reward.
-        assert completion.returns == pytest.approx([completion.score.total - penalty] * len(completion.token_ids))
+        assert completion.token["returns"] == pytest.approx(
+            [completion.score.total - penalty] * len(completion.token_ids)
+        )
 
 
 def test_failed_rewards_train_neither_policy_nor_critic(tmp_path: Path) -> None:
@@ -225,9 +223,10 @@ def test_failed_rewards_train_neither_policy_nor_critic(tmp_path: Path) -> None:
 
     trainer = ppo(tmp_path, reward_funcs=sometimes, max_steps=1)
     trained: list[Any] = []
-    kept, update = trainer.trainable_groups, trainer.critic.update
-    trainer.trainable_groups = lambda g: trained.extend(kept(g)) or kept(g)  # type: ignore[method-assign]
-    trainer.critic.update = lambda g, **k: trained.extend(g) or update(g, **k)  # type: ignore[method-assign]
+    stage: Any = trainer.stage
+    original, update = stage.next_step, trainer.stage.algorithm.critic.update
+    stage.next_step = lambda *a: ((step := original(*a)) and trained.extend(step.groups)) or step
+    trainer.stage.algorithm.critic.update = lambda g, **k: trained.extend(g) or update(g, **k)  # type: ignore[method-assign]
     trainer.train()
     assert len(trained) == 2 * 8
     assert all(c.score.total is not None for g in trained for c in g.completions)
@@ -251,4 +250,4 @@ def test_arguments_of_the_loader_are_for_models_given_by_name(tmp_path: Path) ->
     tiny.model().save_pretrained(tmp_path / "policy")
     trainer = ppo(tmp_path, str(tmp_path / "policy"), model_init_kwargs={"attention_dropout": 0.0}, max_steps=1)
     for name, value in trainer.model.model.state_dict().items():
-        assert torch.equal(trainer.critic.model.model.state_dict()[name], value), name
+        assert torch.equal(trainer.stage.algorithm.critic.model.model.state_dict()[name], value), name

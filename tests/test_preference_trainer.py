@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 import tiny
 from burnish import CheckFailed, ConfigError, DataError, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from burnish.objectives.preference import PREFERENCE_LOSSES, PreferenceOptions, kto_losses, pairs_of
+from burnish.training.sequence_scores import SequenceScores
 from test_trainers import assert_same, settings, weights
 
 PAIRS = [
@@ -174,8 +175,8 @@ def test_the_reference_is_computed_once_and_cached_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[int] = []
-    original = DPOTrainer.reference_sums
-    monkeypatch.setattr(DPOTrainer, "reference_sums", lambda s, g: asked.append(len(g)) or original(s, g))
+    original = SequenceScores.of_reference
+    monkeypatch.setattr(SequenceScores, "of_reference", lambda s, g: asked.append(len(g)) or original(s, g))
     plain = dpo(tmp_path / "a", max_steps=5)
     plain.train()
     assert sum(asked) == len(PAIRS), "each pair once, over two and a half epochs"
@@ -183,8 +184,8 @@ def test_the_reference_is_computed_once_and_cached_on_disk(
     cached = dpo(tmp_path / "b", max_steps=5, precompute_ref_log_probs=True)
     cached.train()
     assert sum(asked) == len(PAIRS)
-    assert cached.reference is not None
-    assert cached.reference.model is None, "its weights have left memory"
+    assert cached.stage.reference is not None
+    assert cached.stage.reference.model is None, "its weights have left memory"
     assert_same(weights(plain), weights(cached), 0.0)
     asked.clear()
     again = dpo(tmp_path / "b", max_steps=5, precompute_ref_log_probs=True)
@@ -214,12 +215,12 @@ def test_the_reference_moves_towards_the_policy(tmp_path: Path) -> None:
     )  # fmt: skip
     trainer.train()
     start = tiny.model()
-    assert trainer.reference is not None
-    assert trainer.reference.model is not None
-    own = zip(start.parameters(), trainer.model.parameters(), trainer.reference.model.parameters(), strict=True)
+    assert trainer.stage.reference is not None
+    assert trainer.stage.reference.model is not None
+    own = zip(start.parameters(), trainer.model.parameters(), trainer.stage.reference.model.parameters(), strict=True)
     for first, policy, reference in own:
         torch.testing.assert_close(reference, 0.75 * first + 0.25 * policy, rtol=0, atol=1e-6)
-    assert 0 not in trainer._known["train"], "what the old reference said is forgotten"
+    assert 0 not in trainer.stage.scores.known["train"], "what the old reference said is forgotten"
 
 
 def test_ld_dpo_weighs_the_tail_of_the_longer_completion(tmp_path: Path) -> None:
@@ -254,10 +255,10 @@ def test_lora_s_reference_is_the_base_bit_for_bit(tmp_path: Path) -> None:
         tmp_path, max_steps=3, peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), learning_rate=0.1
     )
     groups = trainer.train_dataset[:4]
-    base = dpo(tmp_path / "base").group_sums(groups, tiny_prepared())
+    base = dpo(tmp_path / "base").stage.scores.of_model(groups, tiny_prepared())
     trainer.train()
-    assert trainer.reference_sums(groups) == base
-    assert trainer.group_sums(groups, trainer.model) != base
+    assert trainer.stage.scores.of_reference(groups) == base
+    assert trainer.stage.scores.of_policy(groups) != base
 
 
 def tiny_prepared() -> Any:
@@ -329,9 +330,9 @@ def test_the_model_given_as_policy_is_not_the_reference_object(tmp_path: Path) -
     before = copy.deepcopy(model.state_dict())
     trainer = dpo(tmp_path, model, learning_rate=0.1)
     trainer.train()
-    assert trainer.reference is not None
-    assert trainer.reference.model is not None
-    for name, value in trainer.reference.model.state_dict().items():
+    assert trainer.stage.reference is not None
+    assert trainer.stage.reference.model is not None
+    for name, value in trainer.stage.reference.model.state_dict().items():
         assert torch.equal(value, before[name])
 
 

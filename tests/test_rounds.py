@@ -77,7 +77,7 @@ def test_remembered_groups_stand_in_once_with_their_old_logprobs() -> None:
     assert (batch.num_replayed, batch.num_flat, list(batch.groups)) == (1, 0, [2]), "the widest spread first"
     for completion in batch.groups[2].completions:
         assert completion.policy_logprobs is None
-        assert completion.old_logprobs == [-1.0]
+        assert completion.token["old_logprobs"] == [-1.0]
     assert sorted(replay.groups) == [1]
     batch = fill_batch(Rounds(FLAT), 2, max_rounds=1, replay=replay)
     assert (batch.num_replayed, batch.num_flat) == (1, 1)
@@ -102,7 +102,7 @@ def test_a_replayed_completion_is_never_on_policy() -> None:
     replay = Replay(1)
     completions = [Completion([2], sampler_logprobs=[-2.0], score=Score(r)) for r in (0.0, 1.0)]
     replay.keep({0: Group([1], completions)})
-    assert [c.old_logprobs for c in replay.take(1)[0].completions] == [[-2.0], [-2.0]]
+    assert [c.token["old_logprobs"] for c in replay.take(1)[0].completions] == [[-2.0], [-2.0]]
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 7])

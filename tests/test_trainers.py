@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import tiny
 from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer, ModelError, SFTConfig, SFTTrainer
 from burnish.rollout import Request
 from burnish.training.sampler_check import Agreement
-from burnish.types import Completion
+from burnish.training.step import Loss
+from burnish.types import Completion, Group
 
 TEXTS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (1 + i % 3)} for i in range(24)]
 PROMPTS = [{"prompt": f"{i}+{i % 7}=" + "0" * (i % 5), "answer": str(i)} for i in range(24)]
@@ -81,6 +82,14 @@ SPLITS = [
     {"per_device_train_batch_size": 8, "token_budget": 20},
     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "token_budget": 15},
 ]
+
+
+def recorded(trainer: Any) -> list[list[Group]]:
+    """Every group that each optimizer step is given, those without a gradient too."""
+    steps: list[list[Group]] = []
+    begin: Callable[..., Any] = trainer.stage.algorithm.begin_step
+    trainer.stage.algorithm.begin_step = lambda groups, **k: steps.append(groups) or begin(groups, **k)
+    return steps
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -228,8 +237,9 @@ def test_a_failed_reward_leaves_the_loss_and_scores_nothing(tmp_path: Path) -> N
 
     trainer = grpo(tmp_path, rewards=sometimes, max_steps=1, log_completions=True)
     groups: list[Any] = []
-    original = trainer.trainable_groups
-    trainer.trainable_groups = lambda g: groups.extend(original(g)) or groups  # type: ignore[method-assign]
+    stage: Any = trainer.stage
+    original = stage.next_step
+    stage.next_step = lambda *a: ((step := original(*a)) and groups.extend(step.groups)) or step
     trainer.train()
     assert all(c.score.total is not None for g in groups for c in g.completions)
     records = [json.loads(line) for line in (tmp_path / "transcripts.jsonl").read_text().splitlines()]
@@ -242,13 +252,14 @@ def test_a_failed_reward_leaves_the_loss_and_scores_nothing(tmp_path: Path) -> N
 def test_groups_without_signal_cost_no_forward(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, rewards=lambda completions, **_: [1.0] * len(completions), max_steps=1)
     tokens: list[int] = []
-    original = trainer.batch_loss
+    stage: Any = trainer.stage
+    original = stage.loss
 
-    def counted(model: Any, batch: Any, *, denominator: float) -> Any:
+    def counted(model: Any, batch: Any, step: Any) -> Any:
         tokens.append(batch.num_scored_tokens)
-        return original(model, batch, denominator=denominator)
+        return original(model, batch, step)
 
-    trainer.batch_loss = counted  # type: ignore[method-assign]
+    stage.loss = counted
     trainer.train()
     assert tokens == [0]
     assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1.0
@@ -275,7 +286,7 @@ class Elsewhere:
 
 def test_a_sampler_at_another_temperature_is_caught_before_the_update(tmp_path: Path) -> None:
     trainer = grpo(tmp_path)
-    trainer.engine = Elsewhere(trainer.engine, temperature=1.2)
+    trainer.stage.sampler.engine = Elsewhere(trainer.stage.sampler.engine, temperature=1.2)
     before = weights(trainer)
     with pytest.raises(CheckFailed, match="samples and trainer are"):
         trainer.train()
@@ -349,7 +360,7 @@ def test_agreement_does_not_pass_what_is_not_a_number() -> None:
 def test_a_sampler_with_other_weights_is_caught(tmp_path: Path) -> None:
     trainer = grpo(tmp_path)
     other = grpo(tmp_path / "other", tiny.model(seed=1))
-    trainer.engine = Elsewhere(other.engine)
+    trainer.stage.sampler.engine = Elsewhere(other.stage.sampler.engine)
     with pytest.raises(CheckFailed, match="other weights"):
         trainer.train()
 
@@ -361,9 +372,9 @@ def test_the_reference_is_the_initial_policy_and_kl_starts_at_zero(tmp_path: Pat
     assert kl[0] == pytest.approx(0.0, abs=1e-6)
     assert kl[1] > 1e-5
     broken = grpo(tmp_path / "b", beta=0.1)
-    assert broken.reference is not None
-    assert broken.reference.model is not None
-    broken.reference.model.load_state_dict(tiny.model(seed=3).state_dict())
+    assert broken.stage.reference is not None
+    assert broken.stage.reference.model is not None
+    broken.stage.reference.model.load_state_dict(tiny.model(seed=3).state_dict())
     with pytest.raises(CheckFailed, match="reference differs from the policy"):
         broken.train()
 
@@ -391,8 +402,9 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(tmp_path: Path)
 def test_a_bad_gradient_stops_the_run(tmp_path: Path, bf16: bool, max_grad_norm: float) -> None:
     model = tiny.model(dtype=torch.bfloat16 if bf16 else torch.float32)
     trainer = sft(tmp_path, model, bf16=bf16, max_grad_norm=max_grad_norm)
-    original = trainer.batch_loss
-    trainer.batch_loss = lambda *a, **k: original(*a, **k) * float("nan")  # type: ignore[method-assign]
+    stage: Any = trainer.stage
+    original = stage.loss
+    stage.loss = lambda *a: Loss(original(*a).value * float("nan"))
     with pytest.raises(CheckFailed, match="gradient norm is nan"):
         trainer.train()
 
@@ -402,8 +414,9 @@ def test_nonsense_is_refused_with_the_fix(tmp_path: Path) -> None:
         grpo(tmp_path, per_device_train_batch_size=5)
     with pytest.raises(DataError, match="fewer than"):
         grpo(tmp_path, per_device_train_batch_size=400)
+    args = GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8))
     with pytest.raises(DataError, match="train_dataset = None"):
-        GRPOTrainer(tiny.model(), digits, GRPOConfig(**settings(tmp_path, per_device_train_batch_size=8)))
+        GRPOTrainer(tiny.model(), digits, args, processing_class=tiny.tokenizer())
     with pytest.raises(ModelError, match="no such folder"):
         SFTTrainer("./nowhere", SFTConfig(**settings(tmp_path)), train_dataset=TEXTS)
 
@@ -411,7 +424,7 @@ def test_nonsense_is_refused_with_the_fix(tmp_path: Path) -> None:
 def test_tokens_count_once_when_they_are_sampled(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, max_steps=4, num_iterations=2)
     sampled: list[int] = []
-    generate = trainer.engine.generate
+    generate = trainer.stage.sampler.engine.generate
 
     def counting(requests: Sequence[Request], **options: Any) -> list[list[Completion]]:
         made = generate(requests, **options)
@@ -420,7 +433,7 @@ def test_tokens_count_once_when_they_are_sampled(tmp_path: Path) -> None:
         )
         return made
 
-    trainer.engine.generate = counting  # type: ignore[method-assign]
+    trainer.stage.sampler.engine.generate = counting  # type: ignore[method-assign]
     trainer.train()
     assert [log["num_tokens"] for log in trainer.state.log_history if "loss" in log][-1] == sum(sampled)
 
@@ -428,12 +441,12 @@ def test_tokens_count_once_when_they_are_sampled(tmp_path: Path) -> None:
 def test_a_penalty_of_repetitions_is_sampled_and_the_check_knows(tmp_path: Path) -> None:
     """The check of sampler against trainer compares the policy's log-probabilities, the correction what was sampled."""
     trainer = grpo(tmp_path, generation_kwargs={"repetition_penalty": 100.0}, sampling_correction="token_truncate")
-    trainer.agreement = Agreement(1e-6)  # the correction would switch it off
+    trainer.stage.agreement = Agreement(1e-6)  # the correction would switch it off
     trainer.train()
     trainer.evaluate(PROMPTS[:2])
-    plain = dataclasses.replace(trainer.params, repetition_penalty=1.0)
+    plain = dataclasses.replace(trainer.stage.sampler.params, repetition_penalty=1.0)
     repeats: list[int] = []
-    for params in (plain, trainer.params):
-        found = trainer.engine.generate([Request([5, 6], 32, params)], seed=1, step=0)[0]
+    for params in (plain, trainer.stage.sampler.params):
+        found = trainer.stage.sampler.engine.generate([Request([5, 6], 32, params)], seed=1, step=0)[0]
         repeats.append(sum(len(c.token_ids) - len(set(c.token_ids)) for c in found))
     assert repeats[1] < repeats[0] / 2

@@ -19,14 +19,14 @@ def rows(folder: Path, name: str = "transcripts.jsonl") -> list[dict[str, Any]]:
 def sampled_by(trainer: Any) -> list[Any]:
     """Every completion that the trainer's engine returns, as it is at the end."""
     found: list[Any] = []
-    generate = trainer.engine.generate
+    generate = trainer.stage.sampler.engine.generate
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
         made = generate(*args, **kwargs)
         found.extend(completion for row in made for completion in row)
         return made
 
-    trainer.engine.generate = recorded
+    trainer.stage.sampler.engine.generate = recorded
     return found
 
 
@@ -61,7 +61,8 @@ def test_each_completion_once_with_its_advantage(tmp_path: Path, case: str) -> N
     for row in written:
         twins = by_text[row["completion"]]
         advantages = [
-            sum(c.token_advantages) / len(c.token_ids) if c.token_advantages is not None else c.advantage for c in twins
+            sum(c.token["advantages"]) / len(c.token_ids) if "advantages" in c.token else c.sequence.get("advantages")
+            for c in twins
         ]
         assert row["advantage"] in [None if a is None else pytest.approx(a) for a in advantages]
     trained = [row for row in written if row["advantage"] is not None]

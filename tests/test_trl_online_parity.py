@@ -336,7 +336,7 @@ class Fixed:
             text=tiny.tokenizer().decode(ids, skip_special_tokens=True),
             stop_reason=StopReason.EOS if ids[-1] == 0 else StopReason.LENGTH,
             sampler_logprobs=list(sampler_logprobs()[number]),
-            old_logprobs=list(old_logprobs()[number]) if self.old else None,
+            token={"old_logprobs": list(old_logprobs()[number])} if self.old else {},
         )
 
     def sync(self, version: int) -> None: ...
@@ -371,13 +371,15 @@ def by_burnish(case: Case, folder: Path) -> Found:
         ref_model=tiny.model(seed=5) if args.beta > 0 else None,
     )
     advantages: list[float] = []
-    judge = trainer.judge
+    algorithm: Any = trainer.stage.algorithm
+    assign = algorithm.assign_advantages
 
-    def judged(shares: Any) -> None:
-        judge(shares)
-        advantages.extend(c.advantage for share in shares for c in share.group.completions)
+    def assigned(shares: Any) -> Any:
+        metrics = assign(shares)
+        advantages.extend(c.sequence["advantages"] for share in shares for c in share.group.completions)
+        return metrics
 
-    trainer.judge = judged  # type: ignore[method-assign]
+    algorithm.assign_advantages = assigned
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}

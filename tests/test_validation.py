@@ -112,7 +112,7 @@ def trainer(folder: Path) -> GRPOTrainer:
 @pytest.mark.parametrize("asker", ["train", "trainer.evaluate", "evaluate", "pairs"])
 def test_everyone_who_samples_checks(tmp_path: Path, asker: str) -> None:
     own = trainer(tmp_path)
-    own.engine = engine = Broken(own.engine, policy_logprobs=math.nan)  # type: ignore[assignment]
+    own.stage.sampler.engine = engine = Broken(own.stage.sampler.engine, policy_logprobs=math.nan)  # type: ignore[assignment]
     rubric = Rubric([Criterion("ones", ones)])
     groups = [Group([5], [], {"prompt": "a"}, 0)]
     shared: dict[str, Any] = {"params": PARAMS, "num_samples": 2}
@@ -138,13 +138,13 @@ def test_a_trainer_whose_own_log_probabilities_are_not_numbers_stops(tmp_path: P
     """A NaN among the old log-probabilities would pass for "fresh", and the ratio for 1."""
     own = trainer(tmp_path)
     own.args.num_iterations = 2
-    generate = own.engine.generate
+    generate = own.stage.sampler.engine.generate
 
     def then_break(*args: Any, **kwargs: Any) -> Any:
         made = generate(*args, **kwargs)
         own.model.model.norm.weight.data.fill_(math.nan)
         return made
 
-    own.engine.generate = then_break  # type: ignore[method-assign]
+    own.stage.sampler.engine.generate = then_break  # type: ignore[method-assign]
     with pytest.raises(CheckFailed, match="old_logprobs are not finite"):
         own.train()

@@ -73,14 +73,13 @@ class Completion:
             temperature, top-k, top-p and min-p.
         policy_logprobs: [C] log-probability (nats) under the model's distribution at the sampling temperature before
             any truncation: the quantity a trainer recomputes.
-        old_logprobs: [C] log-probability under the policy before the first update on this completion, where several
-            updates share a rollout; None while the completion is fresh.
-        ref_logprobs: [C] log-probability under the reference policy, where the loss has a KL term.
         score: rewards, once a rubric has seen the completion.
-        advantage: the number the policy gradient weights this completion with; None before it is known.
-        token_advantages: [C] a number for each token instead, where rewards or values are per token.
-        values: [C] the critic's value of the state before each token, from before the first update on this rollout.
-        returns: [C] what the critic's values should have been.
+        token: streams of a stage, by name, each [C] one number per token: `old_logprobs` (the policy before the first
+            update on this completion), `ref_logprobs`, `kl`, `values`, `returns`, `advantages` ...
+        sequence: streams of a stage, by name, each one number per completion: `advantages`, `reference` ...
+
+    `burnish.model.packing.pack` turns every stream into a tensor of the packed row. A stream that a completion lacks is
+    unknown there, and NaN in the row.
     """
 
     token_ids: list[int]
@@ -89,13 +88,9 @@ class Completion:
     stop_reason: StopReason | None = None
     sampler_logprobs: list[float] | None = None
     policy_logprobs: list[float] | None = None
-    old_logprobs: list[float] | None = None
-    ref_logprobs: list[float] | None = None
     score: Score | None = None
-    advantage: float | None = None
-    token_advantages: list[float] | None = None
-    values: list[float] | None = None
-    returns: list[float] | None = None
+    token: dict[str, list[float]] = field(default_factory=dict[str, "list[float]"])
+    sequence: dict[str, float] = field(default_factory=dict[str, float])
 
     @property
     def reward(self) -> float | None:
@@ -153,8 +148,9 @@ class PackedBatch(Mapping[str, Any]):
         target_ids: [N] the scored tokens.
         sequence_index: [N] the sequence (0 .. S-1) that each scored token belongs to, ascending.
         num_sequences: S.
-        token: [N] float tensors by name (`sampler_logprobs`, `old_logprobs`, `ref_logprobs`, ...).
-        sequence: [S] tensors by name (`advantages`, ...).
+        token: [N] fp32 tensors by name: the streams of the completions, and their `sampler_logprobs` and
+            `policy_logprobs`; NaN where unknown.
+        sequence: [S] fp32 tensors by name; NaN where unknown.
     """
 
     input_ids: torch.Tensor

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from burnish.cli.config import load_run_file
-from burnish.config.paths import missing
+from burnish.config.paths import is_file, missing
 from burnish.data import load_rows
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, compare
@@ -27,7 +27,14 @@ def run(args: argparse.Namespace) -> None:
     from burnish.cli.stages import evaluate_model
 
     section = file.evaluation
-    before = None if section.compare_with is None else _earlier(Path(section.compare_with))
+    before = None
+    if section.compare_with is not None:
+        if not is_file(section.compare_with):
+            raise ConfigError(
+                f"[evaluation] compare_with = {section.compare_with!r}: no such file; evaluation.output writes one "
+                f"({missing(section.compare_with)})."
+            )
+        before = Evaluation.from_dict(read_json(Path(section.compare_with), {}))
     result = evaluate_model(file.model, rows, file.rubric, section, name=file.model, model_init=file.model_init)
     if section.output is not None:
         write_json(Path(section.output), result.to_dict())
@@ -36,11 +43,3 @@ def run(args: argparse.Namespace) -> None:
         gains = {f"pass@{k}": str(compare(before, result, f"pass@{k}")) for k in result.pass_at_k}
         summary["gain_paired"] = {"over": before.name, **gains}
     print(json.dumps(summary, indent=1))
-
-
-def _earlier(file: Path) -> Evaluation:
-    if not file.is_file():
-        raise ConfigError(
-            f"[evaluation] compare_with = {str(file)!r}: no such file; evaluation.output writes one ({missing(file)})."
-        )
-    return Evaluation.from_dict(read_json(file, {}))

@@ -21,7 +21,7 @@ from burnish.config.stages import STAGES
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, evaluate, mean_nll
-from burnish.evaluation.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows, write_rows
+from burnish.evaluation.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows
 from burnish.model.fingerprint import weights_fingerprint
 from burnish.model.loading import adopt_chat_template, load_model, load_processing_class
 from burnish.model.precision import fast_bf16
@@ -29,6 +29,7 @@ from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import prepare_for_scoring
 from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
+from burnish.runs.files import write_json_lines
 from burnish.runs.lock import locked
 from burnish.training.callbacks import EngineProgress
 from burnish.training.checkpoint import start
@@ -108,28 +109,11 @@ def evaluate_model(
     model: str, rows: Rows, rubric: Rubric, section: EvaluationSection, *, name: str, seed: int = 0, **shared: Any
 ) -> Evaluation:
     """pass@k of a saved model on rows, and `nll` where they have completions; `shared` is `model_init`."""
-    tokenizer = load_processing_class(model)
-    adopt_chat_template(tokenizer, section.chat_template)
-    groups = encode_rows(prompt_group, rows, tokenizer, name="data.eval")
-    with errors_of("data.eval"):
-        rubric.check_columns(groups)
-    loaded, engine = _engine(model, tokenizer, shared.get("model_init"))
-    with EngineProgress(engine, f"evaluate {name}", len(groups) * section.num_samples) as shown:
-        result = evaluate(
-            shown,
-            groups,
-            rubric,
-            params=SamplingParams(
-                max_new_tokens=section.max_completion_length,
-                temperature=section.temperature,
-                eos_token_ids=eos_token_ids(loaded, tokenizer),
-            ),
-            num_samples=section.num_samples,
-            ks=section.ks,
-            seed=seed,
-            solved=section.solved,
-            name=name,
-        )
+    loaded, tokenizer, sampling = _sampling(model, rows, rubric, section, "data.eval", **shared)
+    total = len(sampling["groups"]) * section.num_samples
+    with EngineProgress(sampling["engine"], f"evaluate {name}", total) as shown:
+        sampling |= {"engine": shown}
+        result = evaluate(ks=section.ks, seed=seed, solved=section.solved, name=name, **sampling)
     if any("completion" not in row for row in rows):
         return result
     prepare_for_scoring(loaded)
@@ -142,43 +126,18 @@ def make_pairs(
     model: str, rows: Rows, rubric: Rubric, section: PairsSection, *, model_init: dict[str, Any] | None = None
 ) -> dict[str, int]:
     """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
+    folder, seed = Path(section.output_dir), section.seed
     with locked(section.output_dir):
-        return _make_pairs(model, rows, rubric, section, model_init)
-
-
-def _make_pairs(
-    model: str, rows: Rows, rubric: Rubric, section: PairsSection, model_init: dict[str, Any] | None
-) -> dict[str, int]:
-    tokenizer, folder = load_processing_class(model), Path(section.output_dir)
-    adopt_chat_template(tokenizer, section.chat_template)
-    groups = encode_rows(prompt_group, rows, tokenizer, name="data.train")
-    with errors_of("data.train"):
-        rubric.check_columns(groups)
-    loaded, engine = _engine(model, tokenizer, model_init)
-    records = sample_rows(
-        engine,
-        groups,
-        rubric,
-        params=SamplingParams(
-            max_new_tokens=section.max_completion_length,
-            temperature=section.temperature,
-            eos_token_ids=eos_token_ids(loaded, tokenizer),
-        ),
-        num_samples=section.num_samples,
-        file=folder / "samples.jsonl",
-        model=weights_fingerprint(loaded),
-        seed=section.seed,
-    )
-    pairs = [
-        row
-        for record in records
-        for row in preference_rows(
-            record, pairs_per_prompt=section.pairs_per_prompt, min_margin=section.min_margin, seed=section.seed
-        )
-    ]
-    best = [best_row(record, min_reward=section.min_reward, seed=section.seed) for record in records]
-    made = {"pairs.jsonl": pairs, "best.jsonl": [row for row in best if row is not None]}
-    return {str(folder / name): write_rows(folder / name, own) for name, own in made.items()}
+        loaded, _, sampling = _sampling(model, rows, rubric, section, "data.train", model_init=model_init)
+        identity = weights_fingerprint(loaded)
+        records = sample_rows(file=folder / "samples.jsonl", model=identity, seed=seed, **sampling)
+        limits: dict[str, Any] = {"pairs_per_prompt": section.pairs_per_prompt, "min_margin": section.min_margin}
+        pairs = [row for record in records for row in preference_rows(record, seed=seed, **limits)]
+        best = [best_row(record, min_reward=section.min_reward, seed=seed) for record in records]
+        made = {"pairs.jsonl": pairs, "best.jsonl": [row for row in best if row is not None]}
+        for name, own in made.items():
+            write_json_lines(folder / name, own)
+    return {str(folder / name): len(own) for name, own in made.items()}
 
 
 def rank_with(model: str, rows: Rows) -> PairRanking:
@@ -186,7 +145,27 @@ def rank_with(model: str, rows: Rows) -> PairRanking:
     return rank_pairs(RewardModel(model), rows)
 
 
-def _engine(model: str, tokenizer: Any, model_init: dict[str, Any] | None) -> tuple[Any, Any]:
+def _sampling(
+    model: str,
+    rows: Rows,
+    rubric: Rubric,
+    section: EvaluationSection | PairsSection,
+    name: str,
+    model_init: dict[str, Any] | None = None,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A model and its tokenizer, and what `evaluate` and `sample_rows` need alike."""
+    tokenizer = load_processing_class(model)
+    adopt_chat_template(tokenizer, section.chat_template)
+    groups = encode_rows(prompt_group, rows, tokenizer, name=name)
+    with errors_of(name):
+        rubric.check_columns(groups)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded, _ = load_model(model, bf16=fast_bf16(device), init_kwargs=model_init)
-    return loaded, make_engine(loaded.to(device), tokenizer)
+    params = SamplingParams(
+        max_new_tokens=section.max_completion_length,
+        temperature=section.temperature,
+        eos_token_ids=eos_token_ids(loaded, tokenizer),
+    )
+    engine = make_engine(loaded.to(device), tokenizer)
+    shared = {"engine": engine, "groups": groups, "rubric": rubric, "params": params}
+    return loaded, tokenizer, {**shared, "num_samples": section.num_samples}

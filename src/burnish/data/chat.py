@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,15 @@ from burnish.data.formats import Message
 from burnish.data.tokens import inner_tokenizer
 from burnish.errors import ConfigError, DataError
 
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "ChatSpans", "chat_spans", "render_chat", "resolve_chat_template"]
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "ChatSpans",
+    "Render",
+    "attempt",
+    "chat_spans",
+    "render_chat",
+    "resolve_chat_template",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +49,13 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
 """ChatML with generation blocks; every turn ends with the tokenizer's own EOS, so that generation stops there."""
+
+_NO_STOP = "the chat template does not teach the model to stop: {}."
+_RERENDERED = (
+    "the chat template shows earlier assistant turns otherwise than they were served (it strips earlier reasoning or "
+    "opens a reasoning block); the mask follows the full rendering. To train each turn as it is served, split "
+    "conversations with burnish.data.split_turns."
+)
 
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
 # A private-use character: in no data, in no template.
@@ -159,17 +174,7 @@ def chat_spans(
     Raises:
         DataError: the template rejects the conversation, or a turn cannot be located exactly.
     """
-
-    def render(chat: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return render_chat(
-            processing_class,
-            chat,
-            template=template,
-            tools=tools,
-            kwargs=kwargs,
-            add_generation_prompt=add_generation_prompt,
-        )
-
+    render = partial(render_chat, processing_class, template=template, tools=tools, kwargs=kwargs)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     text = render(messages)
     if not turns:
@@ -182,7 +187,9 @@ def chat_spans(
             spans = _spans_after(spans, render, messages, first_turn, text, len(turns) + skipped, skipped)
         if not spans:
             raise DataError("the template's generation blocks mark nothing in a conversation with assistant turns.")
-        _warn_unmarked_end(text, spans, template, specials)
+        after = text[spans[-1][1] :].lstrip()
+        if not _ends_turn(text[: spans[-1][1]], specials) and any(map(after.startswith, specials)):
+            _warn(template, _NO_STOP.format("its generation blocks leave the end-of-turn token out"))
         return ChatSpans(text, tuple(spans))
     spans: list[tuple[int, int]] = []
     rerendered = 0
@@ -192,9 +199,10 @@ def chat_spans(
         rerendered += not exact
         spans.append(span)
         floor = span[1]
-    _warn_no_end(text, spans[-1], template, specials)
+    if not _ends_turn(text[: spans[-1][1]], specials):
+        _warn(template, _NO_STOP.format("it ends assistant turns with no special token"))
     if rerendered:
-        _warn_rerendered(template)
+        _warn(template, _RERENDERED)
     return ChatSpans(text, tuple(spans), rerendered)
 
 
@@ -249,13 +257,15 @@ def _turn_span(
     text: str, render: Render, messages: Sequence[Message], turn: int, floor: int, specials: frozenset[str]
 ) -> tuple[tuple[int, int], bool]:
     """Span of one assistant turn, and whether it stands in the full rendering as it was served."""
-    prompt = _try(render, messages[:turn], add_generation_prompt=True) if turn else None
-    through = text if turn == len(messages) - 1 else _try(render, messages[: turn + 1])
+    prompt = attempt(render, messages[:turn], add_generation_prompt=True) if turn else None
+    through = text if turn == len(messages) - 1 else attempt(render, messages[: turn + 1])
     served = prompt is not None and text.startswith(prompt) and len(prompt) >= floor
     if served and prompt is not None and through is not None and text.startswith(through):
         if not through.startswith(prompt):
             raise _not_located(turn, "its generation prompt is not a prefix of the turn that follows it")
-        return (len(prompt), len(prompt) + _end_of_turn(text[len(prompt) : len(through)], specials)), True
+        stripped = through.rstrip()
+        is_special = len(stripped) > len(prompt) and _ends_turn(stripped[len(prompt) :], specials)
+        return (len(prompt), len(stripped) if is_special else len(through)), True
     low, high = _moved(text, render, messages, turn)
     start = len(prompt) if served and prompt is not None else _after_header(text, render, messages, turn, floor, low)
     end = _after_turn(text, render, messages, turn, high, through, specials)
@@ -266,7 +276,7 @@ def _turn_span(
     return (start, end), unaltered
 
 
-def _try(render: Render, messages: Sequence[Message], **options: bool) -> str | None:
+def attempt(render: Render, messages: Sequence[Message], **options: bool) -> str | None:
     """A rendering of part of a conversation, or None where the template refuses that part."""
     try:
         return render(messages, **options)
@@ -304,7 +314,7 @@ def _moved(text: str, render: Render, messages: Sequence[Message], turn: int) ->
     """[low, high): the characters of a rendering that depend on what one message says."""
     low, high = len(text), 0
     for variant in _probes(messages[turn]):
-        other = _try(render, [*messages[:turn], variant, *messages[turn + 1 :]])
+        other = attempt(render, [*messages[:turn], variant, *messages[turn + 1 :]])
         if other is None or other == text:
             continue
         head = _common_prefix(text, other)
@@ -324,7 +334,7 @@ def _common_prefix(a: str, b: str) -> int:
 def _after_header(text: str, render: Render, messages: Sequence[Message], turn: int, floor: int, low: int) -> int:
     """Where the role header before a turn ends; the header is what a generation prompt adds."""
     before = messages[:turn] or [{"role": "user", "content": _PROBE}]
-    closed, opened = _try(render, before), _try(render, before, add_generation_prompt=True)
+    closed, opened = attempt(render, before), attempt(render, before, add_generation_prompt=True)
     if closed is None or opened is None or closed == opened:
         raise _not_located(turn, "the template ignores add_generation_prompt")
     header = opened[_common_prefix(closed, opened) :]
@@ -354,25 +364,15 @@ def _after_turn(
     own_high = high if through == text else _moved(through, render, messages[: turn + 1], turn)[1]
     tail = through[own_high:]
     shared = _common_prefix(tail, text[high:])
-    ends = [m.end() for m in _matches(specials, tail[:shared])]
-    if ends:
-        return high + ends[-1]
+    if ends := [m.end() for token in specials for m in re.finditer(re.escape(token), tail[:shared])]:
+        return high + max(ends)
     if shared < len(tail):
         raise _not_located(turn, "the turn ends differently once later turns follow")
     return high + shared
 
 
-def _matches(specials: frozenset[str], text: str) -> list[re.Match[str]]:
-    if not specials:
-        return []
-    pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
-    return list(re.finditer(pattern, text))
-
-
-def _end_of_turn(segment: str, specials: frozenset[str]) -> int:
-    """Length of a turn up to its end-of-turn token; all of it where the template has none."""
-    stripped = segment.rstrip()
-    return len(stripped) if any(stripped.endswith(token) for token in specials) else len(segment)
+def _ends_turn(text: str, specials: frozenset[str]) -> bool:
+    return any(map(text.endswith, specials))
 
 
 def _special_tokens(processing_class: Any) -> frozenset[str]:
@@ -388,28 +388,7 @@ def _added_specials(tokenizer: Any, size: int) -> frozenset[str]:
 
 
 @lru_cache(maxsize=32)
-def _warn_rerendered(template: str) -> None:
-    del template  # the key: one warning for each template
-    logger.warning(
-        "the chat template shows earlier assistant turns otherwise than they were served (it strips earlier reasoning "
-        "or opens a reasoning block); the mask follows the full rendering. To train each turn as it is served, split "
-        "conversations with burnish.data.split_turns."
-    )
-
-
-def _warn_unmarked_end(text: str, spans: Sequence[tuple[int, int]], template: str, specials: frozenset[str]) -> None:
-    end = spans[-1][1]
-    after = text[end:].lstrip()
-    if not any(text[:end].endswith(t) for t in specials) and any(after.startswith(t) for t in specials):
-        _warn_end(template, "its generation blocks leave the end-of-turn token out")
-
-
-def _warn_no_end(text: str, span: tuple[int, int], template: str, specials: frozenset[str]) -> None:
-    if not any(text[: span[1]].endswith(token) for token in specials):
-        _warn_end(template, "it ends assistant turns with no special token")
-
-
-@lru_cache(maxsize=32)
-def _warn_end(template: str, trait: str) -> None:
-    del template  # part of the key: one warning for each template
-    logger.warning("the chat template does not teach the model to stop: %s.", trait)
+def _warn(template: str, text: str) -> None:
+    """Warn once for each template."""
+    del template  # part of the key
+    logger.warning(text)

@@ -126,14 +126,11 @@ def _spoken(messages: Sequence[Message]) -> str:
     for message in messages:
         if message["role"] == "assistant":
             content = message.get("content") or ""
-            said.append(content if isinstance(content, str) else _block_text(content))
+            blocks = cast("Sequence[Mapping[str, Any]]", [] if isinstance(content, str) else content)
+            said.append(content if isinstance(content, str) else "".join(str(b.get("text", "")) for b in blocks))
             if calls := message.get("tool_calls"):
                 said.append(json.dumps(calls, ensure_ascii=False, default=str))
     return "\n".join(filter(None, said))
-
-
-def _block_text(blocks: Any) -> str:
-    return "".join(str(block.get("text", "")) for block in cast("Sequence[Mapping[str, Any]]", blocks))
 
 
 def first_unscored(num_tokens: int) -> list[bool]:

@@ -19,11 +19,11 @@ from burnish.data.conversations import ChatRow, first_unscored, naming_row
 from burnish.data.formats import (
     Format,
     Kind,
-    Message,
     as_row,
     detect_format,
     messages_of,
     row_tools,
+    with_system,
 )
 from burnish.data.instructions import instruction_columns, instruction_row
 from burnish.data.limits import TRUNCATIONS, EncodeStats, check_limit, report_encoding, truncate
@@ -173,7 +173,11 @@ def sft_group(
         paired = fmt.kind is Kind.PROMPT_COMPLETION and completion_only_loss is not False
         if fmt.conversational:
             chat = ChatRow(processing_class, row, index, chat_template)
-            prompt_ids, completion = _chat_sft(chat, row, fmt, paired, assistant_only_loss, stats)
+            if paired:
+                prompt_ids, completion = chat.pair(row["prompt"], row["completion"], stats)
+            else:
+                messages = [message for name in fmt.columns for message in row[name]]
+                completion = chat.conversation(messages, assistant_only_loss, stats)
         else:
             with naming_row(index):
                 prompt_ids, completion = _plain_sft(processing_class, row, fmt, paired)
@@ -251,42 +255,29 @@ def sft_groups(
     """
     check_limit("max_length", max_length)
     stats = EncodeStats() if stats is None else stats
-    if truncation_mode == "split" and _has_completion(row, index, options.get("completion_only_loss")):
-        raise ConfigError(
-            f"truncation_mode = 'split', but row {index} has a prompt and a completion: a later part would lose its "
-            "prompt; use keep_start, keep_end or drop, or give rows of text."
-        )
+    if truncation_mode == "split":
+        fmt = None if instruction_columns(row) else detect_format(row, stage="sft", index=index)
+        masked = is_masked_completion(row, options.get("completion_only_loss"))
+        if fmt is None or fmt.kind is Kind.PROMPT_COMPLETION or (fmt.tokenized and masked):
+            raise ConfigError(
+                f"truncation_mode = 'split', but row {index} has a prompt and a completion: a later part would lose "
+                "its prompt; use keep_start, keep_end or drop, or give rows of text."
+            )
     group = sft_group(row, processing_class, index=index, stats=stats, **options)
     if max_length is None or group.num_tokens <= max_length:
         return [group]
     return TRUNCATIONS[truncation_mode](group, max_length, stats)
 
 
-def _has_completion(row: Mapping[str, Any], index: int, completion_only_loss: bool | None) -> bool:
-    if instruction_columns(row):
-        return True
-    fmt = detect_format(row, stage="sft", index=index)
-    return fmt.kind is Kind.PROMPT_COMPLETION or (fmt.tokenized and is_masked_completion(row, completion_only_loss))
-
-
-def _chat_sft(
-    chat: ChatRow, row: Mapping[str, Any], fmt: Format, paired: bool, assistant_only: bool, stats: EncodeStats | None
-) -> tuple[list[int], Completion]:
-    if paired:
-        return chat.pair(row["prompt"], row["completion"], stats)
-    messages = [message for name in fmt.columns for message in row[name]]
-    return [], chat.conversation(messages, assistant_only, stats)
-
-
 def _plain_sft(tokenizer: Any, row: Mapping[str, Any], fmt: Format, paired: bool) -> tuple[list[int], Completion]:
     if fmt.kind is Kind.LANGUAGE_MODELING:
-        ids = _plain_text(tokenizer, row["text"])
-        return [], Completion(ids, first_unscored(len(ids)), row["text"])
-    prompt_ids, completion = _plain_pair(tokenizer, row["prompt"], row["completion"])
-    if paired:
-        return prompt_ids, completion
-    ids = prompt_ids + completion.token_ids
-    return [], Completion(ids, first_unscored(len(ids)), completion.text)
+        ids, text = _plain_text(tokenizer, row["text"]), row["text"]
+    else:
+        prompt_ids, completion = _plain_pair(tokenizer, row["prompt"], row["completion"])
+        if paired:
+            return prompt_ids, completion
+        ids, text = prompt_ids + completion.token_ids, completion.text
+    return [], Completion(ids, first_unscored(len(ids)), text)
 
 
 def unpaired_group(row: Mapping[str, Any], processing_class: Any, *, index: int = 0, **options: Any) -> Group:
@@ -350,7 +341,13 @@ def preference_group(
         prompt_ids, completions = _chat_preference(processing_class, row, index, chat_template, stats)
     else:
         with naming_row(index):
-            prompt_ids, completions = _plain_preference(processing_class, row)
+            if row.get("prompt") is not None:
+                pairs = [_plain_pair(processing_class, row["prompt"], row[name]) for name in _PAIR]
+                prompt_ids, completions = pairs[0][0], [completion for _, completion in pairs]
+            else:
+                texts = [row[name] for name in _PAIR]
+                wholes = [Completion(_plain_text(processing_class, text), text=text) for text in texts]
+                prompt_ids, completions = shared_prompt(wholes)
     if completions[0].token_ids == completions[1].token_ids:
         raise DataError(
             f"row {index}: chosen and rejected are the same tokens, so the pair says nothing: drop the row."
@@ -406,14 +403,6 @@ def _chat_preference(
     return pairs[0][0], [completion for _, completion in pairs]
 
 
-def _plain_preference(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[Completion]]:
-    """With a prompt: two completions of it. Without: both texts in full; their common first tokens are the prompt."""
-    if row.get("prompt") is not None:
-        chosen, rejected = (_plain_pair(tokenizer, row["prompt"], row[name]) for name in ("chosen", "rejected"))
-        return chosen[0], [chosen[1], rejected[1]]
-    return shared_prompt([Completion(_plain_text(tokenizer, row[name]), text=row[name]) for name in _PAIR])
-
-
 _PAIR = ("chosen", "rejected")
 
 
@@ -462,7 +451,7 @@ def prompt_group(
     row, fmt = _detected(row, "prompt", index, stats)
     prompt: Any = row["prompt"]
     if system_prompt is not None:
-        prompt = _with_system(prompt, system_prompt, index)
+        prompt = with_system(prompt, system_prompt, f"row {index}")
     if fmt.conversational or system_prompt is not None:
         ids = ChatRow(processing_class, row, index, chat_template, chat_template_kwargs).prompt(prompt)
     else:
@@ -474,13 +463,6 @@ def prompt_group(
             "filter the row (encode_rows does, and counts)."
         )
     return Group(ids, [], dict(row), index)
-
-
-def _with_system(prompt: Any, system_prompt: str, index: int) -> list[Message]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
-    if messages[0]["role"] == "system":
-        raise DataError(f"row {index} has a system message and system_prompt is set too: unset one of them.")
-    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def _plain_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], Completion]:

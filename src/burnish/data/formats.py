@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias, cast
 
 from burnish.data.columns import meant_columns, rename_tip
-from burnish.data.instructions import ADDS
+from burnish.data.instructions import ADDS, ANSWERS, instruction_columns
 from burnish.data.parsing import check_text, parse_json, short
 from burnish.errors import ConfigError, DataError
 
@@ -31,6 +31,7 @@ __all__ = [
     "row_tools",
     "split_turns",
     "unpair",
+    "with_system",
 ]
 
 Message: TypeAlias = dict[str, Any]
@@ -118,6 +119,9 @@ def hint(row: Mapping[str, Any], families: Iterable[Sequence[str]], *, also: Ite
     if names := meant_columns(row, families, also=also):
         lost = [name for name in ADDS if row.get(name) and name not in names and "prompt" in names.values()]
         return rename_tip(names) + (f"; {lost[0]} is no part of the prompt then: write both into one" if lost else "")
+    for name in ANSWERS:
+        if isinstance(row.get(name), int | float) and instruction_columns({**row, name: str(row[name])}):
+            return f"{name} = {row[name]!r} is a number and no text; write it in quotes"
     return next((fix for name, fix in _HINTS if row.get(name) is not None), "rename columns, or drop the row")
 
 
@@ -135,7 +139,8 @@ def as_row(value: Any, index: int) -> Mapping[str, Any]:
             raise DataError(f"row {index} has {name}: burnish trains on text; drop the column, or the row.")
     for name, content in row.items():
         check_text(content, f"row {index}", name)
-    shared = {name: _with_roles(row[name]) for name in _CHAT_COLUMNS if _is_sharegpt(row.get(name))}
+    chats = [name for name in _CHAT_COLUMNS if isinstance(row.get(name), list)]
+    shared = {name: _with_roles(row[name]) for name in chats if any(map(_names_speaker, row[name]))}
     return {**row, **shared} if shared else row
 
 
@@ -156,9 +161,9 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         raise ConfigError(f"stage = {stage!r}: use one of {', '.join(sorted(_STAGES))}.")
     row = as_row(row, index)
     present = {name for name, value in row.items() if value is not None}
-    families = [f for f in _FAMILIES if (stage is None or f[0] in _STAGES[stage]) and present.issuperset(f[1])]
+    allowed = [family for family in _FAMILIES if stage is None or family[0] in _STAGES[stage]]
+    families = [family for family in allowed if present.issuperset(family[1])]
     if not families:
-        allowed = [f for f in _FAMILIES if stage is None or f[0] in _STAGES[stage]]
         needed = " | ".join(" + ".join(columns) for _, columns in allowed)
         who = "burnish" if stage is None else f"stage {stage!r}"
         also = ("prompt",) if any(kind is Kind.PREFERENCE for kind, _ in allowed) else ()
@@ -173,8 +178,7 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         raise DataError(f"row {index} fits more than one format ({choices}): drop the columns that you do not mean.")
     texts = tuple(name for name in columns if name != "label")
     tokenized = _is_tokenized(texts)
-    allowed = [f[1] for f in _FAMILIES if stage is None or f[0] in _STAGES[stage]]
-    refuse_mixed(present, [name for names in allowed for name in names], tokenized=tokenized, index=index)
+    refuse_mixed(present, [name for _, names in allowed for name in names], tokenized=tokenized, index=index)
     if kind is Kind.PREFERENCE and "prompt" in present:
         texts = ("prompt", *texts)
     elif columns == ("chosen", "rejected"):
@@ -382,10 +386,6 @@ def messages_of(value: Any) -> list[Message]:
     return [_without_none(message) for message in _with_roles(value)]
 
 
-def _is_sharegpt(value: Any) -> bool:
-    return isinstance(value, list) and any(map(_names_speaker, cast("list[Any]", value)))
-
-
 def _names_speaker(message: Any) -> bool:
     """Whether `from` names the speaker; Arrow may fill `role` with None."""
     if not isinstance(message, Mapping):
@@ -396,14 +396,27 @@ def _names_speaker(message: Any) -> bool:
 
 def _with_roles(messages: Any) -> list[Any]:
     """Convert messages of ShareGPT; others stay as they are."""
-    return [_with_role(message) if _names_speaker(message) else message for message in messages]
+    found: list[Any] = []
+    for message in messages:
+        if _names_speaker(message):
+            speaker = str(message["from"])
+            content = message["value"] if message.get("value") is not None else message.get("content")
+            rest = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
+            message = {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": content, **rest}
+        found.append(message)
+    return found
 
 
-def _with_role(message: Mapping[str, Any]) -> Message:
-    speaker = str(message["from"])
-    content = message["value"] if message.get("value") is not None else message.get("content")
-    rest = {k: v for k, v in message.items() if k not in ("from", "value", "role", "content")}
-    return {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": content, **rest}
+def with_system(prompt: Any, system_prompt: str, place: str) -> list[Message]:
+    """A prompt as messages with a system message in front.
+
+    Raises:
+        DataError: it has one, naming `place`.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
+    if messages[0]["role"] == "system":
+        raise DataError(f"{place} has a system message and system_prompt is set too: unset one of them.")
+    return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def split_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:

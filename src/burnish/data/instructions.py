@@ -7,13 +7,13 @@ from typing import Any, cast
 
 from burnish.errors import DataError
 
-__all__ = ["ADDS", "instruction_columns", "instruction_row"]
+__all__ = ["ADDS", "ANSWERS", "instruction_columns", "instruction_row"]
 
 _ASKS = ("instruction", "question")
 ADDS = ("input", "context")
 """Columns that hold what an instruction is about."""
 
-_ANSWERS = ("output", "response", "answer")
+ANSWERS = ("output", "response", "answer")
 _ELSEWHERE = ("history", "system")
 """Columns that some data sets of this format have, and that a prompt and its completion have no place for."""
 
@@ -34,7 +34,7 @@ def instruction_columns(row: Any) -> tuple[str, ...]:
     if any(row.get(name) is not None for name in _TAKEN):
         return ()
     asks, adds = ([name for name in names if row.get(name)] for names in (_ASKS, ADDS))
-    answers = [name for name in _ANSWERS if row.get(name) is not None]
+    answers = [name for name in ANSWERS if row.get(name) is not None]
     columns = (*asks, *adds, *answers)
     one_of_each = len(asks) == 1 and len(adds) <= 1 and len(answers) == 1
     return columns if one_of_each and all(isinstance(row[name], str) for name in columns) else ()

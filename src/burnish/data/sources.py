@@ -15,7 +15,7 @@ from burnish.config.paths import path_problem
 from burnish.config.predicates import is_seed, is_text
 from burnish.data.columns import meant_columns, rename_line, rename_tip
 from burnish.data.files import read_rows
-from burnish.data.formats import messages_of
+from burnish.data.formats import messages_of, with_system
 from burnish.data.instructions import instruction_row
 from burnish.errors import ConfigError, DataError, show
 
@@ -114,7 +114,12 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
             raise ConfigError(f"{field}.seed = {show(spec['seed'])}: use an integer of at least 0, below 2^32.")
     if kind == "mix" and not spec["mix"]:
         raise ConfigError(f"{field}.mix is empty: list at least one source.")
-    _check_columns(spec.get("columns", {}), f"{field}.columns")
+    if columns := cast("Mapping[Any, Any]", spec.get("columns", {})):
+        shown = f"{field}.columns = {show(dict(columns))}"
+        if not all(is_text(name) for pair in columns.items() for name in pair):
+            raise ConfigError(f"{shown}: use names, such as {{question = 'prompt'}}.")
+        if len(set(columns.values())) < len(columns):
+            raise ConfigError(f"{shown}: two columns become one; give each a name of its own.")
     if (template := spec.get("prompt_template")) is not None:
         places = _check_template(template, f"{field}.prompt_template")
         if set(places) != {"prompt"}:
@@ -128,14 +133,6 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
             raise ConfigError(f"{field}.prompt_template = {show(template)}: {error}; a prompt is text.") from error
     if (template := spec.get("completion_template")) is not None:
         _check_template(template, f"{field}.completion_template")
-
-
-def _check_columns(columns: Mapping[Any, Any], field: str) -> None:
-    for old, new in columns.items():
-        if not is_text(old) or not is_text(new):
-            raise ConfigError(f"{field} = {show(dict(columns))}: use names, such as {{question = 'prompt'}}.")
-    if len(set(columns.values())) < len(columns):
-        raise ConfigError(f"{field} = {show(dict(columns))}: two columns become one; give each a name of its own.")
 
 
 def _check_template(template: str, field: str) -> list[str]:
@@ -178,7 +175,7 @@ def load_rows(spec: Mapping[str, Any] | str | Path, field: str = "data") -> list
         rows = read_rows(spec, field)
     rows = rows[: spec.get("limit")]
     if not rows:
-        raise DataError(f"{field}: {show(dict(spec))} has no rows.")
+        raise DataError(f"{field}: {show(dict(spec))} has no rows: check the file, its header, and split.")
     return [_shaped(row, spec, field, index) for index, row in enumerate(rows)]
 
 
@@ -208,11 +205,10 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
     if template is not None:
         prompt = _filled(prompt, template, field, index)
     if system is not None:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
-        if messages[0]["role"] == "system":
-            raise DataError(f"{field}: row {index} has a system message and system_prompt is set too: unset one.")
-        row = _as_chat(row)
-        prompt = [{"role": "system", "content": system}, *messages]
+        prompt = with_system(prompt, system, f"{field}: row {index}")
+        # The prompt is a conversation now, so plain completions become assistant messages.
+        plain = [name for name in ("completion", "chosen", "rejected") if isinstance(row.get(name), str)]
+        row = {**row, **{name: [{"role": "assistant", "content": row[name]}] for name in plain}}
     return {**row, "prompt": prompt}
 
 
@@ -230,12 +226,6 @@ def _with_completion(row: Row, template: str, field: str, index: int) -> Row:
         ) from error
     plain = isinstance(row.get("prompt"), str)
     return {**row, "completion": text if plain else [{"role": "assistant", "content": text}]}
-
-
-def _as_chat(row: Row) -> Row:
-    """A system prompt makes a row conversational: its plain completions become assistant messages."""
-    names = [name for name in ("completion", "chosen", "rejected") if isinstance(row.get(name), str)]
-    return {**row, **{name: [{"role": "assistant", "content": row[name]}] for name in names}}
 
 
 def _filled(prompt: Any, template: str, field: str, index: int) -> Any:

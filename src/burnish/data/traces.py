@@ -8,17 +8,15 @@ template's source with certainty, so each part is left out once and the two rend
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from itertools import product
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
+from burnish.data.chat import Render, attempt
 from burnish.data.formats import Message
 from burnish.errors import DataError
 
 __all__ = ["check_traces", "fit_to_template"]
-
-Render: TypeAlias = Callable[[Sequence[Message]], str]
-"""Messages to text; raises `DataError` where the template rejects them."""
 
 _MISSING: Any = object()
 
@@ -74,16 +72,16 @@ def check_traces(render: Render, messages: Sequence[Message], *, render_without_
         DataError: naming the message, the key and the fix.
     """
     text = render(messages)
-    if render_without_tools is not None and _try(render_without_tools, messages) == text:
+    if render_without_tools is not None and attempt(render_without_tools, messages) == text:
         raise _no_trace("tools")
     for place, message in enumerate(messages):
         for key, without in _parts(message):
             if key == "content" and _is_verbatim(message["content"], text):
                 continue
-            if _try(render, [*messages[:place], without, *messages[place + 1 :]]) != text:
+            if attempt(render, [*messages[:place], without, *messages[place + 1 :]]) != text:
                 continue
-            served = _try(render, messages[: place + 1])
-            if served is not None and _try(render, [*messages[:place], without]) != served:
+            served = attempt(render, messages[: place + 1])
+            if served is not None and attempt(render, [*messages[:place], without]) != served:
                 continue
             raise _no_trace(f"the key {key!r} of message {place} ({message['role']})")
 
@@ -117,13 +115,6 @@ def _is_verbatim(content: Any, text: str) -> bool:
         return content.strip() in text
     blocks = cast("Sequence[Mapping[str, Any]]", content)
     return all(str(block.get("text", "")).strip() in text for block in blocks)
-
-
-def _try(render: Render, messages: Sequence[Message]) -> str | None:
-    try:
-        return render(messages)
-    except DataError:
-        return None
 
 
 def _fitted(message: Message, content: Any, *, as_text: bool) -> Message:

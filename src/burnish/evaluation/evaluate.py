@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from burnish.config import FieldInfo, check_mapping
+from burnish.data.instructions import instruction_columns
 from burnish.errors import ConfigError, RewardError
 from burnish.model.packing import pack, split_by_tokens
 from burnish.model.scoring import eval_mode, score
@@ -33,6 +34,7 @@ __all__ = [
     "mean_nll",
     "paired_difference",
     "pass_at_k",
+    "sample_record",
 ]
 
 _NUM_RESAMPLES = 10_000
@@ -346,7 +348,6 @@ def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: i
     Returns:
         Nats a token, in the order of the groups.
     """
-    found: dict[int, float] = {}
     device = next(model.parameters()).device
     with eval_mode(model):
         for part in split_by_tokens(groups, token_budget):
@@ -354,8 +355,9 @@ def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: i
             tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
             sums_S = sequence_sums(score(model, batch).logprobs, batch.sequence_index, batch.num_sequences)
             values = (-sums_S / tokens_S).tolist()
-            found |= {id(group.completions[0]): value for group, value in zip(part, values, strict=True)}
-    return [found[id(group.completions[0])] for group in groups]
+            for group, value in zip(part, values, strict=True):
+                group.completions[0].sequence["nll"] = value
+    return [group.completions[0].sequence["nll"] for group in groups]
 
 
 def compare(before: Evaluation, after: Evaluation, metric: str = "pass@1", *, level: float = 0.95) -> Interval:
@@ -429,11 +431,12 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
         num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
-        samples=[_sample(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
+        samples=[sample_record(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
     )
 
 
-def _sample(completion: Completion, score: Score) -> dict[str, Any]:
+def sample_record(completion: Completion, score: Score) -> dict[str, Any]:
+    """Return a scored completion as JSON."""
     return {
         "text": completion.text,
         "stop_reason": completion.stop_reason and completion.stop_reason.value,
@@ -451,6 +454,9 @@ def _key(row: Mapping[str, Any]) -> str:
     A demonstration is no part of the problem.
     """
     asked = {name: value for name, value in row.items() if name != "completion"}
+    without = {name: value for name, value in asked.items() if name != "prompt"}
+    if instruction_columns(without):  # the prompt was read from them, as text or as messages
+        asked = without
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

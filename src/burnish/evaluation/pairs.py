@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from burnish.errors import ConfigError, DataError
-from burnish.evaluation.evaluate import mean_interval
+from burnish.evaluation.evaluate import mean_interval, sample_record
 from burnish.objectives.reward_modelling import calibration_bins, calibration_error
 from burnish.progress import Progress, say
 from burnish.rewards import Rubric
@@ -28,10 +28,10 @@ from burnish.rewards.identity import rubric_identity
 from burnish.rollout import Engine, SamplingParams
 from burnish.rollout.collect import collect
 from burnish.runs.evaluations import EvaluationSummary, Interval
-from burnish.runs.files import append_json_lines, filter_json_lines, read_json_lines, write_json_lines
-from burnish.types import Group
+from burnish.runs.files import append_json_lines, filter_json_lines, read_json_lines
+from burnish.types import Group, Score
 
-__all__ = ["PairRanking", "best_row", "preference_rows", "rank_pairs", "sample_rows", "write_rows"]
+__all__ = ["PairRanking", "best_row", "preference_rows", "rank_pairs", "sample_rows"]
 
 Row = Mapping[str, Any]
 
@@ -70,8 +70,17 @@ def sample_rows(
         DataError: a column whose name is an argument of every reward function.
     """
     rubric.check_columns(groups)
-    key = _key(model, groups, rubric, params, num_samples, seed)
-    done = {record["index"]: record for record in _read(file, key)}
+    rows = [(group.index, group.prompt_ids, group.row) for group in groups]
+    asked = [model, repr(params), num_samples, seed, rubric_identity(rubric), rows]
+    text = json.dumps(asked, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+    before = list(read_json_lines(file))
+    if any(record.get("key") != key for record in before):
+        raise ConfigError(
+            f"{file} holds samples of another model, other prompts, another rubric or other settings: give another "
+            "output_dir, or delete the file."
+        )
+    done = {record["index"]: record for record in before}
     missing = [group for group in groups if group.index not in done]
     if done:
         say(f"pairs: {len(done)} of {len(groups)} prompts sampled before")
@@ -80,8 +89,7 @@ def sample_rows(
         for begin in range(0, len(missing), prompts_per_round):
             part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
             collect(engine, part, num_generations=num_samples, params=params, seed=seed, step=0)
-            rubric.score(part)
-            records = [_record(group, key) for group in part]
+            records = [_record(group, scores, key) for group, scores in zip(part, rubric.score(part), strict=True)]
             append_json_lines(file, records)
             done |= {record["index"]: record for record in records}
             progress.update(len(done))
@@ -212,12 +220,6 @@ def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]],
     )
 
 
-def write_rows(file: Path, rows: Sequence[Row]) -> int:
-    """Write JSON lines whole or not at all; returns their number."""
-    write_json_lines(file, rows)
-    return len(rows)
-
-
 def _ranked(record: Row, seed: int) -> list[Row]:
     rng = random.Random(f"{seed}-{record['index']}")
     # What has no text teaches to say nothing, and the stages that read the pairs refuse it.
@@ -232,34 +234,7 @@ def _said(prompt: Any, text: str) -> Any:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def _record(group: Group, key: str) -> dict[str, Any]:
-    samples: list[dict[str, Any]] = []
-    for completion in group.completions:
-        assert completion.score is not None
-        reason = completion.stop_reason.value if completion.stop_reason else None
-        score = completion.score
-        samples.append(
-            {"text": completion.text, "reward": score.total, "criteria": score.criteria, "answers": score.answers,
-             "errors": score.errors, "stop_reason": reason}
-        )  # fmt: skip
+def _record(group: Group, scores: Sequence[Score], key: str) -> dict[str, Any]:
+    samples = [sample_record(completion, score) for completion, score in zip(group.completions, scores, strict=True)]
     row = {name: value for name, value in group.row.items() if name not in ("prompt", "completion")}
     return {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row, "samples": samples}
-
-
-def _key(
-    model: str, groups: Sequence[Group], rubric: Rubric, params: SamplingParams, num_samples: int, seed: int
-) -> str:
-    rows = [(group.index, group.prompt_ids, group.row) for group in groups]
-    asked = [model, repr(params), num_samples, seed, rubric_identity(rubric), rows]
-    text = json.dumps(asked, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-def _read(file: Path, key: str) -> list[dict[str, Any]]:
-    records = list(read_json_lines(file))
-    if any(record.get("key") != key for record in records):
-        raise ConfigError(
-            f"{file} holds samples of another model, other prompts, another rubric or other settings: give another "
-            "output_dir, or delete the file."
-        )
-    return records

@@ -236,9 +236,9 @@ def _stored_vocabulary(name: str) -> int | None:
 
 def _vocabulary_layers(model: Any) -> dict[str, Any]:
     """The input and output embedding of a model by name."""
-    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {names[id(layer)]: layer for layer in ends if layer is not None and id(layer) in names}
+    return {names[layer]: layer for layer in ends if layer is not None and layer in names}
 
 
 def _not_saved(layers: Mapping[str, Any], saved: SavedAdapters) -> list[str]:

@@ -8,7 +8,8 @@ length for every completion, so the model sees what it would have seen on one ro
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 
@@ -111,21 +112,14 @@ def zero_weight_group(token_id: int) -> Group:
     return Group([token_id], [Completion([token_id], loss_mask=[False])])
 
 
-def pack(
-    groups: Sequence[Group],
-    *,
-    token: dict[str, Callable[[Completion], Sequence[float]]] | None = None,
-    sequence: dict[str, Callable[[Completion], float]] | None = None,
-) -> PackedBatch:
-    """Lay groups into one row.
+def pack(groups: Sequence[Group]) -> PackedBatch:
+    """Lay groups into one row, with a tensor for every stream that any of the completions carries.
 
     Args:
         groups: at least one group with at least one token.
-        token: per-token tensors to make, by name: completion -> [C] numbers; those of scored tokens are kept.
-        sequence: per-completion tensors to make, by name: completion -> number.
 
     Returns:
-        A `PackedBatch`; tensors made from `token` and `sequence` are fp32.
+        A `PackedBatch`; streams are fp32, and NaN for completions that lack them.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -133,8 +127,9 @@ def pack(
     score_index: list[int] = []
     targets: list[int] = []
     sequence_index: list[int] = []
-    token_values: dict[str, list[float]] = {name: [] for name in token or {}}
     completions = [completion for group in groups for completion in group.completions]
+    streams = [_token_streams(completion) for completion in completions]
+    token_values: dict[str, list[float]] = {name: [] for stream in streams for name in stream}
     number = 0
     for group in groups:
         prompt_start, prompt_length = len(ids), len(group.prompt_ids)
@@ -150,11 +145,12 @@ def pack(
             score_index += [start + j - 1 if j else prompt_start + prompt_length - 1 for j in scored]
             targets += [completion.token_ids[j] for j in scored]
             sequence_index += [number] * len(scored)
-            for name, values_of in (token or {}).items():
-                values = values_of(completion)
-                token_values[name] += [float(values[j]) for j in scored]
+            for name, values in token_values.items():
+                own = streams[number].get(name)
+                values += [math.nan] * len(scored) if own is None else [own[j] for j in scored]
             number += 1
         spans.append(GroupSpan((prompt_start, prompt_length), tuple(places)))
+    names = {name for completion in completions for name in completion.sequence}
     return PackedBatch(
         input_ids=torch.tensor([ids], dtype=torch.long),
         position_ids=torch.tensor([positions], dtype=torch.long),
@@ -165,10 +161,16 @@ def pack(
         num_sequences=number,
         token={name: torch.tensor(values, dtype=torch.float32) for name, values in token_values.items()},
         sequence={
-            name: torch.tensor([float(value_of(c)) for c in completions], dtype=torch.float32)
-            for name, value_of in (sequence or {}).items()
+            name: torch.tensor([c.sequence.get(name, math.nan) for c in completions], dtype=torch.float32)
+            for name in names
         },
     )
+
+
+def _token_streams(completion: Completion) -> dict[str, list[float]]:
+    """Return the streams of a completion with those that its engine gave."""
+    sampled = {"sampler_logprobs": completion.sampler_logprobs, "policy_logprobs": completion.policy_logprobs}
+    return {name: values for name, values in sampled.items() if values is not None} | completion.token
 
 
 def unpack(groups: Sequence[Group], values_N: Sequence[float], *, fill: float = 0.0) -> list[list[float]]:

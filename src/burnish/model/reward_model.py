@@ -17,7 +17,7 @@ from burnish.model.loading import load_processing_class
 from burnish.model.packing import split_by_tokens
 from burnish.model.precision import fast_bf16
 from burnish.model.scoring import causal_lm, eval_mode
-from burnish.types import Group
+from burnish.types import Completion, Group
 
 __all__ = ["RewardModel"]
 
@@ -95,25 +95,24 @@ class RewardModel:
             | {name: columns[name][place] for name in _ROW_COLUMNS if columns.get(name) is not None}
             for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
-        groups, place_of = self._groups(rows)
-        scores = [0.0] * len(rows)
+        groups, scored = self._groups(rows)
         device = self.model.device
         with torch.no_grad(), eval_mode(self.model):
             for part in split_by_tokens(groups, self.token_budget):
                 values = reward_scores(self.model, pack_reads(part).to(device)).tolist()
                 done = [completion for group in part for completion in group.completions]
                 for completion, value in zip(done, values, strict=True):
-                    scores[place_of[id(completion)]] = value
-        return scores
+                    completion.sequence["score"] = value
+        return [completion.sequence["score"] for completion in scored]
 
-    def _groups(self, rows: list[dict[str, Any]]) -> tuple[list[Group], dict[int, int]]:
-        """One group for each prompt, and the place of every completion object."""
+    def _groups(self, rows: list[dict[str, Any]]) -> tuple[list[Group], list[Completion]]:
+        """Group rows by their prompt; return the completions in the order of the rows, too."""
         by_prompt: dict[tuple[int, ...], Group] = {}
-        place_of: dict[int, int] = {}
+        completions: list[Completion] = []
         for place, row in enumerate(rows):
             single = answer_group(row, self.tokenizer, index=place, chat_template=self.chat_template)
             read_last(single, self._pad_token_id)
             group = by_prompt.setdefault(tuple(single.prompt_ids), Group(single.prompt_ids, []))
             group.completions += single.completions
-            place_of[id(single.completions[0])] = place
-        return list(by_prompt.values()), place_of
+            completions += single.completions
+        return list(by_prompt.values()), completions

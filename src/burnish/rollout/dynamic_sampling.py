@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import stdev
 
-from burnish.types import Group
+from burnish.types import Completion, Group
 
 __all__ = ["Batch", "Replay", "fill_batch", "has_spread"]
 
@@ -86,22 +86,26 @@ class Replay:
 
 
 def _copy(group: Group) -> Group:
-    """A copy with scores of its own: each rank changes those of its share, and all must remember the same."""
+    """Copy scores and streams too: each rank changes those of its share, and all must remember the same."""
     completions = [
-        dataclasses.replace(c, score=c.score and dataclasses.replace(c.score, criteria=dict(c.score.criteria)))
+        dataclasses.replace(
+            c,
+            score=c.score and dataclasses.replace(c.score, criteria=dict(c.score.criteria)),
+            token=dict(c.token),
+            sequence=dict(c.sequence),
+        )
         for c in group.completions
     ]
     return dataclasses.replace(group, completions=completions)
 
 
 def _as_replayed(group: Group) -> Group:
-    """A copy whose log-probabilities at sampling are its old ones."""
-    completions = [
-        dataclasses.replace(
-            c, old_logprobs=c.policy_logprobs or c.old_logprobs or c.sampler_logprobs, policy_logprobs=None
-        )
-        for c in group.completions
-    ]
+    """Copy a group, with its log-probabilities at sampling as its old ones."""
+    completions: list[Completion] = []
+    for c in group.completions:
+        old = c.policy_logprobs or c.token.get("old_logprobs") or c.sampler_logprobs
+        token = c.token if old is None else {**c.token, "old_logprobs": old}
+        completions.append(dataclasses.replace(c, policy_logprobs=None, token=token))
     return dataclasses.replace(group, completions=completions)
 
 

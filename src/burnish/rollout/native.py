@@ -46,7 +46,7 @@ _FIRST_OWN_TOKENS = 64
 """Own places a row gets at first; they double as completions grow."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Prompt:
     """A prompt in the cache: the samples it still owes, and the logits after its last token until all have begun."""
 
@@ -261,9 +261,9 @@ class NativeEngine(Engine):
         longest = max(track.length for track in run.rows)
         if longest > run.own_tokens:
             self._reserve(run, own_tokens=max(longest, 2 * run.own_tokens))
-        slots = {id(prompt): slot for slot, prompt in enumerate(run.prompts)}
+        slots = {prompt: slot for slot, prompt in enumerate(run.prompts)}
         positions = run.cache.begin_decode(
-            prompt_slots=[slots[id(prompt)] for prompt in run.owners],
+            prompt_slots=[slots[prompt] for prompt in run.owners],
             prompt_lengths=[len(prompt.request.prompt_ids) for prompt in run.owners],
             own_lengths=[track.length for track in run.rows],
             device=self.device,

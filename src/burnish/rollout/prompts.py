@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -16,7 +17,9 @@ from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import DataError
 from burnish.types import Completion, Group
 
-__all__ = ["Order", "PromptSource", "Share", "share_of", "shares_of", "whole_groups"]
+__all__ = ["Order", "PromptSource", "Share", "gather_by_prompt", "share_of", "shares_of", "whole_groups"]
+
+T = TypeVar("T")
 
 Order = Literal["given", "permutation", "weighted", "curriculum"]
 
@@ -160,6 +163,26 @@ def _cumulative(weights: Sequence[float]) -> list[float]:
     if not sum(weights) > 0:
         raise DataError("column weight of train_dataset: every weight is 0, so no prompt can be drawn.")
     return list(accumulate(weights))
+
+
+def gather_by_prompt(
+    shares: Sequence[Share], value_of: Callable[[Completion], T], gathered: Callable[[list[Any]], list[Any]]
+) -> dict[int, list[T]]:
+    """Collect a value of every completion over all ranks: a group may lie on several.
+
+    Args:
+        shares: this rank's.
+        value_of: completion -> value.
+        gathered: a list -> the lists of all ranks, in one.
+
+    Returns:
+        [P] rows of G values by the place of the prompt, in the order of places, the same on every rank.
+    """
+    own = [(share.place, share.first, [value_of(c) for c in share.group.completions]) for share in shares]
+    rows: dict[int, list[T]] = defaultdict(list)
+    for place, _, values in sorted(gathered(own), key=lambda entry: entry[:2]):
+        rows[place] += values
+    return rows
 
 
 def whole_groups(shares: Sequence[Share]) -> dict[int, Group]:

@@ -83,8 +83,8 @@ def _problems(completion: Any, params: SamplingParams, vocab_size: int | None) -
         return
     yield from _token_problems(completion.token_ids, params, vocab_size)
     length = len(completion.token_ids)
-    for name in (*_LOGPROBS, "old_logprobs", "loss_mask"):
-        values = getattr(completion, name)
+    parts = {name: getattr(completion, name) for name in (*_LOGPROBS, "loss_mask")} | completion.token
+    for name, values in parts.items():
         if values is not None and len(values) != length:
             yield f"{len(values)} {name} for {length} tokens"
     for name in _LOGPROBS:

@@ -1,4 +1,4 @@
-"""Trainers: thin subclasses of `transformers.Trainer`, with their configs."""
+"""The public trainers, with TRL's signatures, and their configs."""
 
 from burnish.trainers.configs import (
     DPOConfig,
@@ -10,11 +10,11 @@ from burnish.trainers.configs import (
     RLOOConfig,
     SFTConfig,
 )
+from burnish.trainers.dpo import DPOTrainer
 from burnish.trainers.grpo import GRPOTrainer, RLOOTrainer
 from burnish.trainers.kto import KTOTrainer
 from burnish.trainers.online_dpo import OnlineDPOTrainer
 from burnish.trainers.ppo import PPOTrainer
-from burnish.trainers.preference import DPOTrainer
 from burnish.trainers.reward import RewardTrainer
 from burnish.trainers.sft import SFTTrainer
 

@@ -1,20 +1,29 @@
-"""Group relative policy optimisation and its relatives."""
+"""The public trainers of group relative policy optimisation and of REINFORCE leave-one-out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from burnish.rewards import Rubric
+from burnish.rollout import Engine
+from burnish.stages.online import OnlineStage
+from burnish.stages.policy_gradient import PolicyGradient
 from burnish.trainers.configs import GRPOConfig, RLOOConfig
-from burnish.trainers.policy import PolicyTrainer, Record, estimate
-from burnish.types import Completion
+from burnish.training.arguments import refuse_arguments, resolve_args
+from burnish.training.checks import resolve_tokenizer
+from burnish.training.learner import Learner
+from burnish.training.reward_funcs import RewardFunction
+from burnish.types import Group
 
 __all__ = ["GRPOTrainer", "RLOOTrainer"]
 
-_OF_A_GROUP = ("group", "leave_one_out", "group_batch", "mean_normalized")
-"""Estimators that are 0 where the rewards of a group are equal."""
 
-
-class GRPOTrainer(PolicyTrainer):
+class GRPOTrainer(Learner[OnlineStage]):
     r"""Group Relative Policy Optimisation (2402.03300) and its relatives, with the arguments of TRL's trainer.
 
     .. math::
@@ -51,33 +60,48 @@ class GRPOTrainer(PolicyTrainer):
     args: GRPOConfig
     config_class = GRPOConfig
 
-    @property
-    def compared(self) -> str:
-        """With what an estimator compares a reward; one that was registered may compare with anything."""
-        estimator = self.args.advantage_estimator
-        return "batch" if estimator == "batch" or estimator not in _OF_A_GROUP else "group"
-
-    def learns_otherwise(self) -> bool:
-        """Whether terms of the loss, or an estimator that was registered, teach where no reward differs."""
-        return super().learns_otherwise() or self.args.advantage_estimator not in (*_OF_A_GROUP, "batch")
-
-    def signals(self, completion: Completion) -> tuple[float, ...] | None:
-        """The reward, or its criteria where each is normalised by itself."""
-        rewards = super().signals(completion)
-        if rewards is None or completion.score is None or self.args.multi_objective_aggregation == "sum_then_normalize":
-            return rewards
-        values = [completion.score.criteria.get(name) for name in self.rubric.names]
-        return tuple(value for value in values if value is not None)
-
-    def advantages(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
-        """By the configured row of `burnish.objectives.advantages.ADVANTAGES`."""
-        scale = {True: "group", False: "none"}.get(self.args.scale_rewards, self.args.scale_rewards)  # pyright: ignore
-        return estimate(
-            table,
-            self.args.advantage_estimator,
-            weights=[criterion.weight for criterion in self.rubric.criteria],
-            scale=scale,
-            by_criterion=self.args.multi_objective_aggregation == "normalize_then_sum",
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction],
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
+        *,
+        engine: Engine | None = None,
+        ref_model: PreTrainedModel | None = None,
+        compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
+    ) -> None:
+        refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        args = resolve_args(args, self.config_class, model, quantization_config)
+        stage = OnlineStage(
+            args,
+            resolve_tokenizer(model, processing_class, args),
+            PolicyGradient(args),
+            reward_funcs,
+            reward_processing_classes=reward_processing_classes,
+            engine=engine,
+            ref_model=ref_model,
+            compute_metrics=compute_metrics,
+        )
+        super().__init__(
+            model,
+            stage,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
 
 

@@ -17,7 +17,7 @@ from burnish.config.validation import did_you_mean
 from burnish.errors import ConfigError
 from burnish.model.adapter_checks import refuse_outside_weights
 
-__all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args", "with_quantization"]
+__all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args"]
 
 
 def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -51,16 +51,35 @@ def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping
         raise ConfigError(f"{trainer.__name__}: {error}; name the arguments.") from None
 
 
-def resolve_args(args: Any, config_class: type[Any]) -> Any:
-    """The arguments given, or the defaults of the trainer's own config.
+def resolve_args(args: Any, config_class: type[Any], model: Any, quantization_config: Any = None) -> Any:
+    """Return the arguments given, or the defaults of the trainer's own config, with the quantisation in them.
+
+    Args:
+        args: as the trainer was given them, or None.
+        config_class: of the trainer.
+        model: as the trainer was given it.
+        quantization_config: becomes a key of `model_init_kwargs`.
 
     Raises:
-        ConfigError: arguments of another class.
+        ConfigError: arguments of another class; a quantisation given twice, or beside a model in memory.
     """
     if args is None:
-        return config_class()
-    if not isinstance(args, config_class):
+        args = config_class()
+    elif not isinstance(args, config_class):
         raise ConfigError(f"args = {type(args).__name__}: use a {config_class.__name__}.")
+    if quantization_config is None:
+        return args
+    kwargs = dict(args.model_init_kwargs or {})
+    if "quantization_config" in kwargs:
+        raise ConfigError(
+            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
+        )
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
+        )
+    args = copy.copy(args)
+    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
     return args
 
 
@@ -119,25 +138,3 @@ def check_parts(
         )
     if eval_dataset is None and strategy != "no":
         raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")
-
-
-def with_quantization(args: Any, model: Any, quantization_config: Any) -> Any:
-    """Arguments whose `model_init_kwargs` hold the quantisation.
-
-    Raises:
-        ConfigError: given twice, or beside a model in memory.
-    """
-    if quantization_config is None:
-        return args
-    kwargs = dict(args.model_init_kwargs or {})
-    if "quantization_config" in kwargs:
-        raise ConfigError(
-            "quantization_config is given to the trainer and in model_init_kwargs: remove it from one of them."
-        )
-    if not isinstance(model, str | Path):
-        raise ConfigError(
-            "quantization_config beside a model in memory: quantise it when it is loaded, or pass its path."
-        )
-    args = copy.copy(args)
-    args.model_init_kwargs = {**kwargs, "quantization_config": quantization_config}
-    return args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import random
 import uuid
 import warnings
 from collections.abc import Callable, Generator, Mapping
@@ -12,12 +13,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import safe_globals
 
 from burnish.config.paths import is_folder, missing
-from burnish.config.stages import resume_class
 from burnish.errors import BurnishError, ConfigError, FileError, show
 from burnish.runs.checkpoints import (
     DRAFTS,
@@ -34,11 +37,10 @@ from burnish.runs.checkpoints import (
     settle,
 )
 from burnish.runs.files import read_json, write_json
-from burnish.training.fingerprint import describe_run, model_digest
+from burnish.training.fingerprint import changed_settings, describe_run, model_digest
 
 __all__ = [
     "RunCheckpoints",
-    "changed_settings",
     "check_weights",
     "keeping_dtypes",
     "keeping_hyperparameters",
@@ -76,8 +78,6 @@ class RunCheckpoints:
         self._run: dict[str, Any] = {}
         self.changed: Mapping[str, tuple[Any, Any]] = {}
         """Settings that differ from those of the checkpoint that is resumed, as (before, now)."""
-        self.drafting = False
-        """Whether a checkpoint is being written, beside the finished ones."""
 
     def begin(self, asked: str | bool | None) -> Path | None:
         """Return the checkpoint to start from, None for a new run; `asked` is what `train` was called with.
@@ -88,7 +88,7 @@ class RunCheckpoints:
         trainer = self._trainer
         args = trainer.args
         resume = args.resume_from_checkpoint if asked is None else asked
-        checkpoint = trainer.agreed(lambda: start(args, resume, model=_source(trainer.model)))
+        checkpoint = trainer.ranks.agreed(lambda: start(args, resume, model=_source(trainer.model)))
         if checkpoint is None and asked is True:
             raise ConfigError(
                 f"resume_from_checkpoint = True: output_dir = {args.output_dir!r} has no checkpoint; name one, or "
@@ -100,56 +100,59 @@ class RunCheckpoints:
                 model=trainer.model,
                 base=self._base,
                 train_dataset=trainer.train_dataset,
-                others={name: model_digest(model) for name, model in trainer.other_models().items()},
-                rewards=trainer.reward_names(),
+                others={name: model_digest(model) for name, model in trainer.stage.other_models().items()},
+                rewards=trainer.stage.reward_names(),
             )
         self.changed = {}
-        self._run["run"] = trainer.agreed(lambda: uuid.uuid4().hex)
+        self._run["run"] = trainer.ranks.agreed(lambda: uuid.uuid4().hex)
         if checkpoint is not None:
             with reading(checkpoint):
                 step = _read_step(checkpoint)
                 self.changed = changed_settings(checkpoint, self._run)
                 self._run["run"] = read_json(checkpoint / RUN, self._run)["run"]
-            trainer.agreed(lambda: set_aside_after(Path(args.output_dir), step))
+            trainer.ranks.agreed(lambda: set_aside_after(Path(args.output_dir), step))
         return checkpoint
 
-    def place(self, folder: str) -> str:
-        """Return where transformers writes: among the drafts while one is written."""
-        return str(Path(folder) / DRAFTS) if self.drafting else folder
-
-    def save(self, folder: Path, write: Callable[[], None]) -> None:
+    def save(self, folder: Path) -> None:
         """Write a checkpoint beside the finished ones, then move it among them, then delete old ones.
 
         Args:
             folder: of the run.
-            write: lets transformers write its part to `place(folder)`.
 
         Raises:
             FileError: it cannot be written.
         """
-        trainer, state = self._trainer, self._trainer.state
+        trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
         draft = folder / DRAFTS / f"checkpoint-{state.global_step}"
         own = {"num_tokens": int(trainer.total_tokens())}
         with writing_checkpoint(draft):
-            if trainer.args.should_save:
+            if args.should_save:
                 discard_draft(folder)
             trainer.accelerator.wait_for_everyone()
-            self.drafting = True
-            try:
-                write()
-            finally:
-                self.drafting = False
-            trainer.save_own_state(draft)
+            trainer.store_flos()
+            trainer.save_model(str(draft), _internal_call=True)
+            if not args.save_only_model:
+                trainer._save_optimizer_and_scheduler(str(draft))
+                trainer._save_scaler(str(draft))
+                trainer._save_rng_state(str(draft))
+            trainer.stage.save_state(draft)
             trainer.log_state.save(draft)
-            if trainer.is_world_process_zero():
+            if best := state.best_global_step:
+                path = folder / f"checkpoint-{best}"
+                if best == state.global_step or path.is_dir():
+                    state.best_model_checkpoint = str(path)
+            if args.should_save:
                 write_json(draft / _OWN, own)
                 write_json(draft / RUN, self._run)
-            _name_best(trainer, folder, draft)
+                for part in (*trainer.callback_handler.callbacks, trainer.control):
+                    if isinstance(part, ExportableState):
+                        _export(part, state.stateful_callbacks)
+                state.save_to_json(str(draft / "trainer_state.json"))
             trainer.accelerator.wait_for_everyone()
-            if trainer.args.should_save:
+            if args.should_save:
                 finished = publish(draft, folder)
-                rotate(folder, trainer.args.save_total_limit, keep=[state.best_model_checkpoint])
-                if trainer.args.push_to_hub:
+                rotate(folder, args.save_total_limit, keep=[state.best_model_checkpoint])
+                if args.push_to_hub:
                     trainer._push_from_checkpoint(str(finished))
             trainer.accelerator.wait_for_everyone()
 
@@ -182,7 +185,8 @@ class RunCheckpoints:
                 logger.warning("%s has no %s: num_tokens counts from here.", checkpoint, _OWN)
             trainer.num_tokens = int(own["num_tokens"]) if own and trainer.is_world_process_zero() else 0
             trainer.log_state.load(checkpoint)
-            trainer.load_own_state(checkpoint)
+            trainer.stage.load_state(checkpoint, self.changed)
+            _check_random_state(checkpoint, trainer.args)
 
 
 def _read_step(checkpoint: Path) -> int:
@@ -231,16 +235,24 @@ def _source(model: Any) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
-def _name_best(trainer: Any, folder: Path, draft: Path) -> None:
-    """Record the best checkpoint by the name that it will have."""
-    state = trainer.state
-    if not (best := state.best_global_step):
-        return
-    path = folder / f"checkpoint-{best}"
-    if best == state.global_step or path.is_dir():
-        state.best_model_checkpoint = str(path)
-    if trainer.args.should_save:
-        state.save_to_json(str(draft / "trainer_state.json"))
+def _export(part: ExportableState, states: dict[str, Any]) -> None:
+    """Put the state of a callback where transformers looks for it: by class, in a list where there are several."""
+    name = type(part).__name__
+    if isinstance(states.get(name), list):
+        states[name].append(part.state())
+    else:
+        states[name] = part.state()
+
+
+def _check_random_state(checkpoint: Path, args: Any) -> None:
+    """Read the state of the generators, which transformers reads again once the first batch is there."""
+    name = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
+    if (file := checkpoint / name).is_file():
+        with safe_globals():
+            state = torch.load(file, weights_only=True)
+        torch.Generator().set_state(state["cpu"])
+        random.Random().setstate(state["python"])
+        numpy.random.RandomState().set_state(state["numpy"])
 
 
 def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: bool = False) -> Path | None:
@@ -290,78 +302,6 @@ def _spare(folder: Path, model: str) -> None:
             f"overwrite_output_dir = True: output_dir = {str(folder)!r} holds the model to start from, {model}; give "
             "another output_dir."
         )
-
-
-def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from the checkpoint's and take effect, each as (before, now).
-
-    Raises:
-        ConfigError: the checkpoint is of another run.
-    """
-    before = read_json(checkpoint / RUN)
-    if before is None:
-        logger.warning(
-            "%s was written by an earlier version of burnish, without a record of its run: nothing checks that "
-            "settings, data and model are those that wrote it",
-            checkpoint,
-        )
-        return {}
-    if problems := list(_differences(before, now)):
-        raise ConfigError(
-            f"resume_from_checkpoint = {str(checkpoint)!r} is of another run: {'; '.join(problems)}. Set back what "
-            "changed to continue that run; or train a new one in another output_dir, from model = "
-            f"{str(checkpoint)!r} where its weights are wanted."
-        )
-    applied = {name: pair for name, pair in _changed(before, now).items() if resume_class(name) == "applied"}
-    told = dict(applied)
-    for name in ("world_size", "rewards"):
-        if before.get(name) != now[name]:
-            told[name] = (before.get(name), now[name])
-    if told:
-        changes = ", ".join(f"{name} = {new!r} (was {old!r})" for name, (old, new) in told.items())
-        logger.warning("resuming %s with %s", checkpoint, changes)
-    return applied
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    # A field that only one of two versions of transformers has cannot be compared.
-    old, new = before["settings"], now["settings"]
-    return {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
-    """What makes two runs of two descriptions, each with the value of both."""
-    if before["stage"] != now["stage"]:
-        yield f"stage {now['stage']}, it was {before['stage']}"
-        return
-    for name, (old, new) in _changed(before, now).items():
-        if resume_class(name) == "refused":
-            yield f"{name} = {new!r}, it was {old!r}"
-    if before["data"] != now["data"]:
-        yield f"train_dataset is not the same ({now['data']}, it was {before['data']})"
-    for name in sorted({*before["models"], *now["models"]}):
-        old, new = before["models"].get(name), now["models"].get(name)
-        if old != new:
-            yield f"{name} is not the one that the run began with ({new}, it was {old})"
-    for name, what in (("batch", "completions or rows of an optimizer step"), ("rollout", "completions of a rollout")):
-        if before[name] != now[name]:
-            yield f"{now[name]} {what}, it was {before[name]} (per_device_train_batch_size x processes x accumulation)"
-    yield from _adapter_differences(before, now)
-
-
-def _adapter_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
-    old, new = before["adapters"], now["adapters"]
-    if set(old) != set(new):
-        yield f"adapters {sorted(new) or 'none'}, it was {sorted(old) or 'none'} (peft_config)"
-        return
-    found = False
-    for adapter, fields in new.items():
-        for name in sorted(fields.keys() & old[adapter].keys()):
-            if fields[name] != old[adapter][name]:
-                found = True
-                yield f"peft_config.{name} = {fields[name]!r}, it was {old[adapter][name]!r}"
-    if not found and before["trained"] != now["trained"]:
-        yield f"other weights train ({now['trained']}, it was {before['trained']})"
 
 
 @contextlib.contextmanager
@@ -468,16 +408,23 @@ def writing_checkpoint(folder: str | Path, what: str = "a checkpoint") -> Genera
         ) from error
 
 
-def check_weights(model: torch.nn.Module, missing: Any, unexpected: Any) -> None:
+def check_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Refuse weights of another model, which transformers mentions in the log and leaves out.
 
     Raises:
         ConfigError: naming one of them.
     """
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    if not files:  # of adapters, or sharded over ranks
+        return
+    saved: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            saved |= set(opened.keys())
     weights = model.state_dict()
-    loaded = {tensor.data_ptr() for name, tensor in weights.items() if name not in set(missing)}
-    absent = [name for name in missing if name in weights and weights[name].data_ptr() not in loaded]
-    if found := [*absent, *unexpected]:
+    loaded = {tensor.data_ptr() for name, tensor in weights.items() if name in saved}
+    absent = [name for name, tensor in weights.items() if name not in saved and tensor.data_ptr() not in loaded]
+    if found := [*absent, *sorted(saved - weights.keys())]:
         lack = "lacks" if absent else "holds"
         raise ConfigError(
             f"resume_from_checkpoint: the checkpoint {lack} {found[0]} and {len(found) - 1} other weights that the "

@@ -17,9 +17,9 @@ from burnish.model.masters import MasterWeights, average_gradients
 from burnish.model.packing import pack, partition, split_by_tokens, unpack, zero_weight_group
 from burnish.model.scoring import eval_mode
 from burnish.objectives.value import clipped_value_loss, explained_variance, moments
-from burnish.training.batches import scored_tokens
 from burnish.training.checkpoint import writing_checkpoint
-from burnish.types import Completion, Group, PackedBatch
+from burnish.training.step import scored_tokens
+from burnish.types import Group, PackedBatch
 
 __all__ = ["Critic"]
 
@@ -100,7 +100,7 @@ class Critic:
 
     @torch.no_grad()
     def values(self, groups: Sequence[Group]) -> None:
-        """Write the value of the state before each token into the completions (0 at tokens that are not scored).
+        """Write the value of the state before each token into the stream `values` (0 at tokens that are not scored).
 
         Args:
             groups: this rank's groups; may be none.
@@ -115,7 +115,7 @@ class Critic:
                     raise CheckFailed("the critic's values are not finite: look for a NaN in value_model.")
                 completions = [completion for group in part for completion in group.completions]
                 for completion, own in zip(completions, unpack(part, values), strict=True):
-                    completion.values = own
+                    completion.token["values"] = own
 
     def update(
         self,
@@ -134,7 +134,7 @@ class Critic:
         with N the scored tokens of all ranks, so that the gradient is independent of every split.
 
         Args:
-            groups: this rank's groups, with `values` and `returns` in every completion; may be none.
+            groups: this rank's groups, with the streams `values` and `returns`; may be none.
             clip: c, how far values may move from the old ones before they lose their gradient; None for no clip.
             vf_coef: weight of the loss. With one optimizer for each model it matters to gradient clipping alone
                 (and to optimizers that do not divide by the gradient's size).
@@ -155,8 +155,7 @@ class Critic:
         self.model.train()
         try:
             for part in self._parts(groups, num_batches):
-                batch = pack(part, token={"old_values": _old_values, "returns": _returns})
-                sums += self._backward(batch.to(self.device), clip=clip, scale=scale)
+                sums += self._backward(pack(part).to(self.device), clip=clip, scale=scale)
             grad_norm = self._step(lr_factor)
         finally:
             self.model.eval()
@@ -179,7 +178,7 @@ class Critic:
 
     def _backward(self, batch: PackedBatch, *, clip: float | None, scale: float) -> torch.Tensor:
         """Accumulate one part's gradient; [9] sums of loss, clipped, old values, and moments of errors and returns."""
-        old_N, returns_N = batch.token["old_values"], batch.token["returns"]
+        old_N, returns_N = batch.token["values"], batch.token["returns"]
         values_N = reward_scores(self.model, batch)
         losses_N, clipped_N = clipped_value_loss(values_N, old_N, returns_N, clip=clip)
         (losses_N.sum() * scale).backward()
@@ -270,22 +269,12 @@ class Critic:
 def _nothing(token_id: int) -> Group:
     """A group whose forward and backward yield zeros."""
     group = zero_weight_group(token_id)
-    group.completions[0].values = group.completions[0].returns = [0.0]
+    group.completions[0].token = {"values": [0.0], "returns": [0.0]}
     return group
 
 
 def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _old_values(completion: Completion) -> list[float]:
-    assert completion.values is not None
-    return completion.values
-
-
-def _returns(completion: Completion) -> list[float]:
-    assert completion.returns is not None
-    return completion.returns
 
 
 def _recompute_activations(model: Any) -> None:

@@ -1,12 +1,13 @@
-"""What a run is: its stage, settings, data, models and processes, cheap to compute and written into each checkpoint."""
+"""What a run is, as each checkpoint records it: stage, settings, data, models, processes; and how two runs differ."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 import json
+import logging
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,14 @@ import torch
 
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.config.stages import resume_class
+from burnish.errors import ConfigError
+from burnish.runs.checkpoints import RUN
+from burnish.runs.files import read_json
 from burnish.types import Group
 
-__all__ = ["adapter_settings", "data_digest", "describe_run", "model_digest", "trained_digest"]
+__all__ = ["adapter_settings", "changed_settings", "data_digest", "describe_run", "model_digest", "trained_digest"]
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED_GROUPS = 2048
 """Groups whose tokens are read; of the others only the lengths are."""
@@ -144,3 +150,75 @@ def _spread(length: int, number: int) -> Collection[int]:
     if length <= number:
         return range(length)
     return [place * (length - 1) // (number - 1) for place in range(number)]
+
+
+def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ from the checkpoint's and take effect, each as (before, now).
+
+    Raises:
+        ConfigError: the checkpoint is of another run.
+    """
+    before = read_json(checkpoint / RUN)
+    if before is None:
+        logger.warning(
+            "%s was written by an earlier version of burnish, without a record of its run: nothing checks that "
+            "settings, data and model are those that wrote it",
+            checkpoint,
+        )
+        return {}
+    if problems := list(_differences(before, now)):
+        raise ConfigError(
+            f"resume_from_checkpoint = {str(checkpoint)!r} is of another run: {'; '.join(problems)}. Set back what "
+            "changed to continue that run; or train a new one in another output_dir, from model = "
+            f"{str(checkpoint)!r} where its weights are wanted."
+        )
+    applied = {name: pair for name, pair in _changed(before, now).items() if resume_class(name) == "applied"}
+    told = dict(applied)
+    for name in ("world_size", "rewards"):
+        if before.get(name) != now[name]:
+            told[name] = (before.get(name), now[name])
+    if told:
+        changes = ", ".join(f"{name} = {new!r} (was {old!r})" for name, (old, new) in told.items())
+        logger.warning("resuming %s with %s", checkpoint, changes)
+    return applied
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    # A field that only one of two versions of transformers has cannot be compared.
+    old, new = before["settings"], now["settings"]
+    return {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
+    """What makes two runs of two descriptions, each with the value of both."""
+    if before["stage"] != now["stage"]:
+        yield f"stage {now['stage']}, it was {before['stage']}"
+        return
+    for name, (old, new) in _changed(before, now).items():
+        if resume_class(name) == "refused":
+            yield f"{name} = {new!r}, it was {old!r}"
+    if before["data"] != now["data"]:
+        yield f"train_dataset is not the same ({now['data']}, it was {before['data']})"
+    for name in sorted({*before["models"], *now["models"]}):
+        old, new = before["models"].get(name), now["models"].get(name)
+        if old != new:
+            yield f"{name} is not the one that the run began with ({new}, it was {old})"
+    for name, what in (("batch", "completions or rows of an optimizer step"), ("rollout", "completions of a rollout")):
+        if before[name] != now[name]:
+            yield f"{now[name]} {what}, it was {before[name]} (per_device_train_batch_size x processes x accumulation)"
+    yield from _adapter_differences(before, now)
+
+
+def _adapter_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
+    old, new = before["adapters"], now["adapters"]
+    if set(old) != set(new):
+        yield f"adapters {sorted(new) or 'none'}, it was {sorted(old) or 'none'} (peft_config)"
+        return
+    found = False
+    for adapter, fields in new.items():
+        for name in sorted(fields.keys() & old[adapter].keys()):
+            if fields[name] != old[adapter][name]:
+                found = True
+                yield f"peft_config.{name} = {fields[name]!r}, it was {old[adapter][name]!r}"
+    if not found and before["trained"] != now["trained"]:
+        yield f"other weights train ({now['trained']}, it was {before['trained']})"

@@ -11,7 +11,15 @@ from transformers import EarlyStoppingCallback
 from burnish.errors import ConfigError, DataError
 from burnish.types import Group
 
-__all__ = ["TIMINGS", "check_best_metric", "encode_sets", "evaluate_steered", "named_sets", "own_set", "sets_of_rows"]
+__all__ = [
+    "TIMINGS",
+    "check_best_metric",
+    "check_steering_metric",
+    "encode_sets",
+    "named_sets",
+    "own_set",
+    "sets_of_rows",
+]
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 """Metrics that transformers adds to those of an evaluation."""
@@ -88,36 +96,29 @@ def check_best_metric(trainer: Any) -> None:
     if wanted is None:
         raise ConfigError(f"{follower} with metric_for_best_model = None: name the metric to follow, such as 'loss'.")
     sets = named_sets(trainer.eval_dataset)
-    names = {prefix: trainer.evaluation_names(groups) for prefix, groups in sets.items()}
+    names = {prefix: trainer.stage.evaluation_names(groups) for prefix, groups in sets.items()}
     if any(found is None for found in names.values()):
         return
-    known = [f"{prefix}_{name}" for prefix, found in names.items() for name in (*found, *trainer.timings)]
+    known = [f"{prefix}_{name}" for prefix, found in names.items() for name in (*found, *TIMINGS)]
     if _full_name(wanted) not in known:
-        shown = ", ".join(name for name in known if not name.endswith(tuple(trainer.timings)))
+        shown = ", ".join(name for name in known if not name.endswith(TIMINGS))
         raise ConfigError(
             f"metric_for_best_model = {wanted!r}: no evaluation of this run yields it; use one of {shown}."
         )
 
 
-def evaluate_steered(trainer: Any, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Evaluate during training; the metric that the run follows must be there, functions of the user's included.
+def check_steering_metric(trainer: Any, metrics: Mapping[str, float]) -> None:
+    """Refuse an evaluation during training without the metric that the run follows, functions of the user's included.
 
     Raises:
         ConfigError: naming the metrics that there are.
     """
     wanted = trainer.args.metric_for_best_model
-    try:
-        metrics = evaluate()
-    except KeyError as error:  # of transformers, for a scheduler
-        if "metric_for_best_model" not in str(error):
-            raise
-        raise ConfigError(f"metric_for_best_model = {wanted!r}: {error.args[0]}") from error
     if wanted is not None and _follower(trainer) is not None and _full_name(wanted) not in metrics:
         raise ConfigError(
             f"metric_for_best_model = {wanted!r}: the evaluation at step {trainer.state.global_step} did not yield it; "
             f"let compute_metrics return it, or use one of {', '.join(sorted(metrics))}."
         )
-    return metrics
 
 
 def _full_name(wanted: str) -> str:

@@ -188,6 +188,8 @@ class Liveness:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit or 0
+        self.uniform_loss: float | None = None
+        """ln V, the loss of a model that guesses, where the loss is one of tokens."""
         self.alive_steps = 0
         """Steps so far that could teach something."""
         self.dead_steps = 0
@@ -195,7 +197,8 @@ class Liveness:
         self.start_loss: float | None = None
         self.has_work = False
         """Whether the step has a completion with a gradient, on any rank."""
-        self._denominator = 0.0
+        self._count = 0.0
+        self._verdict: Verdict | None = None
         self._own_losses: list[torch.Tensor] = []
         self._watched: list[torch.Tensor] = []
         self._seen = self._streak = _NO_REWARDS
@@ -203,9 +206,15 @@ class Liveness:
         self._last = UNJUDGED
         self._said: set[str] = set()
 
-    def begin_step(self, denominator: float, *, has_work: bool) -> None:
-        """Take the denominator of a step's loss, over all ranks, and forget the losses of the step before."""
-        self._denominator, self.has_work = denominator, has_work
+    def begin_step(self, count: float, *, has_work: bool, verdict: Verdict | None = None) -> None:
+        """Take what is known of a step before its loss, and forget the losses of the step before.
+
+        Args:
+            count: terms of its loss, over all ranks.
+            has_work: whether any rank has a group with a gradient.
+            verdict: of its samples; None: the loss will say.
+        """
+        self._count, self.has_work, self._verdict = count, has_work, verdict
         self._own_losses, self._watched = [], []
 
     def add_loss(self, loss: torch.Tensor) -> None:
@@ -216,24 +225,24 @@ class Liveness:
         """Add a part of another loss, which is watched instead."""
         self._watched.append(loss.detach())
 
-    @property
-    def step_loss(self) -> float:
-        """This rank's share of the loss that grows where the weights are destroyed."""
-        return float(sum(self._watched or self._own_losses))
-
-    def judge_step(self, loss: float, grad_norm: float, *, uniform: float | None) -> Verdict:
-        """Judge a step of a stage that learns from a data set.
+    def judge_step(self, grad_norm: float, mean_over_ranks: Callable[[float], float]) -> Verdict:
+        """Judge a step by its samples and gradient, or by its loss and gradient; the same on every rank.
 
         Args:
-            loss: `step_loss` over all ranks.
             grad_norm: of the complete gradient.
-            uniform: see `judge_loss`.
+            mean_over_ranks: averages this rank's part of the loss that grows where the weights are destroyed.
         """
-        if self._denominator == 0:
+        if self._verdict is not None:
+            if self._verdict.kind != "alive":
+                return self._verdict
+            flat = judge_gradient(grad_norm) if self.has_work else UNJUDGED
+            return self._verdict if flat.kind == "alive" else flat
+        loss = mean_over_ranks(float(sum(self._watched or self._own_losses)))
+        if self._count == 0:
             return nothing_scored()
         start = self.start_loss = loss if self.start_loss is None else self.start_loss
         flat = judge_gradient(grad_norm, loss_left=abs(loss) / max(abs(start), 1e-6))
-        return flat if flat.kind != "alive" else judge_loss(loss, start, uniform=uniform)
+        return flat if flat.kind != "alive" else judge_loss(loss, start, uniform=self.uniform_loss)
 
     def end_step(self, step: int, verdict: Verdict) -> None:
         """Count one optimizer step, before its update.

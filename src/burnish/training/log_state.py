@@ -12,7 +12,7 @@ from burnish.runs.files import read_json, write_json
 from burnish.training.checkpoint import reading
 
 if TYPE_CHECKING:
-    from burnish.training.base import GroupTrainer
+    from burnish.training.learner import Learner
 
 __all__ = ["LogState"]
 
@@ -24,7 +24,7 @@ class LogState(TrainerCallback):
     `save_steps` is not a multiple of `logging_steps` the next log would cover fewer steps than its uninterrupted twin.
     """
 
-    def __init__(self, trainer: GroupTrainer) -> None:
+    def __init__(self, trainer: Learner[Any]) -> None:
         self.trainer = trainer
         self._loaded: tuple[Path, dict[str, Any] | None] | None = None
 
@@ -35,7 +35,13 @@ class LogState(TrainerCallback):
             FileError: it cannot be written.
         """
         own: Any = self.trainer
-        state = {"loss": float(own._tr_loss), "last_logged": own._globalstep_last_logged, **own.metrics_state()}
+        state = {
+            "loss": float(own._tr_loss),
+            "last_logged": own._globalstep_last_logged,
+            "metrics": own.metrics.state_dict(),
+            "liveness": own.liveness.state_dict(),
+            **own.stage.metrics_state(),
+        }
         write_json(self._file(folder), state, indent=None)
 
     def load(self, folder: Path) -> None:
@@ -56,7 +62,10 @@ class LogState(TrainerCallback):
         own: Any = self.trainer
         if loaded is not None:
             with reading(folder):
-                own.load_metrics_state(loaded)
+                own.metrics.load_state_dict(loaded["metrics"])
+                if "liveness" in loaded:
+                    own.liveness.load_state_dict(loaded["liveness"])
+                own.stage.load_metrics_state(loaded)
                 own._tr_loss += torch.tensor(loaded["loss"], dtype=own._tr_loss.dtype)
                 own._globalstep_last_logged = int(loaded["last_logged"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,19 +13,16 @@ from burnish.model.packing import pack, unpack
 from burnish.model.scoring import score
 from burnish.types import Group
 
-__all__ = ["LogprobName", "fill_logprobs"]
-
-LogprobName = Literal["old_logprobs", "ref_logprobs"]
-"""Attributes of a completion that `fill_logprobs` writes."""
+__all__ = ["fill_logprobs"]
 
 
 @torch.no_grad()
-def fill_logprobs(groups: Sequence[Group], name: LogprobName, model: torch.nn.Module, *, args: Any, step: int) -> None:
-    """Write the log-probability of every token under a model into the completions, in one forward.
+def fill_logprobs(groups: Sequence[Group], name: str, model: torch.nn.Module, *, args: Any, step: int) -> None:
+    """Write the log-probability of every token under a model into the completions.
 
     Args:
-        groups: within the token budget.
-        name: the attribute to write.
+        groups: packed into one row.
+        name: the stream to write.
         model: prepared for scoring.
         args: the trainer's config, for `device` and `temperature`.
         step: of the optimizer, for messages.
@@ -42,4 +39,4 @@ def fill_logprobs(groups: Sequence[Group], name: LogprobName, model: torch.nn.Mo
                 f"step {step}: {name} are not finite. The policy or its reference overflows: lower learning_rate, or "
                 "go back to an earlier checkpoint."
             )
-        setattr(completion, name, values)
+        completion.token[name] = values

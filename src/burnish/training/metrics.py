@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from burnish.training.step import Loss
 from burnish.types import Completion, Group, StopReason
 
 __all__ = ["StepMetrics", "criterion_values", "means_by_name", "means_over_ranks", "with_logged"]
@@ -69,9 +70,23 @@ class StepMetrics:
         """A number per token; the log shows the mean over all tokens."""
         self._tokens[name].append((float(values_N.detach().sum()), values_N.numel()))
 
-    def add_part(self, name: str, value: float, *, step: int) -> None:
-        """A part of a step's number; the log shows the mean over steps and ranks of the sums of parts."""
-        self._parts[name][step] = self._parts[name].get(step, 0.0) + value
+    def add_all(self, values: Mapping[str, float]) -> None:
+        """Add several numbers of this step."""
+        for name, value in values.items():
+            self.add(name, value)
+
+    def add_loss(self, loss: Loss, *, step: int, scale: int) -> None:
+        """Add what a part of a step's loss says of itself.
+
+        Args:
+            loss: its `sums` show as the mean over steps and ranks of the sums of the parts.
+            step: the optimizer step.
+            scale: ranks that share the denominator.
+        """
+        for name, values in loss.means.items():
+            self.add_tokens(name, values)
+        for name, value in loss.sums.items():
+            self._parts[name][step] = self._parts[name].get(step, 0.0) + value * scale
 
     def add_logged(self, logged: Iterable[tuple[str, float]]) -> None:
         """Numbers that reward functions logged, the same on every rank; the log shows the mean over the rounds."""

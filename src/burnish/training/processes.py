@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
-from burnish.errors import BurnishError, ConfigError, FileError
+from burnish.errors import ConfigError, FileError
 from burnish.runs.lock import locked
 from burnish.runs.processes import launched_processes
 
 if TYPE_CHECKING:
-    from burnish.training.base import GroupTrainer
+    from burnish.training.learner import Learner
 
-__all__ = ["agreed", "check_world_size", "claimed_folder", "needs_cpu"]
-
-
-T = TypeVar("T")
+__all__ = ["check_world_size", "claimed_folder", "needs_cpu"]
 
 
 def needs_cpu() -> bool:
@@ -44,22 +40,8 @@ def check_world_size(args: Any) -> None:
         )
 
 
-def agreed(work: Callable[[], T], is_first: bool) -> T:
-    """Run on the first process only; return its result, or raise its error, on every process."""
-    answer: list[Any] = [None, None]
-    if is_first:
-        try:
-            answer[0] = work()
-        except BurnishError as error:
-            answer[1] = error
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
 @contextmanager
-def claimed_folder(trainer: GroupTrainer) -> Generator[None]:
+def claimed_folder(trainer: Learner[Any]) -> Generator[None]:
     """Hold the lock of `output_dir`: the first rank takes it, and all ranks learn whether it could.
 
     Raises:
@@ -72,6 +54,6 @@ def claimed_folder(trainer: GroupTrainer) -> Generator[None]:
                 stack.enter_context(locked(trainer.args.output_dir))
             except FileError as error:
                 refused = str(error)
-        if refused := next(filter(None, trainer.gathered([refused])), ""):
+        if refused := next(filter(None, trainer.ranks.gathered([refused])), ""):
             raise FileError(refused)
         yield

@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate.utils import gather_object
-
 from burnish.errors import FileError
 from burnish.progress import Progress, say
 from burnish.runs.files import read_json, write_json
+from burnish.training.ranks import Ranks
 from burnish.types import Group
 
 __all__ = ["ReferenceSums"]
@@ -70,7 +69,7 @@ class ReferenceSums:
         fingerprint: str,
         options: Mapping[str, Any],
         compute: Compute,
-        accelerator: Any,
+        ranks: Ranks,
     ) -> None:
         """Read all groups' values from a file that this reference wrote for these tokens, or compute and write it.
 
@@ -81,7 +80,7 @@ class ReferenceSums:
             fingerprint: of the reference's weights.
             options: whatever else the values depend on.
             compute: groups -> values.
-            accelerator: gathers over ranks.
+            ranks: each computes its own groups.
         """
         key = _key(groups, fingerprint, options)
         found = _read(file, key)
@@ -94,9 +93,8 @@ class ReferenceSums:
                 part = own[begin : begin + _GROUPS_PER_ROUND]
                 self.add(part, compute(part))
                 progress.update(begin + len(part))
-        if accelerator.num_processes > 1:
-            self._values = dict(cast("list[tuple[int, list[float]]]", gather_object(list(self._values.items()))))
-        if accelerator.is_main_process:
+        self._values = dict(ranks.gathered(list(self._values.items())))
+        if ranks.is_first:
             write_json(file, {"key": key, "values": self._values}, indent=None)
 
 

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from burnish.errors import Interrupted
 
 if TYPE_CHECKING:
-    from burnish.training.base import GroupTrainer
+    from burnish.training.learner import Learner
 
 __all__ = ["stopping_on_signals"]
 
@@ -31,7 +31,7 @@ _LAUNCHER_ECHO_SECONDS = 2.0
 
 
 @contextmanager
-def stopping_on_signals(trainer: GroupTrainer) -> Generator[None]:
+def stopping_on_signals(trainer: Learner[Any]) -> Generator[None]:
     """Stop training at the next step boundary after SIGTERM, SIGHUP or SIGUSR1, with a checkpoint.
 
     Only signals whose disposition is the default are taken, and only in the main thread: one that is ignored (nohup) or
@@ -54,7 +54,7 @@ def stopping_on_signals(trainer: GroupTrainer) -> Generator[None]:
 class _StopCallback(TrainerCallback):
     """Lets all ranks agree at step boundaries, and asks transformers for the checkpoint."""
 
-    def __init__(self, trainer: GroupTrainer, received: _Received) -> None:
+    def __init__(self, trainer: Learner[Any], received: _Received) -> None:
         self.trainer = trainer
         self.received = received
         self.signum = 0
@@ -81,11 +81,11 @@ class _StopCallback(TrainerCallback):
         Raises:
             Interrupted: a rank has got a signal.
         """
-        if signum := int(self.trainer.max_over_ranks(self.received.signum)):
+        if signum := int(self.trainer.ranks.max(self.received.signum)):
             raise Interrupted(signum, step, self._checkpoint() if self._saved_step == step else None)
 
     def _agree(self, state: TrainerState, control: TrainerControl) -> None:
-        self.signum = self.signum or int(self.trainer.max_over_ranks(self.received.signum))
+        self.signum = self.signum or int(self.trainer.ranks.max(self.received.signum))
         if self.signum:
             self._raise_if_saved(state)
             control.should_save = control.should_training_stop = True

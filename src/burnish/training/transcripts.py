@@ -125,9 +125,9 @@ def _entries(
 
 
 def _record(completion: Completion) -> dict[str, Any]:
-    score, advantage = completion.score, completion.advantage
-    if completion.token_advantages is not None:
-        advantage = fmean(completion.token_advantages)
+    score, advantage = completion.score, completion.sequence.get("advantages")
+    if (of_tokens := completion.token.get("advantages")) is not None:
+        advantage = fmean(of_tokens)
     return {
         "completion": completion.text,
         "stop_reason": completion.stop_reason,

@@ -1,0 +1,365 @@
+"""Learning from the policy's own samples: start with `rollout_step`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from burnish.config.online_fields import micro_batches_per_rollout
+from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
+from burnish.errors import ConfigError, DataError, user_code
+from burnish.model.packing import partition
+from burnish.model.positions import check_lengths
+from burnish.model.reward_model import RewardModel
+from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.rollout import Engine, make_engine
+from burnish.rollout.prompts import PromptSource, Share, share_of, whole_groups
+from burnish.stages.algorithm import Algorithm
+from burnish.stages.sampler import Sampler, prompts_per_rollout
+from burnish.training.callbacks import RecordsCallback
+from burnish.training.checks import check_vocabulary
+from burnish.training.liveness import UNJUDGED, Outcome, Verdict, only_said
+from burnish.training.logprobs import fill_logprobs
+from burnish.training.metrics import means_by_name, means_over_ranks, with_logged
+from burnish.training.reference import Reference, check_reference, check_untrained, refuse_shared_weights
+from burnish.training.reward_funcs import as_rubric, penalise_overlong
+from burnish.training.rollout_state import RolloutState
+from burnish.training.rollout_verdict import judge_rollout
+from burnish.training.sampler_check import Agreement, default_bound
+from burnish.training.sampling import sampling_params
+from burnish.training.stage import Run, Stage
+from burnish.training.step import Loss, Step, read_groups
+from burnish.training.transcripts import TranscriptLog
+from burnish.types import Completion, Group, PackedBatch
+
+__all__ = ["OnlineStage"]
+
+logger = logging.getLogger(__name__)
+
+
+class OnlineStage(Stage):
+    """Sample, score, learn: each optimizer step takes its part of a rollout of P prompts with G completions each.
+
+    Args:
+        args: the trainer's config.
+        tokenizer: of the model.
+        algorithm: what scored samples are worth, and the loss.
+        reward_funcs: a `Rubric`, functions, or reward models.
+        reward_processing_classes: tokenizers of reward models; their own if None.
+        engine: samples completions; the native in-process engine if None.
+        ref_model: the reference of the KL term; if None, the model as it was given (adapters off, or a frozen copy).
+        compute_metrics: the groups of an evaluation, sampled and scored -> metrics by name.
+    """
+
+    columns = "a `prompt` column"
+
+    def __init__(
+        self,
+        args: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        algorithm: Algorithm,
+        reward_funcs: Any,
+        *,
+        reward_processing_classes: Any = None,
+        engine: Engine | None = None,
+        ref_model: Any = None,
+        compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
+    ) -> None:
+        super().__init__(args, tokenizer)
+        check_reference(ref_model)
+        if ref_model is not None and not args.beta > 0:
+            raise ConfigError("beta = 0.0 reads no reference: remove ref_model, or set beta.")
+        self.algorithm = algorithm
+        self.whole_groups = algorithm.whole_groups
+        self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
+        self.reference: Reference | None = None
+        self._engine, self._ref_model, self._compute_metrics = engine, ref_model, compute_metrics
+        self._buffer: list[list[Group]] = []
+        """This rank's groups of the steps that the last rollout still feeds."""
+        self._rollouts = 0
+        self._verdict = UNJUDGED
+        """Of the rollout that feeds the present steps; unknown where a checkpoint holds the rest of one."""
+
+    def rollout_step(self) -> list[list[Group]]:
+        """Sample prompts, score the samples, and decide what each is worth.
+
+        Returns:
+            This rank's groups of each optimizer step that learns from the rollout, with their streams.
+        """
+        run, args, started, level = self.run, self.args, time.perf_counter(), self.sampler.source.level
+        self.sampler.engine.sync(run.state.global_step)
+        shares, sampled = self.sampler.sample()
+        run.metrics.add("seconds/rollout", time.perf_counter() - started)
+        groups = [share.group for share in shares]
+        if args.overlong_buffer is not None and (penalties := penalise_overlong(groups, args)):
+            run.metrics.add("rewards/overlong/mean", fmean(penalties))
+
+        started = time.perf_counter()
+        steps = partition(groups, self.steps_per_pass, whole=self.whole_groups)
+        # The first step on fresh samples is on-policy: its old log-probabilities are its own.
+        later = [group for step in steps[1:] for group in step]
+        later += [group for group in steps[0] if self.algorithm.needs_old_logprobs(group)]
+        self.fill_logprobs(groups, old=groups if self.algorithm.passes > 1 else later)
+        run.metrics.add_all(self.algorithm.assign_advantages(shares))
+
+        self._verdict = self._judge(shares, moved=self.sampler.source.level != level)
+        self.transcripts.write(sampled, trained=shares, step=run.state.global_step + 1, tokenizer=self.tokenizer)
+        self._rollouts += 1
+        run.metrics.add("seconds/reference", time.perf_counter() - started)
+        return steps * self.algorithm.passes
+
+    def next_step(self, batches: Iterator[list[Any]], num_batches: int) -> Step | None:
+        """Take the next step of the rollout; sample anew when the last one is used up."""
+        if read_groups(batches, num_batches) is None:
+            return None
+        is_fresh = not self._buffer
+        if is_fresh:
+            self._buffer = self.rollout_step()
+        groups = self._buffer.pop(0)
+        step = self.algorithm.begin_step(groups, is_on_policy=is_fresh)
+        if step.verdict is not None:
+            return step
+        steps = self.steps_per_pass * self.algorithm.passes
+        is_repeated = steps - len(self._buffer) > self.steps_per_pass
+        # Later passes over the same samples are no more evidence.
+        is_known = self._verdict.kind != "alive" and is_repeated
+        return dataclasses.replace(step, verdict=UNJUDGED if is_known else self._verdict)
+
+    def loss(self, model: torch.nn.Module, batch: PackedBatch, step: Step) -> Loss:
+        """Compute the algorithm's loss; on fresh samples, compare trainer and sampler first."""
+        is_scored = batch.num_scored_tokens > 0
+        needs_entropy = is_scored and self.algorithm.needs_entropy
+        scores = score(model, batch, temperature=self.args.temperature, with_entropy=needs_entropy)
+        if step.is_on_policy and is_scored:
+            self._compare(batch, scores.logprobs.detach())
+        return self.algorithm.loss(scores, batch, step)
+
+    def _compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
+        """Remember how far trainer and sampler are apart; first of all, check the reference."""
+        if (sampled_N := batch.token.get("policy_logprobs")) is None:  # replayed, all of them
+            return
+        fresh_N = ~sampled_N.isnan()
+        self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
+        if self.reference is not None and self.reference.is_initial_policy and self.run.is_untouched:
+            bound = max(default_bound(self.run.model.dtype), self.args.logprob_check_bound or 0.0)
+            check_untrained(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N], bound=bound)
+
+    def before_update(self) -> None:
+        """Stop before the update when sampler and trainer disagree about fresh samples."""
+        run = self.run
+        run.metrics.add_all(self.agreement.flush(run.state.global_step, run.ranks.sum, run.ranks.max))
+        run.metrics.add_all(self.algorithm.end_step())
+
+    @torch.no_grad()
+    def fill_logprobs(self, groups: Sequence[Group], *, old: Sequence[Group]) -> None:
+        """Write what the loss and the advantages read: the streams `old_logprobs` and `ref_logprobs`.
+
+        Args:
+            groups: scored by the reference, where there is one.
+            old: scored by the policy as it is now, where no earlier policy has done so.
+        """
+        model, fresh = self.run.model, [g for g in old if all("old_logprobs" not in c.token for c in g.completions)]
+        with eval_mode(model):
+            self._fill("old_logprobs", fresh, model)
+            if self.reference is not None:
+                with self.reference.active(model) as reference:
+                    self._fill("ref_logprobs", groups, reference)
+
+    def _fill(self, name: str, groups: Sequence[Group], model: torch.nn.Module) -> None:
+        for part in self.parts(groups):
+            fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
+
+    def _judge(self, shares: Sequence[Share], *, moved: bool) -> Verdict:
+        """Judge whether the rewards of a rollout carry a signal; `moved`: the curriculum has."""
+
+        def outcome(completion: Completion) -> Outcome:
+            rewards = self.algorithm.signals(completion)
+            return Outcome(rewards, is_masked=rewards is not None and not self.algorithm.in_loss(completion))
+
+        verdict = judge_rollout(
+            shares,
+            rubric=self.rubric,
+            outcome=outcome,
+            gathered=self.run.ranks.gathered,
+            compared=self.algorithm.compared,
+            max_completion_length=self.args.max_completion_length,
+            is_first=self._rollouts == 0,
+        )
+        if verdict.kind != "constant_reward":
+            return verdict
+        return UNJUDGED if moved else only_said(verdict) if self.algorithm.learns_without_rewards() else verdict
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Optimizer steps of one pass over a rollout."""
+        args = self.args
+        rollout = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
+        return rollout // args.gradient_accumulation_steps
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Never: samples are drawn without it."""
+        return False
+
+    def encode(self, dataset: Any, name: str) -> list[Group]:
+        """Encode prompts, with the columns that rewards read."""
+        groups = encode_rows(
+            prompt_group,
+            finite_rows(dataset, name),
+            self.tokenizer,
+            name=name,
+            max_prompt_length=self.args.max_prompt_length,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+        )
+        with errors_of(name):
+            self.rubric.check_columns(groups)
+        return groups
+
+    def training_set(self, dataset: Any) -> list[Group]:
+        """Encode the prompts to sample on, and put them in order."""
+        args, prompts = self.args, self.encode(dataset, "train_dataset")
+        if len(prompts) < prompts_per_rollout(args):
+            raise DataError(
+                f"train_dataset: {len(prompts)} prompts are fewer than the {prompts_per_rollout(args)} of one "
+                "rollout. Add prompts, or lower per_device_train_batch_size or steps_per_generation."
+            )
+        order = args.prompt_sampling if args.shuffle_dataset else "given"
+        self._source = PromptSource(prompts, seed=args.seed, order=order, target=args.curriculum_target)
+        return prompts
+
+    def train_dataloader(self, batch_size: int) -> DataLoader[Any]:
+        """Count the completions that pass through training in an epoch; the rollout decides what they are."""
+        numbers: Any = list(range(len(self._source.prompts) * self.args.num_generations * self.algorithm.passes))
+        # Every rank reads its own part, which it counts by and throws away.
+        share = numbers[: len(numbers) // self.run.ranks.count]
+        return DataLoader(share, batch_size, sampler=SequentialSampler(share), collate_fn=list, drop_last=True)
+
+    def join(self, run: Run) -> None:
+        """Take the reference of the policy as it is now; make the engine, and what a rollout is checked and kept by."""
+        super().join(run)
+        args = self.args
+        self.reference = Reference.of(run.model, self._ref_model) if args.beta > 0 else None
+        if self._ref_model is not None:
+            check_vocabulary(self._ref_model, self._source.prompts, "ref_model on train_dataset")
+            self.check_sampled_lengths(self._ref_model)
+        self.check_sampled_lengths(run.model)
+        for criterion in self.rubric.criteria:
+            if isinstance(criterion.function, RewardModel):
+                refuse_shared_weights(run.model, criterion.function.model, f"reward model {criterion.name!r}")
+        self.sampler = Sampler(
+            self,
+            source=self._source,
+            engine=make_engine(run.model, self.tokenizer) if self._engine is None else self._engine,
+            params=sampling_params(args, causal_lm(run.model), self.tokenizer),
+        )
+        shared: dict[str, Any] = {"is_main": run.ranks.is_first, "gathered": run.ranks.gathered}
+        self.transcripts = TranscriptLog(args, **shared)
+        self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
+        bound = args.logprob_check_bound
+        self.agreement = Agreement(default_bound(run.model.dtype) if bound is None else bound)
+        if self.algorithm.corrects_sampling:
+            self.agreement.report_only()
+        self.algorithm.join(self)
+
+    def check_sampled_lengths(self, model: Any) -> None:
+        """Refuse prompts whose completions may grow beyond a model's positions."""
+        sets = {"train_dataset": self._source.prompts}
+        sets |= {name.replace("eval", "eval_dataset", 1): groups for name, groups in self.run.eval_sets.items()}
+        fix, more = "lower max_completion_length or max_prompt_length", self.args.max_completion_length
+        for name, groups in sets.items():
+            check_lengths(causal_lm(model), groups, name, fix, more=more)
+
+    def callbacks(self) -> Sequence[TrainerCallback]:
+        """Return what cuts the transcripts back where a run starts."""
+        return [RecordsCallback(self.transcripts.records, self.eval_transcripts.records)]
+
+    def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
+        """Sample on held-out prompts; measure the loss, the mean reward and each criterion."""
+        args, run, names = self.args, self.run, self.rubric.names
+        number = args.num_generations_eval or args.num_generations
+        places = range(run.ranks.index, len(groups), run.ranks.count)
+        shares = [share_of(groups[place], place, first=0, number=number) for place in places]
+        self.sampler.engine.sync(run.state.global_step)
+        self.sampler.generate(shares, seed=args.seed + 1, step=0)
+        logged = self.sampler.score([share.group for share in shares])
+        step = run.state.global_step
+        self.eval_transcripts.write(shares, step=step, tokenizer=self.tokenizer, time=time.time(), split=split)
+        completions = [completion for share in shares for completion in share.group.completions]
+        metrics = means_over_ranks(completions, names, run.ranks.sum)
+        if self._compute_metrics is not None:
+            with user_code("compute_metrics"):
+                own = self._compute_metrics(list(whole_groups(run.ranks.gathered(shares)).values()))
+            metrics |= {name: float(value) for name, value in own.items()}
+        return with_logged({"loss": self._held_out_loss(shares), **metrics}, means_by_name(logged))
+
+    def _held_out_loss(self, shares: Sequence[Share]) -> float:
+        """Compute the loss of held-out samples at their own advantages; adaptive coefficients stay as they were."""
+        groups, model, state = [share.group for share in shares], self.run.model, self.algorithm.state_dict()
+        try:
+            self.fill_logprobs(groups, old=[group for group in groups if self.algorithm.needs_old_logprobs(group)])
+            self.algorithm.assign_advantages(shares)
+            step = self.algorithm.step(groups)
+            batches = [self.pack(part).to(self.args.device) for part in self.parts(step.groups)]
+            return self.run.ranks.sum(sum(float(self.loss(model, batch, step).value) for batch in batches))
+        finally:
+            self.algorithm.load_state_dict(state)
+
+    def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
+        """Name the metrics of `evaluate`, unless a function of the user's adds some."""
+        if self._compute_metrics is not None or self.rubric.logs_metrics:
+            return None
+        criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
+        return ("loss", "reward", "completions/mean_length", *criteria)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what has been sampled, what is in flight, and what the algorithm has learned beside the policy."""
+        state = RolloutState(
+            rollouts=self._rollouts,
+            rounds=self.sampler.rounds,
+            place=self.sampler.source.place,
+            level=self.sampler.source.level,
+            buffer=self._buffer,
+            replay=self.sampler.replay.groups,
+            own=self.algorithm.state_dict(),
+        )
+        state.save(folder, self.run.ranks.index)
+        if self.run.ranks.is_first:
+            self.algorithm.save_state(folder)
+
+    def load_state(self, folder: Path, changed: Mapping[str, Any]) -> None:
+        """Continue with the samples in flight."""
+        ranks, sampler = self.run.ranks, self.sampler
+        state = RolloutState.load(folder, rank=ranks.index, world=ranks.count, prompts=sampler.source.prompts)
+        self._rollouts, sampler.rounds = state.rollouts, state.rounds
+        sampler.source.place, sampler.source.level = state.place, state.level
+        self._buffer, sampler.replay.groups = state.buffer, state.replay
+        self.algorithm.load_state_dict(state.own)
+        self.algorithm.load_state(folder, changed)
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what the algorithm delivers beside the policy."""
+        self.algorithm.save_beside(folder)
+
+    def reward_names(self) -> Sequence[str]:
+        """Name the criteria."""
+        return self.rubric.names
+
+    def other_models(self) -> Mapping[str, torch.nn.Module]:
+        """Return a reference that is a model of its own, reward models, and models that train beside the policy."""
+        named = {f"reward {criterion.name}": criterion.function for criterion in self.rubric.criteria}
+        rewards = {name: function.model for name, function in named.items() if isinstance(function, RewardModel)}
+        reference = {} if self.reference is None else self.reference.given_models()
+        return {**rewards, **reference, **self.algorithm.trained_models()}
+
+    def other_trained_models(self) -> Mapping[str, torch.nn.Module]:
+        """Return models that train beside the policy."""
+        return self.algorithm.trained_models()

@@ -1,0 +1,151 @@
+"""Prompts to scored samples: rounds of sampling, refills and replay."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from burnish.config.online_fields import micro_batches_per_rollout
+from burnish.model.scoring import causal_lm
+from burnish.rollout import Engine, Request, SamplingParams
+from burnish.rollout.dynamic_sampling import Replay, fill_batch
+from burnish.rollout.prompts import PromptSource, Share, gather_by_prompt, shares_of, whole_groups
+from burnish.rollout.validation import generate
+from burnish.types import Group
+
+if TYPE_CHECKING:
+    from burnish.stages.online import OnlineStage
+
+__all__ = ["Sampler", "prompts_per_rollout"]
+
+logger = logging.getLogger(__name__)
+
+
+def prompts_per_rollout(args: Any) -> int:
+    """Return P: one rollout feeds `steps_per_generation` micro-batches of every rank, with G completions a prompt."""
+    micro_batches = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
+    return args.per_device_train_batch_size * args.world_size * micro_batches // args.num_generations
+
+
+class Sampler:
+    """Samples the next prompts of a source and scores the samples.
+
+    Args:
+        stage: has the rubric, the algorithm that checks the samples, and the run that gets the metrics.
+        source: order of the prompts.
+        engine: samples.
+        params: how to sample.
+    """
+
+    def __init__(self, stage: OnlineStage, *, source: PromptSource, engine: Engine, params: SamplingParams) -> None:
+        self._stage, self._args, self._run = stage, stage.args, stage.run
+        self.source = source
+        self.engine = engine
+        self.params = params
+        self.replay = Replay(stage.args.replay_size)
+        self.rounds = 0
+        """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
+
+    def sample(self) -> tuple[list[Share], list[Share]]:
+        """Sample and score the groups of one rollout, with refills for groups that teach nothing.
+
+        Returns:
+            This rank's part of P groups, and of everything that was sampled for them.
+        """
+        args, ranks, wanted = self._args, self._run.ranks, prompts_per_rollout(self._args)
+        if not (args.dynamic_sampling or args.replay_size):
+            shares = self._round(wanted)
+            return shares, shares
+        sampled: list[Share] = []
+
+        def sample_everywhere(num_prompts: int) -> dict[int, Group]:
+            shares = self._round(num_prompts)
+            sampled.extend(shares)
+            return whole_groups(ranks.gathered(shares))
+
+        batch = fill_batch(
+            sample_everywhere,
+            wanted,
+            max_rounds=args.max_sampling_rounds if args.dynamic_sampling else 1,
+            replay=self.replay,
+            multiple=ranks.count // math.gcd(ranks.count, args.num_generations),
+        )
+        self._run.metrics.add_all(batch.metrics(args.num_generations))
+        if args.dynamic_sampling:
+            batch.warn_if_flat()
+        return shares_of(batch.groups, rank=ranks.index, world=ranks.count), sampled
+
+    def _round(self, num_prompts: int) -> list[Share]:
+        """Sample the next prompts and score their completions."""
+        args, run = self._args, self._run
+        shares = self.source.take(
+            num_prompts=num_prompts,
+            num_samples=args.num_generations,
+            rank=run.ranks.index,
+            world=run.ranks.count,
+        )
+        groups = [share.group for share in shares]
+        self.generate(shares, seed=args.seed, step=self.rounds)
+        self._check(groups)
+        self.rounds += 1
+        # Tokens count when they are sampled, whether they are trained on once, twice or not at all.
+        run.num_tokens += sum(group.num_tokens for group in groups)
+        started = time.perf_counter()
+        run.metrics.add_logged(self.score(groups))
+        run.metrics.add("seconds/rewards", time.perf_counter() - started)
+        self._report(groups)
+        rewards = gather_by_prompt(shares, lambda completion: completion.reward, run.ranks.gathered)
+        run.metrics.add_rewards(list(rewards.values()))
+        known = [reward for row in rewards.values() for reward in row if reward is not None]
+        if known and args.prompt_sampling == "curriculum":
+            self.source.learn(fmean(known))
+            run.metrics.add("curriculum/level", self.source.level)
+        return shares
+
+    def generate(self, shares: Sequence[Share], *, seed: int, step: int) -> None:
+        """Sample the completions of shares; (seed, step, place, number) keys their random numbers."""
+        # Keyed by place: a prompt may come twice in a round, at the end of one epoch and the start of the next.
+        requests = [
+            Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.place, first_sample=s.first)
+            for s in shares
+        ]
+        vocab_size = causal_lm(self._run.model).config.get_text_config().vocab_size
+        found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
+        for share, completions in zip(shares, found, strict=True):
+            share.group.completions = completions
+
+    def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
+        """Score the completions of groups; returns what reward functions log, of all ranks."""
+        logged: list[tuple[str, float]] = []
+        self._stage.rubric.score(
+            groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
+        )
+        return self._run.ranks.gathered(logged)
+
+    def _check(self, groups: Sequence[Group]) -> None:
+        completions = [completion for group in groups for completion in group.completions]
+        engine = type(self.engine).__name__
+        if self.rounds == 0 and any(c.policy_logprobs is None for c in completions):
+            logger.warning(
+                "%s gives no policy_logprobs: nothing checks that it samples from the weights that are trained, at "
+                "the temperature that the loss assumes. Let the engine fill Completion.policy_logprobs.",
+                engine,
+            )
+        self._stage.algorithm.check_samples(completions, engine)
+
+    def _report(self, groups: Sequence[Group]) -> None:
+        clipped = self._run.metrics.add_completions(groups, self._stage.rubric.names)
+        failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
+        if failed:
+            logger.warning("%d completions leave the loss: %s", len(failed), "; ".join(failed[0].errors.values()))
+        if clipped > 0.5 and self.rounds == 1:
+            logger.warning(
+                "%.0f%% of the completions hit max_completion_length = %d: rewards that look at the end will miss. "
+                "Raise it, or shorten what the prompt asks for.",
+                100 * clipped,
+                self._args.max_completion_length,
+            )

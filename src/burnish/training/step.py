@@ -1,0 +1,112 @@
+"""One optimizer step: its groups, its denominator, and the micro-batches and the loss that it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from burnish.training.liveness import Verdict
+from burnish.types import Group, PackedBatch
+
+__all__ = ["Loss", "MicroBatch", "Step", "collate", "read_groups", "scored_tokens", "with_streams"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """All that one optimizer step needs; stages that need more derive from it.
+
+    Attributes:
+        groups: this rank's groups with a gradient, with their streams.
+        count: terms of the loss (tokens, sequences, pairs ...) over all ranks, those without a gradient included; 0
+            where nothing is in the loss.
+        is_on_policy: whether the weights are still those that the groups were sampled with.
+        verdict: whether the step can teach anything, where its samples have said so; None: the loss will.
+    """
+
+    groups: list[Group]
+    count: float
+    is_on_policy: bool = False
+    verdict: Verdict | None = None
+
+    @property
+    def denominator(self) -> float:
+        """What the sum of the loss's terms is divided by."""
+        return max(self.count, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A batch's share of a step's loss, and what to log of it.
+
+    Attributes:
+        value: scalar with a gradient; shares add up to the loss.
+        means: values by name, [N] per token or [P] per pair; the log shows the mean over all of the step's.
+        sums: shares of numbers of the step by name; the log shows their sums.
+        watched: share of another loss, which is watched for divergence instead.
+    """
+
+    value: torch.Tensor
+    means: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    sums: Mapping[str, float] = field(default_factory=dict[str, float])
+    watched: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class MicroBatch(Mapping[str, Any]):
+    """One of the n batches of an optimizer step, as parts that each fit the token budget.
+
+    A Mapping, because transformers looks for `input_ids`.
+    """
+
+    step: Step
+    parts: list[PackedBatch]
+
+    def __getitem__(self, name: str) -> Any:
+        if name != "input_ids":
+            raise KeyError(name)
+        return torch.cat([part.input_ids for part in self.parts], dim=1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def collate(groups: list[Group]) -> list[Group]:
+    """Leave a batch as the list of its groups: packing happens once per optimizer step."""
+    return groups
+
+
+def read_groups(batches: Iterator[list[Group]], num_batches: int) -> list[Group] | None:
+    """Read the groups of one optimizer step from a dataloader; None where it has ended."""
+    found: list[Group] = []
+    for _ in range(num_batches):
+        found += next(batches, [])
+    return found or None
+
+
+def scored_tokens(group: Group) -> int:
+    """Count the tokens of a group that enter the loss; without a prompt nothing predicts the first token."""
+    total = 0
+    for completion in group.completions:
+        total += completion.num_scored_tokens
+        if not group.prompt_ids and (completion.loss_mask is None or completion.loss_mask[0]):
+            total -= 1
+    return total
+
+
+def with_streams(groups: Sequence[Group], **streams: Sequence[Sequence[float]]) -> list[Group]:
+    """Copy groups for one step, with further streams by name: a number for each completion of each group."""
+    copies: list[Group] = []
+    for number, group in enumerate(groups):
+        completions = [
+            dataclasses.replace(c, sequence={**c.sequence, **{name: rows[number][i] for name, rows in streams.items()}})
+            for i, c in enumerate(group.completions)
+        ]
+        copies.append(dataclasses.replace(group, completions=completions))
+    return copies
