@@ -56,7 +56,7 @@ BROKEN: dict[str, tuple[Callable[[Rows], Any], str]] = {
     "no reason": (changed(stop_reason=None), "stop_reason = None: use one of eos, stop, length"),
     "a reason as text": (changed(stop_reason="eos"), "stop_reason = 'eos': use one of"),
     "an end that is none": (changed(token_ids=[5, 6, 7]), "the last token 7 is not one of"),
-    "a cut that is an end": (changed(stop_reason=StopReason.LENGTH), "the last token 0 is an end-of-sequence token: use"),
+    "a cut that is an end": (changed(stop_reason=StopReason.LENGTH), "the last token 0 is an end-of-sequence token"),
     "no text": (changed(text=None), "text is a NoneType"),
 }
 
