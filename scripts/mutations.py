@@ -56,7 +56,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/policy.py", "(old_logprobs_N - sampler_logprobs_N).detach()", "(old_logprobs_N - sampler_logprobs_N)", OBJECTIVES),
     ("objectives/policy.py", "if level == \"sequence\":", "if level == \"token\":", OBJECTIVES),
     ("objectives/policy.py", "(weights_N >= low) & (weights_N <= high)", "(weights_N >= low) | (weights_N <= high)", OBJECTIVES),
-    ("objectives/policy.py", "if way == \"truncate\":", "if way == \"mask\":", OBJECTIVES),
+    ("objectives/policy.py", "if treatment == \"truncate\":", "if treatment == \"mask\":", OBJECTIVES),
     ("objectives/kl.py", "return logprobs_N - ref_logprobs_N.detach()", "return ref_logprobs_N.detach() - logprobs_N", OBJECTIVES),
     ("objectives/kl.py", "return logprobs_N - ref_logprobs_N.detach()", "return logprobs_N - ref_logprobs_N", OBJECTIVES),
     ("objectives/kl.py", "difference_N = -kl_k1", "difference_N = kl_k1", OBJECTIVES),
