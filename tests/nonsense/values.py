@@ -37,7 +37,7 @@ BAD_PATHS: tuple[tuple[str, str], ...] = (
 def kinds_of(annotation: str) -> set[str]:
     """The types that an annotation allows, as `bool`, `int`, `float`, `str`, `list`, `dict`, `none` and `any`."""
     outer = annotation
-    while not annotation.startswith(("Optional", "Union")) and "[" in outer:
+    for _ in range(0 if annotation.startswith(("Optional", "Union")) else annotation.count("[")):
         outer = re.sub(r"\[[^\[\]]*\]", "", outer)
     found = set(re.findall(r"\b(bool|int|float|str|list|dict|Any)\b", outer))
     if "None" in annotation or "Optional" in annotation:
