@@ -99,7 +99,8 @@ def own_process() -> Generator[None]:
 def test_only_known_remarks_are_silenced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantized: bool
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "0")
+    for library in ("HF_DATASETS", "HF_HUB"):
+        monkeypatch.setenv(f"{library}_DISABLE_PROGRESS_BARS", "0")
     file = tmp_path / "run.toml"
     file.write_text('[model]\nname = "x"\nquantization_config = "nf4"\n' if quantized else 'model = "x"\n')
     warnings.resetwarnings()

@@ -31,6 +31,8 @@ FILES: dict[str, tuple[str, str, Any]] = {
     "stories.jsonl": ("sft", "", [{"story": q} for q, _ in QUESTIONS]),
     "chat.jsonl": ("grpo", "numeric", [
         {"prompt": [{"role": "user", "content": q}], "solution": a} for q, a in QUESTIONS]),
+    "numbers.jsonl": ("grpo", "numeric", [{"question": q, "answer": int(a)} for q, a in QUESTIONS]),
+    "numbers2.jsonl": ("grpo", "numeric", [{"prompt": q, "completion": float(a)} for q, a in QUESTIONS]),
     "pairs.jsonl": ("dpo", "", [{"query": q, "accepted": a, "dispreferred": "x"} for q, a in QUESTIONS]),
     "labels.jsonl": ("kto", "", [{"prompt": q, "completion": a, "label": a < "5"} for q, a in QUESTIONS]),
     "ranked.jsonl": ("reward", "", [{"prompt": q, "completions": [a, "x"]} for q, a in QUESTIONS]),

@@ -216,6 +216,18 @@ def test_interrupted_run_says_what_is_missing(run_dir: Path) -> None:
     assert "See the notes (4)" in text
 
 
+def test_a_file_that_may_not_be_read_is_a_note(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.read_text
+
+    def read_text(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert read_run(run_dir).notes == ["config.json: cannot be read (Permission denied)."]
+
+
 def test_empty_directory_has_a_report(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path))
     for name in ("metrics.jsonl", "transcripts.jsonl", "evaluations.json", "config.json", "environment.json"):

@@ -15,6 +15,7 @@ import burnish
 import tiny
 from burnish import ConfigError, DataError, SFTConfig, SFTTrainer
 from burnish.config import Kind, check_fields, elsewhere, known_fields
+from conftest import load_script
 from test_preference_trainer import LABELLED, PAIRS, dpo, kto
 from test_reward_trainer import trainer as reward
 from test_trainers import PROMPTS, TEXTS, digits, grpo, settings
@@ -218,6 +219,21 @@ def test_fields_whose_intent_is_met_are_named_in_one_line(
 )  # fmt: skip
 def test_fields_that_say_it_in_another_way_are_rewritten(given: dict[str, Any], means: dict[str, Any]) -> None:
     assert check_fields("grpo", given) == means
+
+
+def test_shuffled_rows_are_rows_in_random_order() -> None:
+    assert check_fields("sft", {"shuffle_dataset": True}) == {"train_sampling_strategy": "random"}
+    assert check_fields("sft", {"shuffle_dataset": False}) == {}
+    with pytest.raises(ConfigError, match="are one field: set train_sampling_strategy alone"):
+        check_fields("sft", {"shuffle_dataset": True, "train_sampling_strategy": "sequential"})
+
+
+def test_the_page_of_trl_s_names_is_of_this_version() -> None:
+    script = load_script("write_trl_page")
+    stored = json.loads(script.STORED.read_text())
+    assert script.PAGE.read_text() == script.page(stored), "python scripts/write_trl_page.py"
+    for stage, arguments in ARGUMENTS.items():
+        assert stored[stage]["arguments"] == arguments.split()
 
 
 @pytest.mark.parametrize(

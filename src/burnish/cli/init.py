@@ -136,9 +136,11 @@ def run_file(source: dict[str, Any], model: str, target: str | Path) -> tuple[st
         columns = graded
     elif stage == "grpo":  # nothing can grade these answers, so they are learned from
         stage, columns = "sft", {**columns, "answer": "completion"}
-    command = "pipeline" if rubric and stage == "sft" else stage
     source = {**source, "columns": columns} if columns else source
     row = load_rows(source, "DATA")[0] if columns else rows[0]
+    if rubric is not None and not instruction_columns(row):
+        stage = "grpo"  # numbers and chats are graded; they are no texts to learn from
+    command = "pipeline" if rubric and stage == "sft" else stage
     if stage == "reward":
         reward_kind(row)
     elif not instruction_columns(row):
@@ -201,6 +203,7 @@ def _graded(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str, dict[
         if not check_gold(rubric_from_config([criterion]), [{"answer": value} for value in answers]):
             found = {answer: "answer"}
             if asked is not None:
-                found[asked] = "question" if isinstance(rows[0][asked], str) else "prompt"
+                texts = isinstance(rows[0][asked], str) and all(isinstance(value, str) for value in answers)
+                found[asked] = "question" if texts else "prompt"
             return meaning, criterion, {old: new for old, new in found.items() if old != new}
     return "", None, {}

@@ -32,7 +32,9 @@ def set_up_output(words: Sequence[str] = ()) -> None:
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\]site-packages[/\\]", append=True)
     renamed = r"`\w+` is deprecated and will be removed in v6"
     warnings.filterwarnings("ignore", renamed, FutureWarning, module=r"transformers\.", append=True)
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Bars for single files would break through the lines of the run.
+    for library in ("HF_DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     if not any("quantization_config" in text for text in (*words, *map(_text_of, words))):
         logging.getLogger(_BITSANDBYTES).addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 

@@ -223,7 +223,8 @@ _GENERATION_NEUTRAL: dict[str, Any] = {
 def translated_names(kind: Kind) -> tuple[str, ...]:
     """Names that `translate` rewrites in a stage."""
     online = ("generation_kwargs", "generation_batch_size") if kind in ONLINE else ()
-    return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online)
+    shuffled = ("shuffle_dataset",) if "shuffle_dataset" in elsewhere(kind) else ()
+    return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online, *shuffled)
 
 
 def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,6 +250,9 @@ def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
     ratio = renamed.get("warmup_ratio")
     if isinstance(ratio, float) and 0 < ratio < 1:
         put("warmup_steps", renamed.pop("warmup_ratio"), "warmup_ratio")
+    if "shuffle_dataset" in elsewhere(kind) and renamed.get("shuffle_dataset") is True:
+        del renamed["shuffle_dataset"]
+        put("train_sampling_strategy", "random", "shuffle_dataset")
     if kind in ONLINE and renamed.get("generation_kwargs") is not None:
         for name, (value, given) in _sampling(renamed.pop("generation_kwargs")).items():
             put(name, value, given)

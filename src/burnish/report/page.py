@@ -89,12 +89,13 @@ def _page(run: Run, max_transcripts: int) -> str:
     parts = [(assets / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     script = "(() => {\n'use strict';\n" + "\n".join(parts) + "\n})();"
     style = (assets / "report.css").read_text(encoding="utf-8")
+    named = _look_up(run.config, _MODEL_KEYS), _look_up(run.config, _TASK_KEYS)
     return templates.get_template("report.html").render(
         policy=f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; base-uri 'none'; "
         "form-action 'none'",
         script=script,
         style=style,
-        title=_title(run),
+        title=[text for text in named if text] or [run.path.resolve().name],
         facts=_facts(run),
         notes=run.notes,
         evaluations=run.evaluations,
@@ -133,12 +134,6 @@ def _look_up(config: Mapping[str, Any] | None, keys: Sequence[str]) -> str | Non
         if isinstance(value, str) and value:
             return value
     return None
-
-
-def _title(run: Run) -> list[str]:
-    """[model, task] as far as the configuration names them, else the directory's name."""
-    model, task = _look_up(run.config, _MODEL_KEYS), _look_up(run.config, _TASK_KEYS)
-    return [text for text in (model, task) if text] or [run.path.resolve().name]
 
 
 def _signed(text: str) -> str:

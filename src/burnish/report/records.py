@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -142,16 +141,18 @@ def _items(value: object) -> list[dict[str, Any]]:
 
 
 def _read_object(run: Run, name: str) -> dict[str, Any] | None:
-    value: Any = None
+    value, problem = None, "cut or not a JSON object; left out"
     if not (run.path / name).is_file():
-        run.notes.append(f"{name}: missing.")
-        return None
-    with suppress(FileError):
+        problem = "missing"
+    try:
         value = read_json(run.path / name)
-    if not isinstance(value, dict):
-        run.notes.append(f"{name}: cut or not a JSON object; left out.")
-        return None
-    return cast("dict[str, Any]", value)
+    except FileError as error:
+        if isinstance(error.__cause__, OSError):
+            problem = f"cannot be read ({error.__cause__.strerror})"
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value)
+    run.notes.append(f"{name}: {problem}.")
+    return None
 
 
 def _read_steps(run: Run, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
