@@ -18,7 +18,7 @@ from burnish.rollout.engine import Request, SamplingParams
 from burnish.rollout.engines import make_engine
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
-from burnish.rollout.stopping import StopMatcher
+from burnish.rollout.stop_strings import StopMatcher
 from burnish.types import Completion, Group, StopReason
 
 VOCABULARY = 257

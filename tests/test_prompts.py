@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from burnish.errors import DataError
-from burnish.rollout.prompts import PromptSource, shares_of
+from burnish.rollout.prompts import PromptSource, shards_of
 from burnish.types import Completion, Group
 
 
@@ -37,25 +37,25 @@ def test_ranks_together_hold_every_sample_once(world: int) -> None:
     samples = []
     for rank in range(world):
         one = source(7)
-        one.place = 6
-        shares = one.take(num_prompts=3, num_samples=4, rank=rank, world=world)
-        assert one.place == 9
-        mine = [(s.place, s.first + j, s.group.index) for s in shares for j in range(len(s.group.completions))]
+        one.position = 6
+        shards = one.take(num_prompts=3, num_samples=4, rank=rank, world=world)
+        assert one.position == 9
+        mine = [(s.position, s.first + j, s.group.index) for s in shards for j in range(len(s.group.completions))]
         assert len(mine) == 12 // world
         samples += mine
     assert sorted(samples)[:4] == [(6, j, source(7).at(6).index) for j in range(4)]
     assert [(place, j) for place, j, _ in sorted(samples)] == [(p, j) for p in (6, 7, 8) for j in range(4)]
 
 
-def test_shares_of_whole_groups_keep_their_completions() -> None:
+def test_shards_of_whole_groups_keep_their_completions() -> None:
     groups = {place: Group([place], [Completion([place, j]) for j in range(3)]) for place in (4, 9)}
-    shares = [share for rank in (0, 1) for share in shares_of(groups, rank=rank, world=2)]
-    assert [(s.place, s.first, [c.token_ids for c in s.group.completions]) for s in shares] == [
+    shards = [shard for rank in (0, 1) for shard in shards_of(groups, rank=rank, world=2)]
+    assert [(s.position, s.first, [c.token_ids for c in s.group.completions]) for s in shards] == [
         (4, 0, [[4, 0], [4, 1], [4, 2]]),
         (9, 0, [[9, 0], [9, 1], [9, 2]]),
     ]
-    thirds = [share for rank in range(6) for share in shares_of(groups, rank=rank, world=6)]
-    assert [(s.place, s.first) for s in thirds] == [(4, 0), (4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
+    thirds = [shard for rank in range(6) for shard in shards_of(groups, rank=rank, world=6)]
+    assert [(s.position, s.first) for s in thirds] == [(4, 0), (4, 1), (4, 2), (9, 0), (9, 1), (9, 2)]
 
 
 def test_weighted_prompts_come_in_proportion() -> None:

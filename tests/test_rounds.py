@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from burnish.rollout.dynamic_sampling import Replay, fill_batch, has_spread
+from burnish.rollout.dynamic_sampling import Replay, fill_batch, has_reward_variance
 from burnish.types import Completion, Group, Score
 
 
@@ -30,11 +30,11 @@ class Rounds:
 
 
 def test_has_spread() -> None:
-    assert has_spread(group(*GOOD))
-    assert not has_spread(group(*FLAT))
-    assert not has_spread(group(1.0, None))
-    assert not has_spread(group(None, None))
-    assert has_spread(group(0.5, None, 0.25))
+    assert has_reward_variance(group(*GOOD))
+    assert not has_reward_variance(group(*FLAT))
+    assert not has_reward_variance(group(1.0, None))
+    assert not has_reward_variance(group(None, None))
+    assert has_reward_variance(group(0.5, None, 0.25))
 
 
 def test_a_full_batch_takes_one_round() -> None:
@@ -46,7 +46,7 @@ def test_a_full_batch_takes_one_round() -> None:
 def test_flat_groups_are_replaced_and_counted() -> None:
     rounds = Rounds(FLAT, GOOD)  # half of them carry no signal
     batch = fill_batch(rounds, 4, max_rounds=10, replay=Replay(0))
-    assert all(has_spread(g) for g in batch.groups.values())
+    assert all(has_reward_variance(g) for g in batch.groups.values())
     assert len(batch.groups) == 4
     # Half are useful, so twice the missing ones are asked for.
     assert rounds.asked == [4, 4]
@@ -66,7 +66,7 @@ def test_flat_groups_fill_a_batch_when_rounds_run_out() -> None:
     assert batch.num_rounds == 2
     assert batch.num_flat == 3
     assert len(batch.groups) == 4
-    assert sum(has_spread(g) for g in batch.groups.values()) == 1
+    assert sum(has_reward_variance(g) for g in batch.groups.values()) == 1
 
 
 def test_remembered_groups_stand_in_once_with_their_old_logprobs() -> None:
@@ -74,7 +74,7 @@ def test_remembered_groups_stand_in_once_with_their_old_logprobs() -> None:
     fill_batch(Rounds(GOOD, (1.0, 0.9), (5.0, 0.0)), 3, max_rounds=1, replay=replay)
     assert sorted(replay.groups) == [1, 2], "the newest two are kept"
     batch = fill_batch(Rounds(FLAT), 1, max_rounds=1, replay=replay)
-    assert (batch.num_replayed, batch.num_flat, list(batch.groups)) == (1, 0, [2]), "the widest spread first"
+    assert (batch.num_replayed, batch.num_flat, list(batch.groups)) == (1, 0, [2]), "the highest variance first"
     for completion in batch.groups[2].completions:
         assert completion.policy_logprobs is None
         assert completion.token["old_logprobs"] == [-1.0]
@@ -85,7 +85,7 @@ def test_remembered_groups_stand_in_once_with_their_old_logprobs() -> None:
 
 
 def test_what_a_rank_does_to_scores_does_not_change_what_is_remembered() -> None:
-    """Each rank punishes the completions of its own share only; all must choose the same groups later."""
+    """Each rank penalises the completions of its own shard only; all must choose the same groups later."""
     replay = Replay(4)
     batch = fill_batch(Rounds((1.0, 0.0), (2.0, 0.0)), 2, max_rounds=1, replay=replay)
     for completion in batch.groups[1].completions:

@@ -374,9 +374,9 @@ def by_burnish(case: Case, folder: Path) -> Found:
     algorithm: Any = trainer.stage.algorithm
     assign = algorithm.assign_advantages
 
-    def assigned(shares: Any) -> Any:
-        metrics = assign(shares)
-        advantages.extend(c.sequence["advantages"] for share in shares for c in share.group.completions)
+    def assigned(shards: Any) -> Any:
+        metrics = assign(shards)
+        advantages.extend(c.sequence["advantages"] for shard in shards for c in shard.group.completions)
         return metrics
 
     algorithm.assign_advantages = assigned
@@ -484,9 +484,9 @@ def test_completions_without_reward_count_in_trl_s_denominators(
     failed = [values[3] is None for values in REWARDS]
     assert apart(ours.advantages, theirs.advantages) < 1e-5
     sizes = [1 if loss == "grpo" else len(ids) for ids in COMPLETIONS]
-    share = sum(n for n, no in zip(sizes, failed, strict=True) if not no) / sum(sizes)
-    assert theirs.losses[0] == pytest.approx(share * ours.losses[0], abs=1e-6)
-    assert float(theirs.update.norm() / ours.update.norm()) == pytest.approx(share, abs=1e-4)
+    fraction = sum(n for n, no in zip(sizes, failed, strict=True) if not no) / sum(sizes)
+    assert theirs.losses[0] == pytest.approx(fraction * ours.losses[0], abs=1e-6)
+    assert float(theirs.update.norm() / ours.update.norm()) == pytest.approx(fraction, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ BROKEN: dict[str, tuple[Callable[[Rows], Any], str]] = {
     "unknown in one": (changed(policy_logprobs=None), "1 of 4 completions have no policy_logprobs"),
     "no reason": (changed(stop_reason=None), "stop_reason = None: use one of eos, stop, length"),
     "a reason as text": (changed(stop_reason="eos"), "stop_reason = 'eos': use one of"),
-    "an end that is none": (changed(token_ids=[5, 6, 7]), "the last token 7 is none of"),
-    "a cut that is an end": (changed(stop_reason=StopReason.LENGTH), "the last token 0 ends a completion"),
+    "an end that is none": (changed(token_ids=[5, 6, 7]), "the last token 7 is not one of"),
+    "a cut that is an end": (changed(stop_reason=StopReason.LENGTH), "the last token 0 is an end-of-sequence token"),
     "no text": (changed(text=None), "text is a NoneType"),
 }
 
@@ -74,7 +74,7 @@ def test_a_broken_contract_is_named(case: str) -> None:
 
 def test_a_stop_that_nobody_asked_for() -> None:
     completion = Completion([5], text="a", stop_reason=StopReason.STOP)
-    with pytest.raises(EngineError, match="no stop strings were asked for"):
+    with pytest.raises(EngineError, match="the request has no stop strings"):
         check_completions([Request([1], 1, SamplingParams(4, eos_token_ids=(0,)))], [[completion]])
 
 

@@ -1,7 +1,7 @@
 """Advantages from rewards: pure functions, one row per prompt.
 
-Rewards are rows of P prompts with G completions each; None where a reward failed: such a completion counts in no mean
-and gets 0.
+Rewards are P rows, one per prompt, of G completions each. A failed reward is None: it is excluded from every mean and
+its advantage is 0.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ Rows: TypeAlias = Sequence[Sequence[float | None]]
 
 
 def group_advantages(rewards: Rows, *, scale: Scale = "group", eps: float = 1e-4) -> list[list[float]]:
-    r"""Rewards relative to the group's mean (GRPO, 2402.03300; without scaling Dr. GRPO, 2503.20783).
+    r"""Centre rewards on their group's mean (GRPO, 2402.03300; without scaling Dr. GRPO, 2503.20783).
 
     .. math:: A_{ij} = \frac{r_{ij} - \mathrm{mean}_j r_{ij}}{\sigma + \epsilon}
 
-    with sigma the unbiased standard deviation of the group, of the whole batch, or the division left out.
+    with sigma the unbiased standard deviation of the group or of the batch; `none` skips the division.
 
     Args:
         rewards: P rows of G rewards.
-        scale: what sigma is.
+        scale: group, batch or none, as above.
         eps: added to sigma.
 
     Returns:
-        P rows of G advantages. A group with fewer than two rewards has none to compare: all 0.
+        P rows of G advantages; all 0 in a group with fewer than two known rewards.
     """
     batch_std = _std([r for row in rewards for r in row if r is not None]) if scale == "batch" else 0.0
 
@@ -52,7 +52,7 @@ def group_advantages(rewards: Rows, *, scale: Scale = "group", eps: float = 1e-4
 
 
 def mean_normalized_advantages(rewards: Rows, *, eps: float = 1e-6) -> list[list[float]]:
-    r"""MaxRL (2602.02710): the policy gradient of the log pass rate, to order G in the failure rate.
+    r"""Centre rewards and divide by the mean: MaxRL (2602.02710), the policy gradient of the log pass rate to order G.
 
     .. math:: A_{ij} = \frac{r_{ij} - \bar r_i}{\bar r_i + \epsilon}
 
@@ -61,20 +61,23 @@ def mean_normalized_advantages(rewards: Rows, *, eps: float = 1e-6) -> list[list
         eps: added to the mean.
 
     Returns:
-        P rows of G advantages; all 0 where nothing succeeded, or everything.
+        P rows of G advantages; all 0 where every completion failed or every one succeeded.
     """
     return _centred(rewards, lambda values: math.fsum(values) / len(values) + eps)
 
 
 def leave_one_out_advantages(rewards: Rows, *, scale: Scale = "none", eps: float = 1e-4) -> list[list[float]]:
-    r"""Rewards relative to the mean of the group's other rewards (RLOO, 2402.14740).
+    r"""Subtract the mean of the group's other rewards (RLOO, 2402.14740).
 
     .. math:: A_{ij} = r_{ij} - \frac{1}{G-1} \sum_{k \ne j} r_{ik} = \frac{G}{G-1} (r_{ij} - \bar r_i)
 
     Args:
         rewards: P rows of G rewards.
         scale: batch whitens the advantages over the batch; group divides by the group's standard deviation.
-        eps: added to a standard deviation.
+        eps: added to the standard deviation.
+
+    Returns:
+        P rows of G advantages.
     """
     rows = _centred(
         rewards, lambda values: (len(values) - 1) / len(values) * (_std(values) + eps if scale == "group" else 1)
@@ -85,14 +88,17 @@ def leave_one_out_advantages(rewards: Rows, *, scale: Scale = "none", eps: float
 def whitened_advantages(
     values: Rows, *, lengths: Sequence[Sequence[int]] | None = None, eps: float = 1e-4
 ) -> list[list[float]]:
-    r"""Values whitened over the whole batch (REINFORCE++, 2501.03262).
+    r"""Whiten values over the whole batch (REINFORCE++, 2501.03262).
 
     .. math:: A_{ij} = \frac{v_{ij} - \mathrm{mean}\,v}{\mathrm{std}\,v + \epsilon}
 
     Args:
         values: P rows of G rewards, or of advantages.
-        lengths: P rows of G token counts: a value weighs as often as it has tokens. None: each weighs 1.
+        lengths: P rows of G token counts that weight the values; None weights all equally.
         eps: added to the unbiased standard deviation.
+
+    Returns:
+        P rows of G values; all 0 where the known ones are equal.
     """
     weights = lengths if lengths is not None else [[1] * len(row) for row in values]
     known = [
@@ -110,15 +116,18 @@ def whitened_advantages(
 def per_criterion_advantages(
     criteria: Sequence[Rows], weights: Sequence[float], rewards: Rows, *, eps: float = 1e-4
 ) -> list[list[float]]:
-    r"""GDPO (2601.05242): each criterion scaled within its group, so that none drowns the others; the sum whitened.
+    r"""Normalise each criterion within its group, then whiten their weighted sum (GDPO, 2601.05242).
 
     .. math:: A = \mathrm{whiten}\Big(\sum_k w_k \frac{r^k_{ij} - \bar r^k_i}{\sigma^k_i + \epsilon}\Big)
 
     Args:
-        criteria: K times P rows of G values.
+        criteria: K tables of P rows of G values.
         weights: K weights.
-        rewards: P rows of G totals; None there excludes the completion.
+        rewards: P rows of G totals; None excludes the completion.
         eps: added to standard deviations.
+
+    Returns:
+        P rows of G advantages.
     """
     scaled = [group_advantages(rows, eps=eps) for rows in criteria]
     sums = [
@@ -131,17 +140,17 @@ def per_criterion_advantages(
 def token_advantages(
     rewards: Rows, penalties: Sequence[Sequence[Sequence[float]]], *, eps: float = 1e-4
 ) -> list[list[list[float]]]:
-    r"""The sum of what follows each token, whitened over all tokens of the batch (REINFORCE++, 2501.03262).
+    r"""Whiten the return of each token over all tokens of the batch (REINFORCE++, 2501.03262).
 
     .. math:: R_t = r - \sum_{u \ge t} k_u, \qquad A_t = \frac{R_t - \mathrm{mean}\,R}{\mathrm{std}\,R + \epsilon}
 
     Args:
         rewards: P rows of G rewards.
-        penalties: P rows of G lists of a number k for each token, such as beta times its KL divergence.
+        penalties: P rows of G lists of k_t, one per token, such as beta times its KL divergence.
         eps: added to the unbiased standard deviation.
 
     Returns:
-        P rows of G lists of advantages, one a token.
+        P rows of G lists of advantages, one per token.
     """
     sums: list[list[list[float | None]]] = []
     for row, given in zip(rewards, penalties, strict=True):
@@ -154,14 +163,14 @@ def token_advantages(
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """What an advantage estimator is a function of: the rewards of a whole round of samples, over all ranks.
+    """Inputs of an advantage estimator: the rewards of a whole rollout, over all ranks.
 
     Attributes:
         totals: P rows of G rewards.
         lengths: P rows of G token counts.
-        criteria: K times P rows of G values of single criteria.
-        weights: K weights of them.
-        scale: what centred rewards are divided by.
+        criteria: K tables of P rows of G values, one per criterion.
+        weights: K criterion weights.
+        scale: divisor of centred rewards, see `group_advantages`.
     """
 
     totals: Rows
@@ -189,7 +198,7 @@ def _centred(rewards: Rows, divisor: Callable[[Sequence[float]], float]) -> list
     result: list[list[float]] = []
     for row in rewards:
         values = [r for r in row if r is not None]
-        # Equal rewards carry no signal; their rounding error must not be blown up by a tiny divisor.
+        # Equal rewards carry no signal; a tiny divisor must not amplify their rounding error.
         if len(values) < 2 or max(values) == min(values):
             result.append([0.0] * len(row))
             continue
@@ -199,7 +208,7 @@ def _centred(rewards: Rows, divisor: Callable[[Sequence[float]], float]) -> list
 
 
 def _known(rewards: Rows, rows: Rows) -> Rows:
-    """The rows, with None where the reward failed."""
+    """Restore None in rows where the reward failed."""
     return [[None if r is None else v for r, v in zip(*pair, strict=True)] for pair in zip(rewards, rows, strict=True)]
 
 

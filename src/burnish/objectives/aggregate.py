@@ -1,4 +1,4 @@
-"""From per-token values to one number: the only place where a loss meets its denominator."""
+"""Reduce per-token values to a scalar: the only place where a loss is divided by its denominator."""
 
 from __future__ import annotations
 
@@ -54,20 +54,19 @@ def aggregate(
         \text{token, sum, constant: } \frac1D \sum_t v_t \qquad
         \text{sequence: } \frac1D \sum_s \frac1{|s|} \sum_{t \in s} v_t
 
-    D counts over the whole optimizer step, all micro-batches and ranks: scored tokens (token; BNPO, DAPO
+    D is counted over the whole optimizer step, all micro-batches and ranks: scored tokens (token; BNPO, DAPO
     2503.14476), sequences (sequence; GRPO 2402.03300; sum: LUSPO 2602.05261), or sequences times the length limit
-    (constant; Dr. GRPO 2503.20783). So the result is independent of how the step was split, and micro-batch results
-    add up.
+    (constant; Dr. GRPO 2503.20783). The results of micro-batches therefore add up to the step's, however it is split.
 
     Args:
         values_N: [N] per-token values.
-        sequence_index_N: [N] sequence of each token, 0 .. S-1; a sequence is never split over calls.
+        sequence_index_N: [N] sequence of each token, 0 .. S-1; a sequence is never split between calls.
         num_sequences: S.
         reduction: as above.
         denominator: D, positive.
 
     Returns:
-        Scalar: this batch's share of the step's mean.
+        Scalar: this batch's contribution to the step's mean.
     """
     assert values_N.shape == sequence_index_N.shape and denominator > 0
     if reduction != "sequence":

@@ -1,4 +1,4 @@
-"""The coefficient of an entropy bonus that follows the policy's entropy."""
+"""Adaptive coefficient of the entropy bonus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["adapted_entropy_coef"]
 def adapted_entropy_coef(
     coef: float, entropy: float, *, target: float, minimum: float, maximum: float, delta: float
 ) -> float:
-    r"""The next coefficient of an entropy bonus under Skywork-OR1's controller (2505.22312).
+    r"""Update the coefficient of the entropy bonus by Skywork-OR1's controller (2505.22312).
 
     .. math::
         \alpha_{k+1} = \begin{cases}
@@ -17,12 +17,12 @@ def adapted_entropy_coef(
         \end{cases}
 
     Args:
-        coef: alpha_k, the coefficient so far.
+        coef: alpha_k, the current coefficient.
         entropy: H_k, mean entropy of the step's tokens, in nats.
         target: H^*, in nats.
         minimum: lower bound of the coefficient.
         maximum: upper bound of the coefficient.
-        delta: size of a change.
+        delta: step size.
 
     Returns:
         alpha_{k+1}.

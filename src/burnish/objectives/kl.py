@@ -1,4 +1,4 @@
-"""Estimators of the Kullback-Leibler divergence to a reference policy from samples of the policy."""
+"""Estimators of the KL divergence from a reference policy, on samples of the policy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["KL_ESTIMATORS", "adapted_beta", "kl_k1", "kl_k2", "kl_k3"]
 
 
 def kl_k1(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor) -> torch.Tensor:
-    r"""The log-ratio, an unbiased estimate of KL(pi || ref) that may be negative.
+    r"""Estimate KL(pi || ref) by the log-ratio: unbiased, but may be negative.
 
     .. math:: \log \pi(y_t) - \log \pi_{ref}(y_t)
 
-    Its gradient is that of the log-likelihood, 0 on average: in a loss it needs the importance ratio as a factor.
+    Its gradient is the score function, 0 in expectation: in a loss it must be multiplied by the importance ratio.
 
     Args:
         logprobs_N: [N] log-probabilities under the policy.
@@ -28,7 +28,7 @@ def kl_k1(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor) -> torch.Tenso
 
 
 def kl_k2(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor) -> torch.Tensor:
-    r"""Half the squared log-ratio: a biased estimate of KL(pi || ref) whose gradient is unbiased.
+    r"""Estimate KL(pi || ref) by half the squared log-ratio: biased, but with an unbiased gradient.
 
     .. math:: \tfrac12 \big(\log \pi(y_t) - \log \pi_{ref}(y_t)\big)^2
 
@@ -43,7 +43,7 @@ def kl_k2(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor) -> torch.Tenso
 
 
 def kl_k3(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor) -> torch.Tensor:
-    r"""Schulman's k3 estimator of KL(pi || ref), unbiased and non-negative, as GRPO uses it (2402.03300).
+    r"""Estimate KL(pi || ref) by Schulman's k3, unbiased and non-negative, as in GRPO (2402.03300).
 
     .. math:: e^{d} - d - 1, \quad d = \log \pi_{ref}(y_t) - \log \pi(y_t)
 
@@ -67,16 +67,19 @@ KL_ESTIMATORS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def adapted_beta(beta: float, kl: float, *, target: float, num_completions: int, horizon: int) -> float:
-    r"""The next KL coefficient of Ziegler et al.'s controller (1909.08593).
+    r"""Update the KL coefficient by Ziegler et al.'s controller (1909.08593).
 
     .. math:: \beta \Big(1 + \mathrm{clip}\big(\tfrac{KL}{target} - 1, -0.2, 0.2\big) \tfrac{n}{horizon}\Big)
 
     Args:
-        beta: the coefficient so far.
-        kl: mean divergence of a completion, in nats.
-        target: the divergence to reach, in nats a completion.
-        num_completions: n, completions since the last change.
-        horizon: completions over which beta may change by a factor.
+        beta: the current coefficient.
+        kl: mean divergence per completion, in nats.
+        target: target divergence per completion, in nats.
+        num_completions: n, completions since the last update.
+        horizon: time constant of the controller, in completions.
+
+    Returns:
+        The next coefficient.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * num_completions / horizon)

@@ -1,4 +1,4 @@
-"""Policy-gradient losses: per-token values of surrogates built on the ratio between the policy and an older one."""
+"""Per-token policy-gradient losses on the importance ratio between the current policy and the sampling policy."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def log_ratio(
     sequence_index_N: torch.Tensor,
     num_sequences: int,
 ) -> torch.Tensor:
-    r"""Log importance ratio of each token, per token or shared by its sequence.
+    r"""Log importance ratio of each token, at token or sequence level.
 
-    With d_t = log pi(y_t) - log pi_old(y_t) and sg what stops gradients:
+    With d_t = log pi(y_t) - log pi_old(y_t) and sg the stop-gradient:
 
     .. math::
         \text{token: } d_t \qquad
@@ -51,12 +51,12 @@ def log_ratio(
         \text{sequence\_token: } \mathrm{sg}[\bar d] + d_t - \mathrm{sg}[d_t] \qquad
         \text{product: } \sum_{u \in s} d_u
 
-    The sequence levels are GSPO's (2507.18071), whose second form has the value of the first and each token's own
-    gradient; the product is the ratio of whole sequences, as in RLOO (2402.14740).
+    The sequence levels are GSPO's (2507.18071): `sequence_token` has the value of `sequence` and per-token gradients.
+    The product is the ratio of whole sequences, as in RLOO (2402.14740).
 
     Args:
-        logprobs_N: [N] log-probabilities under the policy that is trained.
-        old_logprobs_N: [N] log-probabilities under the policy that sampled; no gradient.
+        logprobs_N: [N] log-probabilities under the current policy.
+        old_logprobs_N: [N] log-probabilities under the sampling policy; no gradient.
         level: as above.
         sequence_index_N: [N] sequence of each token.
         num_sequences: S.
@@ -82,7 +82,7 @@ def clipped_surrogate(
     epsilon_high: float,
     delta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""PPO's clipped surrogate (1707.06347), with separate bounds (DAPO, 2503.14476) and a two-sided, or dual, clip.
+    r"""PPO's clipped surrogate (1707.06347) with asymmetric bounds (DAPO, 2503.14476) and an optional dual clip.
 
     .. math:: -\min\big(\min(r_t, \delta) A_t,\ \mathrm{clip}(r_t, 1-\epsilon_{low}, 1+\epsilon_{high}) A_t\big)
 
@@ -91,11 +91,11 @@ def clipped_surrogate(
         advantages_N: [N] A; no gradient.
         epsilon_low: in [0, 1].
         epsilon_high: at least 0.
-        delta: cap on the unclipped ratio (INTELLECT-2, 2505.07291), above 1 + epsilon_high; None for none. It acts
-            where A < 0, and there it is the dual clip max(min(r A, clip(r) A), delta A) of 1912.09729.
+        delta: cap on the unclipped ratio (INTELLECT-2, 2505.07291), above 1 + epsilon_high; None for none. It takes
+            effect where A < 0, as the dual clip max(min(r A, clip(r) A), delta A) of 1912.09729.
 
     Returns:
-        [N] losses, not reduced, and [N] booleans: whether the clip removed the token's gradient.
+        [N] losses, not reduced, and an [N] mask of tokens whose gradient the clip removed.
     """
     assert log_ratio_N.shape == advantages_N.shape
     ratio_N = log_ratio_N.exp()
@@ -109,18 +109,18 @@ def clipped_surrogate(
 def cispo(
     log_ratio_N: torch.Tensor, advantages_N: torch.Tensor, logprobs_N: torch.Tensor, *, bound: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""CISPO (2506.13585): the clipped ratio is a weight without gradient, so every token keeps its own.
+    r"""CISPO (2506.13585): the clipped ratio is a detached weight, so every token keeps its gradient.
 
     .. math:: -\mathrm{sg}[\min(r_t, c)]\, A_t \log \pi(y_t)
 
     Args:
         log_ratio_N: [N] log of r.
         advantages_N: [N] A; no gradient.
-        logprobs_N: [N] log-probabilities under the policy that is trained.
-        bound: c, of the ratio itself (5, not an epsilon such as 0.2), above 1.
+        logprobs_N: [N] log-probabilities under the current policy.
+        bound: c, on the ratio itself (5, not an epsilon such as 0.2), above 1.
 
     Returns:
-        [N] losses, not reduced, and [N] booleans: whether the weight was clipped.
+        [N] losses, not reduced, and an [N] mask of tokens with A > 0 whose weight was clipped.
     """
     assert log_ratio_N.shape == advantages_N.shape == logprobs_N.shape and bound > 1
     ratio_N = log_ratio_N.detach().exp()
@@ -130,11 +130,11 @@ def cispo(
 def sapo(
     log_ratio_N: torch.Tensor, advantages_N: torch.Tensor, *, temperature_pos: float, temperature_neg: float
 ) -> torch.Tensor:
-    r"""Soft adaptive policy optimisation (2511.20347): a gate of the ratio whose slope at 1 is 1, instead of a clip.
+    r"""Soft adaptive policy optimisation (2511.20347): a sigmoid gate with slope 1 at ratio 1 replaces the clip.
 
     .. math:: -\frac{4}{\tau}\, \sigma(\tau (r_t - 1))\, A_t
 
-    with tau the first temperature where A_t > 0 and the second elsewhere.
+    with tau = temperature_pos where A_t > 0 and temperature_neg elsewhere.
 
     Args:
         log_ratio_N: [N] log of r.
@@ -143,7 +143,7 @@ def sapo(
         temperature_neg: tau elsewhere.
 
     Returns:
-        [N] losses, not reduced. Their value at r = 1 is -2 A / tau; their gradient there is that of -r A.
+        [N] losses, not reduced. At r = 1 the value is -2 A / tau and the gradient that of -r A.
     """
     assert log_ratio_N.shape == advantages_N.shape
     advantages_N = advantages_N.detach()
@@ -162,20 +162,20 @@ def sequence_log_weight(
     sequence_index_N: torch.Tensor,
     num_sequences: int,
 ) -> torch.Tensor:
-    r"""Log importance weight of whole sequences, corrected for the sampler where its weights are given.
+    r"""Log importance weight of whole sequences, including the sampler correction where given.
 
     .. math:: \log w_s = \sum_{t \in s} \log\frac{\pi(y_t)}{\pi_{old}(y_t)} + \log w_t
 
     Args:
-        logprobs_N: [N] log-probabilities under the policy that is trained.
-        old_logprobs_N: [N] log-probabilities under the policy that sampled.
-        weights_N: [N] w_t, weights of tokens between that policy and the sampler (see `correction_weights`); one that
-            is masked, 0, counts as 1e-8.
+        logprobs_N: [N] log-probabilities under the current policy.
+        old_logprobs_N: [N] log-probabilities under the sampling policy.
+        weights_N: [N] w_t, token weights of the sampler correction (see `correction_weights`); a masked one, 0, counts
+            as 1e-8.
         sequence_index_N: [N] sequence of each token.
         num_sequences: S.
 
     Returns:
-        [N] log w of each token's sequence, within [log 1e-8, 20], without gradient.
+        [N] log w of each token's sequence, within [log 1e-8, 20]; no gradient.
     """
     assert logprobs_N.shape == old_logprobs_N.shape == sequence_index_N.shape
     terms_N = (logprobs_N - old_logprobs_N).detach()
@@ -194,11 +194,11 @@ def vespo_weight(
     k_neg: float,
     lambda_neg: float,
 ) -> torch.Tensor:
-    r"""VESPO's weight of a sequence (2602.10693): that of a gamma density in w, scaled to 1 on the policy.
+    r"""VESPO's sequence weight (2602.10693): a gamma density in w, scaled to 1 on-policy.
 
     .. math:: \phi(w) = w^k e^{\lambda (1 - w)}
 
-    with its peak at w = k / lambda, one pair of parameters where A >= 0 and another where A < 0.
+    with its peak at w = k / lambda, and separate parameters for A >= 0 and A < 0.
 
     Args:
         sequence_log_weight_N: [N] log w of each token's sequence.
@@ -209,7 +209,7 @@ def vespo_weight(
         lambda_neg: lambda there.
 
     Returns:
-        [N] phi, without gradient.
+        [N] phi; no gradient.
     """
     assert sequence_log_weight_N.shape == advantages_N.shape
     log_w_N, positive_N = sequence_log_weight_N.detach(), advantages_N >= 0
@@ -219,14 +219,14 @@ def vespo_weight(
 
 
 def vespo(weights_N: torch.Tensor, advantages_N: torch.Tensor, logprobs_N: torch.Tensor) -> torch.Tensor:
-    r"""Variational sequence-level soft policy optimisation (2602.10693): no clip, a soft weight of whole sequences.
+    r"""Variational sequence-level soft policy optimisation (2602.10693): a soft sequence weight replaces the clip.
 
     .. math:: -\mathrm{sg}[\phi(w_s)]\, A_t \log \pi(y_t)
 
     Args:
         weights_N: [N] phi, see `vespo_weight`.
         advantages_N: [N] A; no gradient.
-        logprobs_N: [N] log-probabilities under the policy that is trained.
+        logprobs_N: [N] log-probabilities under the current policy.
 
     Returns:
         [N] losses, not reduced.
@@ -237,12 +237,12 @@ def vespo(weights_N: torch.Tensor, advantages_N: torch.Tensor, logprobs_N: torch
 
 @dataclass(frozen=True, slots=True)
 class PolicyTerms:
-    """What a policy loss is a function of.
+    """Inputs of a policy loss.
 
     Attributes:
         log_ratio: [N] log of the importance ratio, with gradient (see `log_ratio`).
-        advantages: [N] no gradient.
-        logprobs: [N] log-probabilities under the policy that is trained.
+        advantages: [N] advantages, no gradient.
+        logprobs: [N] log-probabilities under the current policy.
         sequence_log_weight: [N] log importance weight of the whole sequence, no gradient (see `sequence_log_weight`).
     """
 
@@ -254,7 +254,7 @@ class PolicyTerms:
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """The numbers of the losses, by the names of configuration fields."""
+    """Hyperparameters of the losses, named as their configuration fields."""
 
     epsilon: float = 0.2
     epsilon_high: float | None = None
@@ -268,7 +268,7 @@ class PolicyOptions:
 
     @property
     def high(self) -> float:
-        """The upper clip range."""
+        """Upper clip range."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
 
@@ -277,14 +277,14 @@ Metric = Callable[[PolicyTerms, PolicyOptions], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """A row of the table.
+    """One policy loss: a row of `POLICY_LOSSES`.
 
     Attributes:
-        compute: (terms, options) -> [N] losses, [N] booleans: where a clip acted.
-        reduction: how the values become one number.
-        takes_correction: whether the weights of a sampling correction are part of `terms.sequence_log_weight`, and so
-            of the loss; otherwise the losses are multiplied by them.
-        metrics: name -> (terms, options) -> [N] values; the log shows the mean over sequences of their means.
+        compute: (terms, options) -> [N] losses and an [N] mask of clipped tokens.
+        reduction: see `aggregate`.
+        takes_correction: include the sampler-correction weights in `terms.sequence_log_weight` instead of multiplying
+            the losses by them.
+        metrics: name -> (terms, options) -> [N] values; the mean over sequences of their means is logged.
     """
 
     compute: Callable[[PolicyTerms, PolicyOptions], tuple[torch.Tensor, torch.Tensor]]
@@ -301,10 +301,6 @@ def _clip(terms: PolicyTerms, options: PolicyOptions) -> tuple[torch.Tensor, tor
         epsilon_high=options.high,
         delta=options.delta,
     )
-
-
-def _cispo(terms: PolicyTerms, options: PolicyOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    return cispo(terms.log_ratio, terms.advantages, terms.logprobs, bound=options.high)
 
 
 def _sapo(terms: PolicyTerms, options: PolicyOptions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -339,7 +335,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
     "dapo": PolicyLoss(_clip, "token"),
     "dr_grpo": PolicyLoss(_clip, "constant"),
     "luspo": PolicyLoss(_clip, "sum"),
-    "cispo": PolicyLoss(_cispo, "token"),
+    "cispo": PolicyLoss(lambda t, o: cispo(t.log_ratio, t.advantages, t.logprobs, bound=o.high), "token"),
     "sapo": PolicyLoss(_sapo, "sequence"),
     "vespo": PolicyLoss(_vespo, "token", takes_correction=True, metrics={"vespo/phi_seq_mean": _vespo_weight}),
 }
@@ -355,22 +351,22 @@ def off_policy_mask(
     sequence_index_N: torch.Tensor,
     num_sequences: int,
 ) -> torch.Tensor:
-    r"""Off-policy sequence mask of DeepSeek-V3.2 (2512.02556): leave out bad samples that the policy has moved off.
+    r"""DeepSeek-V3.2's off-policy mask (2512.02556): drop negative samples that have become unlikely.
 
     .. math::
         m_t = 0 \text{ where } A_t < 0 \text{ and }
         \frac{1}{|s|} \sum_{u \in s} \log\frac{\pi_{old}(y_u)}{\pi(y_u)} > \delta, \quad 1 \text{ elsewhere}
 
     Args:
-        logprobs_N: [N] log-probabilities under the policy that is trained.
+        logprobs_N: [N] log-probabilities under the current policy.
         sampled_logprobs_N: [N] log-probabilities when the completions were sampled.
         advantages_N: [N] A.
-        threshold: delta, in nats a token.
+        threshold: delta, in nats per token.
         sequence_index_N: [N] sequence of each token.
         num_sequences: S.
 
     Returns:
-        [N] 1 or 0, without gradient.
+        [N] 1 or 0; no gradient.
     """
     assert logprobs_N.shape == sampled_logprobs_N.shape == advantages_N.shape == sequence_index_N.shape
     moved_N = (sampled_logprobs_N - logprobs_N).detach()
@@ -388,32 +384,32 @@ def correction_weights(
     sequence_index_N: torch.Tensor,
     num_sequences: int,
 ) -> torch.Tensor:
-    r"""Weights that turn samples of one distribution into estimates for another.
+    r"""Importance weights that correct for a sampler whose distribution differs from the trainer's.
 
     .. math:: w_t = \frac{\pi_{old}(y_t)}{\mu(y_t)}, \qquad w_s = \prod_{t \in s} w_t
 
-    with mu the distribution that was sampled from. `truncate` bounds a weight from above (truncated importance
-    sampling), `mask` sets one outside the bounds to 0 (with 0.5 and 5 a token it is IcePop, 2510.18855).
+    with mu the sampler's distribution. `truncate` bounds weights from above (truncated importance sampling); `mask`
+    zeroes those outside the bounds (IcePop, 2510.18855, uses 0.5 and 5 per token).
 
     Args:
         old_logprobs_N: [N] log-probabilities under the trainer before the first update on these samples.
         sampler_logprobs_N: [N] log-probabilities of the sampler.
-        kind: level and way.
+        kind: level (token or sequence) and treatment (truncate or mask).
         maximum: largest weight; None for no bound.
         minimum: smallest weight of a mask; None for no bound.
         sequence_index_N: [N] sequence of each token.
         num_sequences: S.
 
     Returns:
-        [N] weights without gradient.
+        [N] weights; no gradient.
     """
     assert old_logprobs_N.shape == sampler_logprobs_N.shape == sequence_index_N.shape
-    level, way = kind.split("_")
+    level, treatment = kind.split("_")
     difference_N = (old_logprobs_N - sampler_logprobs_N).detach()
     if level == "sequence":
         difference_N = sequence_sums(difference_N, sequence_index_N, num_sequences)[sequence_index_N]
     weights_N = difference_N.exp()
     low, high = minimum or 0.0, float("inf") if maximum is None else maximum
-    if way == "truncate":
+    if treatment == "truncate":
         return weights_N.clamp(max=high)
     return torch.where((weights_N >= low) & (weights_N <= high), weights_N, 0.0)

@@ -1,13 +1,13 @@
-r"""Preference losses: from the log-probabilities of chosen and rejected completions to one loss a pair.
+r"""Preference losses: from the log-probabilities of chosen and rejected completions to one loss per pair.
 
-Notation. For a pair with prompt x, chosen y_w and rejected y_l:
+For a pair with prompt x, chosen y_w and rejected y_l:
 
 .. math::
     \rho_w = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}, \quad \rho_l = \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}, \quad
     \Delta = g(\rho_w) - g(\rho_l)
 
-sigma is the logistic function, eps the label smoothing, |y| a length in scored tokens, and g comes from the divergence
-that regularises (the identity for the reverse KL; see `divergence_score`). Letters of shapes: P pairs.
+sigma (s in the table) is the logistic function, eps the label smoothing and |y| a length in scored tokens; g follows
+from the regularising divergence (the identity for the reverse KL; see `divergence_score`). Dimension letter: P pairs.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ __all__ = [
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 _LARGEST_EXPONENT = 80.0
-"""exp of more leaves fp32."""
+"""exp overflows fp32 soon above this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """What the losses read.
+    """Inputs of the losses.
 
     Attributes:
         chosen: [P] sums of log-probabilities of the chosen completions' scored tokens.
-        rejected: [P] the same of the rejected ones.
-        ref_chosen: [P] under the reference; zeros for a reference-free loss.
-        ref_rejected: [P] the same of the rejected ones.
-        chosen_tokens: [P] scored tokens.
-        rejected_tokens: [P] the same of the rejected ones.
+        rejected: [P] the same for the rejected completions.
+        ref_chosen: [P] `chosen` under the reference; zeros for a reference-free loss.
+        ref_rejected: [P] the same for the rejected completions.
+        chosen_tokens: [P] number of scored tokens of the chosen completions.
+        rejected_tokens: [P] the same for the rejected completions.
     """
 
     chosen: torch.Tensor
@@ -71,15 +71,15 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceOptions:
-    """Numbers of the losses; names and defaults are TRL's.
+    """Hyperparameters of the losses, with TRL's names and defaults.
 
     Attributes:
         beta: strength of the pull towards the reference; IPO's tau; scale of the margin in reference-free losses.
-        label_smoothing: eps, the assumed share of wrong labels, below 0.5.
-        f_divergence_type: the regulariser of `divergence_score`.
+        label_smoothing: eps, the assumed fraction of wrong labels, below 0.5.
+        f_divergence_type: the regularising divergence, see `divergence_score`.
         f_alpha_divergence_coef: alpha of the alpha-divergence.
         simpo_gamma: target margin of SimPO, in units of beta times log-probability.
-        alpha: of AlphaPO.
+        alpha: exponent of AlphaPO's reward.
         discopop_tau: temperature of DiscoPOP's blend.
     """
 
@@ -93,7 +93,7 @@ class PreferenceOptions:
 
 
 def divergence_score(log_ratio: torch.Tensor, kind: Divergence, coef: float) -> torch.Tensor:
-    r"""g(rho) = f'(e^rho) up to a constant, which cancels in Delta (f-DPO, 2309.16240).
+    r"""Score g(rho) = f'(e^rho) of f-DPO (2309.16240), up to a constant that cancels in Delta.
 
     .. math::
         \text{reverse KL: } \rho \qquad \text{forward KL: } 1 - e^{-\rho} \qquad
@@ -102,7 +102,10 @@ def divergence_score(log_ratio: torch.Tensor, kind: Divergence, coef: float) -> 
     Args:
         log_ratio: rho, any shape.
         kind: the divergence between policy and reference.
-        coef: alpha, for the alpha-divergence; at 1 it is the reverse KL.
+        coef: alpha, for the alpha-divergence; 1 is the reverse KL.
+
+    Returns:
+        g(rho), of the same shape.
     """
     match kind:
         case "reverse_kl":
@@ -134,25 +137,9 @@ def _smoothed(margin_P: torch.Tensor, eps: float) -> torch.Tensor:
     return -(1 - eps) * F.logsigmoid(margin_P) - eps * F.logsigmoid(-margin_P)
 
 
-def _sigmoid(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return _smoothed(options.beta * _delta(pairs, options), options.label_smoothing)
-
-
-def _sigmoid_norm(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return _smoothed(options.beta * _mean_delta(pairs, options), options.label_smoothing)
-
-
 def _robust(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
     margin_P, eps = options.beta * _delta(pairs, options), options.label_smoothing
     return (-(1 - eps) * F.logsigmoid(margin_P) + eps * F.logsigmoid(-margin_P)) / (1 - 2 * eps)
-
-
-def _hinge(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return torch.relu(1 - options.beta * _delta(pairs, options))
-
-
-def _ipo(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return (_mean_delta(pairs, options) - 1 / (2 * options.beta)) ** 2
 
 
 def _exo_pair(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
@@ -187,10 +174,6 @@ def _aot_unpaired(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
     return _smoothed(options.beta * delta, options.label_smoothing)
 
 
-def _apo_zero(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return torch.sigmoid(-options.beta * pairs.chosen_ratio) + torch.sigmoid(options.beta * pairs.rejected_ratio)
-
-
 def _apo_down(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
     delta = pairs.chosen_ratio - pairs.rejected_ratio
     return torch.sigmoid(options.beta * pairs.chosen_ratio) + torch.sigmoid(-options.beta * delta)
@@ -203,17 +186,9 @@ def _discopop(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
     return -F.logsigmoid(margin_P) * (1 - blend) + exponential * blend
 
 
-def _sft(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return -pairs.chosen
-
-
 def _means(pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
     chosen = pairs.chosen / pairs.chosen_tokens.clamp(min=1)
     return chosen, pairs.rejected / pairs.rejected_tokens.clamp(min=1)
-
-
-def _cpo(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
-    return _smoothed(options.beta * (pairs.chosen - pairs.rejected), options.label_smoothing)
 
 
 def _simpo(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
@@ -233,7 +208,7 @@ def _orpo(pairs: Pairs, options: PreferenceOptions) -> torch.Tensor:
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 - e^x) for x < 0, accurate at both ends; x = 0 is moved away by one unit in the last place of 1."""
+    """Compute log(1 - e^x) for x < 0, accurate at both ends; x = 0 is moved to minus one machine epsilon."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     # Each branch of `where` is differentiated, so the one not taken must be finite too.
     near = torch.log(-torch.expm1(x.clamp(min=-1.0)))
@@ -243,17 +218,16 @@ def _log1mexp(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
-    """A row of the table.
+    """One preference loss: a row of `PREFERENCE_LOSSES`.
 
     Attributes:
         compute: (pairs, options) -> [P] losses.
-        formula: of one pair.
-        paper: arXiv number.
-        needs_reference: reads the reference's log-probabilities.
-        coupled: one pair's loss depends on the other pairs of the step (a sort), so a step that is split needs two
-            passes.
-        per_token: summed losses are divided by the step's chosen tokens, not by its pairs.
-        length_normalised: the implicit reward is a mean over tokens, not a sum.
+        formula: loss of one pair.
+        paper: arXiv id.
+        needs_reference: uses the reference's log-probabilities.
+        coupled: a pair's loss depends on the step's other pairs (by sorting), so a split step takes two passes.
+        per_token: divide the summed losses by the step's chosen tokens instead of its pairs.
+        length_normalised: the implicit reward is a mean over tokens instead of a sum.
     """
 
     compute: Callable[[Pairs, PreferenceOptions], torch.Tensor]
@@ -266,13 +240,27 @@ class PreferenceLoss:
 
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": PreferenceLoss(_sigmoid, "-(1-eps) log s(beta Delta) - eps log s(-beta Delta); DPO, cDPO", "2305.18290"),
-    "sigmoid_norm": PreferenceLoss(_sigmoid_norm, "sigmoid, with each score over its |y|", "2411.15124"),
+    "sigmoid": PreferenceLoss(
+        lambda p, o: _smoothed(o.beta * _delta(p, o), o.label_smoothing),
+        "-(1-eps) log s(beta Delta) - eps log s(-beta Delta); DPO, cDPO",
+        "2305.18290",
+    ),
+    "sigmoid_norm": PreferenceLoss(
+        lambda p, o: _smoothed(o.beta * _mean_delta(p, o), o.label_smoothing),
+        "sigmoid, with each score divided by its |y|",
+        "2411.15124",
+    ),
     "robust": PreferenceLoss(
         _robust, "(-(1-eps) log s(beta Delta) + eps log s(-beta Delta)) / (1 - 2 eps)", "2403.00409"
     ),
-    "hinge": PreferenceLoss(_hinge, "max(0, 1 - beta Delta); SLiC", "2305.10425"),
-    "ipo": PreferenceLoss(_ipo, "(g(rho_w)/|y_w| - g(rho_l)/|y_l| - 1/(2 beta))^2", "2310.12036"),
+    "hinge": PreferenceLoss(
+        lambda p, o: torch.relu(1 - o.beta * _delta(p, o)), "max(0, 1 - beta Delta); SLiC", "2305.10425"
+    ),
+    "ipo": PreferenceLoss(
+        lambda p, o: (_mean_delta(p, o) - 1 / (2 * o.beta)) ** 2,
+        "(g(rho_w)/|y_w| - g(rho_l)/|y_l| - 1/(2 beta))^2",
+        "2310.12036",
+    ),
     "exo_pair": PreferenceLoss(_exo_pair, "KL((s(beta Delta), s(-beta Delta)) || (1-eps, eps)); eps > 0", "2402.00856"),
     "nca_pair": PreferenceLoss(
         _nca_pair, "-log s(beta rho_w) - log s(-beta rho_w)/2 - log s(-beta rho_l)/2", "2402.05369"
@@ -285,13 +273,26 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "aot_unpaired": PreferenceLoss(
         _aot_unpaired, "sigmoid on the sorted rho_w minus the sorted rho_l", "2406.05882", coupled=True
     ),
-    "apo_zero": PreferenceLoss(_apo_zero, "s(-beta rho_w) + s(beta rho_l)", "2408.06266"),
+    "apo_zero": PreferenceLoss(
+        lambda p, o: torch.sigmoid(-o.beta * p.chosen_ratio) + torch.sigmoid(o.beta * p.rejected_ratio),
+        "s(-beta rho_w) + s(beta rho_l)",
+        "2408.06266",
+    ),
     "apo_down": PreferenceLoss(_apo_down, "s(beta rho_w) + s(-beta (rho_w - rho_l))", "2408.06266"),
     "discopop": PreferenceLoss(_discopop, "(1-b) (-log s(m)) + b e^-m, m = beta Delta, b = s(m / tau)", "2406.08414"),
     "sft": PreferenceLoss(
-        _sft, "-log pi(y_w), over the step's chosen tokens", "2404.19733", needs_reference=False, per_token=True
+        lambda p, _: -p.chosen,
+        "-log pi(y_w), over the step's chosen tokens",
+        "2404.19733",
+        needs_reference=False,
+        per_token=True,
     ),
-    "cpo": PreferenceLoss(_cpo, "sigmoid on log pi(y_w) - log pi(y_l)", "2401.08417", needs_reference=False),
+    "cpo": PreferenceLoss(
+        lambda p, o: _smoothed(o.beta * (p.chosen - p.rejected), o.label_smoothing),
+        "sigmoid on log pi(y_w) - log pi(y_l)",
+        "2401.08417",
+        needs_reference=False,
+    ),
     "simpo": PreferenceLoss(
         _simpo,
         "sigmoid on beta (log pi(y_w)/|y_w| - log pi(y_l)/|y_l|) - gamma",
@@ -314,7 +315,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
         length_normalised=True,
     ),
 }
-"""Name -> loss. `loss_type` in a config names rows of this table; several with weights add up."""
+"""`loss_type` -> loss; the weighted losses of several types add up."""
 
 
 def kto_losses(
@@ -326,7 +327,7 @@ def kto_losses(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> torch.Tensor:
-    r"""KTO (2402.01306): one completion with a label each; with kl = 0 it is APO-zero unpaired (2408.06266).
+    r"""KTO on labelled completions (2402.01306); with kl = 0, APO-zero unpaired (2408.06266).
 
     .. math::
         \lambda_D\,(1 - \sigma(\beta(\rho - z))) \text{ if desirable}, \qquad
@@ -341,7 +342,7 @@ def kto_losses(
         undesirable_weight: lambda_U.
 
     Returns:
-        [S] losses.
+        [S] losses, not reduced.
     """
     signed_S = torch.where(desirable_S, log_ratio_S - kl.detach(), kl.detach() - log_ratio_S)
     weights_S = torch.where(desirable_S, desirable_weight, undesirable_weight)
@@ -349,20 +350,20 @@ def kto_losses(
 
 
 def pairs_of(policy_S: torch.Tensor, reference_S: torch.Tensor, tokens_S: torch.Tensor) -> Pairs:
-    """Pairs from the values of sequences in the order chosen, rejected, chosen, ..."""
+    """Split values of sequences in the order chosen, rejected, chosen, ... into pairs."""
     return Pairs(policy_S[0::2], policy_S[1::2], reference_S[0::2], reference_S[1::2], tokens_S[0::2], tokens_S[1::2])
 
 
 def pair_metrics(pairs: Pairs, beta: float, *, normalised: bool) -> dict[str, torch.Tensor]:
-    """Implicit rewards beta rho (beta log pi without a reference) and what follows from them, by TRL's names.
+    """Compute implicit rewards beta rho (beta log pi without a reference) and derived metrics, under TRL's names.
 
     Args:
         pairs: P pairs.
-        beta: of the loss.
-        normalised: rewards are means over tokens.
+        beta: the loss's beta.
+        normalised: divide rewards by the number of tokens.
 
     Returns:
-        [P] each, without gradient.
+        [P] values by name; no gradient.
     """
     chosen, rejected = beta * pairs.chosen_ratio.detach(), beta * pairs.rejected_ratio.detach()
     if normalised:

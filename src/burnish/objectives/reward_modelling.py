@@ -1,6 +1,6 @@
-r"""Losses of reward models: from scalar scores of completions, or of steps, to one loss a comparison.
+r"""Reward-model losses: from scalar scores of completions or steps to one loss per comparison.
 
-r is a score, sigma the logistic function; chosen is y_w, rejected y_l. Letters of shapes: P comparisons (pairs or
+r is a score, sigma the logistic function; y_w is chosen, y_l rejected. Dimension letters: P comparisons (pairs or
 ranked lists), G completions of one comparison, N scored steps.
 """
 
@@ -22,25 +22,25 @@ __all__ = [
 def bradley_terry(
     chosen_P: torch.Tensor, rejected_P: torch.Tensor, margin_P: torch.Tensor | None = None
 ) -> torch.Tensor:
-    r"""Negative log-likelihood of a preferred completion under Bradley and Terry's model (2203.02155).
+    r"""Negative log-likelihood of a preference under the Bradley-Terry model (2203.02155).
 
     .. math:: -\log \sigma(r_w - r_l - m)
 
     Args:
-        chosen_P: [P] scores of the preferred completions.
-        rejected_P: [P] scores of the others.
-        margin_P: [P] m, by how much the preferred one should be ahead (2307.09288); None is 0.
+        chosen_P: [P] scores of the chosen completions.
+        rejected_P: [P] scores of the rejected completions.
+        margin_P: [P] m, the target margin (2307.09288); None means 0.
 
     Returns:
         [P] losses in nats, not reduced.
     """
     assert chosen_P.shape == rejected_P.shape
-    ahead_P = chosen_P - rejected_P
-    return -F.logsigmoid(ahead_P if margin_P is None else ahead_P - margin_P)
+    difference_P = chosen_P - rejected_P
+    return -F.logsigmoid(difference_P if margin_P is None else difference_P - margin_P)
 
 
 def plackett_luce(scores_PG: torch.Tensor) -> torch.Tensor:
-    r"""Negative log-likelihood of a ranking under Plackett and Luce's model; with two completions, Bradley and Terry's.
+    r"""Negative log-likelihood of a ranking under the Plackett-Luce model (Bradley-Terry for two completions).
 
     .. math:: -\sum_{i=1}^{G} \Big[ r_i - \log \sum_{j \ge i} e^{r_j} \Big]
 
@@ -55,9 +55,9 @@ def plackett_luce(scores_PG: torch.Tensor) -> torch.Tensor:
 
 
 def centering(scores_PG: torch.Tensor, *, coefficient: float) -> torch.Tensor:
-    r"""What keeps scores around 0, where the likelihood of a ranking is blind to a shift (2312.09244).
+    r"""Regularise scores towards mean 0: the ranking likelihood is invariant to a shift (2312.09244).
 
-    .. math:: c\, \Big( \sum_i r_i \Big)^2, \quad \text{of a pair: } c\,(r_w + r_l)^2
+    .. math:: c\, \Big( \sum_i r_i \Big)^2, \quad \text{for a pair: } c\,(r_w + r_l)^2
 
     Args:
         scores_PG: [P, G] scores.
@@ -71,13 +71,13 @@ def centering(scores_PG: torch.Tensor, *, coefficient: float) -> torch.Tensor:
 
 
 def step_cross_entropy(scores_N: torch.Tensor, correct_N: torch.Tensor) -> torch.Tensor:
-    r"""Binary cross-entropy of the scores at the ends of steps: process rewards (2305.20050).
+    r"""Binary cross-entropy of process-reward scores at step ends (2305.20050).
 
     .. math:: -y \log \sigma(r) - (1 - y) \log \sigma(-r)
 
     Args:
         scores_N: [N] score at the last token of each step.
-        correct_N: [N] y: 1 (or True) where the step is right, 0 where it is not.
+        correct_N: [N] y: 1 (or True) for a correct step, 0 for an incorrect one.
 
     Returns:
         [N] losses in nats, not reduced.
@@ -87,7 +87,7 @@ def step_cross_entropy(scores_N: torch.Tensor, correct_N: torch.Tensor) -> torch
 
 
 def calibration_bins(probabilities_N: torch.Tensor, outcomes_N: torch.Tensor, *, num_bins: int = 10) -> torch.Tensor:
-    """Sort predictions into bins of equal width; bins of several batches or ranks add up.
+    """Count predictions in bins of equal width; bins add up over batches and ranks.
 
     Args:
         probabilities_N: [N] predicted probability that the outcome is 1, in [0, 1].

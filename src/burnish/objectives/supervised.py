@@ -1,4 +1,4 @@
-"""Losses of imitation."""
+"""Supervised fine-tuning losses."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def nll(logprobs_N: torch.Tensor) -> torch.Tensor:
 
 
 def dft(logprobs_N: torch.Tensor) -> torch.Tensor:
-    r"""Dynamic fine-tuning (2508.05629): the negative log-likelihood, weighted by the token's own probability.
+    r"""Dynamic fine-tuning (2508.05629): negative log-likelihood weighted by the token's own probability.
 
     .. math:: -\mathrm{sg}[\pi(y_t \mid y_{<t})] \log \pi(y_t \mid y_{<t})
 
-    The weight has no gradient, so the gradient is :math:`-\nabla \pi(y_t)`: tokens that the model finds unlikely pull
-    less than they do in `nll`.
+    The weight is detached, so the gradient is :math:`-\nabla \pi(y_t)`: unlikely tokens count for less than in `nll`.
 
     Args:
         logprobs_N: [N] log-probabilities.
@@ -39,4 +38,4 @@ def dft(logprobs_N: torch.Tensor) -> torch.Tensor:
 
 
 SUPERVISED_LOSSES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {"dft": dft, "nll": nll}
-"""`loss_type` -> per-token loss; every one is divided by the number of scored tokens."""
+"""`loss_type` -> per-token loss; each is divided by the number of scored tokens."""

@@ -1,7 +1,7 @@
-r"""Values: what a critic predicts, what it should have predicted, and the loss between the two.
+r"""Token rewards, generalised advantage estimation and the value loss of a critic.
 
 V_t is the critic's value of the state before token t, r_t the token's reward. The steps of an episode are the scored
-tokens of a sequence: tokens without a place in the loss (a tool's output, say) are no steps.
+tokens of a sequence; tokens excluded from the loss, such as a tool's output, are skipped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ __all__ = ["clipped_value_loss", "explained_variance", "gae", "moments", "token_
 def token_rewards(
     kl_N: torch.Tensor, rewards_S: torch.Tensor, *, sequence_index_N: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    r"""Reward of each token: the reward of its sequence at the last one, less a penalty on every one (1909.08593).
+    r"""Place the sequence reward on its last token, with a KL penalty on every token (1909.08593).
 
     .. math:: r_t = -\beta\,\mathrm{KL}_t + \mathbb 1[t \text{ is last}]\, R_s
 
     Args:
-        kl_N: [N] estimates of the divergence from the reference in nats; no gradient.
-        rewards_S: [S] rewards of the sequences; that of a sequence without scored tokens has no place.
+        kl_N: [N] estimated divergence from the reference, in nats; no gradient.
+        rewards_S: [S] rewards; that of a sequence without scored tokens is dropped.
         sequence_index_N: [N] sequence of each token, ascending.
         beta: weight of the penalty, at least 0.
 
@@ -43,41 +43,40 @@ def gae(
     lam: float,
     last_values_S: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Generalised advantage estimation (1506.02438).
+    r"""Estimate advantages and returns by GAE (1506.02438).
 
     .. math::
         \delta_t = r_t + \gamma V_{t+1} - V_t \qquad
         A_t = \sum_{k \ge 0} (\gamma\lambda)^k\, \delta_{t+k} \qquad R_t = A_t + V_t
 
     Args:
-        rewards_N: [N] rewards of tokens.
+        rewards_N: [N] token rewards.
         values_N: [N] V_t; no gradient.
         sequence_index_N: [N] sequence of each token, 0 .. S-1, ascending.
         num_sequences: S.
         gamma: discount, in [0, 1].
         lam: lambda, in [0, 1]: 0 trusts the values (one-step differences), 1 the rewards (Monte Carlo).
-        last_values_S: [S] value of the state after the last token of each sequence, for episodes that were cut; None
-            is 0: the episode ends there.
+        last_values_S: [S] value after the last token of each sequence, to bootstrap truncated episodes; None means 0.
 
     Returns:
         [N] advantages and [N] returns, in the dtype of the values (computed in float64).
     """
     assert rewards_N.shape == values_N.shape == sequence_index_N.shape and values_N.ndim == 1
-    place_N, is_last_N = _ends(sequence_index_N)
+    time_N, is_last_N = _ends(sequence_index_N)
     rewards, values = rewards_N.detach().double(), values_N.detach().double()
     after_S = values.new_zeros(num_sequences) if last_values_S is None else last_values_S.detach().double()
     next_values_N = torch.where(is_last_N, after_S[sequence_index_N], values.roll(-1))
-    longest = int(place_N.max()) + 1 if place_N.numel() else 0
+    longest = int(time_N.max()) + 1 if time_N.numel() else 0
     sums_TS = values.new_zeros(longest, num_sequences)
-    sums_TS[place_N, sequence_index_N] = rewards + gamma * next_values_N - values
+    sums_TS[time_N, sequence_index_N] = rewards + gamma * next_values_N - values
     for time in reversed(range(longest - 1)):
         sums_TS[time] += gamma * lam * sums_TS[time + 1]
-    advantages_N = sums_TS[place_N, sequence_index_N]
+    advantages_N = sums_TS[time_N, sequence_index_N]
     return advantages_N.to(values_N.dtype), (advantages_N + values).to(values_N.dtype)
 
 
 def _ends(sequence_index_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] place of each token in its sequence, and [N] whether it is the last one."""
+    """Return the [N] index of each token in its sequence, and an [N] mask of last tokens."""
     if not sequence_index_N.numel():
         return sequence_index_N, sequence_index_N.bool()
     step_N = sequence_index_N.diff()
@@ -91,7 +90,7 @@ def _ends(sequence_index_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def clipped_value_loss(
     values_N: torch.Tensor, old_values_N: torch.Tensor, returns_N: torch.Tensor, *, clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""Squared error of values that are kept near their old ones (the value loss of 1707.06347's code; 2005.12729).
+    r"""Squared error of values clipped around their old ones (PPO's value loss, 1707.06347; 2005.12729).
 
     .. math::
         \tfrac12 \max\big( (V - R)^2, (\mathrm{clip}(V, V_{old} - c, V_{old} + c) - R)^2 \big)
@@ -103,7 +102,7 @@ def clipped_value_loss(
         clip: c, positive; None for the plain squared error.
 
     Returns:
-        [N] losses, not reduced, and [N] booleans: whether the clip removed the token's gradient.
+        [N] losses, not reduced, and an [N] mask of tokens whose gradient the clip removed.
     """
     assert values_N.shape == old_values_N.shape == returns_N.shape
     old_values_N, returns_N = old_values_N.detach(), returns_N.detach()
@@ -117,10 +116,10 @@ def clipped_value_loss(
 
 
 def moments(values_N: torch.Tensor) -> torch.Tensor:
-    """Count, sum and sum of squares: what means and variances are made of; those of several batches or ranks add up.
+    """Count, sum and sum of squares, which add up over batches and ranks.
 
     Args:
-        values_N: [N] numbers.
+        values_N: [N] values.
 
     Returns:
         [3] float64.
@@ -132,55 +131,55 @@ def moments(values_N: torch.Tensor) -> torch.Tensor:
 def whiten(
     values_N: torch.Tensor, moments_3: torch.Tensor | None = None, *, shift_mean: bool = True, eps: float = 1e-8
 ) -> torch.Tensor:
-    r"""Numbers with a standard deviation of 1, and a mean of 0 or their own.
+    r"""Scale values to unit variance, and to mean 0 unless the mean is kept.
 
     .. math:: \frac{v - \bar v}{\sqrt{s^2 + \epsilon}} \;[\; + \bar v\;], \quad
         s^2 = \frac{1}{N - 1} \sum_i (v_i - \bar v)^2
 
-    As TRL's PPO did it: the variance is the unbiased one, and epsilon stands under the root.
+    As in TRL's PPO, the variance is unbiased and epsilon is under the root.
 
     Args:
-        values_N: [N] numbers.
-        moments_3: [3] their `moments` over all batches and ranks; None: of these alone.
-        shift_mean: whether the mean becomes 0.
+        values_N: [N] values.
+        moments_3: [3] `moments` over all batches and ranks; None takes those of `values_N` alone.
+        shift_mean: move the mean to 0.
         eps: added to the variance.
 
     Returns:
-        [N] numbers. Fewer than two have no spread: 0 with `shift_mean`, themselves without.
+        [N] values; with a count below two, zeros with `shift_mean`, unchanged without.
     """
     count, total, squares = (moments(values_N) if moments_3 is None else moments_3).tolist()
     if count < 2:
         return torch.zeros_like(values_N) if shift_mean else values_N
     mean = total / count
-    # Rounding may leave a difference of equal numbers below 0.
+    # Rounding may make the variance of equal values slightly negative.
     variance = max(squares - total * mean, 0.0) / (count - 1)
     whitened_N = (values_N.double() - mean) / (variance + eps) ** 0.5
     return (whitened_N if shift_mean else whitened_N + mean).to(values_N.dtype)
 
 
 def explained_variance(error_moments_3: torch.Tensor, return_moments_3: torch.Tensor) -> float:
-    r"""How much of the returns' variance the values explain.
+    r"""Fraction of the returns' variance that the values explain.
 
     .. math:: 1 - \frac{\mathrm{Var}(R - V)}{\mathrm{Var}(R)}
 
-    with variances over all N tokens: 1 for exact values, 0 for any constant, below 0 for worse than that.
+    with variances over all N tokens: 1 for exact values, 0 for a constant, negative for worse than a constant.
 
     Args:
         error_moments_3: [3] `moments` of R - V.
         return_moments_3: [3] `moments` of R.
 
     Returns:
-        A number of at most 1; 0 where the returns do not vary, so that there is nothing to explain.
+        At most 1; 0 where the returns are constant.
     """
     variance, square = _variance(return_moments_3)
-    # Sums in float64 leave up to about 1e-15 of the mean square where the variance is 0.
+    # Float64 rounding leaves up to about 1e-15 of the mean square where the true variance is 0.
     if variance <= 1e-14 * square:
         return 0.0
     return 1 - _variance(error_moments_3)[0] / variance
 
 
 def _variance(moments_3: torch.Tensor) -> tuple[float, float]:
-    """Population variance and mean square."""
+    """Return the population variance and the mean square."""
     count, total, squares = moments_3.tolist()
     count = max(count, 1.0)
     return max(squares / count - (total / count) ** 2, 0.0), squares / count

@@ -1,39 +1,43 @@
-"""Which groups of several rounds of sampling make a batch: refills for groups without spread, replay of good ones."""
+"""Dynamic sampling: refill a batch until its groups have reward variance; replay earlier groups where that fails."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import stdev
 
-from burnish.types import Completion, Group
+from burnish.types import Group
 
-__all__ = ["Batch", "Replay", "fill_batch", "has_spread"]
+__all__ = ["Batch", "Replay", "fill_batch", "has_reward_variance"]
 
 logger = logging.getLogger(__name__)
 
 _LEAST_YIELD = 0.25
-"""A refill samples at most this many times fewer useful groups than it hopes for: 4 prompts for each missing group."""
+"""Lowest yield of useful groups that a refill plans for: at most 4 prompts for each missing group."""
 
 
-def has_spread(group: Group) -> bool:
-    """Whether the rewards of a group differ, so that its advantages are not all 0."""
-    known = [reward for c in group.completions if (reward := c.reward) is not None]
+def has_reward_variance(group: Group) -> bool:
+    """Tell groups with differing rewards from those whose advantages are all 0."""
+    known = _rewards(group)
     return len(known) > 1 and max(known) > min(known)
+
+
+def _rewards(group: Group) -> list[float]:
+    return [reward for c in group.completions if (reward := c.reward) is not None]
 
 
 @dataclass(slots=True)
 class Batch:
-    """The groups of a batch, by place, and how they came about.
+    """The groups of a batch, by position, with counts of how they were sampled.
 
     Attributes:
-        groups: place -> whole group, `wanted` of them.
+        groups: position -> whole group, `wanted` of them.
         num_rounds: rounds of sampling.
         num_sampled: groups sampled.
-        num_flat: groups without spread that are in the batch all the same.
-        num_replayed: groups from earlier rounds.
+        num_flat: groups in the batch despite having no reward variance.
+        num_replayed: groups from earlier batches.
     """
 
     groups: dict[int, Group]
@@ -43,7 +47,7 @@ class Batch:
     num_replayed: int = 0
 
     def metrics(self, num_generations: int) -> dict[str, float]:
-        """How much was sampled for it."""
+        """Count rounds, completions beyond the batch, and replayed groups."""
         return {
             "sampling/rounds": self.num_rounds,
             "sampling/extra_completions": (self.num_sampled - len(self.groups)) * num_generations,
@@ -51,7 +55,7 @@ class Batch:
         }
 
     def warn_if_flat(self) -> None:
-        """Say that refills have not replaced every group without spread."""
+        """Warn that the batch holds groups without reward variance despite refills."""
         if self.num_flat:
             logger.warning(
                 "%d of %d groups have equal rewards after %d rounds of sampling: raise max_sampling_rounds, or give "
@@ -61,12 +65,12 @@ class Batch:
 
 
 class Replay:
-    """Groups with spread that were trained on, to stand in once for new ones without.
+    """Trained-on groups with reward variance, each replayed at most once where new groups have none.
 
-    Their log-probabilities at sampling become `old_logprobs`, so that the ratio to them is clipped.
+    Log-probabilities from sampling become `old_logprobs`, so that the ratio to the sampling policy is clipped.
 
     Args:
-        size: groups kept, the newest ones; 0 for none.
+        size: number of groups kept, the newest ones; 0 for none.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,19 +78,25 @@ class Replay:
         self.groups: dict[int, Group] = {}
 
     def take(self, number: int) -> dict[int, Group]:
-        """Up to `number` groups, those of widest spread, which are then forgotten."""
-        best = sorted(self.groups, key=lambda place: (-_spread(self.groups[place]), -place))[:number]
-        return {place: _as_replayed(self.groups.pop(place)) for place in best}
+        """Remove and return up to `number` groups, those with the highest reward variance first."""
+        best = sorted(self.groups, key=lambda p: (-stdev(_rewards(self.groups[p])), -p))[:number]
+        taken = {position: self.groups.pop(position) for position in best}
+        for completion in (c for group in taken.values() for c in group.completions):
+            old = completion.policy_logprobs or completion.token.get("old_logprobs") or completion.sampler_logprobs
+            if old is not None:
+                completion.token["old_logprobs"] = old
+            completion.policy_logprobs = None
+        return taken
 
     def keep(self, groups: dict[int, Group]) -> None:
-        """Remember fresh groups with spread."""
-        self.groups |= {place: _copy(group) for place, group in groups.items() if has_spread(group)}
-        for place in sorted(self.groups)[: max(len(self.groups) - self.size, 0)]:
-            del self.groups[place]
+        """Remember fresh groups with reward variance."""
+        self.groups |= {position: _copy(group) for position, group in groups.items() if has_reward_variance(group)}
+        for position in sorted(self.groups)[: max(len(self.groups) - self.size, 0)]:
+            del self.groups[position]
 
 
 def _copy(group: Group) -> Group:
-    """Copy scores and streams too: each rank changes those of its share, and all must remember the same."""
+    """Copy scores and streams too: each rank changes its shard in place, and all ranks must remember the same."""
     completions = [
         dataclasses.replace(
             c,
@@ -99,56 +109,33 @@ def _copy(group: Group) -> Group:
     return dataclasses.replace(group, completions=completions)
 
 
-def _as_replayed(group: Group) -> Group:
-    """Copy a group, with its log-probabilities at sampling as its old ones."""
-    completions: list[Completion] = []
-    for c in group.completions:
-        old = c.policy_logprobs or c.token.get("old_logprobs") or c.sampler_logprobs
-        token = c.token if old is None else {**c.token, "old_logprobs": old}
-        completions.append(dataclasses.replace(c, policy_logprobs=None, token=token))
-    return dataclasses.replace(group, completions=completions)
-
-
-def _spread(group: Group) -> float:
-    return stdev(reward for c in group.completions if (reward := c.reward) is not None)
-
-
-@dataclass(slots=True)
-class _Found:
-    good: dict[int, Group] = field(default_factory=dict[int, Group])
-    flat: dict[int, Group] = field(default_factory=dict[int, Group])
-
-    def add(self, groups: dict[int, Group]) -> None:
-        for place, group in groups.items():
-            (self.good if has_spread(group) else self.flat)[place] = group
-
-
 def fill_batch(
     sample: Callable[[int], dict[int, Group]], wanted: int, *, max_rounds: int, replay: Replay, multiple: int = 1
 ) -> Batch:
-    """Sample rounds until a batch holds `wanted` groups with spread (DAPO's dynamic sampling, 2503.14476).
+    """Sample rounds until a batch holds `wanted` groups with reward variance (DAPO's dynamic sampling, 2503.14476).
 
     Args:
-        sample: number of prompts -> their whole, scored groups by place, the same on every rank.
+        sample: number of prompts -> their whole, scored groups by position, the same on every rank.
         wanted: groups of the batch.
-        max_rounds: rounds at most; then remembered groups, then groups without spread fill the batch.
-        replay: groups with spread from earlier batches.
-        multiple: a round's number of prompts is a multiple of it (each rank samples equally many completions).
+        max_rounds: most rounds; then replayed groups, then groups without reward variance fill the batch.
+        replay: groups with reward variance from earlier batches.
+        multiple: each round's number of prompts is a multiple of it, so that ranks sample equally many completions.
 
     Returns:
-        A batch of exactly `wanted` groups, in the order of their places.
+        A batch of exactly `wanted` groups, in ascending order of positions.
     """
-    found, rounds = _Found(), 0
-    while rounds < max_rounds and len(found.good) < wanted:
-        missing, sampled = wanted - len(found.good), len(found.good) + len(found.flat)
-        hoped = max(len(found.good) / sampled, _LEAST_YIELD) if sampled else 1.0
-        number = min(-(-missing // hoped), wanted)
-        found.add(sample(int(-(-number // multiple) * multiple)))
+    good, flat, rounds = dict[int, Group](), dict[int, Group](), 0
+    while rounds < max_rounds and len(good) < wanted:
+        missing, sampled = wanted - len(good), len(good) + len(flat)
+        expected_yield = max(len(good) / sampled, _LEAST_YIELD) if sampled else 1.0
+        number = min(-(-missing // expected_yield), wanted)
+        for position, group in sample(int(-(-number // multiple) * multiple)).items():
+            (good if has_reward_variance(group) else flat)[position] = group
         rounds += 1
-    fresh = dict(sorted(found.good.items())[:wanted])
-    again = replay.take(wanted - len(fresh)) if replay.size else {}
-    flat = dict(sorted(found.flat.items())[: wanted - len(fresh) - len(again)])
+    fresh = dict(sorted(good.items())[:wanted])
+    replayed = replay.take(wanted - len(fresh)) if replay.size else {}
+    filler = dict(sorted(flat.items())[: wanted - len(fresh) - len(replayed)])
     if replay.size:
         replay.keep(fresh)
-    groups = dict(sorted((fresh | again | flat).items()))
-    return Batch(groups, rounds, len(found.good) + len(found.flat), len(flat), len(again))
+    groups = dict(sorted((fresh | replayed | filler).items()))
+    return Batch(groups, rounds, len(good) + len(flat), len(filler), len(replayed))

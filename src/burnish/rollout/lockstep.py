@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from burnish.errors import EngineError
 from burnish.model.scoring import causal_lm
 from burnish.model.tiled_head import HeadSpec
-from burnish.rollout.engine import Engine, Request
-from burnish.rollout.stepping import (
+from burnish.rollout.decoding import (
     OnProgress,
     RolloutStats,
     Track,
@@ -29,6 +28,7 @@ from burnish.rollout.stepping import (
     draw_for,
     sampling_mode,
 )
+from burnish.rollout.engine import Engine, Request
 from burnish.types import Completion
 
 __all__ = ["LockstepEngine"]

@@ -24,9 +24,7 @@ from burnish.model.head import head_spec
 from burnish.model.scoring import causal_lm
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.cache import CacheLayout, PromptSpan, round_up
-from burnish.rollout.engine import Engine, Request
-from burnish.rollout.packed import packed_linears
-from burnish.rollout.stepping import (
+from burnish.rollout.decoding import (
     OnProgress,
     RolloutStats,
     Track,
@@ -36,6 +34,8 @@ from burnish.rollout.stepping import (
     draw_for,
     sampling_mode,
 )
+from burnish.rollout.engine import Engine, Request
+from burnish.rollout.packed_linears import packed_linears
 from burnish.types import Completion
 
 __all__ = ["NativeEngine"]

@@ -1,4 +1,4 @@
-"""The order of prompts and each rank's part of a round: functions of the seed, the place and the curriculum's level."""
+"""The prompt order and each rank's shard of a rollout: functions of the seed, the position and the curriculum level."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import DataError
 from burnish.types import Completion, Group
 
-__all__ = ["Order", "PromptSource", "Share", "gather_by_prompt", "share_of", "shares_of", "whole_groups"]
+__all__ = ["Order", "PromptSource", "Shard", "empty_shard", "gather_by_prompt", "shards_of", "whole_groups"]
 
 T = TypeVar("T")
 
 Order = Literal["given", "permutation", "weighted", "curriculum"]
 
 _LEVEL_STEP = 0.02
-"""What the curriculum's level moves by after a round, of a range of 1."""
+"""Change of the curriculum level after each round; levels range from 0 to 1."""
 
 _LEVEL_WIDTH = 0.1
-"""Standard deviation, in shares of the data set, of the prompts drawn around the level."""
+"""Standard deviation of the prompts drawn around the level, as a fraction of the data set."""
 
 
 @dataclass(slots=True)
-class Share:
+class Shard:
     """This rank's part of one prompt's completions.
 
     Attributes:
-        place: the prompt's place in the endless order: what the ranks that hold the same group agree on.
-        first: number of the first of these completions in the group.
+        position: the prompt's position in the endless order, which identifies the group on every rank.
+        first: index within the group of the first of these completions.
         group: the prompt with this part of its completions.
     """
 
-    place: int
+    position: int
     first: int
     group: Group
 
@@ -50,42 +50,45 @@ class PromptSource:
 
     Args:
         prompts: groups without completions.
-        seed: of the order.
-        order: given (again and again), permutation (a new one each epoch), weighted (drawn by the column `weight`), or
-            curriculum (drawn around a level that moves through the data set in the order of the column `difficulty`).
-        target: mean reward at which the curriculum's level stays.
+        seed: seed of the order.
+        order: given (as in the data set, repeated), permutation (reshuffled each epoch), weighted (drawn by the column
+            `weight`), or curriculum (drawn around a level that moves through the prompts sorted by `difficulty`).
+        target: mean reward at which the curriculum level stays put.
 
     Raises:
-        DataError: a column that the order needs is missing, or holds something else than numbers.
+        DataError: a column that the order needs is missing or not numeric.
     """
 
     def __init__(self, prompts: Sequence[Group], *, seed: int, order: Order, target: float = 0.5) -> None:
         self.prompts = prompts
         self.level = 0.0
-        """Where the curriculum stands, from 0 (the easiest prompts) to 1 (the hardest)."""
-        self.place = 0
-        """Prompts handed out so far."""
+        """Curriculum level, from 0 (the easiest prompts) to 1 (the hardest)."""
+        self.position = 0
+        """Number of prompts handed out so far."""
         self._order = order
         self._seed = seed
         self._target = target
         self._permutation: tuple[int, list[int]] = (-1, [])
         self._cumulative: tuple[float, list[float]] = (-1.0, [])
         if order == "weighted":
-            self._cumulative = (0.0, _cumulative(_column(prompts, "weight")))
+            weights = _column(prompts, "weight")
+            if not sum(weights) > 0:
+                raise DataError("column weight of train_dataset: every weight is 0, so no prompt can be drawn.")
+            self._cumulative = (0.0, list(accumulate(weights)))
         elif order == "curriculum":
             difficulties = _column(prompts, "difficulty")
             ranked = sorted(range(len(prompts)), key=lambda i: difficulties[i])
             self._ranks = [0.0] * len(prompts)
-            for place, i in enumerate(ranked):
-                self._ranks[i] = place / max(len(prompts) - 1, 1)
+            for rank, i in enumerate(ranked):
+                self._ranks[i] = rank / max(len(prompts) - 1, 1)
 
-    def at(self, place: int) -> Group:
-        """The prompt at a place, without completions."""
+    def at(self, position: int) -> Group:
+        """Return the prompt at a position, without completions."""
         if self._order in ("weighted", "curriculum"):
-            # A generator of its own for each place: what is drawn does not depend on how often anyone asked.
-            draw = random.Random(f"{self._seed} {place}")
+            # One generator per position: a draw does not depend on which positions were asked for before.
+            draw = random.Random(f"{self._seed} {position}")
             return draw.choices(self.prompts, cum_weights=self._weights())[0]
-        epoch, offset = divmod(place, len(self.prompts))
+        epoch, offset = divmod(position, len(self.prompts))
         if self._order == "given":
             return self.prompts[offset]
         if self._permutation[0] != epoch:
@@ -100,45 +103,45 @@ class PromptSource:
         return self._cumulative[1]
 
     def learn(self, mean_reward: float) -> None:
-        """Move the curriculum: up where rewards are above the target, down where they are below."""
+        """Raise the curriculum level where the mean reward is above the target, lower it where it is below."""
         if self._order == "curriculum" and mean_reward != self._target:
             step = _LEVEL_STEP if mean_reward > self._target else -_LEVEL_STEP
             self.level = min(max(self.level + step, 0.0), 1.0)
 
-    def take(self, *, num_prompts: int, num_samples: int, rank: int, world: int) -> list[Share]:
-        """This rank's part of the next P prompts with G samples each; see `shares_of`."""
-        groups = {place: self.at(place) for place in range(self.place, self.place + num_prompts)}
-        self.place += num_prompts
-        empty = {p: dataclasses.replace(g, completions=_empty(num_samples)) for p, g in groups.items()}
-        return shares_of(empty, rank=rank, world=world)
+    def take(self, *, num_prompts: int, num_samples: int, rank: int, world: int) -> list[Shard]:
+        """Return this rank's shards of the next P prompts with G empty completions each; see `shards_of`."""
+        positions = range(self.position, self.position + num_prompts)
+        groups = {p: dataclasses.replace(self.at(p), completions=_empty(num_samples)) for p in positions}
+        self.position += num_prompts
+        return shards_of(groups, rank=rank, world=world)
 
 
-def shares_of(groups: dict[int, Group], *, rank: int, world: int) -> list[Share]:
-    """This rank's part of whole groups; a group may lie on several ranks.
+def shards_of(groups: dict[int, Group], *, rank: int, world: int) -> list[Shard]:
+    """Split whole groups evenly over the ranks; a group may be split between several.
 
     Args:
-        groups: by place; their completions together are a multiple of `world`.
+        groups: by position; the total number of completions is a multiple of `world`.
         rank: this process, 0 .. world - 1.
-        world: processes.
+        world: number of processes.
 
     Returns:
-        Shares with this rank's completions; over all ranks every completion once.
+        This rank's shards; every completion is on exactly one rank.
     """
     size, rest = divmod(sum(len(group.completions) for group in groups.values()), world)
     assert rest == 0
-    begin, start, shares = rank * size, 0, list[Share]()
-    for place, group in groups.items():
+    begin, start, shards = rank * size, 0, list[Shard]()
+    for position, group in groups.items():
         low, high = (min(max(edge - start, 0), len(group.completions)) for edge in (begin, begin + size))
         if low < high:
-            own = dataclasses.replace(group, completions=group.completions[low:high])
-            shares.append(Share(place, low, own))
+            part = dataclasses.replace(group, completions=group.completions[low:high])
+            shards.append(Shard(position, low, part))
         start += len(group.completions)
-    return shares
+    return shards
 
 
-def share_of(prompt: Group, place: int, *, first: int, number: int) -> Share:
-    """A share with `number` empty completions."""
-    return Share(place, first, dataclasses.replace(prompt, completions=_empty(number)))
+def empty_shard(prompt: Group, position: int, *, number: int) -> Shard:
+    """Return a shard with the first `number` completions of a prompt, all empty."""
+    return Shard(position, 0, dataclasses.replace(prompt, completions=_empty(number)))
 
 
 def _empty(number: int) -> list[Completion]:
@@ -149,48 +152,42 @@ def _column(prompts: Sequence[Group], name: str) -> list[float]:
     values: list[Any] = [group.row.get(name) for group in prompts]
     if prompts and all(value is None for value in values) and (names := meant_columns(prompts[0].row, [(name,)])):
         raise DataError(f"train_dataset: prompt_sampling needs the column {name}: {rename_tip(names)}.")
-    for number, value in enumerate(values):
-        number_like = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number_like or (name == "weight" and value < 0):
+    for row, value in enumerate(values):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or (name == "weight" and value < 0):
             fix = "a number of at least 0" if name == "weight" else "a number, higher for harder prompts"
             raise DataError(
-                f"row {number} of train_dataset has {name} = {value!r}: prompt_sampling needs {fix} in every row."
+                f"row {row} of train_dataset has {name} = {value!r}: prompt_sampling needs {fix} in every row."
             )
     return [float(value) for value in values]
 
 
-def _cumulative(weights: Sequence[float]) -> list[float]:
-    if not sum(weights) > 0:
-        raise DataError("column weight of train_dataset: every weight is 0, so no prompt can be drawn.")
-    return list(accumulate(weights))
-
-
 def gather_by_prompt(
-    shares: Sequence[Share], value_of: Callable[[Completion], T], gathered: Callable[[list[Any]], list[Any]]
+    shards: Sequence[Shard], value_of: Callable[[Completion], T], gathered: Callable[[list[Any]], list[Any]]
 ) -> dict[int, list[T]]:
-    """Collect a value of every completion over all ranks: a group may lie on several.
+    """Gather one value per completion over all ranks, by prompt.
 
     Args:
-        shares: this rank's.
+        shards: this rank's shards.
         value_of: completion -> value.
-        gathered: a list -> the lists of all ranks, in one.
+        gathered: all-gather: a list -> the concatenated lists of all ranks.
 
     Returns:
-        [P] rows of G values by the place of the prompt, in the order of places, the same on every rank.
+        [P] rows of G values by position, in ascending order of positions, the same on every rank.
     """
-    own = [(share.place, share.first, [value_of(c) for c in share.group.completions]) for share in shares]
+    local = [(shard.position, shard.first, [value_of(c) for c in shard.group.completions]) for shard in shards]
     rows: dict[int, list[T]] = defaultdict(list)
-    for place, _, values in sorted(gathered(own), key=lambda entry: entry[:2]):
-        rows[place] += values
+    for position, _, values in sorted(gathered(local), key=lambda entry: entry[:2]):
+        rows[position] += values
     return rows
 
 
-def whole_groups(shares: Sequence[Share]) -> dict[int, Group]:
-    """The groups that shares of several ranks are parts of, by place."""
+def whole_groups(shards: Sequence[Shard]) -> dict[int, Group]:
+    """Reassemble groups from the shards of several ranks, by position."""
     groups: dict[int, Group] = {}
-    for share in sorted(shares, key=lambda share: (share.place, share.first)):
-        if share.place in groups:
-            groups[share.place].completions += share.group.completions
+    for shard in sorted(shards, key=lambda shard: (shard.position, shard.first)):
+        if shard.position in groups:
+            groups[shard.position].completions += shard.group.completions
         else:
-            groups[share.place] = dataclasses.replace(share.group, completions=list(share.group.completions))
+            groups[shard.position] = dataclasses.replace(shard.group, completions=list(shard.group.completions))
     return groups

@@ -14,7 +14,7 @@ from transformers import Trainer
 from burnish.errors import ConfigError
 from burnish.model.critic import load_value_model, share_base
 from burnish.objectives.value import gae, moments, token_rewards, whiten
-from burnish.rollout.prompts import Share
+from burnish.rollout.prompts import Shard
 from burnish.stages.online import OnlineStage
 from burnish.stages.policy_gradient import PolicyGradient, PolicyStep
 from burnish.training.checkpoint import keeping_hyperparameters
@@ -74,11 +74,11 @@ class ActorCritic(PolicyGradient):
             max_over_ranks=run.ranks.max,
         )
 
-    def assign_advantages(self, shares: Sequence[Share]) -> Mapping[str, float]:
+    def assign_advantages(self, shards: Sequence[Shard]) -> Mapping[str, float]:
         """Value each token, reward it, and write the streams `advantages` and `returns`."""
-        groups, args = [share.group for share in shares], self.args
+        groups, args = [shard.group for shard in shards], self.args
         self.critic.values(groups)
-        metrics = self.begin_rollout(shares)
+        metrics = self.begin_rollout(shards)
         completions = [completion for group in groups for completion in group.completions]
         # Every token is a step of the episode: a masked one would have neither a value nor a divergence.
         assert all(completion.loss_mask is None for completion in completions)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from burnish.model.scoring import Scores
-from burnish.rollout.prompts import Share
+from burnish.rollout.prompts import Shard
 from burnish.training.stage import Run
 from burnish.training.step import Loss, Step
 from burnish.types import Completion, Group, PackedBatch, StopReason
@@ -79,11 +79,11 @@ class Algorithm:
         """Return whether `assign_advantages` reads the policy's own log-probabilities of a group it just sampled."""
         return False
 
-    def assign_advantages(self, shares: Sequence[Share]) -> Mapping[str, float]:
+    def assign_advantages(self, shards: Sequence[Shard]) -> Mapping[str, float]:
         """Turn the rewards of a rollout into streams of its completions.
 
         Args:
-            shares: this rank's part of the scored groups, with their log-probabilities.
+            shards: this rank's part of the scored groups, with their log-probabilities.
 
         Returns:
             Metrics of the rollout.

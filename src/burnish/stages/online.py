@@ -22,7 +22,7 @@ from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.rollout import Engine, make_engine
-from burnish.rollout.prompts import PromptSource, Share, share_of, whole_groups
+from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
 from burnish.training.callbacks import RecordsCallback
@@ -82,7 +82,7 @@ class OnlineStage(Stage):
         self.whole_groups = algorithm.whole_groups
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.reference: Reference | None = None
-        self._engine, self._ref_model, self._compute_metrics = engine, ref_model, compute_metrics
+        self._engine, self._ref_model, self.compute_metrics = engine, ref_model, compute_metrics
         self._buffer: list[list[Group]] = []
         """This rank's groups of the steps that the last rollout still feeds."""
         self._rollouts = 0
@@ -97,9 +97,9 @@ class OnlineStage(Stage):
         """
         run, args, started, level = self.run, self.args, time.perf_counter(), self.sampler.source.level
         self.sampler.engine.sync(run.state.global_step)
-        shares, sampled = self.sampler.sample()
+        shards, sampled = self.sampler.sample()
         run.metrics.add("seconds/rollout", time.perf_counter() - started)
-        groups = [share.group for share in shares]
+        groups = [shard.group for shard in shards]
         if args.overlong_buffer is not None and (penalties := penalise_overlong(groups, args)):
             run.metrics.add("rewards/overlong/mean", fmean(penalties))
 
@@ -109,10 +109,10 @@ class OnlineStage(Stage):
         later = [group for step in steps[1:] for group in step]
         later += [group for group in steps[0] if self.algorithm.needs_old_logprobs(group)]
         self.fill_logprobs(groups, old=groups if self.algorithm.passes > 1 else later)
-        run.metrics.add_all(self.algorithm.assign_advantages(shares))
+        run.metrics.add_all(self.algorithm.assign_advantages(shards))
 
-        self._verdict = self._judge(shares, moved=self.sampler.source.level != level)
-        self.transcripts.write(sampled, trained=shares, step=run.state.global_step + 1, tokenizer=self.tokenizer)
+        self._verdict = self._judge(shards, moved=self.sampler.source.level != level)
+        self.transcripts.write(sampled, trained=shards, step=run.state.global_step + 1, tokenizer=self.tokenizer)
         self._rollouts += 1
         run.metrics.add("seconds/reference", time.perf_counter() - started)
         return steps * self.algorithm.passes
@@ -178,7 +178,7 @@ class OnlineStage(Stage):
         for part in self.parts(groups):
             fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
 
-    def _judge(self, shares: Sequence[Share], *, moved: bool) -> Verdict:
+    def _judge(self, shards: Sequence[Shard], *, moved: bool) -> Verdict:
         """Judge whether the rewards of a rollout carry a signal; `moved`: the curriculum has."""
 
         def outcome(completion: Completion) -> Outcome:
@@ -186,7 +186,7 @@ class OnlineStage(Stage):
             return Outcome(rewards, is_masked=rewards is not None and not self.algorithm.in_loss(completion))
 
         verdict = judge_rollout(
-            shares,
+            shards,
             rubric=self.rubric,
             outcome=outcome,
             gathered=self.run.ranks.gathered,
@@ -240,8 +240,8 @@ class OnlineStage(Stage):
         """Count the completions that pass through training in an epoch; the rollout decides what they are."""
         numbers: Any = list(range(len(self._source.prompts) * self.args.num_generations * self.algorithm.passes))
         # Every rank reads its own part, which it counts by and throws away.
-        share = numbers[: len(numbers) // self.run.ranks.count]
-        return DataLoader(share, batch_size, sampler=SequentialSampler(share), collate_fn=list, drop_last=True)
+        shard = numbers[: len(numbers) // self.run.ranks.count]
+        return DataLoader(shard, batch_size, sampler=SequentialSampler(shard), collate_fn=list, drop_last=True)
 
     def join(self, run: Run) -> None:
         """Take the reference of the policy as it is now; make the engine, and what a rollout is checked and kept by."""
@@ -286,27 +286,27 @@ class OnlineStage(Stage):
         """Sample on held-out prompts; measure the loss, the mean reward and each criterion."""
         args, run, names = self.args, self.run, self.rubric.names
         number = args.num_generations_eval or args.num_generations
-        places = range(run.ranks.index, len(groups), run.ranks.count)
-        shares = [share_of(groups[place], place, first=0, number=number) for place in places]
+        positions = range(run.ranks.index, len(groups), run.ranks.count)
+        shards = [empty_shard(groups[p], p, number=number) for p in positions]
         self.sampler.engine.sync(run.state.global_step)
-        self.sampler.generate(shares, seed=args.seed + 1, step=0)
-        logged = self.sampler.score([share.group for share in shares])
+        self.sampler.generate(shards, seed=args.seed + 1, step=0)
+        logged = self.sampler.score([shard.group for shard in shards])
         step = run.state.global_step
-        self.eval_transcripts.write(shares, step=step, tokenizer=self.tokenizer, time=time.time(), split=split)
-        completions = [completion for share in shares for completion in share.group.completions]
+        self.eval_transcripts.write(shards, step=step, tokenizer=self.tokenizer, time=time.time(), split=split)
+        completions = [completion for shard in shards for completion in shard.group.completions]
         metrics = means_over_ranks(completions, names, run.ranks.sum)
-        if self._compute_metrics is not None:
+        if self.compute_metrics is not None:
             with user_code("compute_metrics"):
-                own = self._compute_metrics(list(whole_groups(run.ranks.gathered(shares)).values()))
+                own = self.compute_metrics(list(whole_groups(run.ranks.gathered(shards)).values()))
             metrics |= {name: float(value) for name, value in own.items()}
-        return with_logged({"loss": self._held_out_loss(shares), **metrics}, means_by_name(logged))
+        return with_logged({"loss": self._held_out_loss(shards), **metrics}, means_by_name(logged))
 
-    def _held_out_loss(self, shares: Sequence[Share]) -> float:
+    def _held_out_loss(self, shards: Sequence[Shard]) -> float:
         """Compute the loss of held-out samples at their own advantages; adaptive coefficients stay as they were."""
-        groups, model, state = [share.group for share in shares], self.run.model, self.algorithm.state_dict()
+        groups, model, state = [shard.group for shard in shards], self.run.model, self.algorithm.state_dict()
         try:
             self.fill_logprobs(groups, old=[group for group in groups if self.algorithm.needs_old_logprobs(group)])
-            self.algorithm.assign_advantages(shares)
+            self.algorithm.assign_advantages(shards)
             step = self.algorithm.step(groups)
             batches = [self.pack(part).to(self.args.device) for part in self.parts(step.groups)]
             return self.run.ranks.sum(sum(float(self.loss(model, batch, step).value) for batch in batches))
@@ -315,7 +315,7 @@ class OnlineStage(Stage):
 
     def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
         """Name the metrics of `evaluate`, unless a function of the user's adds some."""
-        if self._compute_metrics is not None or self.rubric.logs_metrics:
+        if self.compute_metrics is not None or self.rubric.logs_metrics:
             return None
         criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
         return ("loss", "reward", "completions/mean_length", *criteria)
@@ -325,7 +325,7 @@ class OnlineStage(Stage):
         state = RolloutState(
             rollouts=self._rollouts,
             rounds=self.sampler.rounds,
-            place=self.sampler.source.place,
+            place=self.sampler.source.position,
             level=self.sampler.source.level,
             buffer=self._buffer,
             replay=self.sampler.replay.groups,
@@ -340,7 +340,7 @@ class OnlineStage(Stage):
         ranks, sampler = self.run.ranks, self.sampler
         state = RolloutState.load(folder, rank=ranks.index, world=ranks.count, prompts=sampler.source.prompts)
         self._rollouts, sampler.rounds = state.rollouts, state.rounds
-        sampler.source.place, sampler.source.level = state.place, state.level
+        sampler.source.position, sampler.source.level = state.place, state.level
         self._buffer, sampler.replay.groups = state.buffer, state.replay
         self.algorithm.load_state_dict(state.own)
         self.algorithm.load_state(folder, changed)

@@ -25,7 +25,7 @@ from burnish.objectives.policy import (
     off_policy_mask,
     sequence_log_weight,
 )
-from burnish.rollout.prompts import Share, gather_by_prompt
+from burnish.rollout.prompts import Shard, gather_by_prompt
 from burnish.stages.algorithm import Algorithm
 from burnish.training.entropy import EntropyBonus
 from burnish.training.kl_penalty import KLPenalty
@@ -152,25 +152,25 @@ class PolicyGradient(Algorithm):
         wanted = self.stage.reference is not None and (self.kl.is_in_reward or self.args.kl_target is not None)
         return wanted and (self.corrects_sampling or any(c.policy_logprobs is None for c in group.completions))
 
-    def assign_advantages(self, shares: Sequence[Share]) -> Mapping[str, float]:
+    def assign_advantages(self, shards: Sequence[Shard]) -> Mapping[str, float]:
         """Estimate an advantage of each completion, or of each token, from the rewards of all ranks."""
-        metrics = self.begin_rollout(shares)
-        table = gather_by_prompt(shares, self.record, self.run.ranks.gathered)
+        metrics = self.begin_rollout(shards)
+        table = gather_by_prompt(shards, self.record, self.run.ranks.gathered)
         rows = dict(zip(table, self.estimate(list(table.values())), strict=True))
-        for share in shares:
-            for number, completion in enumerate(share.group.completions, share.first):
-                value = rows[share.place][number]
+        for shard in shards:
+            for number, completion in enumerate(shard.group.completions, shard.first):
+                value = rows[shard.position][number]
                 if isinstance(value, list):
                     completion.token["advantages"] = value
                 else:
                     completion.sequence["advantages"] = value
         return metrics
 
-    def begin_rollout(self, shares: Sequence[Share]) -> dict[str, float]:
+    def begin_rollout(self, shards: Sequence[Shard]) -> dict[str, float]:
         """Measure the divergence from the reference; an adaptive weight follows it from the next rollout on."""
         if self.stage.reference is None:
             return {}
-        return self.kl.begin_rollout([c for share in shares for c in share.group.completions], self.run.ranks)
+        return self.kl.begin_rollout([c for shard in shards for c in shard.group.completions], self.run.ranks)
 
     def record(self, completion: Completion) -> Record:
         """Collect what advantages are made of."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.model.scoring import causal_lm
 from burnish.rollout import Engine, Request, SamplingParams
+from burnish.rollout.collect import generate
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
-from burnish.rollout.prompts import PromptSource, Share, gather_by_prompt, shares_of, whole_groups
-from burnish.rollout.validation import generate
+from burnish.rollout.prompts import PromptSource, Shard, gather_by_prompt, shards_of, whole_groups
 from burnish.types import Group
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Sampler:
         self.rounds = 0
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
 
-    def sample(self) -> tuple[list[Share], list[Share]]:
+    def sample(self) -> tuple[list[Shard], list[Shard]]:
         """Sample and score the groups of one rollout, with refills for groups that teach nothing.
 
         Returns:
@@ -58,14 +58,14 @@ class Sampler:
         """
         args, ranks, wanted = self._args, self._run.ranks, prompts_per_rollout(self._args)
         if not (args.dynamic_sampling or args.replay_size):
-            shares = self._round(wanted)
-            return shares, shares
-        sampled: list[Share] = []
+            shards = self._round(wanted)
+            return shards, shards
+        sampled: list[Shard] = []
 
         def sample_everywhere(num_prompts: int) -> dict[int, Group]:
-            shares = self._round(num_prompts)
-            sampled.extend(shares)
-            return whole_groups(ranks.gathered(shares))
+            shards = self._round(num_prompts)
+            sampled.extend(shards)
+            return whole_groups(ranks.gathered(shards))
 
         batch = fill_batch(
             sample_everywhere,
@@ -77,19 +77,19 @@ class Sampler:
         self._run.metrics.add_all(batch.metrics(args.num_generations))
         if args.dynamic_sampling:
             batch.warn_if_flat()
-        return shares_of(batch.groups, rank=ranks.index, world=ranks.count), sampled
+        return shards_of(batch.groups, rank=ranks.index, world=ranks.count), sampled
 
-    def _round(self, num_prompts: int) -> list[Share]:
+    def _round(self, num_prompts: int) -> list[Shard]:
         """Sample the next prompts and score their completions."""
         args, run = self._args, self._run
-        shares = self.source.take(
+        shards = self.source.take(
             num_prompts=num_prompts,
             num_samples=args.num_generations,
             rank=run.ranks.index,
             world=run.ranks.count,
         )
-        groups = [share.group for share in shares]
-        self.generate(shares, seed=args.seed, step=self.rounds)
+        groups = [shard.group for shard in shards]
+        self.generate(shards, seed=args.seed, step=self.rounds)
         self._check(groups)
         self.rounds += 1
         # Tokens count when they are sampled, whether they are trained on once, twice or not at all.
@@ -98,25 +98,25 @@ class Sampler:
         run.metrics.add_logged(self.score(groups))
         run.metrics.add("seconds/rewards", time.perf_counter() - started)
         self._report(groups)
-        rewards = gather_by_prompt(shares, lambda completion: completion.reward, run.ranks.gathered)
+        rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
         run.metrics.add_rewards(list(rewards.values()))
         known = [reward for row in rewards.values() for reward in row if reward is not None]
         if known and args.prompt_sampling == "curriculum":
             self.source.learn(fmean(known))
             run.metrics.add("curriculum/level", self.source.level)
-        return shares
+        return shards
 
-    def generate(self, shares: Sequence[Share], *, seed: int, step: int) -> None:
-        """Sample the completions of shares; (seed, step, place, number) keys their random numbers."""
+    def generate(self, shards: Sequence[Shard], *, seed: int, step: int) -> None:
+        """Sample the completions of shards; (seed, step, place, number) keys their random numbers."""
         # Keyed by place: a prompt may come twice in a round, at the end of one epoch and the start of the next.
         requests = [
-            Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.place, first_sample=s.first)
-            for s in shares
+            Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.position, first_sample=s.first)
+            for s in shards
         ]
         vocab_size = causal_lm(self._run.model).config.get_text_config().vocab_size
         found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
-        for share, completions in zip(shares, found, strict=True):
-            share.group.completions = completions
+        for shard, completions in zip(shards, found, strict=True):
+            shard.group.completions = completions
 
     def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
         """Score the completions of groups; returns what reward functions log, of all ranks."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from burnish.rewards import Rubric, count_answers
-from burnish.rollout.prompts import Share
+from burnish.rollout.prompts import Shard
 from burnish.training.liveness import Outcome, Verdict, judge_rewards
 from burnish.types import Completion
 
@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 def judge_rollout(
-    shares: Sequence[Share],
+    shards: Sequence[Shard],
     *,
     rubric: Rubric,
     outcome: Callable[[Completion], Outcome],
@@ -30,7 +30,7 @@ def judge_rollout(
     """Judge a rollout; after the first one, also name criteria that read no answer from any completion.
 
     Args:
-        shares: this rank's part of the batch.
+        shards: this rank's part of the batch.
         rubric: scored them.
         outcome: what became of a completion.
         gathered: the same list of all ranks.
@@ -39,11 +39,11 @@ def judge_rollout(
         is_first: whether the run has had no rollout before.
     """
     groups: dict[int, list[Outcome]] = defaultdict(list)
-    for place, outcomes in gathered([(s.place, [outcome(c) for c in s.group.completions]) for s in shares]):
+    for place, outcomes in gathered([(s.position, [outcome(c) for c in s.group.completions]) for s in shards]):
         groups[place] += outcomes
 
     def diagnose() -> str | None:
-        texts = [completion.text for share in shares for completion in share.group.completions]
+        texts = [completion.text for shard in shards for completion in shard.group.completions]
         return " ".join(message for counts in count_answers(rubric, texts) if (message := counts.message())) or None
 
     verdict = judge_rewards(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from burnish.data.tokens import decode_text
 from burnish.progress import say
-from burnish.rollout.prompts import Share
+from burnish.rollout.prompts import Shard
 from burnish.runs.records import StepRecords
 from burnish.types import Completion, Group
 
@@ -51,9 +51,9 @@ class TranscriptLog:
 
     def write(
         self,
-        sampled: Sequence[Share],
+        sampled: Sequence[Shard],
         *,
-        trained: Sequence[Share] = (),
+        trained: Sequence[Shard] = (),
         step: int,
         tokenizer: PreTrainedTokenizerBase,
         **fields: Any,
@@ -74,7 +74,7 @@ class TranscriptLog:
             self._show(sampled[0].group, tokenizer)
         if not self.enabled:
             return
-        here = {id(completion) for share in sampled for completion in share.group.completions}
+        here = {id(completion) for shard in sampled for completion in shard.group.completions}
         own = [*_entries(sampled, tokenizer), *_entries(trained, tokenizer, but=here)]
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for key, is_copy, record in sorted(self._gathered(own), key=lambda entry: entry[:2]):
@@ -103,23 +103,23 @@ def _printable(text: str) -> str:
 
 
 def _entries(
-    shares: Sequence[Share], tokenizer: PreTrainedTokenizerBase, but: Collection[int] | None = None
+    shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase, but: Collection[int] | None = None
 ) -> list[Entry]:
     """Entries of completions; with `but`, of copies of what other ranks sampled."""
     return [
         (
-            (share.place, share.first + number),
+            (shard.position, shard.first + number),
             but is not None,
             {
-                "prompt_index": share.group.index,
-                "sample": share.first + number,
+                "prompt_index": shard.group.index,
+                "sample": shard.first + number,
                 "prompt": prompt,
                 **_record(completion),
             },
         )
-        for share in shares
-        for prompt in [decode_text(tokenizer, share.group.prompt_ids)]
-        for number, completion in enumerate(share.group.completions)
+        for shard in shards
+        for prompt in [decode_text(tokenizer, shard.group.prompt_ids)]
+        for number, completion in enumerate(shard.group.completions)
         if but is None or id(completion) not in but
     ]
 

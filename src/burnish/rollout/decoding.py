@@ -19,7 +19,7 @@ from burnish.model.self_test import without_router_logits
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
 from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms
-from burnish.rollout.stopping import StopMatcher
+from burnish.rollout.stop_strings import StopMatcher
 from burnish.types import Completion, StopReason
 
 __all__ = [
