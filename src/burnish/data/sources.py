@@ -125,7 +125,7 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
         if set(names) != {"prompt"}:
             raise ConfigError(
                 f"{field}.prompt_template = {show(template)} has the placeholders {sorted(set(names))}: use "
-                "{{prompt}} and nothing else; write literal braces as {{ and }}."
+                "{prompt} and nothing else; write literal braces as {{ and }}."
             )
         try:
             template.format(prompt="text")
