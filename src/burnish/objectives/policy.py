@@ -91,7 +91,7 @@ def clipped_surrogate(
         advantages_N: [N] A; no gradient.
         epsilon_low: in [0, 1].
         epsilon_high: at least 0.
-        delta: cap on the unclipped ratio (INTELLECT-2, 2505.07291), above 1 + epsilon_high; None for none. It takes effect
+        delta: cap on the unclipped ratio (INTELLECT-2, 2505.07291), above 1 + epsilon_high; None for none. It acts
             where A < 0, as the dual clip max(min(r A, clip(r) A), delta A) of 1912.09729.
 
     Returns:
