@@ -540,7 +540,7 @@ def test_a_fixed_kl_coefficient_is_the_configuration_s(tmp_path: Path) -> None:
     grpo(tmp_path, **changes, beta=0.1).train()
     resumed = grpo(tmp_path, **{**changes, "max_steps": 2}, beta=0.3)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed._beta == 0.3
+    assert resumed.stage.algorithm.kl.coefficient == 0.3
 
 
 def test_the_critic_s_optimizer_takes_changed_settings(tmp_path: Path) -> None:

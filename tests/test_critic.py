@@ -148,9 +148,8 @@ def test_values_are_those_of_one_plain_forward_per_completion(form: str, kind: s
     for completion, wanted in zip(completions(rows), expected, strict=True):
         right = [0.0 if value is None else value.item() for value in wanted]
         assert completion.token["values"] == pytest.approx(right, abs=TOLERANCE.get(kind, 5e-6))
-    first = completions(rows)[0].values
-    assert first is not None
-    assert first[0] == completions(rows)[1].values[0], "the state before both is their prompt"  # type: ignore[index]
+    first, second = (completion.token["values"][0] for completion in completions(rows)[:2])
+    assert first == second, "the state before both is their prompt"
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
@@ -520,7 +519,7 @@ def test_updates_in_turn_need_the_memory_of_one() -> None:
     policy = adapted(tiny.model())
     own = Critic(share_base(policy, seed=3, pad_token_id=PAD), learning_rate=1e-2)
     ids = torch.randint(2, 90, (400,), generator=torch.Generator().manual_seed(0)).tolist()
-    rows = [Group(ids[:8], [Completion(ids, values=[0.0] * 400, returns=[1.0] * 400)])]
+    rows = [Group(ids[:8], [Completion(ids, token={"values": [0.0] * 400, "returns": [1.0] * 400})])]
     own.update(rows, clip=0.2)  # the optimizer's states appear here
 
     def policy_step() -> None:

@@ -179,12 +179,11 @@ def test_a_metric_of_the_users_that_does_not_come_is_named(stage: str, follower:
     }[follower]
     changes["max_steps"] = 1
     trainer = made(stage, tmp_path, metric_for_best_model="mine", **changes)
-    name = "metrics_of_groups" if stage == "GRPO" else "metrics_of_rewards"
-    setattr(trainer, name, lambda _: {"other": 1.0})
+    trainer.stage.compute_metrics = lambda _: {"other": 1.0}
     with pytest.raises(ConfigError, match=r"^metric_for_best_model = 'mine': .*eval_other"):
         trainer.train()
     good = made(stage, tmp_path / "good", metric_for_best_model="mine", **changes)
-    setattr(good, name, lambda _: {"mine": 1.0})
+    good.stage.compute_metrics = lambda _: {"mine": 1.0}
     good.train()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from burnish.training.metrics import StepMetrics
+from burnish.training.step import Loss
 
 
 def together(*ranks: StepMetrics) -> list[dict[str, float]]:
@@ -38,8 +39,8 @@ def test_ranks_may_have_measured_different_things() -> None:
     one.add_tokens("entropy", torch.tensor([1.0, 2.0]))
     two.add_tokens("entropy", torch.tensor([6.0]))
     one.add_tokens("kl", torch.tensor([4.0]))
-    two.add_part("policy_loss", 0.5, step=0)
-    two.add_part("policy_loss", 0.25, step=0)
+    two.add_loss(Loss(torch.zeros(()), sums={"policy_loss": 0.25}), step=0, scale=2)
+    two.add_loss(Loss(torch.zeros(()), sums={"policy_loss": 0.125}), step=0, scale=2)
     expected = {"reward": 3.5, "rewards/judge/mean": 0.25, "entropy": 3.0, "kl": 4.0, "policy_loss": 0.75}
     assert together(one, two) == [expected, expected]
 
@@ -48,7 +49,7 @@ def test_nothing_is_counted_twice() -> None:
     metrics = StepMetrics()
     metrics.add("reward", 1.0)
     metrics.add_tokens("entropy", torch.ones(2))
-    metrics.add_part("policy_loss", 1.0, step=0)
+    metrics.add_loss(Loss(torch.zeros(()), sums={"policy_loss": 1.0}), step=0, scale=1)
     assert metrics.flush(list) == {"reward": 1.0, "entropy": 1.0, "policy_loss": 1.0}
     assert metrics.flush(list) == {}
 

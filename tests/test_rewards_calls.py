@@ -211,7 +211,7 @@ def test_any_kind_of_criterion_takes_a_time_out_from_a_file() -> None:
 
 def test_compute_metrics_and_formatting_cannot_end_the_run(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, eval_dataset=PROMPTS[:2], logprob_check_bound=1.0)
-    trainer.stage._compute_metrics = lambda _: sys.exit(0)
+    trainer.stage.compute_metrics = lambda _: sys.exit(0)
     with pytest.raises(BurnishError, match=r"compute_metrics: it raised SystemExit\(0\)"):
         trainer.evaluate()
     with pytest.raises(BurnishError, match=r"formatting_func: it raised SystemExit\(0\)"):

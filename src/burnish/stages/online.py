@@ -82,7 +82,7 @@ class OnlineStage(Stage):
         self.whole_groups = algorithm.whole_groups
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.reference: Reference | None = None
-        self._engine, self._ref_model, self._compute_metrics = engine, ref_model, compute_metrics
+        self._engine, self._ref_model, self.compute_metrics = engine, ref_model, compute_metrics
         self._buffer: list[list[Group]] = []
         """This rank's groups of the steps that the last rollout still feeds."""
         self._rollouts = 0
@@ -295,9 +295,9 @@ class OnlineStage(Stage):
         self.eval_transcripts.write(shards, step=step, tokenizer=self.tokenizer, time=time.time(), split=split)
         completions = [completion for shard in shards for completion in shard.group.completions]
         metrics = means_over_ranks(completions, names, run.ranks.sum)
-        if self._compute_metrics is not None:
+        if self.compute_metrics is not None:
             with user_code("compute_metrics"):
-                own = self._compute_metrics(list(whole_groups(run.ranks.gathered(shards)).values()))
+                own = self.compute_metrics(list(whole_groups(run.ranks.gathered(shards)).values()))
             metrics |= {name: float(value) for name, value in own.items()}
         return with_logged({"loss": self._held_out_loss(shards), **metrics}, means_by_name(logged))
 
@@ -315,7 +315,7 @@ class OnlineStage(Stage):
 
     def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
         """Name the metrics of `evaluate`, unless a function of the user's adds some."""
-        if self._compute_metrics is not None or self.rubric.logs_metrics:
+        if self.compute_metrics is not None or self.rubric.logs_metrics:
             return None
         criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
         return ("loss", "reward", "completions/mean_length", *criteria)

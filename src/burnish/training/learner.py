@@ -209,7 +209,8 @@ class Learner(Trainer, Generic[S]):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the stage's own batches where it has some."""
-        return self.stage.train_dataloader(self._train_batch_size) or super().get_train_dataloader()
+        own = self.stage.train_dataloader(self._train_batch_size)
+        return super().get_train_dataloader() if own is None else own
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
