@@ -374,5 +374,5 @@ def test_what_cannot_be_logged_is_named(log: Any, words: str) -> None:
 
 @pytest.mark.parametrize("name", ["log_extra", "log_metric"])
 def test_columns_named_as_the_loggers_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match=f"column '{name}', which is an argument of every reward function"):
+    with pytest.raises(DataError, match=f"column '{name}', which is reserved for an argument of reward functions"):
         Rubric.from_functions(length).score([group("a", **{name: "x"})])
