@@ -29,7 +29,7 @@ class Stage:
 
     Attributes:
         fields: its own configuration fields.
-        name: what its classes are called: `{name}Config` and `{name}Trainer` in burnish.trainers.
+        name: what its classes are called: `{name}Config` and `{name}Trainer` in `burnish.trainers.{kind}`.
         title: on the page about a run.
         summary: for the command line.
         method: for the card of a model.
@@ -98,8 +98,8 @@ FROM_PAIRS = tuple(kind for kind, stage in STAGES.items() if stage.rows == "pair
 PIPELINE_STAGES = tuple(name for kind in STAGES for name in (("pairs", kind) if kind == FROM_PAIRS[0] else (kind,)))
 """What a pipeline does, in this order: pairs are sampled before the stages that learn from them."""
 
-TRAINER_NAMES = tuple(f"{stage.name}{ending}" for stage in STAGES.values() for ending in ("Config", "Trainer"))
-"""What burnish.trainers exports."""
+TRAINER_NAMES = {f"{stage.name}{end}": kind for kind, stage in STAGES.items() for end in ("Config", "Trainer")}
+"""Public classes of the trainers -> the module of `burnish.trainers` that holds them."""
 
 
 @cache
