@@ -16,8 +16,8 @@ from burnish.config.paths import folder_problem, path_problem
 __all__ = [
     "CORRECTIONS", "CRITIC", "DATA", "ENTROPY", "GROUPS", "LOGGING", "LOSS", "MODEL", "REFERENCE", "REWARDS",
     "SAMPLING", "STAGES", "TABLE", "TRAINING", "AtLeastTwo", "BelowOne", "Count", "FieldInfo", "Folder", "Fraction",
-    "Group", "Kind", "Meets", "Natural", "NonNegative", "Place", "Positive", "ResumeClass", "Seed", "Share", "Stage", "Text",
-    "Weights", "declared", "describe", "one_of", "own", "stage", "union_members",
+    "Group", "Kind", "Meets", "Natural", "NonNegative", "Place", "Positive", "ResumeClass", "Seed", "Share", "Stage",
+    "Text", "Weights", "declared", "describe", "one_of", "own", "stage", "union_members",
 ]  # fmt: skip
 
 T = TypeVar("T")
