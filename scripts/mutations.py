@@ -240,7 +240,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # what a model writes is not run, and what a reward does is contained
     ("errors.py", "if isinstance(error, Exception):\n        return error\n    return kind(", "if True:\n        return error\n    return kind(", "test_rewards_calls.py"),
     ("rewards/calls.py", "            raise _Overdue\n", "            pass\n", "test_rewards_calls.py::test_a_function_over_its_time_is_interrupted_and_pinned_on_its_completion"),
-    ("rewards/pool.py", "env=kept | own | threads |", "env=dict(os.environ) | own | threads |", "test_rewards_isolation.py"),
+    ("rewards/pool.py", "env=kept | private | threads |", "env=dict(os.environ) | private | threads |", "test_rewards_isolation.py"),
     ("rewards/pool.py", "cast(\"dict[str, Any]\", reply).get(\"nonce\") == nonce", "True", "test_rewards_isolation.py::test_a_reply_cannot_be_forged_by_writing_to_descriptors"),
     ("rewards/pool.py", "_kill_marked(f\"{_MARK}={self._mark}\".encode())", "pass", "test_rewards_isolation.py"),
     ("rewards/guard.py", "return file.startswith(\"<\") and not file.startswith(\"<frozen \") and not _is_by_library()", "return False", "test_rewards_isolation.py"),

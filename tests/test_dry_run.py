@@ -97,6 +97,9 @@ def test_what_is_cut_and_what_no_rubric_accepts(folder: Path, capsys: pytest.Cap
     write_run("sft", [{"messages": "x"}])
     assert main(["sft", "run.toml", "--dry-run"]) == 2
     assert "train_dataset: row 0: messages = 'x', a string" in capsys.readouterr().err
+    write_run("reward", [*good("reward"), {"prompt": "1+1=", "completions": ["2", "3"], "labels": [True, False]}])
+    assert main(["reward", "run.toml", "--dry-run"]) == 2
+    assert "train_dataset: row 0 is preference, row 6 is stepwise" in capsys.readouterr().err
 
 
 PAIRS = [plain("dpo", i) for i in range(6)]

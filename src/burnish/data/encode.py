@@ -49,7 +49,7 @@ __all__ = [
 
 
 class _SkippedRowError(DataError):
-    """A row of which a limit leaves nothing; `encode_rows` counts and skips it."""
+    """Row of which a limit leaves nothing; `encode_rows` counts and skips it."""
 
 
 def encode_rows(

@@ -180,11 +180,11 @@ class PairRanking:
         )
 
 
-def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:
+def rank_pairs(scorer: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:
     """Score both completions of every pair and compare them.
 
     Args:
-        judge: function `judge(prompts, completions)` to one score per completion, such as a `burnish.RewardModel`.
+        scorer: function `scorer(prompts, completions)` to one score per completion, such as a `burnish.RewardModel`.
         rows: rows of `preference_rows`, or others with `prompt`, `chosen` and `rejected`.
 
     Returns:
@@ -196,7 +196,7 @@ def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]],
     if not rows:
         raise DataError("rows = []: a ranking needs at least one pair.")
     prompts = [row["prompt"] for row in rows]
-    chosen, rejected = (judge(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    chosen, rejected = (scorer(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
     ahead = [float(better - worse) for better, worse in zip(chosen, rejected, strict=True)]
     kinds = ["+".join(row.get("differs_in") or ()) or "unknown" for row in rows]
     problems = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]

@@ -32,7 +32,7 @@ _GRACE_SECONDS = 2.0
 
 
 class CallTimeout(RewardError, TimeoutError):
-    """A criterion took longer than its `timeout_seconds`."""
+    """Raised when a criterion exceeds its `timeout_seconds`."""
 
 
 class _Overdue(BaseException):
