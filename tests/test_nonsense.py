@@ -202,7 +202,11 @@ def ranked(*completions: Any, **more: Any) -> list[dict[str, Any]]:
         ("sft", [{"text": [user("x")]}], "a list: use a string, or name the column messages"),
         ("dpo kto reward online_dpo grpo", [{"conversations": []}], "name conversations after what this stage needs"),
         (EVERY, {"prompt": ["a"], "completion": ["b"]}, "train_dataset holds columns ['completion', 'prompt']"),
-        (EVERY, DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])}), "is a set of splits ['train']: pass one"),
+        (
+            EVERY,
+            DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])}),
+            "is a dict of splits ['train']: pass one",
+        ),
         (EVERY, None, "train_dataset = None: pass rows"),
         ("sft", [{"text": ""}], "row 0: text is empty"),
         ("sft", [{"text": 3}], "row 0: text = 3"),

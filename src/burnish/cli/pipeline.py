@@ -207,7 +207,7 @@ class Pipeline:
         made_from = self._made_from("pairs", data=prompts, model=model_identity(model))
         self.inputs.begin(f"pairs/{name}", made_from)
         if (folder / "done").is_file():
-            say(f"pairs, {name}: done before")
+            say(f"pairs, {name}: already done")
         else:
             say(f"pairs, {name}: sampling {model}")
             section = replace(self.file.pairs, output_dir=str(folder))
@@ -241,7 +241,7 @@ class Pipeline:
         folder = self.folder / name
         self.inputs.begin(name, self._made_from(name, data=(rows, eval_rows), model=model_identity(model)))
         if (folder / "done").is_file():
-            say(f"{name}: done before")
+            say(f"{name}: already done")
             return str(folder)
         say(f"{name}: training {model}")
         shared: dict[str, Any] = {"model_init": self._model_init(model)}

@@ -83,7 +83,7 @@ def sample_rows(
     done = {record["index"]: record for record in before}
     missing = [group for group in groups if group.index not in done]
     if done:
-        say(f"pairs: {len(done)} of {len(groups)} prompts sampled before")
+        say(f"pairs: {len(done)} of {len(groups)} prompts already sampled")
     filter_json_lines(file, lambda record: True)  # drops a line that was cut off when the run was killed
     with Progress("pairs", len(groups), completed=len(done)) as progress:
         for begin in range(0, len(missing), prompts_per_round):

@@ -124,7 +124,7 @@ class Call:
             except TimeoutError:
                 if future.done():
                     raise
-                raise self._late("; it goes on in a thread, which cannot be stopped") from None
+                raise self._late("; it continues in a thread, which cannot be stopped") from None
 
     def _tick(self) -> None:
         if self.timeout_seconds is not None and time.monotonic() - self._started >= self.timeout_seconds:
