@@ -165,7 +165,7 @@ def test_a_folder_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError, match=r"data\.split = None: the data set has the splits train, test; set one"):
         load_rows(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"none of data files that it reads \(.*trian.*\['train', 'test'\]"):
+    with pytest.raises(ConfigError, match=r"nor read its files \(.*trian.*\['train', 'test'\]"):
         load_rows({"path": str(tmp_path), "split": "trian"})
     with pytest.raises(
         ConfigError,
