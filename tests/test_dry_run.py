@@ -159,5 +159,5 @@ def test_a_pipeline_shows_each_stage(folder: Path, capsys: pytest.CaptureFixture
     ]  # fmt: skip
     assert "<user>4+1=<eos><assistant>[5<eos>]" in bare(shown)
     assert "rows: 16 read, 16 to train on" in shown
-    assert "rows are sampled from the model of the stage before" in shown
+    assert "rows are sampled from the model of the previous stage" in shown
     assert "transcripts.jsonl in outputs/run" in shown

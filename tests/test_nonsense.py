@@ -419,7 +419,7 @@ def test_a_folder_that_holds_no_whole_model(tmp_path: Path, written: str, fragme
         ("dpo", [{"prompt": "1" * 30, "chosen": "a", "rejected": "b"}], {"max_length": 20}, "1 of 7 rows are skipp", 6),
         ("reward", [{"prompt": "1" * 30, "chosen": "a", "rejected": "b"}], {"max_length": 20}, "1 of 7 rows are lo", 6),
         ("grpo", [{"prompt": "1" * 30}], {"max_prompt_length": 20}, "1 of 7 rows are skipped", 6),
-        ("dpo", [{"prompt": "1+1=", "chosen": "aaaab", "rejected": "aaaac"}], {"max_length": 8}, "1 pairs are left", 6),
+        ("dpo", [{"prompt": "1+1=", "chosen": "aaaab", "rejected": "aaaac"}], {"max_length": 8}, "1 pairs are dropped: they differ only", 6),
         ("sft", [{"prompt": "1+1=", "completion": ""}], {}, "1 completions are empty", 7),
         ("dpo", [{"prompt": "1+1=", "chosen": "2", "rejected": " "}], {}, "1 completions are empty", 7),
         ("kto", [{"prompt": "1+1=", "completion": "", "label": False}], {}, "1 completions are empty", 7),
