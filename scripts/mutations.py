@@ -214,7 +214,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/rollout_state.py", "completions, rows[values[\"index\"]],", "completions, {},", "test_checkpoints.py::test_rows_of_any_kind_stay_in_the_data_set"),
     ("model/finite.py", "if not flag]", "if False]", "test_finite.py"),
     # what is trained, and with what
-    ("training/handover.py", "owner.release()", "pass", "test_chaining.py"),
+    ("training/model_state.py", "owner.release()", "pass", "test_chaining.py"),
     ("model/adapters.py", "parameter.requires_grad_(trains)", "pass", "test_chaining.py::test_frozen_weights_do_not_move"),
     ("training/optimizers.py", "if id(parameter) not in held]", "if False]", "test_chaining.py::test_an_optimizer_over_other_weights_is_refused"),
     ("data/tokens.py", "skip_special_tokens=False", "skip_special_tokens=True", "test_special_tokens.py"),
@@ -222,10 +222,10 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("data/traces.py", "raise _no_trace(f\"the key", "_no_trace(f\"the key", "test_data_traces.py"),
     ("rewards/rubric.py", "if group.row[name] is not None:", "if False:", "test_rewards_rubric.py"),
     ("data/sources.py", "if not isinstance(rows, Sized):", "if False:", "test_endless_data.py"),
-    # a run that teaches nothing says so
-    ("training/liveness.py", "if stops and self.dead_steps >= self.limit:", "if False:", "test_liveness.py"),
-    ("training/liveness.py", "if all(outcome.is_masked or outcome.rewards is None for outcome in outcomes):", "if False:", "test_liveness.py"),
-    ("training/transcripts.py", "\"answers\": {} if score is None else score.answers", "\"answers\": {}", "test_liveness.py"),
+    # a run without a learning signal says so
+    ("training/learning_signal.py", "if stops and self.dead_steps >= self.limit:", "if False:", "test_learning_signal.py"),
+    ("training/learning_signal.py", "if all(outcome.is_masked or outcome.rewards is None for outcome in outcomes):", "if False:", "test_learning_signal.py"),
+    ("training/transcripts.py", "\"answers\": {} if score is None else score.answers", "\"answers\": {}", "test_learning_signal.py"),
     ("training/transcripts.py", "\"advantage\": advantage", "\"advantage\": None", "test_transcripts.py"),
     ("rollout/validation.py", "if not (math.isfinite(value) and value <= _ROUNDING_NATS):", "if value > _ROUNDING_NATS:", "test_validation.py"),
     ("rollout/decoding.py", "if bool(absent.any()) and not bool(absent.all()) else None", "if False else None", "test_model_limits.py"),

@@ -538,7 +538,7 @@ def test_a_sampler_apart_is_caught_and_corrected(tmp_path: Path, apart: str) -> 
         trainer.stage.sampler.engine = other  # type: ignore[assignment]
         return trainer
 
-    with pytest.raises(CheckFailed, match="samples and trainer are"):
+    with pytest.raises(CheckFailed, match="sampler and trainer mismatch"):
         made(tmp_path / "a").train()
     trainer = made(tmp_path / "b", sampling_correction="token_truncate")
     before = trainer.evaluate()["eval_reward"]

@@ -28,7 +28,7 @@ from burnish.rewards.answers import extract_answer, render_answer
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.training.checkpoint import start
 from burnish.training.checks import resolve_tokenizer
-from burnish.training.plan import describe_plan
+from burnish.training.run_length import describe_run_length
 from burnish.types import Completion, Group
 
 __all__ = ["dry_run", "encoded"]
@@ -102,7 +102,7 @@ def dry_run(
     if eval_rows is not None:
         held_out = encoded(kind, config, tokenizer, eval_rows, "eval_dataset", EncodeStats())
         console.print(f"held out: {len(held_out)} rows")
-    console.print(f"plan: {describe_plan(config, first_step=0, max_steps=_num_steps(kind, config, len(groups)))}")
+    console.print(f"plan: {describe_run_length(config, first_step=0, max_steps=_num_steps(kind, config, len(groups)))}")
     console.print(f"writes: {'; '.join(_files(config))}")
     console.print("dry run: no weights were loaded, nothing was written")
 

@@ -19,7 +19,7 @@ from burnish.stages.online import OnlineStage
 from burnish.stages.policy_gradient import PolicyGradient, PolicyStep
 from burnish.training.checkpoint import keeping_hyperparameters
 from burnish.training.critic import Critic
-from burnish.training.liveness import UNJUDGED
+from burnish.training.learning_signal import UNKNOWN
 from burnish.types import Completion, Group, StopReason
 
 __all__ = ["ActorCritic"]
@@ -142,11 +142,11 @@ class ActorCritic(PolicyGradient):
         )
         self.run.metrics.add_all(metrics)
         if self.run.state.global_step < self.args.value_prefit_steps:
-            return dataclasses.replace(step, groups=[], verdict=UNJUDGED)
+            return dataclasses.replace(step, groups=[], assessment=UNKNOWN)
         return step
 
-    def signals(self, completion: Completion) -> tuple[float, ...] | None:
-        """Return the reward that advantages are made of."""
+    def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
+        """Return the reward that advantages are computed from."""
         reward = self._reward(completion)
         return None if reward is None else (reward,)
 
@@ -156,7 +156,7 @@ class ActorCritic(PolicyGradient):
         return "run"
 
     def learns_without_rewards(self) -> bool:
-        """Return whether an entropy bonus, or a reference that is another model, teaches."""
+        """Return whether an entropy bonus or the KL to another model has a gradient."""
         return self._is_pulled
 
     def trained_models(self) -> Mapping[str, torch.nn.Module]:

@@ -45,7 +45,7 @@ class Algorithm:
 
     @property
     def compared(self) -> str:
-        """What a completion's reward is compared with: "group", "batch" or "run"; see `judge_rewards`."""
+        """The baseline of a completion's reward: "group", "batch" or "run"; see `assess_rewards`."""
         return "group"
 
     @property
@@ -66,13 +66,13 @@ class Algorithm:
         masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
         return completion.reward is not None and not masked
 
-    def signals(self, completion: Completion) -> tuple[float, ...] | None:
-        """Return the numbers that a completion's advantage is made of, or None where it has no reward."""
+    def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
+        """Return the rewards that a completion's advantage is computed from, or None where it has none."""
         reward = completion.reward
         return None if reward is None else (reward,)
 
     def learns_without_rewards(self) -> bool:
-        """Return whether terms of the loss teach where no reward differs."""
+        """Return whether other terms of the loss have a gradient where no reward differs."""
         return False
 
     def needs_old_logprobs(self, group: Group) -> bool:

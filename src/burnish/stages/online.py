@@ -27,14 +27,13 @@ from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
 from burnish.training.callbacks import RecordsCallback
 from burnish.training.checks import check_vocabulary
-from burnish.training.liveness import UNJUDGED, Outcome, Verdict, only_said
+from burnish.training.learning_signal import UNKNOWN, Assessment, Outcome, assess_rollout
 from burnish.training.logprobs import fill_logprobs
 from burnish.training.metrics import means_by_name, means_over_ranks, with_logged
 from burnish.training.reference import Reference, check_reference, check_untrained, refuse_shared_weights
 from burnish.training.reward_funcs import as_rubric, penalise_overlong
 from burnish.training.rollout_state import RolloutState
-from burnish.training.rollout_verdict import judge_rollout
-from burnish.training.sampler_check import Agreement, default_bound
+from burnish.training.sampler_check import SamplerCheck, default_bound
 from burnish.training.sampling import sampling_params
 from burnish.training.stage import Run, Stage
 from burnish.training.step import Loss, Step, read_groups
@@ -86,8 +85,8 @@ class OnlineStage(Stage):
         self._buffer: list[list[Group]] = []
         """This rank's groups of the steps that the last rollout still feeds."""
         self._rollouts = 0
-        self._verdict = UNJUDGED
-        """Of the rollout that feeds the present steps; unknown where a checkpoint holds the rest of one."""
+        self._assessment = UNKNOWN
+        """Assessment of the rollout that feeds the current steps; unknown after resuming in the middle of one."""
 
     def rollout_step(self) -> list[list[Group]]:
         """Sample prompts, score the samples, and decide what each is worth.
@@ -111,7 +110,7 @@ class OnlineStage(Stage):
         self.fill_logprobs(groups, old=groups if self.algorithm.passes > 1 else later)
         run.metrics.add_all(self.algorithm.assign_advantages(shards))
 
-        self._verdict = self._judge(shards, moved=self.sampler.source.level != level)
+        self._assessment = self._assess(shards, moved=self.sampler.source.level != level)
         self.transcripts.write(sampled, trained=shards, step=run.state.global_step + 1, tokenizer=self.tokenizer)
         self._rollouts += 1
         run.metrics.add("seconds/reference", time.perf_counter() - started)
@@ -126,13 +125,13 @@ class OnlineStage(Stage):
             self._buffer = self.rollout_step()
         groups = self._buffer.pop(0)
         step = self.algorithm.begin_step(groups, is_on_policy=is_fresh)
-        if step.verdict is not None:
+        if step.assessment is not None:
             return step
         steps = self.steps_per_pass * self.algorithm.passes
         is_repeated = steps - len(self._buffer) > self.steps_per_pass
-        # Later passes over the same samples are no more evidence.
-        is_known = self._verdict.kind != "alive" and is_repeated
-        return dataclasses.replace(step, verdict=UNJUDGED if is_known else self._verdict)
+        # Later passes over the same samples add no evidence.
+        is_known = self._assessment.kind != "learning" and is_repeated
+        return dataclasses.replace(step, assessment=UNKNOWN if is_known else self._assessment)
 
     def loss(self, model: torch.nn.Module, batch: PackedBatch, step: Step) -> Loss:
         """Compute the algorithm's loss; on fresh samples, compare trainer and sampler first."""
@@ -148,7 +147,7 @@ class OnlineStage(Stage):
         if (sampled_N := batch.token.get("policy_logprobs")) is None:  # replayed, all of them
             return
         fresh_N = ~sampled_N.isnan()
-        self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
+        self.sampler_check.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         if self.reference is not None and self.reference.is_initial_policy and self.run.is_untouched:
             bound = max(default_bound(self.run.model.dtype), self.args.logprob_check_bound or 0.0)
             check_untrained(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N], bound=bound)
@@ -156,7 +155,7 @@ class OnlineStage(Stage):
     def before_update(self) -> None:
         """Stop before the update when sampler and trainer disagree about fresh samples."""
         run = self.run
-        run.metrics.add_all(self.agreement.flush(run.state.global_step, run.ranks.sum, run.ranks.max))
+        run.metrics.add_all(self.sampler_check.flush(run.state.global_step, run.ranks.sum, run.ranks.max))
         run.metrics.add_all(self.algorithm.end_step())
 
     @torch.no_grad()
@@ -178,14 +177,14 @@ class OnlineStage(Stage):
         for part in self.parts(groups):
             fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
 
-    def _judge(self, shards: Sequence[Shard], *, moved: bool) -> Verdict:
-        """Judge whether the rewards of a rollout carry a signal; `moved`: the curriculum has."""
+    def _assess(self, shards: Sequence[Shard], *, moved: bool) -> Assessment:
+        """Assess the rewards of a rollout; those of a curriculum that has just `moved` are not comparable."""
 
         def outcome(completion: Completion) -> Outcome:
-            rewards = self.algorithm.signals(completion)
+            rewards = self.algorithm.reward_components(completion)
             return Outcome(rewards, is_masked=rewards is not None and not self.algorithm.in_loss(completion))
 
-        verdict = judge_rollout(
+        assessment = assess_rollout(
             shards,
             rubric=self.rubric,
             outcome=outcome,
@@ -194,9 +193,11 @@ class OnlineStage(Stage):
             max_completion_length=self.args.max_completion_length,
             is_first=self._rollouts == 0,
         )
-        if verdict.kind != "constant_reward":
-            return verdict
-        return UNJUDGED if moved else only_said(verdict) if self.algorithm.learns_without_rewards() else verdict
+        if assessment.kind != "constant_reward":
+            return assessment
+        if moved:
+            return UNKNOWN
+        return dataclasses.replace(assessment, stops=not self.algorithm.learns_without_rewards())
 
     @property
     def steps_per_pass(self) -> int:
@@ -265,9 +266,9 @@ class OnlineStage(Stage):
         self.transcripts = TranscriptLog(args, **shared)
         self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
         bound = args.logprob_check_bound
-        self.agreement = Agreement(default_bound(run.model.dtype) if bound is None else bound)
+        self.sampler_check = SamplerCheck(default_bound(run.model.dtype) if bound is None else bound)
         if self.algorithm.corrects_sampling:
-            self.agreement.report_only()
+            self.sampler_check.report_only()
         self.algorithm.join(self)
 
     def check_sampled_lengths(self, model: Any) -> None:

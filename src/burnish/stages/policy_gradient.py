@@ -118,7 +118,7 @@ class PolicyGradient(Algorithm):
                 "the correction needs; use an engine that does, or remove it."
             )
 
-    def signals(self, completion: Completion) -> tuple[float, ...] | None:
+    def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
         """Return the reward within its range, or its criteria where each is normalised by itself."""
         reward = self.clipped_reward(completion)
         if reward is None:
@@ -138,7 +138,7 @@ class PolicyGradient(Algorithm):
         return reward if reward is None or clip is None else min(max(reward, clip[0]), clip[1])
 
     def learns_without_rewards(self) -> bool:
-        """Return whether an entropy bonus, a reference that is another model, or a registered estimator teaches."""
+        """Return whether an entropy bonus, the KL to another model or a registered estimator has a gradient."""
         return self._is_pulled or self.args.advantage_estimator not in (*_EQUAL_TEACHES_NOTHING, "batch")
 
     @property

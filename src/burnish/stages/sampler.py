@@ -51,7 +51,7 @@ class Sampler:
         """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
 
     def sample(self) -> tuple[list[Shard], list[Shard]]:
-        """Sample and score the groups of one rollout, with refills for groups that teach nothing.
+        """Sample and score the groups of one rollout, with refills for groups without reward variance.
 
         Returns:
             This rank's part of P groups, and of everything that was sampled for them.

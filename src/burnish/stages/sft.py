@@ -88,7 +88,7 @@ class SFTStage(Stage):
     def join(self, run: Run) -> None:
         """Know what a model that guesses loses."""
         super().join(run)
-        run.liveness.uniform_loss = math.log(causal_lm(run.model).config.get_text_config().vocab_size)
+        run.learning_monitor.uniform_loss = math.log(causal_lm(run.model).config.get_text_config().vocab_size)
         if self._stream is not None:
             self._stream.rank, self._stream.world = run.ranks.index, run.ranks.count
 

@@ -134,7 +134,7 @@ def check_parts(
     best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
     if best and args.metric_for_best_model is None:
         raise ConfigError(
-            "save_strategy = 'best' with metric_for_best_model = None: name the metric to follow, such as 'loss'."
+            "save_strategy = 'best' with metric_for_best_model = None: name the metric to track, such as 'loss'."
         )
     if eval_dataset is None and strategy != "no":
         raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")

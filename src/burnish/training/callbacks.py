@@ -12,7 +12,7 @@ from burnish.progress import Progress, format_seconds, say
 from burnish.runs.files import write_json
 from burnish.runs.records import StepRecords
 from burnish.training.environment import environment, warn_of_untested
-from burnish.training.plan import describe_plan
+from burnish.training.run_length import describe_run_length
 
 __all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "RecordsCallback"]
 
@@ -34,7 +34,7 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say what will be done; start the clock."""
         if state.is_world_process_zero:
-            say(describe_plan(args, first_step=state.global_step, max_steps=state.max_steps))
+            say(describe_run_length(args, first_step=state.global_step, max_steps=state.max_steps))
             self._started, self._metrics = time.monotonic(), {}
             self._progress = Progress(self.stage, state.max_steps, completed=state.global_step)
 
