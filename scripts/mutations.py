@@ -110,7 +110,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/reward_funcs.py", "args.overlong_penalty * value", "-args.overlong_penalty * value", "test_policy_trainer.py::test_overlong_completions_lose_reward_after_the_filter"),
     ("stages/sampler.py", "index=s.position", "index=s.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
     ("stages/online.py", "later = [group for step in steps[1:] for group in step]", "later = list(groups)", "test_policy_trainer.py::test_fresh_samples_cost_no_forward_of_their_own"),
-    ("stages/online.py", "        self.algorithm.load_state_dict(state.own)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
+    ("stages/online.py", "        self.algorithm.load_state_dict(state.algorithm)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
     ("stages/online.py", "= state.rollouts, state.rounds\n", "= 0, 0\n", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
     ("stages/sampler.py", "        run.num_tokens += sum(group.num_tokens for group in groups)\n", "", "test_policy_trainer.py::test_num_tokens_are_those_sampled_however_often_they_are_trained_on"),
     ("rollout/dynamic_sampling.py", "(good if has_reward_variance(group) else flat)", "(flat if has_reward_variance(group) else good)", ROUNDS),

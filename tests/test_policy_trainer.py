@@ -415,14 +415,14 @@ def test_an_engine_without_log_probabilities_says_that_nothing_is_checked(
     trainer = grpo(tmp_path, max_steps=2)
     trainer.stage.sampler.engine = Silent(trainer.stage.sampler.engine, "policy_logprobs")
     trainer.train()
-    assert sum("Silent gives no policy_logprobs" in message for message in caplog.messages) == 1
+    assert sum("Silent returns no policy_logprobs" in message for message in caplog.messages) == 1
 
 
 def test_a_correction_needs_what_the_sampler_said(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, sampling_correction="token_truncate")
     trainer.stage.sampler.engine = Silent(trainer.stage.sampler.engine, "sampler_logprobs")
     before = weights(trainer)
-    with pytest.raises(ConfigError, match="Silent gives no sampler_logprobs"):
+    with pytest.raises(ConfigError, match="Silent returns no sampler_logprobs"):
         trainer.train()
     assert_same(before, weights(trainer), 0.0)
 

@@ -116,7 +116,7 @@ def check_tracked_metric(trainer: Any, metrics: Mapping[str, float]) -> None:
     wanted = trainer.args.metric_for_best_model
     if wanted is not None and _tracker(trainer) is not None and _full_name(wanted) not in metrics:
         raise ConfigError(
-            f"metric_for_best_model = {wanted!r}: the evaluation at step {trainer.state.global_step} did not return it; "
+            f"metric_for_best_model = {wanted!r}: the evaluation at step {trainer.state.global_step} lacks it; "
             f"let compute_metrics return it, or use one of {', '.join(sorted(metrics))}."
         )
 

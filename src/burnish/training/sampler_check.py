@@ -15,7 +15,7 @@ __all__ = ["SamplerCheck", "default_bound"]
 
 
 _WINDOW_TOKENS = 2048
-"""Tokens that the divergence is averaged over, at least. Rounding noise is heavy-tailed: at an undecided token of a bf16
+"""Fewest tokens that the divergence is averaged over. Rounding noise is heavy-tailed: at an undecided token of a bf16
 model, which all samples of a prompt share, it can reach 2 nats."""
 
 _CLIP_NATS = 1.0
