@@ -58,7 +58,7 @@ BY_HAND = {
 
 
 def test_the_schema_names_every_row() -> None:
-    assert tuple(PREFERENCE_LOSSES) == PREFERENCE_LOSS_NAMES
+    assert tuple(PREFERENCE_LOSSES) == tuple(PREFERENCE_LOSS_NAMES)
     assert set(BY_HAND) == set(PREFERENCE_LOSSES)
 
 

@@ -36,7 +36,9 @@ BAD_PATHS: tuple[tuple[str, str], ...] = (
 
 def kinds_of(annotation: str) -> set[str]:
     """The types that an annotation allows, as `bool`, `int`, `float`, `str`, `list`, `dict`, `none` and `any`."""
-    outer = re.sub(r"\[.*\]", "", annotation) if not annotation.startswith(("Optional", "Union")) else annotation
+    outer = annotation
+    for _ in range(0 if annotation.startswith(("Optional", "Union")) else annotation.count("[")):
+        outer = re.sub(r"\[[^\[\]]*\]", "", outer)
     found = set(re.findall(r"\b(bool|int|float|str|list|dict|Any)\b", outer))
     if "None" in annotation or "Optional" in annotation:
         found.add("none")

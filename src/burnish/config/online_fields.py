@@ -168,6 +168,7 @@ class OnlineFields(CommonFields):
         "or 0.01 where the model computes in bf16.",
         CORRECTIONS,
         resume="free",
+        fix="use a number of nats above 0, or leave it out",
     )
     log_completions: bool | Folder = own(
         False,

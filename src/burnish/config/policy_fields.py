@@ -74,10 +74,15 @@ class PolicyFields(OnlineFields):
         REFERENCE,
     )
     kl_target: Positive | None = own(
-        None, "Divergence in nats a completion that beta is adapted to reach (1909.08593). None: beta stays.", REFERENCE
+        None,
+        "Divergence in nats a completion that beta is adapted to reach (1909.08593). None: beta stays.",
+        REFERENCE,
+        fix="use a number of nats above 0, or leave it out",
     )
     kl_horizon: Count = own(10000, "Completions over which an adaptive beta changes by a factor.", REFERENCE)
-    epsilon: Annotated[float, Interval(gt=0, lt=1)] = own(0.2, "Clip range below a ratio of 1.", LOSS)
+    epsilon: Annotated[float, Interval(gt=0, lt=1)] = own(
+        0.2, "Clip range below a ratio of 1.", LOSS, fix="use a number in (0, 1), such as 0.2"
+    )
     epsilon_high: Positive | None = own(
         None,
         "Clip range above a ratio of 1; of cispo the bound of the ratio itself, such as 5. None: epsilon.",
@@ -108,7 +113,12 @@ class PolicyFields(OnlineFields):
         "(2505.22312).",
         ENTROPY,
     )
-    entropy_target: Positive = own(0.2, "Mean entropy of tokens, in nats, that use_adaptive_entropy holds up.", ENTROPY)
+    entropy_target: Positive = own(
+        0.2,
+        "Mean entropy of tokens, in nats, that use_adaptive_entropy holds up.",
+        ENTROPY,
+        fix="use a number of nats above 0, such as 0.2",
+    )
     entropy_coef_delta: Positive = own(0.005, "Change of an adaptive entropy_coef in one optimizer step.", ENTROPY)
     entropy_coef_min: NonNegative = own(0.0, "Lower bound of an adaptive entropy_coef.", ENTROPY)
     entropy_coef_max: Positive = own(1.0, "Upper bound of an adaptive entropy_coef.", ENTROPY)
@@ -129,14 +139,23 @@ class PolicyFields(OnlineFields):
         CORRECTIONS,
     )
     sampling_correction_max: Positive | None = own(
-        3.0, "Largest weight; above it truncated or masked. None: no bound.", CORRECTIONS
+        3.0,
+        "Largest weight; above it truncated or masked. None: no bound.",
+        CORRECTIONS,
+        fix="use a number above 0, such as 3, or leave it out",
     )
-    sampling_correction_min: Positive | None = own(None, "Smallest weight, of the masks. None: no bound.", CORRECTIONS)
+    sampling_correction_min: Positive | None = own(
+        None,
+        "Smallest weight, of the masks. None: no bound.",
+        CORRECTIONS,
+        fix="use a number above 0, such as 0.5, or leave it out",
+    )
     off_policy_mask_threshold: Positive | None = own(
         None,
         "Leave a completion of negative advantage out of the surrogate where its mean log(sampled / present "
         "probability), in nats a token, exceeds this (2512.02556). None: keep all.",
         CORRECTIONS,
+        fix="use nats a token above 0, such as 0.5, or leave it out",
     )
 
     def contradictions(self) -> Iterator[str]:

@@ -92,6 +92,11 @@ def _norm(value: float) -> str | None:
     return None if value >= 0 else "use a number of at least 0; 0 clips none"
 
 
+def _only_false(value: bool) -> str | None:
+    return "use the name of a space, false, or leave it out" if value else None
+
+
+_False = Annotated[bool, Meets(_only_false)]
 _TABLE = Annotated[dict[str, Any] | str, Meets(_table)] | None
 _STEPS = "use a number of steps above 0; below 1 it is a share of all"
 _LEVEL = Literal["debug", "detail", "info", "warning", "error", "critical", "passive"]
@@ -207,7 +212,7 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
     "torch_empty_cache_steps": _met(Count | None, "refused"),
     "trackio_bucket_id": _free(),
     "trackio_space_id": _free(),
-    "trackio_static_space_id": _free(),
+    "trackio_static_space_id": _free(str | _False | None),
     "train_sampling_strategy": Inherited(
         "refused",
         Literal["random", "sequential"],

@@ -91,8 +91,8 @@ def clipped_surrogate(
         advantages_N: [N] A; no gradient.
         epsilon_low: in [0, 1].
         epsilon_high: at least 0.
-        delta: cap on the unclipped ratio (INTELLECT-2, 2505.07291), above 1 + epsilon_high; None for none. It takes
-            effect where A < 0, as the dual clip max(min(r A, clip(r) A), delta A) of 1912.09729.
+        delta: cap on the unclipped ratio (INTELLECT-2, 2505.07291), above 1 + epsilon_high; None for none. It acts
+            where A < 0, as the dual clip max(min(r A, clip(r) A), delta A) of 1912.09729.
 
     Returns:
         [N] losses, not reduced, and an [N] mask of tokens whose gradient the clip removed.

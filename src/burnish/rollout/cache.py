@@ -1,8 +1,9 @@
-"""Keys and values of running completions: each prompt once per group, each completion's own tokens beside it.
+"""Key-value cache of running completions: each prompt once per group, each completion's own tokens beside it.
 
-`CacheLayout` is a layout of the attention seam. A prefill forward stores the keys and values of prompts; a decode
-forward holds one new token per running row, which attends over its group's prompt and over its own earlier tokens. The
-two partial attentions are merged by their log normalisers (1805.02867), so a prompt is read once per group and step:
+`CacheLayout` is an attention layout (`burnish.model.attention`). A prefill forward stores the keys and values of
+prompts; a decode forward holds one new token per running row, which attends to its group's prompt and to its own
+earlier tokens. The two partial attentions are merged by their log normalisers l (1805.02867), so a prompt is read once
+per group and step:
 
     out = sigmoid(l_prompt - l_own) out_prompt + sigmoid(l_own - l_prompt) out_own
 """
@@ -20,19 +21,19 @@ from burnish.model.attention import AttentionCall, math_attention
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
 
 _UNSEEN = -1e30
-"""Added to the score of a key that is not seen: finite, so a part without any seen key merges with weight zero."""
+"""Score of a masked key: finite, so that a part with every key masked merges with weight zero instead of NaN."""
 _STEP = 16
-"""Places are reserved and attended in multiples of this many tokens."""
+"""Cache lengths are reserved and attended in multiples of this many tokens."""
 
 
 def round_up(length: int) -> int:
-    """Places that a length takes: the next multiple of the step."""
+    """Round a length up to the next multiple of the step."""
     return -(-length // _STEP) * _STEP
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """A prompt in a prefill row: its slot in the cache and where it lies, in tokens."""
+    """A prompt in a prefill row: its cache slot, and its start and length in tokens."""
 
     slot: int
     start: int
@@ -58,19 +59,19 @@ class _LayerCache:
 
 @dataclass(slots=True)
 class _Step:
-    """What every layer of one decode forward shares.
+    """Indices of one decode forward, shared by all layers.
 
     Attributes:
         positions: [B] true position of each row's new token.
-        prompt_lengths: [B] tokens of each row's prompt.
-        write_index: [B] place of the new token among the flattened (row, token) places of the own cache.
-        grid: [groups * width] row at each place of the padded (group, member) grid.
-        place: [B] place of each row in the grid.
-        groups: number of prompts attended.
+        prompt_lengths: [B] length of each row's prompt.
+        write_index: [B] flattened (row, token) index of the new token in the rows' own cache.
+        grid: [groups * width] row at each cell of the padded (group, member) grid.
+        cell: [B] grid cell of each row.
+        groups: number of prompts attended to.
         width: rows of the largest group.
-        own_tokens: own places attended, a multiple of the step.
-        prompt_tokens: prompt places attended, likewise.
-        is_full: the grid is the rows in their own order, so no gathering is needed.
+        own_tokens: length of own cache attended to, a multiple of the step.
+        prompt_tokens: length of prompt cache attended to, a multiple of the step.
+        is_full: the grid is the rows in order, so no gather is needed.
         masks: additive masks (prompt, own) by mask rule.
     """
 
@@ -78,7 +79,7 @@ class _Step:
     prompt_lengths: Tensor
     write_index: Tensor
     grid: Tensor
-    place: Tensor
+    cell: Tensor
     groups: int
     width: int
     own_tokens: int
@@ -90,11 +91,11 @@ class _Step:
 class CacheLayout:
     """A key-value cache as an attention layout.
 
-    Rows 0 .. B-1 and prompt slots 0 .. P-1 are always the live ones; the caller keeps them dense with `move_row` and
-    `move_prompt`. Buffers appear at the first forward of a layer.
+    Rows 0 .. B-1 and prompt slots 0 .. P-1 are the live ones; the caller keeps them dense with `move_row` and
+    `move_prompt`. Buffers are allocated at a layer's first forward.
 
     Args:
-        max_tokens: most places of own and prompt tokens together; None sets no bound.
+        max_tokens: most tokens of own and prompt caches together; None for no bound.
     """
 
     def __init__(self, max_tokens: int | None = None) -> None:
@@ -106,10 +107,7 @@ class CacheLayout:
         self.peak_bytes = 0
 
     def reserve(self, *, rows: int, own_tokens: int, prompts: int, prompt_tokens: int) -> None:
-        """Make room for so many slots of so many tokens; the contents that fit are kept.
-
-        Room once made is kept too, as long as all of it together stays within the bound.
-        """
+        """Resize to at least so many slots of so many tokens, keeping contents; shrink only to stay in the bound."""
         wanted = (rows, round_up(own_tokens), prompts, round_up(prompt_tokens))
         have = (self._rows, self._own_tokens, self._prompts, self._prompt_tokens)
         grown = tuple(max(a, b) for a, b in zip(wanted, have, strict=True))
@@ -126,40 +124,40 @@ class CacheLayout:
         self._note_bytes()
 
     def begin_prefill(self, spans: Sequence[PromptSpan]) -> None:
-        """The next forward holds these prompts, one after another."""
+        """Prepare a forward that holds these prompts, one after another."""
         self._spans, self._step = spans, None
 
     def begin_decode(
         self, *, prompt_slots: list[int], prompt_lengths: list[int], own_lengths: list[int], device: torch.device
     ) -> Tensor:
-        """The next forward holds the next token of each row.
+        """Prepare a forward that holds the next token of each row.
 
         Args:
-            prompt_slots: [B] the prompt slot of each row.
-            prompt_lengths: [B] tokens of that prompt.
-            own_lengths: [B] own tokens of each row, the new one included.
-            device: where the model is.
+            prompt_slots: [B] prompt slot of each row.
+            prompt_lengths: [B] length of that prompt.
+            own_lengths: [B] own tokens of each row, including the new one.
+            device: device of the model.
 
         Returns:
-            [B] the position of each new token.
+            [B] position of each new token.
         """
         members: list[list[int]] = [[] for _ in range(max(prompt_slots) + 1)]
-        place = [0] * len(prompt_slots)
+        member = [0] * len(prompt_slots)
         for row, slot in enumerate(prompt_slots):
-            place[row] = len(members[slot])
+            member[row] = len(members[slot])
             members[slot].append(row)
         width = max(len(rows) for rows in members)
-        place = [slot * width + i for slot, i in zip(prompt_slots, place, strict=True)]
-        # A missing member repeats a row; nothing reads its result.
+        cell = [slot * width + i for slot, i in zip(prompt_slots, member, strict=True)]
+        # Padding repeats row 0; its result is discarded.
         grid = [row for rows in members for row in rows + [0] * (width - len(rows))]
         is_full = grid == list(range(len(prompt_slots)))
         own, prompt = torch.tensor(own_lengths, device=device), torch.tensor(prompt_lengths, device=device)
         self._step = _Step(
             positions=prompt + own - 1,
             prompt_lengths=prompt,
-            write_index=torch.arange(len(place), device=device) * self._own_tokens + own - 1,
+            write_index=torch.arange(len(cell), device=device) * self._own_tokens + own - 1,
             grid=torch.tensor(grid, device=device),
-            place=torch.tensor(place, device=device),
+            cell=torch.tensor(cell, device=device),
             groups=len(members),
             width=width,
             own_tokens=round_up(max(own_lengths)),
@@ -169,19 +167,19 @@ class CacheLayout:
         return self._step.positions
 
     def move_row(self, source: int, target: int) -> None:
-        """Put a row in another one's place."""
+        """Overwrite a row with another one."""
         for layer in self._layers.values():
             layer.own_key[target] = layer.own_key[source]
             layer.own_value[target] = layer.own_value[source]
 
     def move_prompt(self, source: int, target: int) -> None:
-        """Put a prompt in another one's slot."""
+        """Overwrite a prompt slot with another one."""
         for layer in self._layers.values():
             layer.prompt_key[target] = layer.prompt_key[source]
             layer.prompt_value[target] = layer.prompt_value[source]
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention output [1, T, heads, D] of one layer, whose keys and values are stored on the way."""
+        """Return the attention output [1, T, heads, D] of one layer, after storing its keys and values."""
         layer = self._layers.get(call.module)
         if layer is None:
             layer = self._layers[call.module] = self._allocate(call)
@@ -191,7 +189,7 @@ class CacheLayout:
         return self._attend_rows(call, layer, self._step)
 
     def _allocate(self, call: AttentionCall) -> _LayerCache:
-        # Zeros, because a key that is masked but NaN would still poison its row.
+        # Zeros: a masked key or value that is NaN would still make its row NaN.
         heads, key, value = call.key.shape[1], call.key.shape[3], call.value.shape[3]
         return _LayerCache(
             prompt_key=call.key.new_zeros(self._prompts, self._prompt_tokens, heads, key),
@@ -240,7 +238,7 @@ class CacheLayout:
         return merged.transpose(1, 2).reshape(1, rows, heads, value_size)
 
     def _masks(self, call: AttentionCall, step: _Step) -> tuple[Tensor, Tensor]:
-        """Additive masks: prompt [groups, 1, 1 or width * repeats, L], own [B, 1, 1, C]."""
+        """Return additive masks: prompt [groups, 1, 1 or width * repeats, L], own [B, 1, 1, C]."""
         repeats = call.query.shape[1] // call.key.shape[1]
         key = (call.rule, repeats, call.query.dtype)
         if key not in step.masks:
@@ -260,18 +258,18 @@ def _resized(buffer: Tensor, slots: int, tokens: int) -> Tensor:
 
 def _masks_of(rule: object, repeats: int, step: _Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     device = step.positions.device
-    own_place = torch.arange(step.own_tokens, device=device)
-    prompt_place = torch.arange(step.prompt_tokens, device=device)
-    own_position = step.prompt_lengths[:, None] + own_place
+    own_index = torch.arange(step.own_tokens, device=device)
+    prompt_index = torch.arange(step.prompt_tokens, device=device)
+    own_position = step.prompt_lengths[:, None] + own_index
     sees_own = own_position <= step.positions[:, None]
-    sees_prompt = prompt_place < step.prompt_lengths[:, None]
+    sees_prompt = prompt_index < step.prompt_lengths[:, None]
     if rule is not None:
         reach = torch.arange(step.own_tokens + step.prompt_tokens, device=device)
         seen: Tensor = rule(step.positions, reach)  # type: ignore[operator]
         sees_own = sees_own & seen.gather(1, own_position)
         sees_prompt = sees_prompt & seen[:, : step.prompt_tokens]
     on_grid = sees_prompt[step.grid].unflatten(0, (step.groups, step.width))
-    # Without a rule one prompt has one mask: its first member's, which is never filler.
+    # Without a rule all rows of a prompt share the mask of the first, which is never padding.
     on_grid = on_grid[:, :1] if rule is None else on_grid.repeat_interleave(repeats, dim=1)
     return _additive(on_grid[:, None], dtype), _additive(sees_own[:, None, None], dtype)
 
@@ -281,23 +279,23 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_grid(query: Tensor, step: _Step) -> Tensor:
-    """[B, kv_heads, repeats, D] -> [groups, kv_heads, width * repeats, D]."""
+    """Gather [B, kv_heads, repeats, D] into [groups, kv_heads, width * repeats, D]."""
     if not step.is_full:
         query = query.index_select(0, step.grid)
     return query.unflatten(0, (step.groups, step.width)).transpose(1, 2).flatten(2, 3)
 
 
 def _from_grid(result: Tensor, step: _Step) -> Tensor:
-    """[groups, width * repeats, kv_heads, ...] -> [B, repeats, kv_heads, ...]."""
+    """Scatter [groups, width * repeats, kv_heads, ...] back to [B, repeats, kv_heads, ...]."""
     rows = result.unflatten(1, (step.width, -1)).flatten(0, 1)
-    return rows if step.is_full else rows.index_select(0, step.place)
+    return rows if step.is_full else rows.index_select(0, step.cell)
 
 
 def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys and its log normaliser: [N, Q, heads, D] and [N, Q, heads].
+    """Attend to part of the keys; return the output [N, Q, heads, D] and its log normaliser [N, Q, heads].
 
     Args:
-        call: scaling and softcap.
+        call: scale and softcap.
         query: [N, heads, Q, D].
         key: [N, K, heads, D].
         value: [N, K, heads, D].
@@ -319,7 +317,7 @@ def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mas
 
 
 def _causal(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[1, heads, L, D] attention of one prompt by itself."""
+    """Return the [1, heads, L, D] attention of one prompt within itself."""
     position = torch.arange(query.shape[2], device=query.device)
     if call.softcap is None and call.sinks is None:
         mask = None if call.rule is None else call.rule(position, position)

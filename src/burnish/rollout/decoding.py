@@ -1,4 +1,4 @@
-"""What the in-process engines share: tracks of completions, drawing for them, modes, checks and statistics."""
+"""Decoding shared by the in-process engines: running completions, token draws, checks and statistics."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ OnProgress = Callable[[int, int, int], None]
 
 @dataclass(slots=True)
 class RolloutStats:
-    """What one call of `generate` did.
+    """Statistics of one call of `generate`.
 
     Attributes:
         prompt_tokens: prompt tokens prefilled, each prompt once.
         decoded_tokens: tokens drawn.
-        forwards: decode forwards.
+        forwards: number of decode forwards.
         seconds: wall-clock time of the call.
-        peak_cache_bytes: most bytes of keys and values held at once.
-        peak_rows: most completions running at once.
+        peak_cache_bytes: peak memory of keys and values.
+        peak_rows: peak number of running completions.
     """
 
     prompt_tokens: int = 0
@@ -59,14 +59,14 @@ class RolloutStats:
 
 
 class Track:
-    """One completion being sampled: its tokens, its log-probabilities, and what it still needs to know it has ended.
+    """One completion being sampled, with its random key and stop conditions.
 
     Args:
-        request: what was asked.
-        sample: number of the completion within its group.
+        request: the request it belongs to.
+        sample: index of the completion within its group.
         tokenizer: decodes text.
-        seed: with the step, the request's index and the sample: the key of its random numbers.
-        step: see seed.
+        seed: keys its random numbers, with the step, the request's index and the sample.
+        step: see `seed`.
     """
 
     __slots__ = ("_eos", "_matcher", "_stopped_text", "completion", "key", "request", "sample")
@@ -82,7 +82,7 @@ class Track:
 
     @property
     def length(self) -> int:
-        """Tokens drawn so far."""
+        """Number of tokens drawn so far."""
         return len(self.completion.token_ids)
 
     @property
@@ -92,11 +92,11 @@ class Track:
 
     @property
     def last_token(self) -> int:
-        """The token to feed next."""
+        """Token to feed next."""
         return self.completion.token_ids[-1]
 
     def push(self, token: int, sampler_logprob: float, policy_logprob: float) -> bool:
-        """Add a drawn token; True where the completion has ended."""
+        """Add a drawn token; return True once the completion has ended."""
         done = self.completion
         assert done.sampler_logprobs is not None and done.policy_logprobs is not None
         done.token_ids.append(token)
@@ -116,7 +116,7 @@ class Track:
         return False
 
     def finish(self, tokenizer: Any) -> Completion:
-        """The completion with its text."""
+        """Decode the text and return the completion."""
         text = self._stopped_text
         if text is None:
             text = decode_text(tokenizer, self.completion.token_ids, self._eos | {tokenizer.pad_token_id})
@@ -126,14 +126,14 @@ class Track:
 
 @contextmanager
 def sampling_mode(model: nn.Module) -> Generator[None]:
-    """Evaluation mode without autograd and routers' logits; every module gets its own mode back.
+    """Sample in evaluation mode, without autograd and router logits; restore each module's mode on exit.
 
     Raises:
-        EngineError: an active prompt-learning adapter, whose virtual tokens live outside the model that is sampled.
+        EngineError: a prompt-learning adapter is active; its virtual tokens are not part of the sampled model.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise EngineError(
-            f"model = {type(model).__name__} with a prompt-learning adapter: its virtual tokens live outside the base "
+            f"model = {type(model).__name__} with a prompt-learning adapter: its virtual tokens are outside the base "
             "model; use LoRA or another adapter of weights."
         )
     with eval_mode(model), without_router_logits(causal_lm(model)), torch.no_grad():
@@ -141,10 +141,10 @@ def sampling_mode(model: nn.Module) -> Generator[None]:
 
 
 class Vocabulary:
-    """The columns of a head that are not tokens, of which padded vocabularies and gaps have some.
+    """Finder of head columns that are no token of the tokenizer, as in padded vocabularies.
 
     Args:
-        tokenizer: knows the others.
+        tokenizer: defines the tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -152,7 +152,7 @@ class Vocabulary:
         self._unknown: dict[tuple[Any, ...], Tensor | None] = {}
 
     def unknown(self, logits: Tensor, tracks: Sequence[Track]) -> Tensor | None:
-        """[U] columns of the logits [B, V] that no track may draw, or None where all are tokens."""
+        """Return the [U] columns of logits [B, V] that must not be drawn, or None where all are tokens."""
         if not callable(getattr(self._tokenizer, "get_vocab", None)):
             return None
         ends = frozenset(token for track in tracks for token in track.request.params.eos_token_ids)
@@ -166,12 +166,12 @@ class Vocabulary:
 
 
 def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec, vocabulary: Vocabulary) -> list[bool]:
-    """Draw the next token of each track from its row of logits [B, V]; which of them have ended."""
+    """Draw the next token of each track from its row of logits [B, V]; return which tracks have ended."""
     keys = np.array([track.key for track in tracks], dtype=np.uint64)
-    numbers = uniforms(keys, np.array([track.length for track in tracks]))
+    uniform = uniforms(keys, np.array([track.length for track in tracks]))
     drawn = draw(
         logits,
-        torch.from_numpy(numbers).to(logits.device),
+        torch.from_numpy(uniform).to(logits.device),
         SamplingBatch.of([track.request.params for track in tracks], logits.device),
         scale=spec.scale,
         softcap=spec.softcap,
@@ -190,11 +190,11 @@ def check_bounds(max_running: int, max_cache_tokens: int | None) -> None:
 
 
 def check_requests(requests: Sequence[Request], model: nn.Module) -> None:
-    """Raise EngineError for a request that no engine can serve, ModelError for one beyond the model's positions."""
-    for place, request in enumerate(requests):
+    """Raise EngineError for an unusable request, ModelError for one longer than the model's positions."""
+    for index, request in enumerate(requests):
         if not len(request.prompt_ids):
-            raise EngineError(f"requests[{place}].prompt_ids is empty: give at least one token (for example BOS).")
+            raise EngineError(f"requests[{index}].prompt_ids is empty: give at least one token (for example BOS).")
         if request.num_samples < 1:
-            raise EngineError(f"requests[{place}].num_samples = {request.num_samples}: ask for at least one sample.")
+            raise EngineError(f"requests[{index}].num_samples = {request.num_samples}: ask for at least one sample.")
     longest = max((len(request.prompt_ids) + request.params.max_new_tokens for request in requests), default=0)
     check_positions(model, longest, "a prompt with its completion", "lower max_completion_length, or shorten prompts")

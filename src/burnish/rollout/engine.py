@@ -1,4 +1,4 @@
-"""The Engine protocol and the records it speaks: what a trainer asks of anything that samples completions."""
+"""The Engine protocol, implemented by anything that samples completions, and its records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Engine", "Request", "SamplingParams", "eos_token_ids"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn.
+    """Sampling parameters of one request.
 
     Args:
         max_new_tokens: most tokens of one completion, at least 1.
@@ -73,27 +73,27 @@ class Request:
 
 
 class Engine(Protocol):
-    """Anything that samples: in-process, a vLLM server, a colocated vLLM."""
+    """A sampler of completions: in-process, a vLLM server, a colocated vLLM."""
 
     def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
-        """Completions for each request, in order; randomness depends on (seed, step, index, sample) only.
+        """Sample completions for each request, in order; randomness depends on (seed, step, index, sample) only.
 
         Each has at least one token and at most `max_new_tokens`, a `StopReason`, and log-probabilities for every token
-        or None in all completions; `burnish.rollout.validation` checks it.
+        or None in all completions; `burnish.rollout.validation` checks this.
         """
         ...
 
     def sync(self, version: int) -> None:
-        """Make the trainer's current weights the ones sampled from."""
+        """Sample from the trainer's current weights from now on."""
         ...
 
     def close(self) -> None:
-        """Free everything."""
+        """Free all resources."""
         ...
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a completion: the generation config's list and the tokenizer's own, sorted."""
+    """Return the sorted end-of-sequence tokens of the generation config and the tokenizer."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None}))

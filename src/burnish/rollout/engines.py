@@ -1,4 +1,4 @@
-"""The choice of an in-process engine."""
+"""Choice of the in-process engine for a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _logger = logging.getLogger(__name__)
 def make_engine(
     model: nn.Module, tokenizer: Any, *, max_running: int = 64, max_cache_tokens: int | None = None
 ) -> NativeEngine | LockstepEngine:
-    """The in-process engine that serves the model: `LockstepEngine` where completions cannot share a prompt.
+    """Make the in-process engine for a model: `LockstepEngine` where completions cannot share a prompt.
 
     Args:
-        model: see `NativeEngine`, as for the others.
+        model: a transformers causal language model, bare or with peft adapters (which stay active).
         tokenizer: decodes texts.
         max_running: most completions decoded together.
-        max_cache_tokens: bound of the cache in tokens, or None.
+        max_cache_tokens: most tokens in the cache, or None.
     """
     lm = causal_lm(model)
     support = supports_prefix(lm)

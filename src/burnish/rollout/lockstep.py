@@ -1,7 +1,7 @@
-"""Rollouts of models that cannot share a prompt (state-space layers, ALiBi, ...): one row per completion.
+"""Rollouts of models whose completions cannot share a prompt (state-space layers, ALiBi, ...): one row each.
 
-Rows of one batch have prompts of one length, so they stay in step and need no padding: padding changes what such models
-compute. Their cache is transformers' own, where decoding with it gives what whole rows give; else rows are read whole.
+A batch holds prompts of equal length that decode in lockstep without padding, which would change the output of such
+models. They use transformers' own cache where it reproduces uncached logits; otherwise every token recomputes its row.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ _logger = logging.getLogger(__name__)
 
 _MAX_NATS = 1e-3
 _MAX_NATS_HALF = 0.25
-"""How far a cached token may be from one of a whole row; a lost state shows as whole nats."""
+"""Largest difference between cached and uncached log-probabilities; a lost state shows as whole nats."""
 
 
 class LockstepEngine(Engine):
-    """Samples any causal language model of transformers with its own cache.
+    """Engine for any causal language model of transformers, with the model's own cache.
 
     Args:
         model: a transformers causal language model, bare or with peft adapters (which stay active).
         tokenizer: decodes texts.
         max_running: most completions decoded together.
-        max_cache_tokens: most tokens of prompts and completions held together; None sets no bound.
+        max_cache_tokens: most tokens of prompts and completions held together; None for no bound.
 
     Raises:
         ConfigError: a bound below 1.
@@ -72,7 +72,7 @@ class LockstepEngine(Engine):
     def generate(
         self, requests: Sequence[Request], *, seed: int, step: int, on_progress: OnProgress | None = None
     ) -> list[list[Completion]]:
-        """Completions of each request, in order; see `NativeEngine.generate`."""
+        """Sample completions of each request, in order; see `NativeEngine.generate`."""
         check_requests(requests, self._lm)
         self.last_stats = stats = RolloutStats()
         started = time.perf_counter()
@@ -92,14 +92,14 @@ class LockstepEngine(Engine):
         return [[track.finish(self._tokenizer) for track in group] for group in tracks]
 
     def sync(self, version: int) -> None:
-        """Record the version: the weights are the trainer's own, so there is nothing to move."""
+        """Record the version: the engine samples the trainer's own weights, so nothing is copied."""
         self.version = version
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: no resources are held between calls."""
 
     def _batches(self, tracks: list[Track]) -> Iterator[list[Track]]:
-        """Tracks with prompts of one length, as many as the bounds allow."""
+        """Batch tracks with prompts of equal length, as many as the bounds allow."""
         by_length: dict[int, list[Track]] = {}
         for track in tracks:
             by_length.setdefault(len(track.request.prompt_ids), []).append(track)
@@ -116,7 +116,7 @@ class LockstepEngine(Engine):
             yield from (group[start : start + rows] for start in range(0, len(group), rows))
 
     def _run(self, batch: list[Track]) -> Iterator[int]:
-        """Decode one batch; yields how many completions each forward ended."""
+        """Decode one batch; yield the number of completions that each forward ended."""
         device = self._lm.device
         rows: list[Track | None] = list(batch)
         new = torch.tensor([list(track.request.prompt_ids) for track in batch], device=device)
@@ -124,42 +124,43 @@ class LockstepEngine(Engine):
         cache: dict[str, Any] = {}
         tokens = new
         while True:
-            logits, cache = self._forward(new, cache) if self._caches() else (self._whole(tokens), {})
-            live = [place for place, track in enumerate(rows) if track is not None]
+            logits, cache = self._cached_logits(new, cache) if self._can_cache() else (self._logits(tokens), {})
+            live = [row for row, track in enumerate(rows) if track is not None]
             tracks = [track for track in rows if track is not None]
             ended = draw_for(logits[live], tracks, HeadSpec(), self._vocabulary)
             self.last_stats.decoded_tokens += len(tracks)
             self.last_stats.forwards += 1
-            for place, is_done in zip(live, ended, strict=True):
-                rows[place] = None if is_done else rows[place]
+            for row, is_done in zip(live, ended, strict=True):
+                rows[row] = None if is_done else rows[row]
             yield sum(ended)
             if all(ended):
                 return
-            kept = _kept(rows)
-            if len(kept) < len(rows):
-                rows, tokens = [rows[place] for place in kept], tokens[kept]
-                _reorder(cache, kept)
+            live = [row for row, track in enumerate(rows) if track is not None]
+            # Reordering copies the cache: finished rows run idle until they are half of all.
+            if 2 * len(live) <= len(rows):
+                rows, tokens = [rows[row] for row in live], tokens[live]
+                _reorder(cache, live)
             new = torch.tensor([[track.last_token if track else 0] for track in rows], device=device)
             tokens = torch.cat((tokens, new), dim=1)
 
-    def _forward(self, tokens: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """[B, V] last logits by the model's own forward, and its cache under the name it takes it by."""
+    def _cached_logits(self, tokens: Tensor, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return [B, V] last logits and the cache, keyed by the forward's argument name."""
         output = self._lm(input_ids=tokens, use_cache=True, **self._last_only, **cache)
         for name in ("past_key_values", "cache_params"):
             if output.get(name) is not None:
                 return output.logits[:, -1], {name: output[name]}
         raise EngineError(f"{type(self._lm).__name__} returned no cache")
 
-    def _whole(self, tokens: Tensor) -> Tensor:
-        """[B, V] last logits of whole rows, without a cache."""
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Return [B, V] last logits of whole rows, without a cache."""
         return self._lm(input_ids=tokens, use_cache=False, **self._last_only).logits[:, -1]
 
-    def _caches(self) -> bool:
-        """Whether decoding with the model's cache gives what whole rows give, rows that leave included; tried once."""
+    def _can_cache(self) -> bool:
+        """Test once that cached decoding reproduces the logits of whole rows, also after rows are dropped."""
         if self._cached is None:
             try:
                 worst = self._probe_cache()
-            except Exception as error:  # foreign caches may fail in any way; the reason is the result
+            except Exception as error:  # third-party caches may fail in any way; the reason is logged
                 reason = f"{type(error).__name__}: {error}"
             else:
                 bound = _MAX_NATS if self._lm.dtype in (torch.float32, torch.float64) else _MAX_NATS_HALF
@@ -167,20 +168,20 @@ class LockstepEngine(Engine):
             self._cached = not reason
             if reason:
                 _logger.warning(
-                    "rollouts of %s: its cache cannot be used (%s), so every token reads its whole row again: slow.",
+                    "rollouts of %s: its cache cannot be used (%s), so each token recomputes its whole row: slow.",
                     type(self._lm).__name__, reason,
                 )  # fmt: skip
         return self._cached
 
     def _probe_cache(self) -> float:
-        """Largest difference in nats between cached and whole rows, before and after one of three has left."""
+        """Return the largest cached-uncached difference in nats, before and after one of three rows is dropped."""
         size = min(int(self._lm.get_input_embeddings().weight.shape[0]), 64)
         tokens = torch.randint(size, (3, 8), generator=torch.Generator().manual_seed(0)).to(self._lm.device)
         cache: dict[str, Any] = {}
         worst, start = 0.0, 0
         for stop in (5, 6, 7, 8):
-            logits, cache = self._forward(tokens[:, start:stop], cache)
-            difference = logits.float().log_softmax(-1) - self._whole(tokens[:, :stop]).float().log_softmax(-1)
+            logits, cache = self._cached_logits(tokens[:, start:stop], cache)
+            difference = logits.float().log_softmax(-1) - self._logits(tokens[:, :stop]).float().log_softmax(-1)
             worst, start = max(worst, float(difference.abs().max().nan_to_num(torch.inf))), stop
             if stop == 6:
                 tokens = tokens[[0, 2]]
@@ -191,9 +192,3 @@ class LockstepEngine(Engine):
 def _reorder(cache: dict[str, Any], kept: list[int]) -> None:
     for held in cache.values():
         held.reorder_cache(torch.tensor(kept))
-
-
-def _kept(rows: list[Track | None]) -> list[int]:
-    """Rows to keep: finished ones leave once they are half of all; until then they run idle."""
-    live = [place for place, track in enumerate(rows) if track is not None]
-    return list(range(len(rows))) if 2 * len(live) > len(rows) else live

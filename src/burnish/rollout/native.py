@@ -1,8 +1,8 @@
-"""The native engine: rollouts in the trainer's process, with the trainer's weights.
+"""The native engine: rollouts in the trainer's process, with the trainer's weights and continuous batching.
 
-Prompts are packed and read once per group; running completions share one row of the model, one token each; a finished
-one leaves at once and a waiting one takes its place. Modules and weights stay transformers' own: only attention is
-replaced, through the attention seam, by the key-value cache of `cache.py`.
+Prompts are packed and prefilled once per group; a decode forward is one row with one token of each running completion;
+a waiting completion starts as soon as one finishes. Modules and weights stay transformers' own: only attention is
+replaced, through `burnish.model.attention`, by the key-value cache of `cache.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,14 +41,14 @@ from burnish.types import Completion
 __all__ = ["NativeEngine"]
 
 _PREFILL_TOKENS = 4096
-"""Prompt tokens of one prefill forward (a longer prompt goes alone): bounds the activations of a prefill."""
+"""Most prompt tokens of one prefill forward, which bounds its activations; a longer prompt is prefilled alone."""
 _FIRST_OWN_TOKENS = 64
-"""Own places a row gets at first; they double as completions grow."""
+"""Initial cache length of a row; it doubles as completions grow."""
 
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    """A prompt in the cache: the samples it still owes, and the logits after its last token until all have begun."""
+    """A prompt, its samples, and the logits after its last token, kept until all samples have started."""
 
     request: Request
     results: list[Completion | None]
@@ -63,7 +63,7 @@ class _Prompt:
 
 @dataclass(slots=True)
 class _Run:
-    """The state of one `generate`: waiting requests, cached prompts (by slot), running rows (by row)."""
+    """State of one `generate`: pending prompts, cached prompts by slot, running completions by row."""
 
     pending: deque[_Prompt]
     cache: CacheLayout
@@ -77,21 +77,20 @@ class _Run:
 
 
 class NativeEngine(Engine):
-    """Samples from the model that is being trained, in its own process.
+    """In-process engine that samples from the model being trained.
 
     Args:
         model: a transformers causal language model, bare or with peft adapters (which stay active).
         tokenizer: decodes texts.
         max_running: most completions decoded together.
-        max_cache_tokens: most places of keys and values, counted at their worst (every running completion as long as
-            it may become, padded to the longest); None sets no bound but `max_running`.
-        spec: the model's scale and cap on its logits; None reads them from its configuration.
-        pack_weights: hold a second, prepacked copy of the linear layers during `generate`, where that is faster (bf16
-            on a CPU).
+        max_cache_tokens: most tokens in the key-value cache, counting every running completion at its maximum length;
+            None for no bound but `max_running`.
+        spec: scale and softcap of the logits; None reads them from the model's configuration.
+        pack_weights: hold a prepacked copy of the linear layers during `generate` where that is faster (bf16 on a CPU).
 
     Raises:
         ConfigError: a bound below 1.
-        ModelError: the model's attention cannot be replaced; use `make_engine`, which then takes padded rows.
+        ModelError: the model's attention cannot be replaced; `make_engine` then chooses `LockstepEngine`.
     """
 
     def __init__(
@@ -120,16 +119,16 @@ class NativeEngine(Engine):
     def generate(
         self, requests: Sequence[Request], *, seed: int, step: int, on_progress: OnProgress | None = None
     ) -> list[list[Completion]]:
-        """Completions of each request, in order.
+        """Sample completions of each request, in order.
 
         Args:
-            requests: what to sample.
+            requests: prompts with their sampling parameters.
             seed: seed of the run.
-            step: training step, or any number that separates two calls.
+            step: training step, or any number that differs between calls.
             on_progress: called after every forward.
 
         Raises:
-            EngineError: an empty prompt, no samples asked, or one completion that exceeds `max_cache_tokens`.
+            EngineError: an empty prompt, a request for no samples, or a completion that exceeds `max_cache_tokens`.
         """
         check_requests(requests, self._lm)
         prompts = [_Prompt(request, [None] * request.num_samples) for request in requests]
@@ -137,7 +136,8 @@ class NativeEngine(Engine):
         self.last_stats = RolloutStats()
         started = time.perf_counter()
         total = sum(request.num_samples for request in requests)
-        with sampling_mode(self._model), self._fast_linears(total):
+        pack = packed_linears(self._lm, min(total, self._max_running)) if self._pack_weights else nullcontext()
+        with sampling_mode(self._model), pack:
             while run.pending or run.prompts:
                 self._admit(run)
                 if run.rows:
@@ -146,25 +146,23 @@ class NativeEngine(Engine):
                     on_progress(run.finished, total, self.last_stats.decoded_tokens)
         self.last_stats.seconds = time.perf_counter() - started
         self.last_stats.peak_cache_bytes = run.cache.peak_bytes
-        return [_complete(prompt) for prompt in prompts]
+        assert not any(result is None for prompt in prompts for result in prompt.results)
+        return [[result for result in prompt.results if result is not None] for prompt in prompts]
 
     def sync(self, version: int) -> None:
-        """Record the version: the weights are the trainer's own, so there is nothing to move."""
+        """Record the version: the engine samples the trainer's own weights, so nothing is copied."""
         self.version = version
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: no resources are held between calls."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self._lm.device
 
-    def _fast_linears(self, total: int) -> AbstractContextManager[None]:
-        return packed_linears(self._lm, min(total, self._max_running)) if self._pack_weights else nullcontext()
-
     def _admit(self, run: _Run) -> None:
-        """Start waiting samples, of cached prompts first, until a bound is met; completions of one token end here."""
+        """Start waiting samples, those of cached prompts first, within the bounds; one-token completions end here."""
         while True:
             new = self._choose_prompts(run)
             if new:
@@ -194,7 +192,7 @@ class NativeEngine(Engine):
             self._drop_prompts(run)
 
     def _choose_prompts(self, run: _Run) -> list[_Prompt]:
-        """Waiting prompts for which rows and cache have room, up to one prefill forward."""
+        """Move pending prompts that fit into rows, cache and one prefill forward to the cached ones; return them."""
         chosen: list[_Prompt] = []
         rows = len(run.rows) + sum(prompt.waiting for prompt in run.prompts)
         tokens = 0
@@ -217,19 +215,19 @@ class NativeEngine(Engine):
         return chosen
 
     def _fits(self, run: _Run, request: Request, rows: int, *, new_prompt: bool) -> bool:
-        """Whether the cache holds `rows` rows, one of them of this request, at their longest."""
+        """Check that the cache holds `rows` rows at maximum length, one of them of this request."""
         requests = [prompt.request for prompt in run.prompts] + ([request] if new_prompt else [])
         return rows <= self._room(requests)
 
     def _room(self, requests: Sequence[Request]) -> int:
-        """Rows that the cache holds at their longest beside these requests' prompts."""
+        """Return the number of maximum-length rows that fit in the cache beside these requests' prompts."""
         if self._max_cache_tokens is None:
             return self._max_running
         prompts = len(requests) * round_up(max(len(r.prompt_ids) for r in requests))
         return (self._max_cache_tokens - prompts) // round_up(max(r.params.max_new_tokens for r in requests))
 
     def _prefill(self, run: _Run, new: list[_Prompt]) -> None:
-        """Read prompts, packed in one row; keep the logits after each one's last token."""
+        """Prefill prompts packed into one row; keep the logits after the last token of each."""
         lengths = [len(prompt.request.prompt_ids) for prompt in new]
         starts = np.cumsum([0, *lengths[:-1]]).tolist()
         first = len(run.prompts) - len(new)
@@ -257,7 +255,7 @@ class NativeEngine(Engine):
         )
 
     def _decode(self, run: _Run) -> None:
-        """One token for every running row; the finished leave."""
+        """Decode one token for every running row and remove the finished rows."""
         longest = max(track.length for track in run.rows)
         if longest > run.own_tokens:
             self._reserve(run, own_tokens=max(longest, 2 * run.own_tokens))
@@ -287,7 +285,7 @@ class NativeEngine(Engine):
         run.finished += 1
 
     def _drop_prompts(self, run: _Run) -> None:
-        """Free the slots of prompts whose samples have all ended."""
+        """Free the slots of prompts whose samples are all finished."""
         for slot in range(len(run.prompts) - 1, -1, -1):
             prompt = run.prompts[slot]
             if prompt.waiting or prompt.running:
@@ -299,7 +297,7 @@ class NativeEngine(Engine):
             run.prompts.pop()
 
     def _forward(self, cache: CacheLayout, tokens: Tensor, positions: Tensor) -> Tensor:
-        """[T, H] last hidden states of one row."""
+        """Return the [T, H] last hidden states of one row."""
         with use_layout(cache, self._lm):
             output = self._lm.base_model(
                 input_ids=tokens[None],
@@ -315,9 +313,3 @@ class NativeEngine(Engine):
     def _draw(self, logits: Tensor, tracks: list[Track]) -> list[bool]:
         self.last_stats.decoded_tokens += len(tracks)
         return draw_for(logits, tracks, self._spec, self._vocabulary)
-
-
-def _complete(prompt: _Prompt) -> list[Completion]:
-    results = [completion for completion in prompt.results if completion is not None]
-    assert len(results) == prompt.request.num_samples
-    return results

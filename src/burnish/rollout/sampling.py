@@ -1,7 +1,7 @@
-"""Drawing tokens: counter-based uniforms, truncation, and the inverse of a cumulative distribution.
+"""Token sampling: counter-based uniforms, truncation, and inverse-CDF draws.
 
 Every random number is a pure function of (seed, step, request index, sample, token position), so a completion does not
-depend on what it was batched with, on the order of requests or on which process sampled it.
+depend on its batch, on the order of requests or on the process that sampled it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _BLOCK = 256
-"""Tokens summed together before the cumulative sum: one fp32 pass over the vocabulary, then fp64 on the few blocks."""
+"""Tokens per block of the two-level CDF: one fp32 pass over the vocabulary, then fp64 over the few blocks."""
 _TOP = 512
-"""Most likely tokens looked at before a whole row is sorted for top-p."""
+"""Most likely tokens tried for top-p before the whole row is sorted."""
 _ROWS = 16
-"""Rows drawn together: their fp32 logits stay near the cache and the peak of memory stays small."""
+"""Rows drawn together: their fp32 logits stay in cache and peak memory stays small."""
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser, a bijection of 64 bits (Steele, Lea and Flood 2014)."""
+    """Apply splitmix64's finaliser, a bijection of 64-bit words (Steele, Lea and Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
     value = (value ^ (value >> np.uint64(27))) * _MIX_2
     return value ^ (value >> np.uint64(31))
 
 
 def stream_key(seed: int, step: int, index: int, sample: int) -> np.uint64:
-    """The key of one completion's random numbers.
+    """Hash (seed, step, index, sample) to the key of one completion's random numbers.
 
     k_0 = mix(golden), k_{i+1} = mix(k_i xor mix(word_i + golden)) over the words (seed, step, index, sample).
 
     Args:
-        seed: seed of the run; any integer, taken modulo 2^64, as are the others.
-        step: training step, or any number that separates two calls.
-        index: identity of the prompt in its source.
-        sample: number of the completion within its group.
+        seed: seed of the run; like the others any integer, taken modulo 2^64.
+        step: training step, or any number that differs between calls.
+        index: index of the prompt in its source.
+        sample: index of the completion within its group.
 
     Returns:
-        64 bits.
+        A 64-bit key.
     """
     key = _mix(np.array([_GOLDEN]))
     for word in (seed, step, index, sample):
@@ -55,11 +55,11 @@ def stream_key(seed: int, step: int, index: int, sample: int) -> np.uint64:
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number per token: u = floor(mix(key + (position + 1) golden) / 2^11) / 2^53, in [0, 1).
+    """Draw one uniform per token: u = floor(mix(key + (position + 1) golden) / 2^11) / 2^53, in [0, 1).
 
     Args:
         keys: [B] from :func:`stream_key`.
-        positions: [B] place of the token in its completion, from 0.
+        positions: [B] index of the token in its completion, from 0.
 
     Returns:
         [B] float64.
@@ -70,7 +70,7 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """The sampling parameters of B rows, as tensors.
+    """Sampling parameters of B rows, as tensors.
 
     Args:
         temperature: [B] fp32; 0 means greedy.
@@ -88,7 +88,7 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingBatch:
-        """The rows' parameters, in order."""
+        """Stack the parameters of rows, in order."""
         return cls(
             temperature=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
             top_k=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
@@ -98,7 +98,7 @@ class SamplingBatch:
         )
 
     def rows(self, start: int, stop: int) -> SamplingBatch:
-        """Rows start .. stop - 1."""
+        """Return rows start .. stop - 1."""
         part = slice(start, stop)
         fields = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         return SamplingBatch(*(field[part] for field in fields))
@@ -110,7 +110,7 @@ class DrawnTokens:
 
     Args:
         token_ids: [B] int64.
-        sampler_logprobs: [B] fp32 nats under the distribution drawn from: after penalty, temperature and truncation.
+        sampler_logprobs: [B] fp32 nats under the sampling distribution: after penalty, temperature and truncation.
         policy_logprobs: [B] fp32 nats after temperature (1 where greedy), before penalty and truncation.
     """
 
@@ -129,23 +129,22 @@ def draw(
     unknown: torch.Tensor | None = None,
     seen: Sequence[Sequence[int]] = (),
 ) -> DrawnTokens:
-    """Draw one token per row by the inverse of the cumulative distribution, in vocabulary order.
+    """Draw one token per row by inverting the CDF in vocabulary order.
 
-    z = cap tanh(scale logits / cap), penalised at tokens seen before, p = softmax(z / temperature), kept(p) by top-k,
-    then top-p of what top-k kept,
-    then min-p (1904.09751, 2407.01082); the token is the first whose cumulative kept probability exceeds u. Tokens
-    tied with the last kept one are kept too, so the result does not depend on a sort's order. A token of probability
-    zero is never drawn, nor is one of `unknown`: the truncations see the others alone. Temperature 0 takes the first of
-    the most likely tokens; its sampler log-probability is 0.
+    z = cap tanh(scale logits / cap), penalised at seen tokens; p = softmax(z / temperature), truncated by top-k, then
+    by top-p within the top-k, then by min-p (1904.09751, 2407.01082). The token is the first whose cumulative kept
+    probability exceeds u. Ties with the last kept token are kept, so the result does not depend on the sort order.
+    Tokens of probability zero and those of `unknown` are never drawn; truncation ignores the latter. Temperature 0
+    takes the first of the most likely tokens, with sampler log-probability 0.
 
     Args:
         logits: [B, V] of any float dtype, as the head gives them.
         uniform: [B] float64 in [0, 1).
         params: B rows.
-        scale: the model's own factor on its logits.
-        softcap: the model's own cap on its logits; None where it has none.
-        unknown: [U] tokens that are never drawn; they count in `policy_logprobs`, as in the loss.
-        seen: [B] tokens that the repetition penalty acts on; may be left out where no row has one.
+        scale: the model's factor on its logits.
+        softcap: the model's cap on its logits; None for none.
+        unknown: [U] tokens never drawn; they still count in the normaliser of `policy_logprobs`, as in the loss.
+        seen: [B] tokens that the repetition penalty applies to; may be empty where no row has a penalty.
 
     Returns:
         Tokens and their log-probabilities.
@@ -184,14 +183,17 @@ def _draw_rows(
     unpenalised: torch.Tensor | None = None
     if bool((params.repetition_penalty != 1).any()):
         unpenalised = _by_temperature(scores.clone(), params)
-        _penalise(scores, params.repetition_penalty, seen)
+        for row, tokens in enumerate(seen):
+            columns = torch.tensor(sorted(set(tokens)), dtype=torch.long, device=scores.device)
+            values, penalty = scores[row, columns], params.repetition_penalty[row]
+            scores[row, columns] = torch.where(values > 0, values / penalty, values * penalty)
     _by_temperature(scores, params)
     excluded = None
     if unknown is not None:
         excluded = scores[:, unknown].logsumexp(-1)
         scores[:, unknown] = -torch.inf
     peak, best = scores.max(dim=-1)
-    # In place from here: log-probabilities come from the drawn token's weight, log(exp(z - peak)) would lose its tail.
+    # Shifted scores are kept beside their weights: log(exp(z - peak)) would lose the tail of the log-probabilities.
     scores.sub_(peak[:, None])
     thresholds = _thresholds(scores, params)
     weights = scores.exp()
@@ -212,22 +214,14 @@ def _draw_rows(
 
 
 def _by_temperature(scores: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
-    """Divide by the temperature, in place; 1 where greedy."""
+    """Divide by the temperature in place; greedy rows stay."""
     if bool((params.temperature != 1).any()):
         scores.div_(torch.where(params.temperature == 0, 1.0, params.temperature)[:, None])
     return scores
 
 
-def _penalise(scores: torch.Tensor, penalty: torch.Tensor, seen: Sequence[Sequence[int]]) -> None:
-    """Divide, in place, the scores of the tokens that each row has seen, or multiply them where negative."""
-    for row, tokens in enumerate(seen):
-        places = torch.tensor(sorted(set(tokens)), dtype=torch.long, device=scores.device)
-        values = scores[row, places]
-        scores[row, places] = torch.where(values > 0, values / penalty[row], values * penalty[row])
-
-
 def _block_sums(weights: torch.Tensor) -> torch.Tensor:
-    """[B, ceil(V / block)] float64 sums of consecutive tokens."""
+    """Return [B, ceil(V / block)] float64 sums over blocks of consecutive tokens."""
     whole = weights.shape[1] // _BLOCK * _BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1).to(torch.float64)
     if whole == weights.shape[1]:
@@ -236,26 +230,26 @@ def _block_sums(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """[B] first place whose cumulative sum exceeds the target, else the last place that adds anything."""
+    """Return the [B] first index whose cumulative sum exceeds the target, else the last of positive weight."""
     above = (cumulative <= target[:, None]).sum(-1)
     return torch.minimum(above, (cumulative < cumulative[:, -1:]).sum(-1))
 
 
 def _invert(weights: torch.Tensor, blocks: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """[B] the token at quantile u: first its block, then its place in the block."""
+    """Return the [B] tokens at quantile u: first the block, then the token within it."""
     cumulative = blocks.cumsum(-1)
     target = uniform.to(torch.float64) * cumulative[:, -1]
     block = _first_above(cumulative, target)
     row = torch.arange(len(block), device=block.device)
     before = cumulative[row, block] - blocks[row, block]
-    place = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
-    inside = weights.gather(1, place.clamp(max=weights.shape[1] - 1)).to(torch.float64)
-    inside = inside.masked_fill(place >= weights.shape[1], 0.0).cumsum(-1)
+    token = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = weights.gather(1, token.clamp(max=weights.shape[1] - 1)).to(torch.float64)
+    inside = inside.masked_fill(token >= weights.shape[1], 0.0).cumsum(-1)
     return block * _BLOCK + _first_above(inside, (target - before).clamp(min=0.0))
 
 
 def _thresholds(scores: torch.Tensor, params: SamplingBatch) -> torch.Tensor | None:
-    """[B] least kept score (scores are log-weights with peak 0), or None where every row keeps all."""
+    """Return the [B] smallest kept score (log-weight with peak 0), or None where no row is truncated."""
     vocabulary = scores.shape[1]
     by_k = (params.top_k > 0) & (params.top_k < vocabulary)
     by_p = params.top_p < 1
@@ -277,13 +271,13 @@ def _thresholds(scores: torch.Tensor, params: SamplingBatch) -> torch.Tensor | N
 def _nucleus(
     scores: torch.Tensor, top: torch.Tensor, kth: torch.Tensor, top_p: torch.Tensor, active: torch.Tensor
 ) -> torch.Tensor:
-    """[B] score of the last token of the smallest most likely set whose share of what top-k kept reaches top-p."""
+    """Return the [B] lowest score of the nucleus: the smallest most likely set with mass top-p within the top-k."""
     kept = scores.exp().masked_fill_(scores < kth[:, None], 0.0)
     mass = top_p.to(torch.float64) * _block_sums(kept).sum(-1)
     found, reached = _last_of_mass(top, mass)
     missing = active & ~reached
     if bool(missing.any()):
-        # A flat distribution: the nucleus is wider than what was looked at, so these rows are sorted whole.
+        # A flat distribution, whose nucleus exceeds the top tokens: sort the whole row.
         rest = scores[missing].sort(dim=-1, descending=True).values
         found[missing] = _last_of_mass(rest, mass[missing])[0]
     return found
@@ -291,7 +285,7 @@ def _nucleus(
 
 def _last_of_mass(descending: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     cumulative = descending.to(torch.float64).exp().cumsum(-1)
-    # A part in 10^7 is the rounding of the fp32 sums that the mass comes from: "reaches" is meant up to it.
+    # The tolerance of 1e-7 is the rounding of the fp32 sums behind the mass.
     last = (cumulative < (mass * (1 - 1e-7))[:, None]).sum(-1)
     reached = last < descending.shape[1]
     return descending.gather(1, last.clamp(max=descending.shape[1] - 1)[:, None])[:, 0], reached

@@ -1,4 +1,4 @@
-"""Stop strings, found in text that is decoded as it grows."""
+"""Incremental detection of stop strings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _REPLACEMENT = "\ufffd"
 
 
 class StopMatcher:
-    """Decodes a completion as it grows and says when its text contains a stop string.
+    """Incremental decoder of one completion that finds the first stop string in its text.
 
-    Only the last few tokens are decoded again for each new one: those whose text was not yet settled, because a
-    character's bytes may lie in several tokens, and the ones before them, because a token's text may depend on its
-    neighbour.
+    Each new token re-decodes only the last few: those whose text is not settled, since a character's bytes may span
+    several tokens, and those before them, since a token's text may depend on its neighbour.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
@@ -29,7 +28,7 @@ class StopMatcher:
         self._text = ""
 
     def push(self, token: int) -> str | None:
-        """Add a token; the text before the first stop string, or None where there is none yet."""
+        """Add a token; return the text before the first stop string, or None while there is none."""
         self._tokens.append(token)
         known = decode_text(self._tokenizer, self._tokens[self._context : self._settled])
         text = decode_text(self._tokenizer, self._tokens[self._context :])[len(known) :]
@@ -38,5 +37,5 @@ class StopMatcher:
         if not text.endswith(_REPLACEMENT) and text:
             self._text += text
             self._context, self._settled = self._settled, len(self._tokens)
-        found = [place for s in self._stop if (place := seen.find(s, start)) >= 0]
+        found = [index for s in self._stop if (index := seen.find(s, start)) >= 0]
         return seen[: min(found)] if found else None
