@@ -280,7 +280,7 @@ def tokenizer(**changes: Any) -> Any:
         (PAIRED, None, {"config": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}}, "no whole batch"),
         (EVERY, None, {"peft_config": "lora"}, "peft_config = 'lora': pass a configuration of peft"),
         (EVERY, None, {"peft_config": {"r": 4}}, "pass a configuration of peft"),
-        (EVERY, None, {"callbacks": ["x"]}, "callbacks: 'x' is no transformers.TrainerCallback"),
+        (EVERY, None, {"callbacks": ["x"]}, "callbacks: 'x' is not a transformers.TrainerCallback"),
         (EVERY, None, {"optimizers": "adam"}, "optimizers = 'adam': pass an optimizer and a scheduler"),
         ("dpo kto", None, {"ref_model": "./nowhere"}, "ref_model = './nowhere': pass a model of transformers"),
         ("dpo kto", None, {"ref_model": 5}, "ref_model = 5"),

@@ -268,7 +268,7 @@ def test_fields_without_a_counterpart_say_so(given: dict[str, Any], message: str
         ("SFT", {"chars_per_token": 3.6}, "packed by their tokens"),
         ("SFT", {"num_of_sequences": 1024}, "packed by their tokens"),
         ("SFT", {"infinite": True}, "set max_steps"),
-        ("SFT", {"beta": 0.1}, "and args no such field; it is one of dpo, kto, online_dpo, grpo, rloo, ppo"),
+        ("SFT", {"beta": 0.1}, "and args has no such field; it is a field of dpo, kto, online_dpo, grpo, rloo, ppo"),
         ("SFT", {"model_init": 1}, "pass the model as model"),
         ("Reward", {"tokenizer": 1}, "it is processing_class now"),
         ("Reward", {"formatting_func": 1}, "SFTTrainer alone takes one"),
