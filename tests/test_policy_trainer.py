@@ -572,7 +572,7 @@ def test_a_row_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
 
 def test_a_loss_that_reduces_is_refused(tmp_path: Path) -> None:
     register("reduced", "wrong", loss=lambda terms, options: (-terms.advantages * terms.log_ratio.exp()).sum())
-    with pytest.raises(CheckFailed, match="one loss for each token"):
+    with pytest.raises(CheckFailed, match="one loss per token"):
         grpo(tmp_path, algorithm="reduced").train()
 
 

@@ -114,7 +114,7 @@ def test_an_argument_without_a_place_says_what_to_do(tmp_path: Path, stage: str,
 
 @pytest.mark.parametrize("stage", ["SFT", "Reward", "DPO", "KTO"])
 def test_rows_in_the_place_of_the_collator_are_named(tmp_path: Path, stage: str) -> None:
-    with pytest.raises(ConfigError, match=r"data_collator = list: by position .* pass the rows as train_dataset"):
+    with pytest.raises(ConfigError, match=r"data_collator = list: .* by position, .* pass rows as train_dataset"):
         made(stage, tmp_path, data_collator=TEXTS)
 
 
