@@ -29,7 +29,7 @@ from burnish.rollout import Engine, SamplingParams
 from burnish.rollout.collect import collect
 from burnish.runs.evaluations import EvaluationSummary, Interval
 from burnish.runs.files import append_json_lines, filter_json_lines, read_json_lines
-from burnish.types import Group
+from burnish.types import Group, Score
 
 __all__ = ["PairRanking", "best_row", "preference_rows", "rank_pairs", "sample_rows"]
 
@@ -89,12 +89,7 @@ def sample_rows(
         for begin in range(0, len(missing), prompts_per_round):
             part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
             collect(engine, part, num_generations=num_samples, params=params, seed=seed, step=0)
-            records: list[dict[str, Any]] = []
-            for group, scores in zip(part, rubric.score(part), strict=True):
-                samples = [sample_record(*one) for one in zip(group.completions, scores, strict=True)]
-                row = {name: value for name, value in group.row.items() if name not in ("prompt", "completion")}
-                found = {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row}
-                records.append({**found, "samples": samples})
+            records = [_record(group, scores, key) for group, scores in zip(part, rubric.score(part), strict=True)]
             append_json_lines(file, records)
             done |= {record["index"]: record for record in records}
             progress.update(len(done))
@@ -237,3 +232,10 @@ def _ranked(record: Row, seed: int) -> list[Row]:
 def _as_completion(prompt: Any, text: str) -> Any:
     """Convert a text to a completion in the format of the prompt."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def _record(group: Group, scores: Sequence[Score], key: str) -> dict[str, Any]:
+    """Return a prompt and its scored samples as JSON."""
+    samples = [sample_record(completion, score) for completion, score in zip(group.completions, scores, strict=True)]
+    row = {name: value for name, value in group.row.items() if name not in ("prompt", "completion")}
+    return {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row, "samples": samples}
