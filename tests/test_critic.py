@@ -650,7 +650,7 @@ def test_critics_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(ModelError, match="no adapters on a base"):
         share_base(tiny.model(), seed=3, pad_token_id=PAD)
     policy = adapted(tiny.model())
-    with pytest.raises(ModelError, match="init_lora_weights = 'pissa': it rewrites the base"):
+    with pytest.raises(ModelError, match="init_lora_weights = 'pissa': it modifies the base"):
         share_base(policy, seed=3, pad_token_id=PAD, peft_config=lora(init_lora_weights="pissa"))
     with pytest.raises(ModelError, match="a sequence classifier"):
         share_base(policy, seed=3, pad_token_id=PAD, peft_config=lora(task_type="CAUSAL_LM"))
