@@ -196,7 +196,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/checkpoint.py", "int(own[\"num_tokens\"]) if own and trainer.is_world_process_zero() else 0", "0", SFT),
     ("training/stream.py", "if once:", "if True:", SFT),
     ("data/limits.py", "num_cut - len(group.prompt_ids)", "num_cut", "test_data.py"),
-    ("data/limits.py", "place > 0 and (mask is None or mask[place])", "mask is None or mask[place]", "test_data.py"),
+    ("data/limits.py", "position > 0 and (mask is None or mask[position])", "mask is None or mask[place]", "test_data.py"),
     # checkpoints: of one run, whole, and found
     ("training/checkpoint.py", "            check_unused(folder)\n", "            pass\n", "test_checkpoints.py::test_a_new_run_does_not_mix_with_the_checkpoints_of_another"),
     ("training/checkpoint.py", "trainer.ranks.agreed(lambda: set_aside_after(Path(args.output_dir), step))", "pass", "test_checkpoints.py::test_going_back_sets_the_later_checkpoints_aside"),

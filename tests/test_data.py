@@ -451,7 +451,7 @@ def test_preference_errors(bpe: Any) -> None:
         preference_group({"prompt": "a", "chosen": "b", "rejected": "b"}, bpe, index=2)
     with pytest.raises(DataError, match="share no first message"):
         preference_group({"chosen": CHAT[1:2], "rejected": CHAT[2:3]}, bpe, chat_template=CHATML)
-    with pytest.raises(DataError, match="only continues the other"):
+    with pytest.raises(DataError, match="is a prefix of the other"):
         preference_group({"chosen": CHAT[:2], "rejected": CHAT[:3]}, bpe, chat_template=CHATML)
     by_answer = "{{ messages[-1].content | length }}" + MARKED
     with pytest.raises(DataError, match="renders the prompt of chosen and of rejected differently"):

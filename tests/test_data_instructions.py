@@ -68,7 +68,7 @@ def test_rows_that_can_be_read_in_two_ways_are_refused(row: dict[str, Any]) -> N
 
 
 def test_answers_that_are_numbers_are_named() -> None:
-    with pytest.raises(DataError, match=r": answer = 4\.5 is a number and no text; write it in quotes\.$"):
+    with pytest.raises(DataError, match=r": answer = 4\.5 is a number, not text; write it in quotes\.$"):
         sft_group({"question": "a", "answer": 4.5}, TEMPLATED)
 
 
@@ -99,7 +99,7 @@ def test_other_stages_ask_for_names() -> None:
         DataError, match=r'needs prompt: rename columns \(in a source: `columns = \{ question = "prompt"'
     ):
         prompt_group({"question": "1+1=", "solution": "2"}, TEMPLATED)
-    with pytest.raises(DataError, match=r"; input is no part of the prompt then: write both into one\.$"):
+    with pytest.raises(DataError, match=r"; input is not part of the prompt then: write both into one\.$"):
         prompt_group({"instruction": "Add.", "input": "1+1", "solution": "2"}, TEMPLATED)
 
 

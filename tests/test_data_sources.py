@@ -233,7 +233,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ("", "train.path = '': that names nothing"),
         ({"path": "x", "name": ""}, "train.name = '': that names nothing"),
         ({"mix": [{"path": 3}]}, r"train.mix\[0\].path = 3"),
-        ({"path": "x", "prompt_template": "hi"}, r"has the places \[\]: it needs \{prompt\}"),
+        ({"path": "x", "prompt_template": "hi"}, r"has the placeholders \[\]: use \{prompt\} and nothing else"),
         ({"path": "x", "prompt_template": "{prompt} {"}, "write literal braces as"),
     ],
 )
@@ -336,7 +336,7 @@ def test_demonstrations_from_a_template(tmp_path: Path) -> None:
     assert load_rows({**spec, "system_prompt": "Add."})[0]["completion"] == [
         {"role": "assistant", "content": "<answer>2</answer>"}
     ]
-    with pytest.raises(ConfigError, match=r"its places are \['answer', 'prompt'\]"):
+    with pytest.raises(ConfigError, match=r"use placeholders out of \['answer', 'prompt'\]"):
         load_rows({**spec, "completion_template": "{expression}"})
     task = {"source": "reasoning_gym", "task": "chain_sum", "size": 1, "completion_template": "{expression}={answer}"}
     row = load_rows(task)[0]

@@ -11,9 +11,8 @@ import pytest
 
 import tiny
 from burnish import trainers
-from burnish.cli.dry_run import encoded
+from burnish.cli.dry_run import make_stage
 from burnish.cli.main import main
-from burnish.data import EncodeStats
 from test_nonsense import EVERY, NAMES, build, chat, good, plain
 from test_trainers import settings
 
@@ -123,7 +122,8 @@ PAIRS = [plain("dpo", i) for i in range(6)]
 def test_rows_are_encoded_as_the_trainer_does(tmp_path: Path, stage: str, rows: Any, fields: Any) -> None:
     trainer = build(stage, tmp_path, rows, tiny.model(), config=fields)
     config = getattr(trainers, f"{NAMES[stage]}Config")(**settings(tmp_path, **fields))
-    groups = encoded(stage, config, trainer.processing_class, rows, "train_dataset", EncodeStats())
+    rubric = getattr(trainer.stage, "rubric", None)
+    groups = make_stage(stage, config, trainer.processing_class, rubric).encode(rows, "train_dataset")
     assert list(trainer.train_dataset) == groups
 
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would learn from, in its own tokens, before any weight is loaded."""
+"""`--dry-run`: the rows of a run as the model would see them, without loading weights or writing files."""
 
 from __future__ import annotations
 
@@ -10,40 +10,31 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from burnish.data import (
-    EncodeStats,
-    encode_rows,
-    errors_of,
-    preference_group,
-    prompt_group,
-    reward_group,
-    sft_groups,
-    unpair,
-    unpaired_group,
-)
+from burnish.data import EncodeStats
 from burnish.data.tokens import decode_text
-from burnish.errors import DataError
 from burnish.rewards import Rubric, check_gold
 from burnish.rewards.answers import extract_answer, render_answer
 from burnish.rewards.verifiers import AnswerVerifier
+from burnish.stages.algorithm import Algorithm
+from burnish.stages.dpo import DPOStage
+from burnish.stages.kto import KTOStage
+from burnish.stages.online import OnlineStage
+from burnish.stages.reward_modelling import RewardStage
+from burnish.stages.sft import SFTStage
 from burnish.training.checkpoint import start
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.plan import describe_plan
+from burnish.training.stage import Stage
 from burnish.types import Completion, Group
 
-__all__ = ["dry_run", "encoded"]
+__all__ = ["dry_run", "make_stage"]
 
 _NUM_SHOWN = 3
 _LONGEST = 4000
-"""Characters of one sequence that are shown."""
+"""Maximum number of characters shown of one sequence."""
 
-_ENCODERS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "sft": (sft_groups, ("max_length", "truncation_mode", "completion_only_loss", "assistant_only_loss")),
-    "reward": (reward_group, ("step_separator",)),
-    "dpo": (preference_group, ("max_length",)),
-    "kto": (unpaired_group, ("max_length",)),
-}
-"""Stage -> its encoder and the fields that the encoder reads; the others sample from prompts."""
+_OFFLINE = {"sft": SFTStage, "reward": RewardStage, "dpo": DPOStage, "kto": KTOStage}
+"""Stages that learn from their rows; the others sample from prompts."""
 
 _LABELS = {"dpo": ("chosen", "rejected"), "reward": ("best", "worse"), "kto": ("completion",), "sft": ("",)}
 
@@ -57,27 +48,24 @@ def dry_run(
     rubric: Rubric | None = None,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
-    """Print rows as they are trained on, what the rubric reads, lengths, steps and files; write nothing.
+    """Print sample rows with their masks, parsed gold answers, sequence lengths, steps and output files.
 
     Args:
-        kind: the stage.
-        config: of its trainer.
-        model: whose tokenizer is loaded, and nothing else.
-        rows: to train on.
-        rubric: the reward of an online stage.
-        eval_rows: held out.
+        kind: stage name.
+        config: config of the stage's trainer.
+        model: model whose tokenizer is loaded.
+        rows: training rows.
+        rubric: reward of an online stage.
+        eval_rows: held-out rows.
 
     Raises:
-        ConfigError, DataError, ModelError: as training would.
+        ConfigError, DataError, ModelError: where training would raise them.
     """
     console = Console(soft_wrap=True, highlight=False, markup=False)
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
     tokenizer = resolve_tokenizer(model, None, config)
-    stats = EncodeStats()
-    groups = encoded(kind, config, tokenizer, rows, "train_dataset", stats)
-    if rubric is not None:
-        with errors_of("train_dataset"):
-            rubric.check_columns(groups)
+    stats, stage = EncodeStats(), make_stage(kind, config, tokenizer, rubric)
+    groups = stage.encode(rows, "train_dataset", stats)
     for group in groups[:_NUM_SHOWN]:
         _show_group(console, kind, group, tokenizer)
         if rubric is not None:
@@ -95,44 +83,26 @@ def dry_run(
     console.print(
         f"rows: {stats.num_rows} read, {len(groups)} to train on, {left_out} left out, {stats.num_cut_rows} truncated"
     )
-    what = "a sequence" if kind in _ENCODERS else "a prompt"
+    what = "a sequence" if kind in _OFFLINE else "a prompt"
     console.print(
         f"lengths: {min(lengths)} to {max(lengths)} tokens {what}, {sum(lengths) / len(lengths):.0f} on average"
     )
     if eval_rows is not None:
-        held_out = encoded(kind, config, tokenizer, eval_rows, "eval_dataset", EncodeStats())
-        console.print(f"held out: {len(held_out)} rows")
+        console.print(f"held out: {len(stage.encode(eval_rows, 'eval_dataset'))} rows")
     console.print(f"plan: {describe_plan(config, first_step=0, max_steps=_num_steps(kind, config, len(groups)))}")
     console.print(f"writes: {'; '.join(_files(config))}")
     console.print("dry run: no weights were loaded, nothing was written")
 
 
-def encoded(
-    kind: str, config: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], name: str, stats: EncodeStats
-) -> list[Group]:
-    """Groups of rows as the stage's trainer makes them."""
-    encoder, names = _ENCODERS.get(kind, (prompt_group, ("max_prompt_length", "chat_template_kwargs")))
-    options = {name: getattr(config, name) for name in names}
-    if kind == "sft" and config.dataset_text_field != "text":
-        rows = [{**row, "text": row.get(config.dataset_text_field)} for row in rows]
-    elif kind == "kto":
-        rows = [one for row in rows for one in (unpair(row) if {"prompt", "chosen", "rejected"} <= set(row) else [row])]
-    elif kind == "reward":
-        options["pad_token_id"] = tokenizer.pad_token_id
-    groups = encode_rows(encoder, rows, tokenizer, stats=stats, name=name, **options)
-    if kind == "reward" and config.max_length is not None:
-        kept = [
-            g for g in groups if all(len(g.prompt_ids) + len(c.token_ids) <= config.max_length for c in g.completions)
-        ]
-        stats.num_dropped_rows += len(groups) - len(kept)
-        groups = kept
-    if not groups:
-        raise DataError(f"{name}: every row is longer than max_length = {config.max_length}; raise it.")
-    return groups
+def make_stage(kind: str, config: Any, tokenizer: Any, rubric: Rubric | None = None) -> Stage:
+    """Create the stage of a trainer to encode rows with; no weights are loaded."""
+    if kind in _OFFLINE:
+        return _OFFLINE[kind](config, tokenizer)
+    return OnlineStage(config, tokenizer, Algorithm(config), rubric)
 
 
 def _show_group(console: Console, kind: str, group: Group, tokenizer: Any) -> None:
-    """A row's sequences; what the loss is computed on is green in a terminal and in brackets elsewhere."""
+    """Print the sequences of a row, scored tokens in green in a terminal and in brackets elsewhere."""
     completions = group.completions or [Completion([])]
     for position, completion in enumerate(completions):
         scored = completion.loss_mask if completion.loss_mask is not None else [True] * len(completion.token_ids)
@@ -150,7 +120,7 @@ def _show_group(console: Console, kind: str, group: Group, tokenizer: Any) -> No
 
 
 def _marked(ids: Sequence[int], scored: Sequence[bool], tokenizer: Any, *, brackets: bool) -> Text:
-    """The text of tokens, with those that are scored marked."""
+    """Decode tokens and mark the scored ones."""
     text, done, end = Text(), 0, 0
     for is_scored, run in groupby(scored):
         end += len(list(run))
@@ -165,7 +135,7 @@ def _marked(ids: Sequence[int], scored: Sequence[bool], tokenizer: Any, *, brack
 
 
 def _show_answers(console: Console, row: Mapping[str, Any], rubric: Rubric) -> None:
-    """What each verifier reads from the row's own answer, written as a completion would write it."""
+    """Print the answer that each verifier extracts from a completion that gives the row's gold answer."""
     for criterion in rubric.criteria:
         verifier = criterion.function
         if not isinstance(verifier, AnswerVerifier) or row.get(verifier.gold_column) is None:
@@ -178,11 +148,11 @@ def _show_answers(console: Console, row: Mapping[str, Any], rubric: Rubric) -> N
 
 
 def _num_steps(kind: str, config: Any, num_groups: int) -> int:
-    """Optimizer steps as transformers counts them; online stages count completions."""
+    """Count optimizer steps as transformers does; batches of online stages hold completions."""
     if config.max_steps > 0:
         return config.max_steps
     batch = config.per_device_train_batch_size * config.world_size
-    if kind in _ENCODERS:
+    if kind in _OFFLINE:
         batches = math.ceil(num_groups / batch)
     else:
         batches = num_groups * config.num_generations * getattr(config, "num_iterations", 1) // batch

@@ -1,4 +1,4 @@
-"""Rows to tokens: formats, chat templates, encoding and sources. The only place that tokenizes; needs no torch."""
+"""Rows to tokens: sources, formats, chat templates and encoding. All tokenization happens here, without torch."""
 
 from burnish.data.chat import DEFAULT_CHAT_TEMPLATE, resolve_chat_template
 from burnish.data.encode import (

@@ -1,9 +1,9 @@
 """Chat messages to text, with the exact character spans that the assistant wrote.
 
-All spans are places in the one full rendering. They come from the template's
-`{% generation %}` blocks where it has them; else from rendering the conversation up to each assistant turn and through
-it; and where a template renders a turn differently once later turns follow (it strips earlier reasoning), from changing
-that one turn and seeing which characters of the full rendering move.
+All spans are offsets into the full rendering. They come from the template's `{% generation %}` blocks where it has
+them; otherwise from rendering the conversation up to and through each assistant turn. Where a template renders a turn
+differently once later turns follow (it strips earlier reasoning), that turn is perturbed, and the characters of the
+full rendering that change are its span.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
-"""ChatML with generation blocks; every turn ends with the tokenizer's own EOS, so that generation stops there."""
+"""ChatML with generation blocks; every turn ends with the tokenizer's EOS token, so that generation stops there."""
 
 _NO_STOP = "the chat template does not teach the model to stop: {}."
 _RERENDERED = (
-    "the chat template shows earlier assistant turns otherwise than they were served (it strips earlier reasoning or "
-    "opens a reasoning block); the mask follows the full rendering. To train each turn as it is served, split "
-    "conversations with burnish.data.split_turns."
+    "the chat template renders earlier assistant turns differently from how they were served (it strips earlier "
+    "reasoning or opens a reasoning block); the mask follows the full rendering. To train each turn as it is served, "
+    "split conversations with burnish.data.split_turns."
 )
 
 _GENERATION = re.compile(r"\{%-?\+?\s*generation\s*-?\+?%\}")
-# A private-use character: in no data, in no template.
+# A private-use character, which occurs neither in data nor in templates.
 _PROBE = "\uf8d5"
 
 Render: TypeAlias = Callable[..., str]
@@ -71,8 +71,8 @@ class ChatSpans:
     Attributes:
         text: the full rendering.
         spans: [start, end) characters that the assistant wrote, in order: text, tool calls and end-of-turn token.
-        rerendered: assistant turns that this rendering shows otherwise than serving did when it was their turn (the
-            template strips earlier reasoning, or its generation prompt opens a reasoning block).
+        rerendered: number of assistant turns whose rendering differs from the one that was served (the template
+            strips earlier reasoning, or its generation prompt opens a reasoning block).
     """
 
     text: str
@@ -81,16 +81,16 @@ class ChatSpans:
 
 
 def resolve_chat_template(chat_template: str | None, processing_class: Any, *, tools: Any = None) -> str:
-    """The Jinja source to use.
+    """Return the Jinja source of a chat template.
 
     Args:
-        chat_template: None (the tokenizer's own), "chatml" (`DEFAULT_CHAT_TEMPLATE`), a path to a .jinja file, or
+        chat_template: None (that of the tokenizer), "chatml" (`DEFAULT_CHAT_TEMPLATE`), a path to a .jinja file, or
             Jinja source.
         processing_class: tokenizer or processor.
-        tools: some tokenizers have a separate template for tools.
+        tools: JSON schemas; some tokenizers have a separate template for tools.
 
     Raises:
-        DataError: None was asked for and the tokenizer has no template; "chatml" and the tokenizer has no EOS.
+        DataError: `chat_template` is None and the tokenizer has no template, or "chatml" and it has no EOS token.
         ConfigError: the file does not exist, or the value is none of these.
     """
     if chat_template is None:
@@ -130,7 +130,7 @@ def render_chat(
     add_generation_prompt: bool = False,
     continue_final_message: bool = False,
 ) -> str:
-    """The text of a conversation under a (resolved) template.
+    """Render a conversation with a resolved template.
 
     Raises:
         DataError: the template rejects the conversation.
@@ -169,7 +169,7 @@ def chat_spans(
         template: resolved Jinja source.
         tools: JSON schemas.
         kwargs: template variables.
-        first_turn: only assistant turns from this message on are reported (a completion's first message).
+        first_turn: index of the first message whose assistant turns are reported (where the completion begins).
 
     Raises:
         DataError: the template rejects the conversation, or a turn cannot be located exactly.
@@ -179,7 +179,8 @@ def chat_spans(
     text = render(messages)
     if not turns:
         return ChatSpans(text, ())
-    specials = _special_tokens(processing_class)
+    tokenizer = inner_tokenizer(processing_class)
+    specials = _added_specials(tokenizer, len(tokenizer)) | frozenset(map(str, tokenizer.all_special_tokens))
     if _GENERATION.search(template):
         spans = _marked_spans(processing_class, messages, template, tools, kwargs, text)
         skipped = sum(message["role"] == "assistant" for message in messages[:first_turn])
@@ -214,7 +215,7 @@ def _marked_spans(
     kwargs: Mapping[str, Any] | None,
     text: str,
 ) -> list[tuple[int, int]]:
-    """Spans of the template's generation blocks."""
+    """Return the spans of the template's generation blocks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     call: Any = render_jinja_template
@@ -240,7 +241,7 @@ def _spans_after(
     num_turns: int,
     skipped: int,
 ) -> list[tuple[int, int]]:
-    """The spans of the turns from `first_turn` on."""
+    """Keep the spans of turns from `first_turn` on."""
     prompt = render(messages[:first_turn], add_generation_prompt=True)
     if text.startswith(prompt):
         return [span for span in spans if span[0] >= len(prompt)]
@@ -256,7 +257,7 @@ def _spans_after(
 def _turn_span(
     text: str, render: Render, messages: Sequence[Message], turn: int, floor: int, specials: frozenset[str]
 ) -> tuple[tuple[int, int], bool]:
-    """Span of one assistant turn, and whether it stands in the full rendering as it was served."""
+    """Locate one assistant turn; also return True if the full rendering shows it as it was served."""
     prompt = attempt(render, messages[:turn], add_generation_prompt=True) if turn else None
     through = text if turn == len(messages) - 1 else attempt(render, messages[: turn + 1])
     served = prompt is not None and text.startswith(prompt) and len(prompt) >= floor
@@ -271,13 +272,13 @@ def _turn_span(
     end = _after_turn(text, render, messages, turn, high, through, specials)
     if not floor <= min(start, low) <= max(start, low) <= high <= end:
         raise _not_located(turn, "the turn's characters in the full rendering overlap another turn's")
-    # A template that appends an end-of-text after the whole conversation alters no turn: start and answer agree.
+    # A template that only appends an end-of-text token after the whole conversation does not alter the turn.
     unaltered = served and prompt is not None and through is not None and through.startswith(text[:end])
     return (start, end), unaltered
 
 
 def attempt(render: Render, messages: Sequence[Message], **options: bool) -> str | None:
-    """A rendering of part of a conversation, or None where the template refuses that part."""
+    """Render part of a conversation; None where the template rejects it."""
     try:
         return render(messages, **options)
     except DataError:
@@ -293,7 +294,7 @@ def _not_located(turn: int, trait: str) -> DataError:
 
 
 def _probes(message: Message) -> list[Message]:
-    """The message with one of its parts replaced by a character that occurs nowhere else."""
+    """Return variants of a message, each with one part replaced by a character that occurs nowhere else."""
     variants: list[Message] = []
     content = message.get("content")
     blocks = [{"type": "text", "text": _PROBE}] if isinstance(content, list) else _PROBE
@@ -311,7 +312,7 @@ def _probes(message: Message) -> list[Message]:
 
 
 def _moved(text: str, render: Render, messages: Sequence[Message], turn: int) -> tuple[int, int]:
-    """[low, high): the characters of a rendering that depend on what one message says."""
+    """Return the range [low, high) of characters in a rendering that depend on one message."""
     low, high = len(text), 0
     for variant in _probes(messages[turn]):
         other = attempt(render, [*messages[:turn], variant, *messages[turn + 1 :]])
@@ -332,17 +333,17 @@ def _common_prefix(a: str, b: str) -> int:
 
 
 def _after_header(text: str, render: Render, messages: Sequence[Message], turn: int, floor: int, low: int) -> int:
-    """Where the role header before a turn ends; the header is what a generation prompt adds."""
+    """Return the end of the role header before a turn; the header is what a generation prompt adds."""
     before = messages[:turn] or [{"role": "user", "content": _PROBE}]
     closed, opened = attempt(render, before), attempt(render, before, add_generation_prompt=True)
     if closed is None or opened is None or closed == opened:
         raise _not_located(turn, "the template ignores add_generation_prompt")
     header = opened[_common_prefix(closed, opened) :]
     window = text[floor:low]
-    place = window.rfind(header)
-    if place >= 0:
-        return floor + place + len(header)
-    # A generation prompt may open (or close) a reasoning block that past turns are shown without.
+    start = window.rfind(header)
+    if start >= 0:
+        return floor + start + len(header)
+    # A generation prompt may open (or close) a reasoning block that is missing from past turns.
     for size in range(len(header) - 1, 0, -1):
         if header[:size].strip() and window.endswith(header[:size]):
             return low
@@ -358,7 +359,7 @@ def _after_turn(
     through: str | None,
     specials: frozenset[str],
 ) -> int:
-    """Where a turn ends: what follows its content both when it is last and in the full rendering."""
+    """Return the end of a turn: past what follows its content both as the last turn and in the full rendering."""
     if through is None:
         raise _not_located(turn, "the template refuses a conversation that ends with this turn")
     own_high = high if through == text else _moved(through, render, messages[: turn + 1], turn)[1]
@@ -375,20 +376,15 @@ def _ends_turn(text: str, specials: frozenset[str]) -> bool:
     return any(map(text.endswith, specials))
 
 
-def _special_tokens(processing_class: Any) -> frozenset[str]:
-    tokenizer = inner_tokenizer(processing_class)
-    return _added_specials(tokenizer, len(tokenizer)) | frozenset(map(str, tokenizer.all_special_tokens))
-
-
 @lru_cache(maxsize=4)
 def _added_specials(tokenizer: Any, size: int) -> frozenset[str]:
-    """Added tokens flagged special; `size` is part of the key because tokens can be added later."""
+    """Return added tokens flagged special; `size` is part of the cache key because tokens can be added later."""
     del size
     return frozenset(str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 @lru_cache(maxsize=32)
 def _warn(template: str, text: str) -> None:
-    """Warn once for each template."""
-    del template  # part of the key
+    """Warn once per template."""
+    del template  # part of the cache key
     logger.warning(text)

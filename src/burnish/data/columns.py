@@ -1,4 +1,4 @@
-"""Columns under other names than a stage reads: which of a row's columns are meant, and the line that renames them."""
+"""Suggestions for misnamed columns: which of a row's columns are probably meant, and how to rename them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ def _is_token_ids(value: Any) -> bool:
     return _is_list(value) and all(type(token) is int for token in value)
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, bool) or (type(value) is int and value in (0, 1))
-
-
 _COLUMNS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "answer": (
         lambda value: value is not None and value != "",
@@ -58,7 +54,10 @@ _COLUMNS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "completions": (_is_list, ("responses", "answers", "outputs", "candidates", "ranking", "steps")),
     "difficulty": (is_number, ("level", "hardness", "complexity")),
     "input_ids": (_is_token_ids, ("token ids", "tokens", "ids")),
-    "label": (_is_label, ("desirable", "is good", "is desirable", "good", "liked", "thumbs up", "preference")),
+    "label": (
+        lambda value: isinstance(value, bool) or (type(value) is int and value in (0, 1)),
+        ("desirable", "is good", "is desirable", "good", "liked", "thumbs up", "preference"),
+    ),
     "labels": (_is_list, ("step labels", "ratings", "is right", "correct")),
     "messages": (_is_messages, ("conversation", "dialogue", "dialog", "chat", "turns")),
     "prompt": (
@@ -75,7 +74,7 @@ _COLUMNS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "text": (_is_text, ("content", "body", "document", "article", "passage", "story", "code")),
     "weight": (is_number, ("sampling weight", "probability", "frequency")),
 }  # fmt: skip
-"""What stages read -> what its values look like, and the names that others give it, the likeliest first."""
+"""Column that stages use -> predicate of its values, and common other names for it, most likely first."""
 
 _CLOSE = 0.75
 """Similarity above which a name is a misspelling of another."""
@@ -84,15 +83,15 @@ _CLOSE = 0.75
 def meant_columns(
     row: Mapping[str, Any], families: Iterable[Sequence[str]], *, also: Iterable[str] = ()
 ) -> dict[str, str]:
-    """The columns of a row that most plausibly hold what a stage needs, by name and by type of their values.
+    """Guess by name and value type which columns of a row hold what a stage needs.
 
     Args:
         row: columns by name.
-        families: sets of columns of which the stage needs one.
-        also: columns that it reads where they are there.
+        families: sets of columns; the stage needs all columns of one set.
+        also: optional columns.
 
     Returns:
-        Present name -> needed name, for the set that fits best; empty where none can be completed.
+        Present name -> needed name, for the set that fits best; empty if no set can be completed.
     """
     best: dict[str, str] = {}
     most = 0.0
@@ -107,7 +106,7 @@ def meant_columns(
 
 
 def _assigned(row: Mapping[str, Any], family: Sequence[str]) -> tuple[dict[str, str], float]:
-    """A column for each that is missing, and how well they fit in the mean; nothing and 0 where one finds none."""
+    """Assign a column to each missing name; returns them with their mean score, or nothing and 0 if one is left."""
     free = {name: value for name, value in row.items() if value is not None and name not in family}
     names: dict[str, str] = {}
     total = 0.0
@@ -126,7 +125,7 @@ def _assigned(row: Mapping[str, Any], family: Sequence[str]) -> tuple[dict[str, 
 
 
 def _fit(name: str, value: Any, needed: str) -> float:
-    """How plausibly a column holds what another name stands for, from 0 (not) to 1."""
+    """Score from 0 to 1 how plausibly a column holds the values that `needed` names."""
     fits, aliases = _COLUMNS.get(needed, (bool, ()))
     if not fits(value):
         return 0.0
@@ -142,10 +141,10 @@ def _words(name: Any) -> str:
 
 
 def rename_line(names: Mapping[str, str]) -> str:
-    """The line of a source that gives columns other names."""
+    """Return the TOML line of a source that renames columns."""
     return toml_line("columns", names)
 
 
 def rename_tip(names: Mapping[str, str]) -> str:
-    """How to rename columns in a run file and in Python."""
+    """Explain how to rename columns in a run file and in Python."""
     return f"rename columns (in a source: `{rename_line(names)}`; of a data set: `rename_columns({dict(names)!r})`)"

@@ -1,4 +1,4 @@
-"""One conversational row to tokens: its template, tools and variables, and which of its tokens are scored."""
+"""Tokenization of conversational rows, with their templates, tools and template variables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ChatRow", "first_unscored", "naming_row"]
 
 
 class ChatRow:
-    """One row's template, tools and variables."""
+    """Tokenizer of one row, with the row's template, tools and template variables."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ChatRow:
         self.options: dict[str, Any] = {"template": template, "tools": tools, "kwargs": variables}
 
     def conversation(self, messages: Any, assistant_only: bool, stats: EncodeStats | None) -> Completion:
-        """A whole conversation as one completion."""
+        """Encode a whole conversation as one completion."""
         messages = self._fitted(self._checked(messages))
         with naming_row(self.index):
             if not assistant_only:
@@ -52,7 +52,7 @@ class ChatRow:
         return Completion(ids, mask, _spoken(messages))
 
     def pair(self, prompt: Any, completion: Any, stats: EncodeStats | None) -> tuple[list[int], Completion]:
-        """Prompt tokens, and the completion's tokens up to the last end of turn with its assistant turns scored."""
+        """Encode a prompt and its completion up to the last end of turn; only assistant turns are scored."""
         prompt, completion = self._checked(prompt), self._checked(completion)
         if completion[0]["role"] != "assistant":
             raise DataError(
@@ -78,7 +78,7 @@ class ChatRow:
         return ids[:num_prompt], Completion(ids[num_prompt:], None if all(scored) else scored, _spoken(completion))
 
     def prompt(self, messages: Any) -> list[int]:
-        """A prompt for generation."""
+        """Encode a prompt for generation."""
         messages = self._fitted(self._checked(messages))
         open_turn = messages[-1]["role"] == "assistant"
         with naming_row(self.index):
@@ -92,7 +92,7 @@ class ChatRow:
         return messages
 
     def _fitted(self, messages: Sequence[Message]) -> list[Message]:
-        """The conversation in the form that the template expects, with nothing that it would leave out."""
+        """Convert a conversation to the form that the template expects; refuse one that it would not render whole."""
         with naming_row(self.index):
             fitted = fit_to_template(self._render, messages)
             without_tools = partial(self._render, tools=None) if self.options["tools"] else None
@@ -113,7 +113,7 @@ class ChatRow:
 
 @contextmanager
 def naming_row(index: int) -> Generator[None]:
-    """Name the row in errors of the layers that do not know it."""
+    """Name the row in errors of layers that do not know it."""
     try:
         yield
     except DataError as error:
@@ -121,7 +121,7 @@ def naming_row(index: int) -> Generator[None]:
 
 
 def _spoken(messages: Sequence[Message]) -> str:
-    """What the assistant says in the messages, as text; tool calls as JSON."""
+    """Return the text of the assistant messages; tool calls as JSON."""
     said: list[str] = []
     for message in messages:
         if message["role"] == "assistant":
@@ -134,8 +134,8 @@ def _spoken(messages: Sequence[Message]) -> str:
 
 
 def first_unscored(num_tokens: int) -> list[bool]:
-    """All tokens but the first: nothing predicts it."""
-    return [place > 0 for place in range(num_tokens)]
+    """Return a mask of all tokens but the first, which nothing predicts."""
+    return [position > 0 for position in range(num_tokens)]
 
 
 def _count_rerendered(stats: EncodeStats | None, num_turns: int) -> None:

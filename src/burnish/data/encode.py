@@ -1,8 +1,8 @@
 """Rows to groups: prompt tokens, completion tokens and loss masks, for every stage.
 
-Boundaries. `prompt_ids` are always the tokens of the prompt alone: what serving sees. Where tokenizing prompt and
-completion jointly keeps them as a prefix, the completion is the rest of the joint tokens; where a merge would cross the
-boundary, the completion is tokenized apart.
+Boundaries. `prompt_ids` are always the tokens of the prompt alone, as at inference. Where they are a prefix of the
+tokens of prompt and completion together, the completion is the remaining tokens; where a merge would cross the
+boundary, the completion is tokenized separately.
 
 BOS. A plain text begins with BOS where the tokenizer adds one, a rendered conversation where the template writes one;
 never twice. EOS ends every plain text and plain completion; in conversations the template ends turns.
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class _SkippedRowError(DataError):
-    """A row that a limit leaves nothing of; `encode_rows` counts it and goes on."""
+    """A row of which a limit leaves nothing; `encode_rows` counts and skips it."""
 
 
 def encode_rows(
@@ -61,15 +61,15 @@ def encode_rows(
     name: str = "",
     **options: Any,
 ) -> list[Group]:
-    """Encode rows, skipping (and counting) those that leave nothing to learn from.
+    """Encode rows; rows without tokens to learn from are skipped and counted.
 
     Args:
         encoder: `sft_group`, `sft_groups`, `preference_group`, `unpaired_group` or `prompt_group`.
-        rows: the rows; their place is the group's index.
+        rows: the rows; a row's index becomes the index of its group.
         processing_class: tokenizer or processor.
         stats: counters to add to.
-        name: of the data set, for messages.
-        options: the encoder's own.
+        name: name of the data set, for messages.
+        options: options of the encoder.
 
     Raises:
         DataError: a row that cannot be encoded, no rows, or all rows skipped.
@@ -84,7 +84,7 @@ def encode_rows(
 
 @contextmanager
 def errors_of(name: str) -> Generator[None]:
-    """Name the data set in errors of its rows."""
+    """Name the data set in errors about its rows."""
     try:
         yield
     except (ConfigError, DataError) as error:
@@ -103,9 +103,9 @@ def encode_lazily(
     world: int = 1,
     **options: Any,
 ) -> Generator[Group]:
-    """As `encode_rows`, one row at a time; what it skipped is reported by `report_encoding`.
+    """Encode rows one at a time; `report_encoding` reports what was skipped.
 
-    Row i is encoded where i mod `world` is `rank`.
+    Row i is encoded if i mod `world` equals `rank`; other arguments are those of `encode_rows`.
     """
     for index, row in islice(enumerate(rows), rank, None, world):
         stats.num_rows += 1
@@ -135,26 +135,26 @@ def sft_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `text`, `messages`, `prompt` + `completion`, `instruction` + `output` or `input_ids` row as a group of one.
+    """Encode a `text`, `messages`, `prompt` + `completion`, `instruction` + `output` or `input_ids` row.
 
-    Text and messages have an empty prompt. Of a conversational completion only assistant turns are scored: tool
-    results and user turns between them are not the model's.
+    Text and messages have an empty prompt. In a conversational completion only assistant turns are scored, not the
+    tool results and user turns between them.
 
     Args:
         row: the row.
         processing_class: tokenizer or processor.
-        index: the row's place.
-        max_length: most tokens of prompt and completion together; the right end is cut.
-        completion_only_loss: score the completion only; None means yes for prompt-completion rows.
+        index: index of the row.
+        max_length: maximum number of tokens of prompt and completion together; the right end is cut.
+        completion_only_loss: score the completion only; None means True for prompt-completion rows.
         assistant_only_loss: score assistant turns only (conversational rows).
         chat_template: see `resolve_chat_template`.
         stats: counters to add to.
 
     Returns:
-        The group; its completion may be left without scored tokens (`encode_rows` skips it then).
+        A group of one completion, which may be without scored tokens (`encode_rows` skips it then).
 
     Raises:
-        DataError: the row's format, the template, or a boundary that cannot be made exact.
+        DataError: a bad format or template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1, or a loss option that the row's format cannot honour.
     """
     row = _read_instruction(row, processing_class, index, chat_template, stats)
@@ -195,7 +195,7 @@ def _read_instruction(
     *,
     with_completion: bool = True,
 ) -> Mapping[str, Any]:
-    """The row, with a prompt and a completion where it has an instruction and an answer; messages under a template."""
+    """Add a prompt and a completion to a row of an instruction and its answer, as messages if there is a template."""
     columns = instruction_columns(row)
     if not columns:
         return row
@@ -231,18 +231,18 @@ def sft_groups(
     stats: EncodeStats | None = None,
     **options: Any,
 ) -> list[Group]:
-    """As `sft_group`, with a choice of what becomes of a sequence above `max_length` tokens.
+    """Encode a row like `sft_group`, with a choice of how sequences above `max_length` tokens are truncated.
 
-    - keep_start: its first tokens stay.
-    - keep_end: its last tokens stay; the prompt loses its beginning first, and with it the BOS token.
-    - drop: the row is left out.
-    - split: a text or conversation becomes consecutive sequences; the first token of each is not scored.
+    - keep_start: keep the first tokens.
+    - keep_end: keep the last tokens; the start of the prompt is cut first, and with it the BOS token.
+    - drop: drop the row.
+    - split: split a text or conversation into consecutive sequences; the first token of each is not scored.
 
     Args:
         row: the row.
         processing_class: tokenizer or processor.
-        index: the row's place.
-        max_length: most tokens of prompt and completion together.
+        index: index of the row.
+        max_length: maximum number of tokens of prompt and completion together.
         truncation_mode: one of the above.
         stats: counters to add to.
         options: `completion_only_loss`, `assistant_only_loss`, `chat_template` of `sft_group`.
@@ -251,7 +251,7 @@ def sft_groups(
         No group (drop), one, or several (split).
 
     Raises:
-        DataError, ConfigError: as `sft_group`, or a row with a completion under split.
+        DataError, ConfigError: see `sft_group`; also a row with a completion under split.
     """
     check_limit("max_length", max_length)
     stats = EncodeStats() if stats is None else stats
@@ -281,18 +281,18 @@ def _plain_sft(tokenizer: Any, row: Mapping[str, Any], fmt: Format, paired: bool
 
 
 def unpaired_group(row: Mapping[str, Any], processing_class: Any, *, index: int = 0, **options: Any) -> Group:
-    """A `prompt` + `completion` + `label` row as a group with one completion; the label stays in `Group.row`.
+    """Encode a `prompt` + `completion` + `label` row as a group of one completion; the label stays in `Group.row`.
 
-    Its tokens may be given instead, as `prompt_ids` and `completion_ids`.
+    Token ids may be given instead, as `prompt_ids` and `completion_ids`.
 
     Args:
         row: the row.
         processing_class: tokenizer or processor.
-        index: the row's place.
+        index: index of the row.
         options: `max_length`, `chat_template`, `stats` of `sft_group`.
 
     Raises:
-        DataError: as `sft_group`, or a missing or odd label.
+        DataError: see `sft_group`; also a missing or invalid label.
     """
     if not detect_format(row, stage="unpaired", index=index).tokenized:
         return sft_group(row, processing_class, index=index, **options)
@@ -312,28 +312,28 @@ def preference_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `chosen` + `rejected` row, with or without `prompt`, as a group of two completions, chosen first.
+    """Encode a `chosen` + `rejected` row, with or without `prompt`, as a group of two completions, chosen first.
 
-    The tokens of all three may be given instead: `prompt_ids`, and `chosen_ids` and `rejected_ids` that follow it.
+    Token ids may be given instead: `prompt_ids`, and `chosen_ids` and `rejected_ids` that follow it.
 
-    The prompt is the same tokens for both. Without a prompt column it is what both begin with: whole messages of
+    Both completions share one prompt. Without a prompt column it is their common prefix: whole messages of
     conversations, tokens of plain texts.
 
     Args:
         row: the row.
         processing_class: tokenizer or processor.
-        index: the row's place.
-        max_length: most tokens of the prompt and one completion together; the right end is cut.
+        index: index of the row.
+        max_length: maximum number of tokens of the prompt and one completion together; the right end is cut.
         chat_template: see `resolve_chat_template`.
         stats: counters to add to.
 
     Raises:
-        DataError: chosen equals rejected, the format, the template, or a boundary that cannot be made exact.
+        DataError: chosen equals rejected, a bad format or template, or a boundary that cannot be made exact.
         ConfigError: a limit below 1.
     """
     row, fmt = _detected(row, "preference", index, stats)
     if fmt.columns[-2:] == ("chosen", "rejected") and row["chosen"] == row["rejected"]:
-        raise DataError(f"row {index}: chosen equals rejected, so the pair says nothing: drop the row.")
+        raise DataError(f"row {index}: chosen equals rejected, so the pair has no learning signal: drop the row.")
     if fmt.tokenized:
         prompt_ids = token_ids(row, "prompt_ids", index)
         completions = [token_completion(row, name, processing_class, index) for name in ("chosen_ids", "rejected_ids")]
@@ -350,21 +350,23 @@ def preference_group(
                 prompt_ids, completions = shared_prompt(wholes)
     if completions[0].token_ids == completions[1].token_ids:
         raise DataError(
-            f"row {index}: chosen and rejected are the same tokens, so the pair says nothing: drop the row."
+            f"row {index}: chosen and rejected are the same tokens, so the pair has no learning signal: drop the row."
         )
     group = Group(prompt_ids, completions, dict(row), index)
     truncate(group, max_length, stats)
     if completions[0].token_ids == completions[1].token_ids and completions[0].token_ids:
         if stats is not None:
             stats.num_equal_pairs += 1
-        raise _SkippedRowError(f"row {index}: max_length = {max_length} cuts off all that tells chosen from rejected.")
+        raise _SkippedRowError(
+            f"row {index}: max_length = {max_length} cuts off every token in which chosen and rejected differ."
+        )
     return group
 
 
 def _detected(
     row: Mapping[str, Any], stage: str, index: int, stats: EncodeStats | None
 ) -> tuple[Mapping[str, Any], Format]:
-    """The row as `as_row` converts it, and its format, counted; tools need a template to be shown with."""
+    """Convert a row with `as_row`, detect its format and count it; tools are refused where no template renders them."""
     row = as_row(row, index)
     fmt = detect_format(row, stage=stage, index=index)
     if not fmt.conversational and row_tools(row, index):
@@ -388,7 +390,7 @@ def _chat_preference(
     else:
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         if shared is None:
-            raise DataError(f"row {index}: one of chosen and rejected only continues the other: give a prompt column.")
+            raise DataError(f"row {index}: one of chosen and rejected is a prefix of the other: give a prompt column.")
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise DataError(f"row {index}: chosen and rejected share no first message: give a prompt column.")
@@ -407,7 +409,7 @@ _PAIR = ("chosen", "rejected")
 
 
 def shared_prompt(wholes: list[Completion]) -> tuple[list[int], list[Completion]]:
-    """Two whole sequences as the tokens that both begin with, and the rest of each."""
+    """Split two sequences into their common prefix and the rest of each."""
     both = [whole.token_ids for whole in wholes]
     shared = next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), min(map(len, both)))
     for completion, ids in zip(wholes, both, strict=True):
@@ -428,23 +430,24 @@ def prompt_group(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `prompt` row, or one of an instruction and its answer, as a group without completions.
+    """Encode a `prompt` row, or a row of an instruction and its answer, as a group without completions.
 
-    A conversation ends with the generation prompt; one that ends with an assistant message is left open for the model
-    to continue.
+    The generation prompt ends a conversation, except where its last message is the assistant's, which the model then
+    continues.
 
     Args:
         row: the row; all its columns stay in `Group.row`.
         processing_class: tokenizer or processor.
-        index: the prompt's identity.
-        max_prompt_length: most tokens; a longer prompt is never cut, for a cut problem is another problem.
-        system_prompt: put before the messages; makes a plain prompt conversational.
+        index: identity of the prompt.
+        max_prompt_length: maximum number of tokens; longer prompts are skipped, since a truncated problem is another
+            problem.
+        system_prompt: prepended to the messages; makes a plain prompt conversational.
         chat_template: see `resolve_chat_template`.
-        chat_template_kwargs: template variables; the row's own win.
+        chat_template_kwargs: template variables; those of the row take precedence.
         stats: counters to add to.
 
     Raises:
-        DataError: the format, the template, a second system prompt, or a prompt over the limit.
+        DataError: a bad format or template, a second system prompt, or a prompt over the limit.
     """
     check_limit("max_prompt_length", max_prompt_length)
     row = _read_instruction(row, processing_class, index, chat_template, stats, with_completion=False)
@@ -466,7 +469,7 @@ def prompt_group(
 
 
 def _plain_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], Completion]:
-    """Tokens of a plain prompt and its completion, BOS and EOS included."""
+    """Tokenize a plain prompt and its completion, with BOS and EOS."""
     head, rest = split_ids(tokenizer, prompt, completion)
     return with_bos(tokenizer, head), Completion(with_eos(tokenizer, rest), text=completion)
 

@@ -1,7 +1,8 @@
-"""Rows of files, of folders and of the hub.
+"""Readers of files, folders and data sets on the hub.
 
-`datasets` reads the hub, what it saved and folders of data files. Single files are read here: its readers guess types
-(the answer "007" becomes 7), want one type a column, keep the last of two equal keys and name no line in an error.
+`datasets` reads the hub, folders that it saved and folders of data files. Single files are read here, because its
+readers guess types (the answer "007" becomes 7), require one type per column, keep the last of two equal keys and do
+not name the line in an error.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ __all__ = ["read_rows"]
 Row: TypeAlias = dict[str, Any]
 
 _OF_DATA_SETS = ("name", "revision", "split")
-"""Keys of a source that say which part of a data set is meant."""
+"""Keys of a source that select a part of a data set."""
 
 
 def read_rows(source: Mapping[str, Any], field: str) -> list[Row]:
-    """Rows of a file, of all files that a glob matches, of a folder, or of a data set on the hub.
+    """Read a file, all files that a glob matches, a folder, or a data set on the hub.
 
     Args:
-        source: `path`; `split`, and `name` and `revision` as of `datasets.load_dataset`, of a folder or of the hub.
-        field: what to call the source in messages.
+        source: `path`; for a folder or the hub also `split`, `name` and `revision` of `datasets.load_dataset`.
+        field: name of the source in messages.
 
     Raises:
-        ConfigError: no such file, a suffix without a reader, a split that is not there, or a hub out of reach.
-        DataError: a file that cannot be read or parsed, with the line where there are lines.
+        ConfigError: a missing file, an unsupported suffix, an unknown split, or an unreachable hub.
+        DataError: a file that cannot be read or parsed; names the line where there are lines.
     """
     path = str(source["path"])
     options = {key: source[key] for key in _OF_DATA_SETS if key in source}
@@ -48,7 +49,7 @@ def read_rows(source: Mapping[str, Any], field: str) -> list[Row]:
     if not files and "/" in path and Path(path).suffix not in _READERS and not is_only_a_path(path):
         if (problem := hub_problem(path, repo_type="dataset")) is not None and not is_offline_mode():
             raise ConfigError(
-                f"{field}.path = {path!r}: no such file or folder ({missing(path)}). And as a data set on the hub: "
+                f"{field}.path = {path!r}: no such file or folder ({missing(path)}). As a data set on the hub: "
                 f"{problem}. Give the path of a file, or set HF_HUB_OFFLINE=1 to read what the cache has."
             )
         return _loaded_rows(path, options, field)
@@ -76,11 +77,11 @@ def read_rows(source: Mapping[str, Any], field: str) -> list[Row]:
 
 
 _MARKS = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"), (b"\x1f\x8b", "gzip"))
-"""First bytes of files that are taken for text -> what they are."""
+"""Leading bytes of files that are often mistaken for UTF-8 text, with their formats."""
 
 
 def _undecodable(path: Path, error: UnicodeDecodeError) -> str:
-    """Where a file stops being UTF-8; the decoder counts from the beginning of its own buffer."""
+    """Locate the first byte that is not UTF-8; the decoder's own offset counts from the start of its buffer."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -90,8 +91,8 @@ def _undecodable(path: Path, error: UnicodeDecodeError) -> str:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as found:
-                place = f"{found.reason} at byte {offset + found.start}"
-                return f"{path}:{number} is not UTF-8 ({place}): save it as UTF-8."
+                reason = f"{found.reason} at byte {offset + found.start}"
+                return f"{path}:{number} is not UTF-8 ({reason}): save it as UTF-8."
             offset += len(line)
     return f"{path} is not UTF-8 ({error.reason}): save it as UTF-8."
 
@@ -112,13 +113,13 @@ def _read_json(path: Path) -> list[Row]:
     return [_row(item, f"{path}[{i}]") for i, item in enumerate(cast("list[Any]", value))]
 
 
-def _json(text: str, place: str) -> Any:
-    return parse_json(text, place, object_pairs_hook=partial(object_of, place))
+def _json(text: str, where: str) -> Any:
+    return parse_json(text, where, object_pairs_hook=partial(object_of, where))
 
 
-def _row(value: Any, place: str) -> Row:
+def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{place} is a {type(value).__name__}: each row must be an object.")
+        raise DataError(f"{where} is a {type(value).__name__}: each row must be an object.")
     return cast("Row", value)
 
 
@@ -150,7 +151,7 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
 
     try:
         saved: Any = cast("Any", datasets).load_from_disk(path)
-    except Exception as error:  # whatever pyarrow and json say of files that are missing, cut or of another format
+    except Exception as error:  # pyarrow and json raise many kinds for missing, truncated and foreign files
         raise _unread(path, error, field) from error
     if isinstance(saved, Mapping):
         splits = sorted(cast("Mapping[str, Any]", saved))
@@ -163,11 +164,11 @@ def _saved_rows(path: str, split: str | None, field: str) -> list[Row]:
 
 
 def _loaded_rows(path: str, options: Mapping[str, Any], field: str) -> list[Row]:
-    """Rows that `datasets.load_dataset` finds in a folder of data files or on the hub."""
+    """Read a folder of data files or a data set on the hub with `datasets.load_dataset`."""
     import datasets
 
     library, name, revision = cast("Any", datasets), options.get("name"), options.get("revision")
-    library.disable_progress_bars()  # they would break through the lines of the run
+    library.disable_progress_bars()  # they would garble the output of the run
     try:
         splits = (
             [options["split"]] if "split" in options else library.get_dataset_split_names(path, name, revision=revision)

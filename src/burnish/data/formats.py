@@ -1,4 +1,4 @@
-"""Data set row formats: which kind a row is, what its columns mean, and what to say when it fits nothing.
+"""Data set row formats: their detection and validation, and hints for rows that fit none.
 
 Kinds and columns are those of TRL: `text`, `messages` or `conversations`; `prompt` + `completion`; `prompt`; `chosen` +
 `rejected` with or without `prompt`; `prompt` + `completion` + `label`. A value is a string (plain) or a list of
@@ -38,7 +38,7 @@ Message: TypeAlias = dict[str, Any]
 
 
 class Kind(StrEnum):
-    """What a row holds."""
+    """Kind of data in a row."""
 
     LANGUAGE_MODELING = "language_modeling"
     PROMPT_COMPLETION = "prompt_completion"
@@ -49,10 +49,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The format of a row.
+    """Format of a row.
 
     Attributes:
-        kind: what the row holds.
+        kind: kind of data.
         conversational: True where the values are lists of messages, False where they are strings.
         columns: the columns that hold text or tokens, prompt first.
         tokenized: True where the values are lists of token ids (see `burnish.data.tokenized`).
@@ -87,7 +87,7 @@ _STAGES: dict[str, tuple[Kind, ...]] = {
 
 
 _ROLES = frozenset({"assistant", "developer", "system", "tool", "user"})
-"""Roles that any template may be given; others must be named in the template."""
+"""Roles that every template accepts; others must occur in the template."""
 
 _CHAT_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")
 
@@ -97,7 +97,7 @@ _SHAREGPT_ROLES = {
     "human": "user",
     "observation": "tool",
 }
-"""Roles of ShareGPT's data sets whose names differ."""
+"""ShareGPT role -> role, where the names differ."""
 
 _HINTS = (
     ("conversations", "name conversations after what this stage needs"),
@@ -105,23 +105,23 @@ _HINTS = (
     ("input_ids", "input_ids are rows of SFT; name tokens after what this stage needs, or give text"),
     ("instruction", "make instruction the prompt and its answer the completion"),
 )
-"""Columns of other libraries' data sets -> what to do with them."""
+"""Columns of other libraries' data sets, with the fix to suggest."""
 
 
 def hint(row: Mapping[str, Any], families: Iterable[Sequence[str]], *, also: Iterable[str] = ()) -> str:
-    """What to do with a row that fits no format.
+    """Suggest a fix for a row that fits no format.
 
     Args:
         row: columns by name.
-        families: the sets of columns of which one is needed.
-        also: columns that are read where they are there.
+        families: sets of columns of which one is needed.
+        also: optional columns.
     """
     if names := meant_columns(row, families, also=also):
         lost = [name for name in ADDS if row.get(name) and name not in names and "prompt" in names.values()]
-        return rename_tip(names) + (f"; {lost[0]} is no part of the prompt then: write both into one" if lost else "")
+        return rename_tip(names) + (f"; {lost[0]} is not part of the prompt then: write both into one" if lost else "")
     for name in ANSWERS:
         if isinstance(row.get(name), int | float) and instruction_columns({**row, name: str(row[name])}):
-            return f"{name} = {row[name]!r} is a number and no text; write it in quotes"
+            return f"{name} = {row[name]!r} is a number, not text; write it in quotes"
     return next((fix for name, fix in _HINTS if row.get(name) is not None), "rename columns, or drop the row")
 
 
@@ -129,7 +129,7 @@ def as_row(value: Any, index: int) -> Mapping[str, Any]:
     """Check a row, and convert ShareGPT's messages in it to `role` and `content`.
 
     Raises:
-        DataError: not columns by name, or columns that burnish cannot look at.
+        DataError: not columns by name, or columns that burnish does not support.
     """
     if not isinstance(value, Mapping):
         raise DataError(f"row {index} is {short(value)}: each row must be columns by name, such as {{'text': '...'}}.")
@@ -145,13 +145,13 @@ def as_row(value: Any, index: int) -> Mapping[str, Any]:
 
 
 def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: int = 0) -> Format:
-    """The format of a row, checked.
+    """Detect and check the format of a row.
 
     Args:
         row: columns by name; a column that is None counts as missing (Arrow fills with None).
-        stage: "sft", "preference", "unpaired" or "prompt": only its formats are accepted, other columns are left to
-            rewards and metrics; None takes the most specific format.
-        index: the row's place, for messages.
+        stage: "sft", "preference", "unpaired" or "prompt": only its formats are accepted, and other columns are left
+            for rewards and metrics; None selects the most specific format.
+        index: index of the row, for messages.
 
     Raises:
         DataError: columns missing, ambiguous, of mixed type, or empty.
@@ -171,7 +171,7 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         raise DataError(f"row {index} has the columns {sorted(map(str, present))}; {who} needs {needed}: {fix}.")
     kind, columns = families[0]
     rivals = [other for _, other in families[1:] if not set(other) <= set(columns)]
-    if stage is None:  # a prompt-only reading of a row that also has messages says nothing about the row
+    if stage is None:  # a prompt beside messages does not make a row ambiguous
         rivals = [other for other in rivals if other != ("prompt",)]
     if rivals:
         choices = " or ".join(" + ".join(c) for c in (columns, *rivals))
@@ -190,23 +190,23 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
 
 
 def _refuse_lost_prompt(row: Mapping[str, Any], index: int) -> None:
-    """Refuse a pair without a prompt beside a column that looks like one, and that the chosen answer does not hold.
+    """Refuse a pair without a prompt if another column looks like the prompt and is not part of the chosen answer.
 
     Raises:
-        DataError: with the line that names the prompt.
+        DataError: names the line that renames the column.
     """
     meant = meant_columns(row, [("prompt", "chosen", "rejected")])
     for name in meant:
         asked = row[name]
         if isinstance(asked, str) and asked.strip() not in _texts_of(row["chosen"]):
             raise DataError(
-                f"row {index} has chosen + rejected without a prompt, and a column {name!r} that chosen does not hold, "
-                f"so the model would learn answers to nothing: {rename_tip(meant)}, or drop the column."
+                f"row {index} has chosen + rejected without a prompt, and a column {name!r} that chosen does not "
+                f"contain, so the model would not see the prompt: {rename_tip(meant)}, or drop the column."
             )
 
 
 def _texts_of(value: Any) -> str:
-    """All texts within a value, such as a list of messages, one a line."""
+    """Join all texts within a value, such as a list of messages, by line breaks."""
     if isinstance(value, Mapping):
         value = list(cast("Mapping[str, Any]", value).values())
     if isinstance(value, list):
@@ -215,16 +215,16 @@ def _texts_of(value: Any) -> str:
 
 
 def refuse_mixed(present: Collection[str], columns: Iterable[str], *, tokenized: bool, index: int) -> None:
-    """Refuse rows with tokens and texts: only one of them could count.
+    """Refuse rows with both token ids and texts, of which only one would be used.
 
     Args:
-        present: columns of the row that hold something.
-        columns: those that mean something here.
+        present: columns of the row that are not None.
+        columns: columns that the stage uses.
         tokenized: True where the row is read as tokens.
-        index: the row's position.
+        index: index of the row.
 
     Raises:
-        DataError: naming the columns of the other kind.
+        DataError: names the columns of the other kind.
     """
     others = sorted({name for name in columns if name in present and name != "label"})
     others = [name for name in others if _is_tokenized([name]) is not tokenized]
@@ -241,7 +241,7 @@ def _is_tokenized(columns: Sequence[str]) -> bool:
 
 
 def _check_values(row: Mapping[str, Any], columns: Sequence[str], index: int) -> bool:
-    """Whether the columns are conversational; all must agree."""
+    """Return True if the columns are conversational, and refuse a mix."""
     found = {name: _is_conversation(row[name], name, index) for name in columns}
     if len(set(found.values())) > 1:
         shapes = ", ".join(f"{name} is {'messages' if chat else 'a string'}" for name, chat in found.items())
@@ -286,19 +286,19 @@ def _check_message(value: Any, name: str, index: int) -> None:
     blocks = cast("list[Any]", content) if isinstance(content, list) else []
     if not (content is None or isinstance(content, str | list)) or not all(_is_text_block(block) for block in blocks):
         raise DataError(
-            f"row {index}: {name} holds {short(value)}, whose content is no text: use a string, or blocks "
+            f"row {index}: {name} holds {short(value)}, whose content is not text: use a string, or blocks "
             '{"type": "text", "text": "..."}.'
         )
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(map(_is_call, cast("list[Any]", calls)))):
         raise DataError(
             f"row {index}: {name}: tool_calls = {short(calls)}: use a list of calls "
-            '{"function": {"name": "...", "arguments": {...}}}, arguments an object or its JSON.'
+            '{"function": {"name": "...", "arguments": {...}}}, with arguments as an object or its JSON.'
         )
 
 
 _INSTEAD_OF_CONTENT = ("reasoning", "reasoning_content", "thinking", "tool_calls")
-"""Keys of messages that may say something where there is no content."""
+"""Keys of messages that may replace the content."""
 
 
 def _is_text_block(block: Any) -> bool:
@@ -321,10 +321,10 @@ def _is_call(call: Any) -> bool:
 
 
 def check_roles(messages: Sequence[Message], template: str) -> None:
-    """Refuse roles that are misspelled or another format's: a template would render them as anything.
+    """Refuse misspelled and unknown roles, which templates render in arbitrary ways.
 
     Raises:
-        DataError: a role that is none of the usual ones and that the template does not name.
+        DataError: a role that is neither standard nor named in the template.
     """
     for message in messages:
         role = message["role"]
@@ -336,7 +336,7 @@ def check_roles(messages: Sequence[Message], template: str) -> None:
 
 
 def row_tools(row: Mapping[str, Any], index: int = 0) -> list[dict[str, Any]] | None:
-    """The `tools` column: JSON schemas as a list, or that list as a JSON string; None where there are none.
+    """Parse the `tools` column: JSON schemas as a list, or that list as a JSON string; None if there are none.
 
     Raises:
         DataError: not a list of schemas.
@@ -353,7 +353,7 @@ def row_tools(row: Mapping[str, Any], index: int = 0) -> list[dict[str, Any]] | 
 
 
 def row_template_kwargs(row: Mapping[str, Any], index: int = 0) -> dict[str, Any]:
-    """The `chat_template_kwargs` column: variables of the chat template for this row; empty where there are none.
+    """Parse the `chat_template_kwargs` column: this row's variables of the chat template.
 
     Raises:
         DataError: not a mapping.
@@ -373,7 +373,7 @@ def _parsed(value: Any, name: str, index: int) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow gives every struct of a column the same keys and fills with None; templates would print them."""
+    """Drop keys that are None: Arrow pads all structs of a column to the same keys, and templates would print them."""
     if isinstance(value, Mapping):
         return {k: _without_none(v) for k, v in cast("Mapping[Any, Any]", value).items() if v is not None}
     if isinstance(value, list):
@@ -382,12 +382,12 @@ def _without_none(value: Any) -> Any:
 
 
 def messages_of(value: Any) -> list[Message]:
-    """A conversational column as a fresh list of messages with `role`, without the keys that Arrow filled with None."""
+    """Copy a conversational column into messages with `role`, without the keys that Arrow filled with None."""
     return [_without_none(message) for message in _with_roles(value)]
 
 
 def _names_speaker(message: Any) -> bool:
-    """Whether `from` names the speaker; Arrow may fill `role` with None."""
+    """Return True for a ShareGPT message, with the speaker in `from`; Arrow may fill `role` with None."""
     if not isinstance(message, Mapping):
         return False
     given = cast("Mapping[str, Any]", message)
@@ -395,7 +395,7 @@ def _names_speaker(message: Any) -> bool:
 
 
 def _with_roles(messages: Any) -> list[Any]:
-    """Convert messages of ShareGPT; others stay as they are."""
+    """Convert ShareGPT messages; others stay unchanged."""
     found: list[Any] = []
     for message in messages:
         if _names_speaker(message):
@@ -407,22 +407,22 @@ def _with_roles(messages: Any) -> list[Any]:
     return found
 
 
-def with_system(prompt: Any, system_prompt: str, place: str) -> list[Message]:
-    """A prompt as messages with a system message in front.
+def with_system(prompt: Any, system_prompt: str, where: str) -> list[Message]:
+    """Prepend a system message to a prompt and return it as messages.
 
     Raises:
-        DataError: it has one, naming `place`.
+        DataError: the prompt has a system message; names `where`.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages_of(prompt)
     if messages[0]["role"] == "system":
-        raise DataError(f"{place} has a system message and system_prompt is set too: unset one of them.")
+        raise DataError(f"{where} has a system message and system_prompt is set too: unset one of them.")
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def split_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A `messages` or `conversations` row as one `prompt` + `completion` row for each assistant turn.
+    """Split a `messages` or `conversations` row into one `prompt` + `completion` row per assistant turn.
 
-    Each turn is then trained on exactly as it is served, also with templates that strip earlier reasoning.
+    Each turn is then trained exactly as it is served, even with templates that strip earlier reasoning.
 
     Raises:
         DataError: neither column holds messages.
@@ -440,7 +440,7 @@ def split_turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def unpair(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A `prompt` + `chosen` + `rejected` row as two rows with a `label`: True (chosen), then False (rejected).
+    """Split a `prompt` + `chosen` + `rejected` row into two rows with a `label`: True (chosen) and False (rejected).
 
     Raises:
         DataError: a column is missing.

@@ -1,4 +1,4 @@
-"""Keeping evaluation held out: training rows that ask nothing that evaluation asks."""
+"""Removal of training rows whose prompt is also an evaluation prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class DisjointCounts:
-    """What `disjoint` did: rows kept, rows dropped because evaluation has them, and repeats dropped."""
+    """Counts of `disjoint`: rows kept, rows dropped because evaluation has them, and repeats dropped."""
 
     num_kept: int
     num_in_evaluation: int
@@ -28,19 +28,22 @@ class DisjointCounts:
 def disjoint(
     train: Iterable[Mapping[str, Any]], evaluation: Iterable[Mapping[str, Any]], *, keep_repeats: bool = False
 ) -> tuple[list[Row], DisjointCounts]:
-    """Training rows whose prompt is not among the evaluation rows, each prompt once.
+    """Keep training rows whose prompt is not among the evaluation rows, each prompt once.
 
-    Prompts are compared without system messages and with runs of white space made one space, so that the same problem
-    under another system prompt counts as the same.
+    Prompts are compared without system messages and with white space normalised, so that one problem under two system
+    prompts counts as the same.
 
     Args:
-        train: rows to choose from; their order is kept.
+        train: rows to filter; their order is kept.
         evaluation: rows to hold out.
         keep_repeats: keep training rows that repeat an earlier one. Procedural tasks repeat their easy problems most,
             so dropping repeats makes the training set harder than the evaluation set.
 
+    Returns:
+        The rows kept, and the counts.
+
     Raises:
-        DataError: a row without a prompt, or nothing left to train on.
+        DataError: a row without a prompt, or no row left.
     """
     held = {_prompt_key(row, i) for i, row in enumerate(evaluation)}
     seen: set[tuple[tuple[str, str], ...]] = set()
@@ -64,7 +67,7 @@ _ASKING = ("prompt", "messages", "conversations", "text")
 
 
 def _prompt_key(row: Mapping[str, Any], index: int) -> tuple[tuple[str, str], ...]:
-    """What a row asks: its prompt, else the messages before the first answer, else the text."""
+    """Return the question of a row: its prompt, else the messages before the first answer, else the text."""
     row = instruction_row(row, index, as_messages=False)
     value: Any = next((row[name] for name in _ASKING if row.get(name) is not None), None)
     if value is None:

@@ -1,4 +1,4 @@
-"""Rows of instructions and answers, as Alpaca's data set has them, read as prompts and completions."""
+"""Alpaca rows: instructions and answers, converted to prompts and completions."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ __all__ = ["ADDS", "ANSWERS", "instruction_columns", "instruction_row"]
 
 _ASKS = ("instruction", "question")
 ADDS = ("input", "context")
-"""Columns that hold what an instruction is about."""
+"""Columns with the input of an instruction."""
 
 ANSWERS = ("output", "response", "answer")
 _ELSEWHERE = ("history", "system")
-"""Columns that some data sets of this format have, and that a prompt and its completion have no place for."""
+"""Columns of some data sets of this format that neither the prompt nor the completion can hold."""
 
 _TAKEN = ("prompt", "completion", "messages", "conversations", "text", "input_ids", "chosen", "rejected")
-"""Columns that say by themselves what a row is."""
+"""Columns that identify a row as another format."""
 
 
 def instruction_columns(row: Any) -> tuple[str, ...]:
-    """The columns that are read, the answer last; none where a row is not of this format or could be read in two ways.
+    """Return the columns to use, the answer last; empty if a row is not of this format, or is ambiguous.
 
     Args:
         row: columns by name: `instruction` or `question`, with or without `input` or `context`, and `output`,
-            `response` or `answer`, all of them texts.
+            `response` or `answer`, all strings.
     """
     if not isinstance(row, Mapping):
         return ()
@@ -41,15 +41,15 @@ def instruction_columns(row: Any) -> tuple[str, ...]:
 
 
 def instruction_row(row: Mapping[str, Any], index: int, *, as_messages: bool) -> Mapping[str, Any]:
-    """A row of this format with a `prompt` and a `completion`; others as they are.
+    """Add a `prompt` and a `completion` to a row of this format; return other rows unchanged.
 
-    The prompt is the instruction, and below a blank line what it is about. Nothing else is added, and no column is
-    lost: rewards may grade by `answer`.
+    The prompt is the instruction and, after a blank line, its input. All columns are kept: rewards may grade by
+    `answer`.
 
     Args:
         row: columns by name.
-        index: the row's position.
-        as_messages: make it a conversation of a user and an assistant instead of two texts.
+        index: index of the row.
+        as_messages: make a conversation of user and assistant instead of two strings.
 
     Raises:
         DataError: earlier turns or a system message beside the instruction.

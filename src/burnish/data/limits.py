@@ -1,4 +1,4 @@
-"""What encoding does to sequences above a limit, and what is said of the rows in the end."""
+"""Truncation of sequences above a limit, and the report on encoded rows."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class EncodeStats:
-    """What encoding did to the rows.
+    """Counts of what encoding did to the rows.
 
     Attributes:
         num_rows: rows seen.
         num_kept: groups made.
         num_cut_rows: rows with a sequence cut at `max_length`.
         num_cut_tokens: tokens cut away.
-        num_skipped_rows: rows without a scored token left, and prompts over `max_prompt_length`.
-        num_rerendered_turns: assistant turns whose rendering differs from the one served (see `ChatSpans`).
-        num_dropped_rows: rows left out because they exceed `max_length` (`truncation_mode` drop).
+        num_skipped_rows: rows left without a scored token, and prompts over `max_prompt_length`.
+        num_rerendered_turns: assistant turns whose rendering differs from the served one (see `ChatSpans`).
+        num_dropped_rows: rows dropped because they exceed `max_length` (`truncation_mode` drop).
         num_dropped_tokens: their tokens.
-        num_empty_completions: completions without text, which teach to say nothing.
-        num_equal_pairs: pairs left out because only the tokens that `max_length` cuts off tell them apart.
+        num_empty_completions: completions without text.
+        num_equal_pairs: pairs dropped because they differ only in tokens that `max_length` cuts off.
         formats: rows by format, such as "plain prompt_completion".
-        readings: rows by how columns that have no name of ours were read.
+        readings: rows by how columns under other names were interpreted.
         num_split_rows: rows over `max_length` that became several groups (`truncation_mode` split).
-        num_split_tokens: their tokens; none is cut, but the first of each part is not scored.
+        num_split_tokens: their tokens; all are kept, but the first of each part is not scored.
     """
 
     num_rows: int = 0
@@ -56,10 +56,10 @@ class EncodeStats:
 
 
 def report_encoding(stats: EncodeStats, options: Mapping[str, Any], *, name: str = "") -> None:
-    """Log what encoding cut, dropped, split and skipped, and what is odd about the rows.
+    """Log what encoding cut, dropped, split and skipped, and oddities of the rows.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no row is left.
     """
     limits = {k: v for k, v in options.items() if k in ("max_length", "max_prompt_length") and v is not None}
     if not stats.num_rows:
@@ -86,8 +86,8 @@ def report_encoding(stats: EncodeStats, options: Mapping[str, Any], *, name: str
     if stats.num_skipped_rows:
         logger.warning("%s%d of %d rows are skipped under %s.", where, stats.num_skipped_rows, stats.num_rows, limits)
     for text, count in (
-        ("%s%d completions are empty: they teach to say nothing.", stats.num_empty_completions),
-        ("%s%d pairs are left out: only what max_length cuts off tells them apart.", stats.num_equal_pairs),
+        ("%s%d completions are empty: they teach the model to stop at once.", stats.num_empty_completions),
+        ("%s%d pairs are dropped: they differ only in tokens that max_length cuts off.", stats.num_equal_pairs),
     ):
         if count:
             logger.warning(text, where, count)
@@ -103,7 +103,7 @@ def check_limit(name: str, value: int | None) -> None:
 
 
 def truncate(group: Group, max_length: int | None, stats: EncodeStats | None) -> None:
-    """Cut every sequence of a group at `max_length` tokens, and count."""
+    """Cut every sequence of a group at `max_length` tokens and count the cut tokens."""
     check_limit("max_length", max_length)
     if max_length is None:
         return
@@ -152,11 +152,11 @@ def _split(group: Group, max_length: int, stats: EncodeStats) -> list[Group]:
 
 
 def _part(completion: Completion, start: int, stop: int | None, has_prompt: bool) -> Completion:
-    """Some of a completion's tokens with their mask; nothing predicts the first of them where there is no prompt."""
+    """Slice the tokens and mask of a completion; without a prompt, nothing predicts the first token."""
     ids = completion.token_ids[start:stop]
     mask = None if completion.loss_mask is None else completion.loss_mask[start:stop]
     if not has_prompt:
-        mask = [place > 0 and (mask is None or mask[place]) for place in range(len(ids))]
+        mask = [position > 0 and (mask is None or mask[position]) for position in range(len(ids))]
     return dataclasses.replace(completion, token_ids=ids, loss_mask=mask)
 
 
@@ -166,4 +166,4 @@ TRUNCATIONS: dict[str, Callable[[Group, int, EncodeStats], list[Group]]] = {
     "keep_start": _keep_start,
     "split": _split,
 }
-"""`truncation_mode` -> what becomes of a group above the limit: the groups that it becomes."""
+"""`truncation_mode` -> function from a group above the limit to the groups that replace it."""

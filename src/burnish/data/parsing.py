@@ -1,4 +1,4 @@
-"""Values as data sets give them: JSON that may be hostile, texts that may be broken, and both in a few words."""
+"""Safe handling of untrusted values: JSON parsing, checks for broken text, and short representations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from burnish.errors import DataError
 __all__ = ["check_text", "half_character", "object_of", "parse_json", "repeated", "short"]
 
 
-def parse_json(text: str, place: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """The value of a JSON text.
+def parse_json(text: str, where: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Parse a JSON text.
 
     Args:
         text: JSON.
-        place: what to call it in messages.
-        object_pairs_hook: as of `json.loads`.
+        where: its location, for messages.
+        object_pairs_hook: see `json.loads`.
 
     Raises:
         DataError: not JSON, nested too deeply, or a number with more digits than Python reads.
@@ -25,35 +25,35 @@ def parse_json(text: str, place: str, object_pairs_hook: Callable[[list[tuple[st
     try:
         return json.loads(text, object_pairs_hook=object_pairs_hook)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON: {error}.") from error
+        raise DataError(f"{where} is not JSON: {error}.") from error
     except RecursionError as error:
-        raise DataError(f"{place} is JSON nested too deeply: flatten it, or drop the row.") from error
+        raise DataError(f"{where} is JSON nested too deeply: flatten it, or drop the row.") from error
     except DataError:
         raise
     except ValueError as error:
-        raise DataError(f"{place} holds a number with too many digits: write it as a string.") from error
+        raise DataError(f"{where} holds a number with too many digits: write it as a string.") from error
 
 
-def object_of(place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of its pairs; json would keep the last of two equal keys in silence.
+def object_of(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object from its pairs; json alone would silently keep the last of two equal keys.
 
     Raises:
-        DataError: a key given twice.
+        DataError: a duplicate key.
     """
     if (twice := repeated([key for key, _ in pairs])) is not None:
-        raise DataError(f"{place} has the key {twice!r} twice: rename or remove one.")
+        raise DataError(f"{where} has the key {twice!r} twice: rename or remove one.")
     return dict(pairs)
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """The first name that stands twice; None where each stands once."""
+    """Return the first duplicate name, or None."""
     if len(set(names)) == len(names):
         return None
     return next(name for position, name in enumerate(names) if name in names[:position])
 
 
 def short(value: Any) -> str:
-    """A value in at most 80 characters, whatever it is."""
+    """Represent any value in at most 80 characters."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
@@ -62,7 +62,7 @@ def short(value: Any) -> str:
 
 
 def check_text(value: Any, row: str, column: str) -> None:
-    """Refuse strings that cannot be written as UTF-8, at any depth.
+    """Refuse strings that UTF-8 cannot encode, at any depth.
 
     Raises:
         DataError: a lone surrogate, or nesting that Python cannot walk.
@@ -76,7 +76,7 @@ def check_text(value: Any, row: str, column: str) -> None:
 
 
 def half_character(text: str, where: str = "") -> str | None:
-    """What is wrong with a text that UTF-8 cannot write; None for any other."""
+    """Describe the lone surrogate in a text that UTF-8 cannot encode; None for any other text."""
     spot = next((i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff"), None)
     if spot is None:
         return None
@@ -87,7 +87,7 @@ def half_character(text: str, where: str = "") -> str | None:
 
 
 def _broken(value: Any) -> str | None:
-    """The first string with a lone surrogate."""
+    """Return the first string with a lone surrogate."""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -100,7 +100,7 @@ def _broken(value: Any) -> str | None:
         return next((text for pair in pairs for part in pair if (text := _broken(part)) is not None), None)
     if isinstance(value, list | tuple):
         parts = cast("list[Any]", value)
-        if parts and isinstance(parts[0], int | float):  # token ids and numbers
+        if parts and isinstance(parts[0], int | float):  # token ids or numbers, which need no walk
             return None
         return next((text for part in parts if (text := _broken(part)) is not None), None)
     return None

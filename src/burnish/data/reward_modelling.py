@@ -1,6 +1,6 @@
-"""Rows of reward models to groups: pairs, ranked lists and judged steps.
+"""Encoding of reward model rows: pairs, ranked lists and labelled steps.
 
-Scores are read at single tokens, and a group says at which: `loss_mask` is True there and False elsewhere.
+Scores are read at single tokens: `loss_mask` is True there and False elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from burnish.types import Completion, Group
 __all__ = ["RewardKind", "answer_group", "ranked_group", "read_last", "reward_group", "reward_kind", "stepwise_group"]
 
 RewardKind: TypeAlias = Literal["preference", "ranked", "stepwise"]
-"""What a row of a reward data set says: which of two is better, the order of several, or which steps are right."""
+"""Annotation in a row: the better of two completions, the order of several, or which steps are right."""
 
 _FORMATS: tuple[tuple[RewardKind, tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected")),
@@ -35,10 +35,10 @@ _TOKENS = ("chosen_ids", "rejected_ids")
 
 
 def reward_kind(row: Mapping[str, Any], index: int = 0) -> RewardKind:
-    """The kind of a row by its columns; a column that is None counts as missing.
+    """Detect the kind of a row by its columns; a column that is None counts as missing.
 
     Raises:
-        DataError: columns missing, or those of two kinds.
+        DataError: missing columns, or columns of two kinds.
     """
     row = as_row(row, index)
     present = {name for name, value in row.items() if value is not None}
@@ -71,21 +71,21 @@ def reward_group(
     step_separator: str = "\n",
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A row of any kind as a group whose `loss_mask` marks where scores are read.
+    """Encode a row of any kind as a group whose `loss_mask` marks where scores are read.
 
-    Pairs may be given as tokens, `chosen_ids` and `rejected_ids`: whole sequences, which share their first tokens.
+    Pairs may be given as token ids: `chosen_ids` and `rejected_ids` are whole sequences with a common prefix.
 
     Args:
         row: the row.
         processing_class: tokenizer or processor.
-        index: the row's place.
-        pad_token_id: the token that a score is never read at (see `read_last`).
+        index: index of the row.
+        pad_token_id: the padding token, where no score is read (see `read_last`).
         chat_template: see `resolve_chat_template`.
-        step_separator: ends every step of a stepwise row.
+        step_separator: text at the end of every step of a stepwise row.
         stats: counters to add to.
 
     Raises:
-        DataError: the columns, an empty or doubled completion, a margin that is no number, labels that fit no steps.
+        DataError: bad columns, an empty or duplicate completion, a bad margin, or labels that do not match the steps.
     """
     kind = reward_kind(row, index)
     if kind == "stepwise":
@@ -103,7 +103,11 @@ def reward_group(
     else:
         group = preference_group(row, processing_class, index=index, chat_template=chat_template, stats=stats)
     _check_margin(row, index, kind)
-    _check_completions(group)
+    for number, completion in enumerate(group.completions):
+        if not completion.text.strip():
+            raise DataError(f"row {index}: completion {number} is empty: drop the row.")
+    if len({tuple(completion.token_ids) for completion in group.completions}) < len(group.completions):
+        raise DataError(f"row {index}: two completions are the same tokens, which has no learning signal: drop it.")
     return read_last(group, pad_token_id)
 
 
@@ -115,17 +119,17 @@ def ranked_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `prompt` + `completions` row, plain or conversational, as one group, the best completion first.
+    """Encode a `prompt` + `completions` row, plain or conversational, as one group, the best completion first.
 
     Args:
         row: the row.
         processing_class: tokenizer or processor.
-        index: the row's place.
+        index: index of the row.
         chat_template: see `resolve_chat_template`.
         stats: counters to add to.
 
     Raises:
-        DataError: fewer than two completions, or what `sft_group` refuses.
+        DataError: fewer than two completions; see also `sft_group`.
     """
     ranked = row["completions"]
     if not isinstance(ranked, list) or len(cast("list[Any]", ranked)) < 2:
@@ -148,7 +152,7 @@ def ranked_group(
 
 
 def answer_group(row: Mapping[str, Any], processing_class: Any, **options: Any) -> Group:
-    """A `prompt` + `completion` row as a group with one completion, tokenized as those of pairs and lists are.
+    """Encode a `prompt` + `completion` row as a group of one completion, tokenized like those of pairs and lists.
 
     Args:
         row: the row.
@@ -156,7 +160,7 @@ def answer_group(row: Mapping[str, Any], processing_class: Any, **options: Any) 
         options: `index`, `chat_template`, `stats` of `sft_group`.
 
     Raises:
-        DataError: as `sft_group`.
+        DataError: see `sft_group`.
     """
     group = sft_group(row, processing_class, **options)
     group.completions[0].loss_mask = None
@@ -172,20 +176,20 @@ def stepwise_group(
     chat_template: str | None = None,
     stats: EncodeStats | None = None,
 ) -> Group:
-    """A `prompt` + `completions` + `labels` row: the steps as one completion, scores read at the end of each.
+    """Encode a `prompt` + `completions` + `labels` row: the steps as one completion, scores read at the end of each.
 
-    Each step is tokenized apart with the separator behind it, so a step's score does not depend on the next one's text.
+    Each step and its separator are tokenized separately, so that its score does not depend on the text of later steps.
 
     Args:
-        row: `completions` holds the steps (strings), `labels` for each whether it is right.
+        row: `completions` holds the steps (strings), `labels` a bool per step.
         processing_class: tokenizer or processor.
-        index: the row's place.
-        separator: ends every step.
+        index: index of the row.
+        separator: text at the end of every step.
         chat_template: see `resolve_chat_template`.
         stats: counters to add to.
 
     Raises:
-        DataError: no steps, an empty one, or labels that are not one bool a step.
+        DataError: no steps, an empty step, or labels that are not one bool per step.
     """
     steps, labels = row["completions"], row["labels"]
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) and s for s in cast("list[Any]", steps)):
@@ -210,12 +214,12 @@ def stepwise_group(
 def read_last(group: Group, pad_token_id: int | None) -> Group:
     """Mark where transformers' sequence classifiers read a score: the last token that is not the padding token.
 
-    Where that lies in the prompt (a completion of EOS alone, and EOS pads), the end of the prompt moves into the
-    completions: the layout changes, the sequences do not.
+    If that token is part of the prompt (a completion of EOS alone, with EOS as padding), the end of the prompt moves
+    into the completions; the sequences stay the same.
 
     Args:
-        group: changed in place.
-        pad_token_id: the padding token; None: there is none, the last token counts.
+        group: modified in position.
+        pad_token_id: the padding token; None if there is none, so that the last token is read.
 
     Returns:
         The group.
@@ -229,23 +233,14 @@ def read_last(group: Group, pad_token_id: int | None) -> Group:
         for completion in group.completions:
             completion.token_ids.insert(0, token)
     for completion in group.completions:
-        places = [place for place, token in enumerate(completion.token_ids) if is_read(token)]
-        # Without any such token transformers reads the first one.
-        completion.loss_mask = _marks(len(completion.token_ids), places[-1:] or [0])
+        positions = [position for position, token in enumerate(completion.token_ids) if is_read(token)]
+        # Where every token is padding, transformers reads the first one.
+        completion.loss_mask = _marks(len(completion.token_ids), positions[-1:] or [0])
     return group
 
 
-def _marks(length: int, places: Sequence[int]) -> list[bool]:
-    return [place in places for place in range(length)]
-
-
-def _check_completions(group: Group) -> None:
-    for place, completion in enumerate(group.completions):
-        if not completion.text.strip():
-            raise DataError(f"row {group.index}: completion {place} is empty: drop the row.")
-    seen = {tuple(completion.token_ids) for completion in group.completions}
-    if len(seen) < len(group.completions):
-        raise DataError(f"row {group.index}: two completions are the same tokens, which says nothing: drop it.")
+def _marks(length: int, positions: Sequence[int]) -> list[bool]:
+    return [position in positions for position in range(length)]
 
 
 _LARGEST_MARGIN = 1e30

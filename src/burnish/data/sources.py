@@ -1,4 +1,4 @@
-"""Where rows come from: files, saved data sets, procedural tasks, and mixes of them."""
+"""Row sources: files, saved data sets, procedural tasks, and mixes of them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SOURCE_KEYS = {
     "source": frozenset({"options", "seed", "size", "source", "task"}) | _COMMON,
     "mix": frozenset({"mix"}) | _COMMON,
 }
-"""The keys of a source, by the one that says what kind it is."""
+"""Keys of a source, by the key that determines its kind."""
 
 _MOST_TASKS = 10_000_000
-_PLACE = re.compile(r"[^\W\d]\w*(\[\w+\])*")
+_PLACEHOLDER = re.compile(r"[^\W\d]\w*(\[\w+\])*")
 _FORMAT = re.compile(r"[^{}]?[<>=^]?[-+ ]?#?\d{0,3},?(\.\d{1,2})?[a-zA-Z%]?")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "columns": Mapping,
@@ -54,7 +54,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def as_source(value: Any) -> Any:
-    """The table of a source that is given by its path alone; other values as they are."""
+    """Convert a path to a source table; return other values unchanged."""
     return {"path": value} if isinstance(value, str | Path) else value
 
 
@@ -64,10 +64,10 @@ def check_source(spec: Mapping[str, Any] | str | Path, field: str = "data") -> N
     Args:
         spec: a path, `{path, split, name, revision}`, `{source = "reasoning_gym", task, size, seed, options}` or
             `{mix = [spec, ...]}`; each table may have `columns` (old name -> new name), `limit`, `system_prompt`,
-            `prompt_template` (`{prompt}` is the place of the prompt) and `completion_template`, which makes
-            demonstrations: its places are columns of the row, or of a task entry's metadata
+            `prompt_template` (with the placeholder `{prompt}`) and `completion_template`, which makes demonstrations:
+            its placeholders are columns of the row, or of a task entry's metadata
             (`"<think>{expression}</think><answer>{answer}</answer>"`).
-        field: what to call it in messages.
+        field: name of the source in messages.
 
     Raises:
         ConfigError: an unknown, missing or ill-typed key.
@@ -119,13 +119,13 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
         if not all(is_text(name) for pair in columns.items() for name in pair):
             raise ConfigError(f"{shown}: use names, such as {{question = 'prompt'}}.")
         if len(set(columns.values())) < len(columns):
-            raise ConfigError(f"{shown}: two columns become one; give each a name of its own.")
+            raise ConfigError(f"{shown}: two columns get one name; give each a different one.")
     if (template := spec.get("prompt_template")) is not None:
-        places = _check_template(template, f"{field}.prompt_template")
-        if set(places) != {"prompt"}:
+        names = _check_template(template, f"{field}.prompt_template")
+        if set(names) != {"prompt"}:
             raise ConfigError(
-                f"{field}.prompt_template = {show(template)} has the places {sorted(set(places))}: it needs {{prompt}} "
-                "and nothing else; write literal braces as {{ and }}."
+                f"{field}.prompt_template = {show(template)} has the placeholders {sorted(set(names))}: use "
+                "{prompt} and nothing else; write literal braces as {{ and }}."
             )
         try:
             template.format(prompt="text")
@@ -136,30 +136,30 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
 
 
 def _check_template(template: str, field: str) -> list[str]:
-    """The places of a template: names, with a conversion or a short format where a value needs one."""
+    """Check a template and return the names of its placeholders; each may have a conversion and a short format."""
     try:
-        places = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+        fields = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(f"{field} = {show(template)}: {error}; write literal braces as {{{{ and }}}}.") from error
-    for name, spec, conversion in places:
-        # `{0}` and `{}` count arguments, of which there are none; `{x.y}` reaches into Python, a wide pad fills memory.
-        known = _PLACE.fullmatch(str(name)) and _FORMAT.fullmatch(spec or "")
+    for name, spec, conversion in fields:
+        # `{0}` and `{}` are positional, `{x.y}` reads attributes of Python objects, and a wide pad would fill memory.
+        known = _PLACEHOLDER.fullmatch(str(name)) and _FORMAT.fullmatch(spec or "")
         if not known or conversion not in (None, "s", "r", "a"):
             raise ConfigError(
-                f"{field} = {show(template)}: the place {{{name}}} is not the name of a column, with a short format at "
-                "most, such as {value:.2f}; write literal braces as {{ and }}."
+                f"{field} = {show(template)}: the placeholder {{{name}}} is not the name of a column, with at most a "
+                "short format such as {value:.2f}; write literal braces as {{ and }}."
             )
-    return [str(name) for name, _, _ in places]
+    return [str(name) for name, _, _ in fields]
 
 
 def load_rows(spec: Mapping[str, Any] | str | Path, field: str = "data") -> list[Row]:
-    """Rows of a source.
+    """Load the rows of a source.
 
     Args:
         spec: see `check_source`. A path is a .jsonl, .json, .csv, .tsv or .parquet file, a glob of them, a folder that
             `datasets` saved or can load, or the name of a data set on the hub. A task row has `prompt` (one user
             message), `answer`, `gym_task` and `gym_entry` (the whole entry as JSON, for the verifier).
-        field: what to call it in messages.
+        field: name of the source in messages.
 
     Raises:
         ConfigError: a bad spec, a missing file, an unknown task or task option.
@@ -180,7 +180,7 @@ def load_rows(spec: Mapping[str, Any] | str | Path, field: str = "data") -> list
 
 
 def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
-    """A row with its columns renamed, its prompt put in the template and the system prompt in front."""
+    """Rename the columns of a row and apply its completion template, prompt template and system prompt."""
     for old, new in spec.get("columns", {}).items():
         if old not in row:
             close = difflib.get_close_matches(old, map(str, row), n=1)
@@ -202,8 +202,15 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
             f"{field}: row {index} has no prompt for prompt_template or system_prompt; it has {sorted(row)}{fix}."
         )
     prompt: Any = row["prompt"]
-    if template is not None:
-        prompt = _filled(prompt, template, field, index)
+    if template is not None and isinstance(prompt, str):
+        prompt = template.format(prompt=prompt)
+    elif template is not None:
+        prompt = messages_of(prompt)
+        users = [i for i, m in enumerate(prompt) if m["role"] == "user" and isinstance(m.get("content"), str)]
+        if not users:
+            raise DataError(f"{field}: row {index} has no user message with text for prompt_template.")
+        last = prompt[users[-1]]
+        prompt[users[-1]] = {**last, "content": template.format(prompt=last["content"])}
     if system is not None:
         prompt = with_system(prompt, system, f"{field}: row {index}")
         # The prompt is a conversation now, so plain completions become assistant messages.
@@ -213,7 +220,7 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
 
 
 def _with_completion(row: Row, template: str, field: str, index: int) -> Row:
-    """A row with a demonstration made from its columns and its task entry's metadata."""
+    """Add a completion made from the columns of a row and the metadata of its task entry."""
     if "completion" in row:
         raise DataError(f"{field}.completion_template: row {index} already has a completion; remove the template.")
     metadata = json.loads(row["gym_entry"])["metadata"] if "gym_entry" in row else {}
@@ -222,27 +229,16 @@ def _with_completion(row: Row, template: str, field: str, index: int) -> Row:
         text = template.format_map(values)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{field}.completion_template = {template!r}: {error!r} for row {index}; its places are {sorted(values)}."
+            f"{field}.completion_template = {template!r}: {error!r} for row {index}; use placeholders out of "
+            f"{sorted(values)}."
         ) from error
     plain = isinstance(row.get("prompt"), str)
     return {**row, "completion": text if plain else [{"role": "assistant", "content": text}]}
 
 
-def _filled(prompt: Any, template: str, field: str, index: int) -> Any:
-    if isinstance(prompt, str):
-        return template.format(prompt=prompt)
-    messages = messages_of(prompt)
-    users = [i for i, m in enumerate(messages) if m["role"] == "user" and isinstance(m.get("content"), str)]
-    if not users:
-        raise DataError(f"{field}: row {index} has no user message with text for prompt_template.")
-    last = messages[users[-1]]
-    messages[users[-1]] = {**last, "content": template.format(prompt=last["content"])}
-    return messages
-
-
 def _gym_rows(spec: Mapping[str, Any], field: str) -> list[Row]:
     try:
-        # Its modules and those of its dependencies are compiled now, with warnings that are not the user's to mend.
+        # The first import compiles its dependencies, with syntax warnings that users can do nothing about.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             import reasoning_gym
@@ -267,14 +263,14 @@ def _gym_rows(spec: Mapping[str, Any], field: str) -> list[Row]:
 
 
 def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
-    """Rows of whatever a trainer was given: a list, a `datasets` data set (map or iterable), or a source spec.
+    """Return the rows of a trainer argument: a list, a `datasets` data set (map or iterable), or a source.
 
     Args:
-        data: data sets and lists are returned unchanged; a path or a mapping is loaded as a spec.
-        field: what to call it in messages.
+        data: data sets and lists are returned unchanged; a path or a mapping is loaded as a source.
+        field: name of the argument in messages.
 
     Raises:
-        ConfigError: none of these, or a set of splits.
+        ConfigError: none of these, or a dict of splits.
     """
     data = as_source(data)
     if isinstance(data, Mapping):
@@ -292,7 +288,7 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
 
 
 def finite_rows(data: Any, field: str) -> Iterable[Mapping[str, Any]]:
-    """As `as_rows`, for rows that are read whole before anything starts.
+    """Return the rows of a trainer argument that must have a length; see `as_rows`.
 
     Raises:
         ConfigError: also rows without a length, which may never end.

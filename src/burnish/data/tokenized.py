@@ -1,4 +1,4 @@
-"""Rows that come as token ids: checked, never changed, nothing added.
+"""Rows of token ids, which are checked but never changed.
 
 Columns are those of TRL: `input_ids`, with `labels`, `completion_mask` and `assistant_masks`, for SFT; `prompt_ids`,
 `chosen_ids` and `rejected_ids` for pairs; `chosen_ids` and `rejected_ids` as whole sequences for reward models;
@@ -18,11 +18,11 @@ from burnish.types import Completion
 __all__ = ["is_masked_completion", "token_completion", "token_ids", "token_sequence"]
 
 _IGNORED = -100
-"""The label of a token that is not scored, as of torch's cross-entropy."""
+"""Label of tokens that are not scored, as in torch's cross-entropy."""
 
 
 def token_ids(row: Mapping[str, Any], name: str, index: int) -> list[int]:
-    """The tokens of a column.
+    """Return the token ids of a column.
 
     Raises:
         DataError: not a list of token ids, or empty.
@@ -43,10 +43,10 @@ def token_ids(row: Mapping[str, Any], name: str, index: int) -> list[int]:
 
 
 def token_completion(row: Mapping[str, Any], name: str, processing_class: Any, index: int) -> Completion:
-    """A column as a completion of which every token is scored.
+    """Return a column as a completion with every token scored.
 
     Raises:
-        DataError: as `token_ids`.
+        DataError: see `token_ids`.
     """
     ids = token_ids(row, name, index)
     return Completion(ids, text=decode_text(inner_tokenizer(processing_class), ids))
@@ -60,11 +60,11 @@ def token_sequence(
     completion_only_loss: bool | None,
     assistant_only_loss: bool,
 ) -> Completion:
-    """The `input_ids` of a row; scored is what all of its masks score, and never the first token.
+    """Return the `input_ids` of a row as a completion; tokens in all masks are scored, except the first token.
 
     Raises:
-        DataError: ids or masks that are malformed.
-        ConfigError: a loss option whose mask the row lacks.
+        DataError: malformed token ids or masks.
+        ConfigError: a loss option without its mask in the row.
     """
     for option, asked, name in (
         ("completion_only_loss", completion_only_loss, "completion_mask"),
@@ -78,8 +78,8 @@ def token_sequence(
     for name in ("position_ids", "seq_lengths"):
         if row.get(name) is not None:
             raise DataError(
-                f"row {index} has {name}, so its input_ids may hold several sequences: give each sequence a row of its "
-                "own (batches are packed here without it), and drop the column."
+                f"row {index} has {name}, so its input_ids may hold several sequences: use one row per sequence "
+                "(batches are packed anyway), and drop the column."
             )
     completion = token_completion(row, "input_ids", processing_class, index)
     ids = completion.token_ids
@@ -95,7 +95,7 @@ def token_sequence(
 
 
 def is_masked_completion(row: Mapping[str, Any], completion_only_loss: bool | None) -> bool:
-    """Whether the row's `completion_mask` decides what is scored."""
+    """Return True if the row's `completion_mask` restricts which tokens are scored."""
     return completion_only_loss is not False and row.get("completion_mask") is not None
 
 

@@ -1,7 +1,7 @@
-"""Text to tokens, with exact edges.
+"""Text to tokens, with exact span boundaries.
 
-A mask is given as character spans and mapped to tokens by offsets; a token that would straddle the edge of a span is
-cut there by tokenizing the two sides apart, as serving does.
+Masks are given as character spans and mapped to tokens by offsets. Where a token would straddle the edge of a span, the
+two sides are tokenized separately, as at inference.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["decode_text", "inner_tokenizer", "plain_ids", "split_ids", "tokenize
 
 
 def inner_tokenizer(processing_class: Any) -> Any:
-    """The tokenizer of a processor; a tokenizer itself."""
+    """Return the tokenizer of a processor, or the tokenizer itself."""
     return getattr(processing_class, "tokenizer", processing_class)
 
 
 def plain_ids(processing_class: Any, text: str) -> list[int]:
-    """Tokens of a text, nothing added.
+    """Tokenize a text without adding special tokens.
 
     Raises:
         DataError: the text holds half a character.
@@ -41,15 +41,15 @@ def _called(tokenizer: Any, text: str, **options: Any) -> Any:
 
 
 def decode_text(tokenizer: Any, token_ids: Sequence[int], ends: Collection[int] = ()) -> str:
-    """Text of tokens: special tokens as they are written, nothing tidied.
+    """Decode tokens with their special tokens and without clean-up.
 
-    What rewards, stop strings, evaluations, pairs and transcripts see. Control tokens such as `<think>` or `</answer>`
-    are often special tokens; only those that end a completion say nothing of their own.
+    Rewards, stop strings, evaluations, pairs and transcripts use this text. Markers such as `<think>` or `</answer>`
+    are often special tokens, so only those that end a completion are removed.
 
     Args:
-        tokenizer: decodes.
-        token_ids: of a prompt or a completion.
-        ends: end-of-turn and padding tokens, left out where they stand at the end.
+        tokenizer: tokenizer to decode with.
+        token_ids: tokens of a prompt or a completion.
+        ends: end-of-turn and padding tokens, removed at the end.
     """
     last = len(token_ids)
     while last and token_ids[last - 1] in ends:
@@ -58,10 +58,10 @@ def decode_text(tokenizer: Any, token_ids: Sequence[int], ends: Collection[int] 
 
 
 def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Tokens of a plain prompt, and of the completion that follows it.
+    """Tokenize a plain prompt and the completion that follows it.
 
     Raises:
-        DataError: a merge crosses the boundary and the completion cannot be tokenized apart.
+        DataError: a merge crosses the boundary and the completion cannot be tokenized separately.
     """
     tokenizer = inner_tokenizer(processing_class)
     head, joint = plain_ids(tokenizer, prompt), plain_ids(tokenizer, prompt + completion)
@@ -71,7 +71,7 @@ def split_ids(processing_class: Any, prompt: str, completion: str) -> tuple[list
 
 
 def with_bos(processing_class: Any, ids: list[int]) -> list[int]:
-    """One BOS in front where the tokenizer adds one, or the text begins with it."""
+    """Ensure exactly one BOS token at the start, if the tokenizer adds one or the text begins with it."""
     tokenizer = inner_tokenizer(processing_class)
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -83,10 +83,10 @@ def with_bos(processing_class: Any, ids: list[int]) -> list[int]:
 
 
 def with_eos(processing_class: Any, ids: list[int]) -> list[int]:
-    """EOS at the end, once.
+    """Ensure an EOS token at the end.
 
     Raises:
-        DataError: the tokenizer has none.
+        DataError: the tokenizer has no EOS token.
     """
     eos = inner_tokenizer(processing_class).eos_token_id
     if eos is None:
@@ -97,13 +97,13 @@ def with_eos(processing_class: Any, ids: list[int]) -> list[int]:
 def tokenize_chat(
     processing_class: Any, text: str, spans: Sequence[tuple[int, int]], *, boundary: int | None = None
 ) -> tuple[list[int], list[bool], int]:
-    """Tokens of a rendered conversation, which of them lie in the spans, and how many precede the boundary.
+    """Tokenize a rendered conversation and mark the tokens within spans.
 
     Args:
         processing_class: a fast tokenizer, or a processor that has one.
         text: the full rendering; the template writes BOS, the tokenizer adds nothing.
         spans: [start, end) characters, ascending.
-        boundary: a character where the prompt ends: the tokens before it are those of the prompt alone.
+        boundary: offset of the end of the prompt; the tokens before it are those of the prompt alone.
 
     Returns:
         [T] token ids, [T] mask, number of tokens before `boundary` (0 without one).
@@ -117,8 +117,8 @@ def tokenize_chat(
     ids, starts, ends = _encode(tokenizer, text)
     edges = {edge for span in spans for edge in span if 0 < edge < len(text)}
     cuts = {edge for edge in edges if any(s < edge < e for s, e in zip(starts, ends, strict=True))}
-    if boundary:
-        cuts |= _boundary_cut(tokenizer, text, boundary, ids, starts)
+    if boundary and _encode(tokenizer, text[:boundary])[0] != ids[: sum(start < boundary for start in starts)]:
+        cuts.add(boundary)
     if cuts:
         ids, starts = _encode_pieces(tokenizer, text, sorted(cuts), ids)
     bos = tokenizer.bos_token_id
@@ -129,14 +129,8 @@ def tokenize_chat(
     return ids, mask, sum(start < boundary for start in starts) if boundary else 0
 
 
-def _boundary_cut(tokenizer: Any, text: str, boundary: int, ids: list[int], starts: list[int]) -> set[int]:
-    prompt = _encode(tokenizer, text[:boundary])[0]
-    num_before = sum(start < boundary for start in starts)
-    return set() if prompt == ids[:num_before] else {boundary}
-
-
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """Ids, first and last-plus-one character of each; a space trimmed from the offsets goes to the token after it."""
+    """Return token ids with their start and end offsets; a space that the offsets skip belongs to the next token."""
     encoded = _called(tokenizer, text, return_offsets_mapping=True)
     starts: list[int] = []
     ends: list[int] = []
@@ -149,7 +143,7 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]
 
 
 def _encode_pieces(tokenizer: Any, text: str, cuts: list[int], joint: list[int]) -> tuple[list[int], list[int]]:
-    """Tokenize the pieces between cuts apart; together they must still spell the text."""
+    """Tokenize the pieces between cuts separately; returns ids and start offsets that still decode to the text."""
     ids: list[int] = []
     starts: list[int] = []
     edges = [0, *cuts, len(text)]
@@ -159,16 +153,16 @@ def _encode_pieces(tokenizer: Any, text: str, cuts: list[int], joint: list[int])
             if high < len(text)
             else decode_text(tokenizer, joint)
         )
-        piece, places = _piece_ids(tokenizer, ids, text[low:high], want)
+        piece, offsets = _piece_ids(tokenizer, ids, text[low:high], want)
         ids += piece
-        starts += [low + place for place in places]
+        starts += [low + offset for offset in offsets]
     return ids, starts
 
 
 def _piece_ids(tokenizer: Any, head: list[int], piece: str, want: str) -> tuple[list[int], list[int]]:
-    """Tokens (and places) of a piece of text that follows `head`, such that both together decode to `want`.
+    """Tokenize a piece of text after `head`, such that both together decode to `want`; returns ids and offsets.
 
-    Tokenizers of the SentencePiece kind put a space before a text: behind a line break they do not.
+    SentencePiece tokenizers prepend a space to a text, but not after a line break.
     """
     for anchor in ("", "\n") if head else ("",):
         ids, starts, _ = _encode(tokenizer, anchor + piece)

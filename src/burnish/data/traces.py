@@ -1,8 +1,8 @@
-"""What a chat template makes of a conversation's parts: every one must leave a trace in the rendering.
+"""Checks that a chat template renders every part of a conversation.
 
-A template silently skips the keys that it does not read. Under a template without tool calls, for example, a turn that
-only calls a tool becomes a bare end of turn, and a model trained on it learns to say nothing. Nothing can be read off a
-template's source with certainty, so each part is left out once and the two renderings are compared.
+A template silently skips keys that it does not use. Under a template without tool calls, for example, a turn that only
+calls a tool becomes a bare end of turn, and the model learns to stop at once. The source of a template does not tell
+reliably, so each part is removed once and the two renderings are compared.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _MISSING: Any = object()
 
 
 def fit_to_template(render: Render, messages: Sequence[Message]) -> list[Message]:
-    """Write absent contents and the arguments of tool calls in the form that the template expects.
+    """Convert missing contents and the arguments of tool calls to the form that the template expects.
 
-    Templates differ: some concatenate arguments and need JSON text, most apply `tojson` and would encode a text twice;
-    some need `content` to be None beside tool calls, others need a string.
+    Some templates concatenate arguments and need JSON text; most apply `tojson` and would encode a text twice. Some
+    need `content` to be None beside tool calls, others need a string.
 
     Args:
-        render: messages to text.
+        render: function from messages to text.
         messages: a conversation without keys that are None.
 
     Returns:
-        The messages in the first form that renders, arguments written once and as JSON.
+        The messages in the first form whose rendering contains the arguments as JSON, encoded once.
 
     Raises:
-        DataError: no form does.
+        DataError: there is no such form.
     """
     absent = any("content" not in message for message in messages)
     called = any(message.get("tool_calls") for message in messages)
@@ -49,7 +49,9 @@ def fit_to_template(render: Render, messages: Sequence[Message]) -> list[Message
         except DataError as error:
             problem = problem or error
             continue
-        if wrong := next((a for a in _arguments(fitted) if _is_miswritten(a, text)), None):
+        calls = (call for message in fitted for call in message.get("tool_calls") or ())
+        given = (arguments for call in calls if (arguments := _function(call).get("arguments")))
+        if wrong := next((arguments for arguments in given if _is_miswritten(arguments, text)), None):
             problem = problem or DataError(f"the chat template does not write the arguments {wrong!r:.80} as JSON.")
             continue
         return fitted
@@ -58,32 +60,32 @@ def fit_to_template(render: Render, messages: Sequence[Message]) -> list[Message
 
 
 def check_traces(render: Render, messages: Sequence[Message], *, render_without_tools: Render | None = None) -> None:
-    """Refuse a conversation of which the template leaves something out.
+    """Refuse a conversation of which the template does not render a part.
 
-    A key that shows only while its turn is the last one (reasoning that later turns strip) has a trace. The id that
-    ties a tool's result to its call, and a tool's name beside its result, may be left out.
+    It suffices that a key is rendered while its turn is the last one (as reasoning that later turns strip). The id that
+    links a tool's result to its call, and a tool's name beside its result, may be missing.
 
     Args:
-        render: messages to text.
+        render: function from messages to text.
         messages: the conversation, as it will be rendered.
-        render_without_tools: the same without tools, where the row has some.
+        render_without_tools: the same without tools, if the row has tools.
 
     Raises:
-        DataError: naming the message, the key and the fix.
+        DataError: names the message, the key and the fix.
     """
     text = render(messages)
     if render_without_tools is not None and attempt(render_without_tools, messages) == text:
         raise _no_trace("tools")
-    for place, message in enumerate(messages):
+    for position, message in enumerate(messages):
         for key, without in _parts(message):
             if key == "content" and _is_verbatim(message["content"], text):
                 continue
-            if attempt(render, [*messages[:place], without, *messages[place + 1 :]]) != text:
+            if attempt(render, [*messages[:position], without, *messages[position + 1 :]]) != text:
                 continue
-            served = attempt(render, messages[: place + 1])
-            if served is not None and attempt(render, [*messages[:place], without]) != served:
+            served = attempt(render, messages[: position + 1])
+            if served is not None and attempt(render, [*messages[:position], without]) != served:
                 continue
-            raise _no_trace(f"the key {key!r} of message {place} ({message['role']})")
+            raise _no_trace(f"the key {key!r} of message {position} ({message['role']})")
 
 
 def _no_trace(part: str) -> DataError:
@@ -94,23 +96,26 @@ def _no_trace(part: str) -> DataError:
 
 
 def _parts(message: Message) -> Generator[tuple[str, Message]]:
-    """The parts of a message that must show, each with the message without it."""
+    """Yield each part of a message that must be rendered, with the message without it."""
     for key, value in message.items():
         if key in ("role", "tool_call_id") or (key == "name" and message["role"] == "tool"):
             continue
         if value is not None and value not in ("", [], {}):
-            yield key, {name: own for name, own in message.items() if name != key}
+            yield key, {name: other for name, other in message.items() if name != key}
     calls: list[Any] = message.get("tool_calls") or []
     for number, call in enumerate(calls):
         if _function(call).get("arguments") not in (None, "", "{}", {}):
             bare = _with_arguments(call, _MISSING)
-            yield f"tool_calls[{number}].arguments", {**message, "tool_calls": _replaced(calls, number, bare)}
+            yield (
+                f"tool_calls[{number}].arguments",
+                {**message, "tool_calls": [*calls[:number], bare, *calls[number + 1 :]]},
+            )
         if len(calls) > 1:
             yield f"tool_calls[{number}]", {**message, "tool_calls": [*calls[:number], *calls[number + 1 :]]}
 
 
 def _is_verbatim(content: Any, text: str) -> bool:
-    """A quick yes for most contents, which need no second rendering."""
+    """Return True for content that the text contains; most contents thus need no second rendering."""
     if isinstance(content, str):
         return content.strip() in text
     blocks = cast("Sequence[Mapping[str, Any]]", content)
@@ -143,21 +148,8 @@ def _with_arguments(call: Mapping[str, Any], arguments: Any) -> dict[str, Any]:
     return {**call, "function": function} if "function" in call else function
 
 
-def _replaced(items: list[Any], place: int, item: Any) -> list[Any]:
-    return [*items[:place], item, *items[place + 1 :]]
-
-
-def _arguments(messages: Sequence[Message]) -> list[Any]:
-    return [
-        arguments
-        for message in messages
-        for call in message.get("tool_calls") or ()
-        if (arguments := _function(call).get("arguments"))
-    ]
-
-
 def _is_miswritten(arguments: Any, text: str) -> bool:
-    """Whether arguments stand in the text as Python would print them, or as JSON within a JSON string."""
+    """Return True if the text contains arguments as Python prints them, or as JSON within a JSON string."""
     if isinstance(arguments, str):
         return any(json.dumps(arguments, ensure_ascii=escaped) in text for escaped in (False, True))
     return str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in text

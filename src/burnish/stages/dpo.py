@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from burnish.data import encode_rows, finite_rows, preference_group
+from burnish.data import EncodeStats, encode_rows, finite_rows, preference_group
 from burnish.model.scoring import Scores, score
 from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import (
@@ -71,10 +71,10 @@ class DPOStage(PreferenceStage):
         needs_reference = any(loss.needs_reference for loss, _ in self.losses)
         super().__init__(args, tokenizer, ref_model, compute_metrics, needs_reference=needs_reference)
 
-    def encode(self, dataset: Any, name: str) -> list[Group]:
+    def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
         """Encode pairs, the chosen completion first."""
         rows, limit = finite_rows(dataset, name), self.args.max_length
-        return encode_rows(preference_group, rows, self.tokenizer, name=name, max_length=limit)
+        return encode_rows(preference_group, rows, self.tokenizer, stats=stats, name=name, max_length=limit)
 
     def next_step(self, batches: Iterator[list[Group]], num_batches: int) -> PairStep | None:
         """Take the next pairs, with the reference's log-probabilities and the coefficients of coupled losses."""

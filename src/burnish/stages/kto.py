@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from burnish.data import as_row, encode_rows, errors_of, finite_rows, unpair, unpaired_group
+from burnish.data import EncodeStats, as_row, encode_rows, errors_of, finite_rows, unpair, unpaired_group
 from burnish.errors import DataError
 from burnish.model.scoring import score
 from burnish.objectives.preference import kto_losses
@@ -63,7 +63,7 @@ class KTOStage(PreferenceStage):
                 "apo_zero_unpaired, which needs no estimate."
             )
 
-    def encode(self, dataset: Any, name: str) -> list[Group]:
+    def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
         """Encode labelled completions; a pair counts as two."""
         found = enumerate(finite_rows(dataset, name))
         with errors_of(name):
@@ -76,7 +76,7 @@ class KTOStage(PreferenceStage):
             return group
 
         rows, limit = [row for _, row in expanded], self.args.max_length
-        return encode_rows(encode, rows, self.tokenizer, name=name, max_length=limit)
+        return encode_rows(encode, rows, self.tokenizer, stats=stats, name=name, max_length=limit)
 
     def training_set(self, dataset: Any) -> list[Group]:
         """Encode the rows to train on; one label has nothing to hold against."""

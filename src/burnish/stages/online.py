@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.config.online_fields import micro_batches_per_rollout
-from burnish.data import encode_rows, errors_of, finite_rows, prompt_group
+from burnish.data import EncodeStats, encode_rows, errors_of, finite_rows, prompt_group
 from burnish.errors import ConfigError, DataError, user_code
 from burnish.model.packing import partition
 from burnish.model.positions import check_lengths
@@ -210,12 +210,13 @@ class OnlineStage(Stage):
         """Never: samples are drawn without it."""
         return False
 
-    def encode(self, dataset: Any, name: str) -> list[Group]:
+    def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
         """Encode prompts, with the columns that rewards read."""
         groups = encode_rows(
             prompt_group,
             finite_rows(dataset, name),
             self.tokenizer,
+            stats=stats,
             name=name,
             max_prompt_length=self.args.max_prompt_length,
             chat_template_kwargs=self.args.chat_template_kwargs,

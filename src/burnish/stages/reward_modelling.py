@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from burnish.data import encode_rows, errors_of, finite_rows, reward_group, reward_kind
+from burnish.data import EncodeStats, encode_rows, errors_of, finite_rows, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
 from burnish.model.classifier import group_ranges, load_reward_model, pack_reads, prepare_for_rewards, reward_scores
 from burnish.model.scoring import causal_lm
@@ -69,7 +69,7 @@ class RewardStage(Stage):
         refuse_router_loss(model)
         prepare_for_rewards(model)
 
-    def encode(self, dataset: Any, name: str) -> list[Group]:
+    def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
         """Encode rows of one kind; those that are too long are left out, and counted."""
         rows, limit = list(finite_rows(dataset, name)), self.args.max_length
         with errors_of(name):
@@ -78,6 +78,7 @@ class RewardStage(Stage):
             reward_group,
             rows,
             self.tokenizer,
+            stats=stats,
             name=name,
             pad_token_id=self.tokenizer.pad_token_id,
             step_separator=self.args.step_separator,
@@ -87,6 +88,8 @@ class RewardStage(Stage):
             for group in groups
             if limit is None or len(group.prompt_ids) + max(len(c.token_ids) for c in group.completions) <= limit
         ]
+        if stats is not None:
+            stats.num_dropped_rows += len(groups) - len(kept)
         if len(kept) < len(groups):
             logger.warning(
                 "%s: %d of %d rows are longer than max_length = %s and left out.",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from burnish.config.tips import toml_line
-from burnish.data import as_row, as_rows, encode_rows, finite_rows, sft_groups
+from burnish.data import EncodeStats, as_row, as_rows, encode_rows, finite_rows, sft_groups
 from burnish.data.columns import meant_columns
 from burnish.errors import DataError, user_code
 from burnish.model.scoring import causal_lm, noisy_embeddings, score
@@ -62,9 +62,10 @@ class SFTStage(Stage):
         self._stream = GroupStream(rows, self._encode_row, self.tokenizer, self._encoding)
         return self._stream
 
-    def encode(self, dataset: Any, name: str) -> list[Group]:
+    def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
         """Encode conversations, prompts with completions, or texts."""
-        return encode_rows(self._encode_row, finite_rows(dataset, name), self.tokenizer, name=name, **self._encoding)
+        rows = finite_rows(dataset, name)
+        return encode_rows(self._encode_row, rows, self.tokenizer, stats=stats, name=name, **self._encoding)
 
     def _encode_row(self, row: Mapping[str, Any], processing_class: Any, **options: Any) -> list[Group]:
         index, column = options["index"], self.args.dataset_text_field

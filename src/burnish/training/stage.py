@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
+from burnish.data import EncodeStats
 from burnish.model.loading import load_model
 from burnish.model.packing import pack, split_by_tokens
 from burnish.model.scoring import prepare_for_scoring
@@ -78,8 +79,8 @@ class Stage:
         """Whether the model's dropout stays on during training."""
         return not self.args.disable_dropout
 
-    def encode(self, dataset: Any, name: str) -> list[Group]:
-        """Encode rows; `name` is for messages."""
+    def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
+        """Encode rows and add to `stats`; `name` is for messages."""
         raise NotImplementedError
 
     def training_set(self, dataset: Any) -> Any:
