@@ -324,7 +324,7 @@ def lora(**fields: Any) -> Any:
     each(
         (EVERY, lambda: "./nowhere", {}, "model = './nowhere': no such folder"),
         (EVERY, lambda: "", {}, "model = '': name a folder"),
-        (EVERY, lambda: torch.nn.Linear(2, 2), {}, "model = Linear: use a transformers model"),
+        (EVERY, lambda: torch.nn.Linear(2, 2), {}, "model = Linear: use a transformers or peft model"),
         (EVERY, lambda: tiny.model(vocab_size=8), {}, "8 embeddings: processing_class belongs to another model"),
         ("sft dpo kto grpo", broken, {}, "its log-probabilities of a short row are not finite"),
         ("sft dpo kto grpo", frozen, {}, "all of its parameters are frozen"),

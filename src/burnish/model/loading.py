@@ -74,8 +74,7 @@ def load_model(
         given: Any = model
         if not isinstance(given.get_base_model() if hasattr(given, "get_base_model") else given, PreTrainedModel):
             raise ModelError(
-                f"model = {type(model).__name__}: use a transformers model, with or without adapters, or the name or "
-                "folder of one."
+                f"model = {type(model).__name__}: use a transformers or peft model, or its name or folder."
             )
         keep_layout(model)
         return model, {}
@@ -95,9 +94,7 @@ def load_model(
     if quantization is not None:
         return _load_quantized(source, quantization, explicit or compute_dtype(bf16=bf16), kwargs, auto_class), {}
     loaded = _load_plain(source, explicit or torch.float32, kwargs, auto_class)
-    exact: dict[torch.nn.Parameter, torch.Tensor] = {}
-    if explicit is None and bf16:
-        exact = _round_parameters(loaded, compute_dtype(bf16=True))
+    exact = _round_parameters(loaded, compute_dtype(bf16=True)) if explicit is None and bf16 else {}
     return loaded, {} if is_quantized(loaded) else exact
 
 
