@@ -81,7 +81,9 @@ class PrefixLayout:
         query, key, value = (tensor.to(dtype) for tensor in (call.query, call.key, call.value))
         assert query.shape[0] == 1 and query.shape[2] == self.position_ids.shape[1] == key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
-            if query.is_cuda and call.sinks is None and _flex_supports(query, value):
+            # FlexAttention's kernels take neither float64 nor heads smaller than 16.
+            fits_flex = query.dtype != torch.float64 and min(query.shape[-1], value.shape[-1]) >= 16
+            if query.is_cuda and call.sinks is None and fits_flex:
                 return self._attend_flex(call, query, key, value)
             tiles = self._tiles(call.rule, query.device)
             attended = _TileAttention.apply(query, key, value, call.sinks, tiles, call.scaling, call.softcap)
@@ -118,15 +120,6 @@ class PrefixLayout:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return attended.transpose(1, 2).contiguous()
-
-
-def _flex_supports(query: Tensor, value: Tensor) -> bool:
-    """Tell whether FlexAttention's kernels support these tensors."""
-    try:
-        import torch.nn.attention.flex_attention  # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        return False
-    return query.dtype != torch.float64 and query.shape[-1] >= 16 and value.shape[-1] >= 16
 
 
 @cache
