@@ -220,7 +220,7 @@ def test_half_saved_embeddings_are_refused(tmp_path: Path, grown: tuple[Path, to
     tensors = load_file(folder / "adapter_model.safetensors")
     del tensors["base_model.model.model.embed_tokens.weight"]
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"for 100 tokens and model\.embed_tokens of their base .* has 96, and"):
+    with pytest.raises(ModelError, match=r"for 100 tokens, model\.embed_tokens of their base .* has 96, and"):
         load_model(folder, bf16=False)
 
 

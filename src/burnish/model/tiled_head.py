@@ -83,10 +83,6 @@ class _Options:
         return self.spec.scale / self.temperature
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _split(size: int, limit: int, multiple: int = 1) -> list[slice]:
     """Cut `size` into nearly equal slices of at most `limit` (rounded up to `multiple` where that fits)."""
     if size == 0:
@@ -102,7 +98,7 @@ class _Tiles:
     def __init__(self, operands: _Operands, options: _Options, num_scratch: int) -> None:
         self.operands, self.options = operands, options
         hidden_NH, weight_VH = operands.hidden, operands.weight
-        self.dtype = _wide(hidden_NH.dtype)
+        self.dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         num_rows, num_columns = hidden_NH.shape[0], weight_VH.shape[0]
         needs_raw = hidden_NH.dtype != self.dtype
         element_bytes = self.dtype.itemsize * (1 + num_scratch) + hidden_NH.dtype.itemsize * needs_raw
