@@ -287,7 +287,7 @@ def test_a_configuration_beside_adapters_is_a_leftover(
     with caplog.at_level(logging.WARNING):
         trainer = made("dpo", tmp_path / "out", str(folder))
     assert torch.equal(scores(trainer.model), grown[1])
-    assert caplog.text.count("holds adapters and a whole model (model.safetensors): the adapters are read") == 1
+    assert caplog.text.count("holds adapters and a whole model (model.safetensors): the adapters are loaded") == 1
 
 
 def test_adapters_of_the_model_in_their_own_folder(tmp_path: Path) -> None:

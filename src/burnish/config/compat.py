@@ -185,7 +185,7 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
 @cache
 def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
     """The fields that TRL's config of a stage has and ours does not."""
-    return _COMMON | _BY_KIND[kind]
+    return _COMMON | _BY_KIND.get(kind, {})
 
 
 ALIASES: dict[Kind, dict[str, str]] = {

@@ -117,7 +117,7 @@ def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> 
     folder = next((path.removesuffix(f"/{file}") for file, path in cached if isinstance(path, str)), None)
     if folder is None:
         raise ModelError(
-            f"model = {source.name!r}: no such folder: {missing(source.name)}. As a hub name: {why}, and "
+            f"model = {source.name!r}: no such folder: {missing(source.name)}. As a name on the hub: {why}, and "
             "the cache does not have it. Give the path of a saved model, or `hf download` it where there is a network."
         )
     logger.warning("model = %r: %s, so it is read from the cache", source.name, why)
