@@ -110,7 +110,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/reward_funcs.py", "args.overlong_penalty * value", "-args.overlong_penalty * value", "test_policy_trainer.py::test_overlong_completions_lose_reward_after_the_filter"),
     ("stages/sampler.py", "index=s.position", "index=s.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
     ("stages/online.py", "later = [group for step in steps[1:] for group in step]", "later = list(groups)", "test_policy_trainer.py::test_fresh_samples_cost_no_forward_of_their_own"),
-    ("stages/online.py", "        self.algorithm.load_state_dict(state.own)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
+    ("stages/online.py", "        self.algorithm.load_state_dict(state.algorithm)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
     ("stages/online.py", "= state.rollouts, state.rounds\n", "= 0, 0\n", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
     ("stages/sampler.py", "        run.num_tokens += sum(group.num_tokens for group in groups)\n", "", "test_policy_trainer.py::test_num_tokens_are_those_sampled_however_often_they_are_trained_on"),
     ("rollout/dynamic_sampling.py", "(good if has_reward_variance(group) else flat)", "(flat if has_reward_variance(group) else good)", ROUNDS),
@@ -214,7 +214,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/rollout_state.py", "completions, rows[values[\"index\"]],", "completions, {},", "test_checkpoints.py::test_rows_of_any_kind_stay_in_the_data_set"),
     ("model/finite.py", "if not flag]", "if False]", "test_finite.py"),
     # what is trained, and with what
-    ("training/handover.py", "owner.release()", "pass", "test_chaining.py"),
+    ("training/model_state.py", "owner.release()", "pass", "test_chaining.py"),
     ("model/adapters.py", "parameter.requires_grad_(trains)", "pass", "test_chaining.py::test_frozen_weights_do_not_move"),
     ("training/optimizers.py", "if id(parameter) not in held]", "if False]", "test_chaining.py::test_an_optimizer_over_other_weights_is_refused"),
     ("data/tokens.py", "skip_special_tokens=False", "skip_special_tokens=True", "test_special_tokens.py"),
@@ -222,10 +222,10 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("data/traces.py", "raise _no_trace(f\"the key", "_no_trace(f\"the key", "test_data_traces.py"),
     ("rewards/rubric.py", "if group.row[name] is not None:", "if False:", "test_rewards_rubric.py"),
     ("data/sources.py", "if not isinstance(rows, Sized):", "if False:", "test_endless_data.py"),
-    # a run that teaches nothing says so
-    ("training/liveness.py", "if stops and self.dead_steps >= self.limit:", "if False:", "test_liveness.py"),
-    ("training/liveness.py", "if all(outcome.is_masked or outcome.rewards is None for outcome in outcomes):", "if False:", "test_liveness.py"),
-    ("training/transcripts.py", "\"answers\": {} if score is None else score.answers", "\"answers\": {}", "test_liveness.py"),
+    # a run without a learning signal says so
+    ("training/learning_signal.py", "if stops and self.dead_steps >= self.limit:", "if False:", "test_learning_signal.py"),
+    ("training/learning_signal.py", "if all(outcome.is_masked or outcome.rewards is None for outcome in outcomes):", "if False:", "test_learning_signal.py"),
+    ("training/transcripts.py", "\"answers\": {} if score is None else score.answers", "\"answers\": {}", "test_learning_signal.py"),
     ("training/transcripts.py", "\"advantage\": advantage", "\"advantage\": None", "test_transcripts.py"),
     ("rollout/validation.py", "if not (math.isfinite(value) and value <= _ROUNDING_NATS):", "if value > _ROUNDING_NATS:", "test_validation.py"),
     ("rollout/decoding.py", "if bool(absent.any()) and not bool(absent.all()) else None", "if False else None", "test_model_limits.py"),

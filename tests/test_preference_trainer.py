@@ -321,7 +321,7 @@ def test_bad_rows_are_errors(tmp_path: Path, rows: Any, message: str) -> None:
 
 
 def test_a_reference_that_nobody_reads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads no reference: remove ref_model"):
+    with pytest.raises(ConfigError, match="does not use a reference: remove ref_model"):
         dpo(tmp_path, loss_type="simpo", ref_model=tiny.model())
 
 

@@ -18,7 +18,7 @@ from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
-from burnish.training.held_out import named_sets
+from burnish.training.evaluation_sets import named_sets
 from burnish.types import Group
 
 __all__ = [

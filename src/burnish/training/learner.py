@@ -27,18 +27,18 @@ from burnish.training.callbacks import MetricsCallback, ProgressCallback
 from burnish.training.cards import CardWriter, keeping_card
 from burnish.training.checkpoint import RunCheckpoints, check_weights, keeping_dtypes, reading, writing_checkpoint
 from burnish.training.checks import check_loaded, check_run, use_non_reentrant_checkpointing
-from burnish.training.handover import handed_over
-from burnish.training.held_out import (
-    check_best_metric,
-    check_steering_metric,
+from burnish.training.evaluation_sets import (
+    check_tracked_metric,
+    check_tracked_metric_name,
     encode_sets,
+    evaluation_set,
+    named_row_sets,
     named_sets,
-    own_set,
-    sets_of_rows,
 )
-from burnish.training.liveness import Liveness
+from burnish.training.learning_signal import LearningMonitor
 from burnish.training.log_state import LogState
 from burnish.training.metrics import StepMetrics
+from burnish.training.model_state import restoring_model_state
 from burnish.training.optimizers import check_optimizer, masters_by_config
 from burnish.training.processes import claimed_folder
 from burnish.training.ranks import Ranks
@@ -137,7 +137,7 @@ class Learner(Trainer, Generic[S]):
         )
         self.ranks = Ranks(self.accelerator)
         self.metrics = StepMetrics()
-        self.liveness = Liveness(args.max_dead_steps)
+        self.learning_monitor = LearningMonitor(args.max_dead_steps)
         # The loss is divided by a global count here; both names are needed, since old versions read only the second.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -188,14 +188,14 @@ class Learner(Trainer, Generic[S]):
             FileError: another run writes to `output_dir`.
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
-        check_best_metric(self)
-        handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.stage.uses_dropout)
+        check_tracked_metric_name(self)
+        handing_over = restoring_model_state(self.model, lambda: self.master_weights, dropout=self.stage.uses_dropout)
         with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
             self.status.begin("preparing to train")
             self.stage.begin_training()
             result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-            self.liveness.end_run()
+            self.learning_monitor.end_run()
             self.stage.end_training()
             return result
 
@@ -220,7 +220,7 @@ class Learner(Trainer, Generic[S]):
         if step is None:
             return [], None
         has_work = self.ranks.max(len(step.groups)) > 0
-        self.liveness.begin_step(step.count, has_work=has_work, verdict=step.verdict)
+        self.learning_monitor.begin_step(step.count, has_work=has_work, assessment=step.assessment)
         batches = [
             self._micro_batch(groups, step)
             for groups in partition(step.groups, num_batches, whole=self.stage.whole_groups)
@@ -255,9 +255,9 @@ class Learner(Trainer, Generic[S]):
                 self.accelerator.backward(value)
             self.metrics.add_loss(loss, step=self.state.global_step, scale=scale)
             if loss.watched is not None:
-                self.liveness.watch(loss.watched * scale)
+                self.learning_monitor.watch(loss.watched * scale)
             total += value.detach()
-        self.liveness.add_loss(total)
+        self.learning_monitor.add_loss(total)
         return total
 
     @property
@@ -297,8 +297,9 @@ class Learner(Trainer, Generic[S]):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
-        verdict = self.liveness.judge_step(float(norm), lambda loss: self.ranks.sum(loss) / self.ranks.count)
-        self.liveness.end_step(self.state.global_step + 1, verdict)
+        monitor = self.learning_monitor
+        assessment = monitor.assess_step(float(norm), lambda loss: self.ranks.sum(loss) / self.ranks.count)
+        monitor.end_step(self.state.global_step + 1, assessment)
         self.is_untrained = False
         return norm
 
@@ -318,7 +319,7 @@ class Learner(Trainer, Generic[S]):
         Raises:
             DataError: there is nothing to evaluate on.
         """
-        own = own_set(self.eval_dataset, given)
+        own = evaluation_set(self.eval_dataset, given)
         return self.stage.encode(given, "eval_dataset") if own is None else own
 
     def evaluate(
@@ -332,7 +333,7 @@ class Learner(Trainer, Generic[S]):
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         prefix = metric_key_prefix
-        if (sets := sets_of_rows(given)) is not None:
+        if (sets := named_row_sets(given)) is not None:
             parts = [self.evaluate(rows, ignore_keys, f"{prefix}_{name}") for name, rows in sets.items()]
             metrics = {name: value for part in parts for name, value in part.items()}
         else:
@@ -345,7 +346,7 @@ class Learner(Trainer, Generic[S]):
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and eval_dataset is None:
-            check_steering_metric(self, metrics)
+            check_tracked_metric(self, metrics)
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,7 @@ class LogState(TrainerCallback):
             "loss": float(own._tr_loss),
             "last_logged": own._globalstep_last_logged,
             "metrics": own.metrics.state_dict(),
-            "liveness": own.liveness.state_dict(),
+            "learning_monitor": own.learning_monitor.state_dict(),
             **own.stage.metrics_state(),
         }
         write_json(self._file(folder), state, indent=None)
@@ -63,8 +63,8 @@ class LogState(TrainerCallback):
         if loaded is not None:
             with reading(folder):
                 own.metrics.load_state_dict(loaded["metrics"])
-                if "liveness" in loaded:
-                    own.liveness.load_state_dict(loaded["liveness"])
+                if "learning_monitor" in loaded:
+                    own.learning_monitor.load_state_dict(loaded["learning_monitor"])
                 own.stage.load_metrics_state(loaded)
                 own._tr_loss += torch.tensor(loaded["loss"], dtype=own._tr_loss.dtype)
                 own._globalstep_last_logged = int(loaded["last_logged"])

@@ -15,7 +15,7 @@ from burnish.model.loading import load_model
 from burnish.model.packing import pack, split_by_tokens
 from burnish.model.scoring import prepare_for_scoring
 from burnish.training.checks import refuse_router_loss
-from burnish.training.liveness import Liveness
+from burnish.training.learning_signal import LearningMonitor
 from burnish.training.metrics import StepMetrics
 from burnish.training.ranks import Ranks
 from burnish.training.step import Loss, Step
@@ -31,7 +31,7 @@ class Run(Protocol):
     state: TrainerState
     ranks: Ranks
     metrics: StepMetrics
-    liveness: Liveness
+    learning_monitor: LearningMonitor
     num_tokens: int
     """This process's share of the tokens trained on so far."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from burnish.training.liveness import Verdict
+from burnish.training.learning_signal import Assessment
 from burnish.types import Group, PackedBatch
 
 __all__ = ["Loss", "MicroBatch", "Step", "collate", "read_groups", "scored_tokens", "with_streams"]
@@ -24,13 +24,13 @@ class Step:
         count: terms of the loss (tokens, sequences, pairs ...) over all ranks, those without a gradient included; 0
             where nothing is in the loss.
         is_on_policy: whether the weights are still those that the groups were sampled with.
-        verdict: whether the step can teach anything, where its samples have said so; None: the loss will.
+        assessment: learning signal of the samples; None to assess the loss instead.
     """
 
     groups: list[Group]
     count: float
     is_on_policy: bool = False
-    verdict: Verdict | None = None
+    assessment: Assessment | None = None
 
     @property
     def denominator(self) -> float:
