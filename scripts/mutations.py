@@ -147,7 +147,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/critic.py", "copy.deepcopy(policy, shared).unload()", "copy.deepcopy(policy).unload()", CRITIC),
     ("model/critic.py", "    if trained:\n", "    if False:\n", CRITIC),
     ("model/critic.py", "value = exact.pop(parameter, parameter.data)", "value = parameter.data", CRITIC),
-    ("model/critic.py", "    _widen_score(causal_lm(model), exact)\n", "", CRITIC),
+    ("model/critic.py", "    classifier.score.register_forward_pre_hook(widen)\n", "", CRITIC),
     ("training/critic.py", "scale = vf_coef * self._ranks / max(count, 1.0)", "scale = vf_coef / max(count, 1.0)", CRITIC),
     ("training/critic.py", "scale = vf_coef * self._ranks", "scale = self._ranks", CRITIC),
     ("training/critic.py", "moments(returns_N - old_N)", "moments(returns_N - values_N)", CRITIC),

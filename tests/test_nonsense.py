@@ -328,7 +328,7 @@ def lora(**fields: Any) -> Any:
     each(
         (EVERY, lambda: "./nowhere", {}, "model = './nowhere': no such folder"),
         (EVERY, lambda: "", {}, "model = '': name a folder"),
-        (EVERY, lambda: torch.nn.Linear(2, 2), {}, "model = Linear: use a model of transformers"),
+        (EVERY, lambda: torch.nn.Linear(2, 2), {}, "model = Linear: use a transformers or peft model"),
         (EVERY, lambda: tiny.model(vocab_size=8), {}, "8 embeddings: processing_class belongs to another model"),
         ("sft dpo kto grpo", broken, {}, "its log-probabilities of a short row are not finite"),
         ("sft dpo kto grpo", frozen, {}, "all of its parameters are frozen"),
@@ -354,7 +354,7 @@ def lora(**fields: Any) -> Any:
             {"config": {"sync_ref_model": True}, "peft_config": lora(target_modules=["q_proj"])},
             "adapters switched off cannot move",
         ),
-        (EVERY, tiny.model, {"config": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "beside a model in memory"),
+        (EVERY, tiny.model, {"config": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "with a model in memory"),
     ),
 )
 def test_a_bad_model(
