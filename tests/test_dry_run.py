@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+import burnish
 import tiny
-from burnish import trainers
 from burnish.cli.dry_run import make_stage
 from burnish.cli.main import main
 from test_nonsense import EVERY, NAMES, build, chat, good, plain
@@ -124,7 +124,7 @@ PAIRS = [plain("dpo", i) for i in range(6)]
 )
 def test_rows_are_encoded_as_the_trainer_does(tmp_path: Path, stage: str, rows: Any, fields: Any) -> None:
     trainer = build(stage, tmp_path, rows, tiny.model(), config=fields)
-    config = getattr(trainers, f"{NAMES[stage]}Config")(**settings(tmp_path, **fields))
+    config = getattr(burnish, f"{NAMES[stage]}Config")(**settings(tmp_path, **fields))
     rubric = getattr(trainer.stage, "rubric", None)
     groups = make_stage(stage, config, trainer.processing_class, rubric).encode(rows, "train_dataset")
     assert list(trainer.train_dataset) == groups
