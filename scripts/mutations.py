@@ -147,7 +147,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/critic.py", "copy.deepcopy(policy, shared).unload()", "copy.deepcopy(policy).unload()", CRITIC),
     ("model/critic.py", "    if trained:\n", "    if False:\n", CRITIC),
     ("model/critic.py", "value = exact.pop(parameter, parameter.data)", "value = parameter.data", CRITIC),
-    ("model/critic.py", "    _widen_score(causal_lm(model), exact)\n", "", CRITIC),
+    ("model/critic.py", "    classifier.score.register_forward_pre_hook(widen)\n", "", CRITIC),
     ("training/critic.py", "scale = vf_coef * self._ranks / max(count, 1.0)", "scale = vf_coef / max(count, 1.0)", CRITIC),
     ("training/critic.py", "scale = vf_coef * self._ranks", "scale = self._ranks", CRITIC),
     ("training/critic.py", "moments(returns_N - old_N)", "moments(returns_N - values_N)", CRITIC),
@@ -240,7 +240,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # what a model writes is not run, and what a reward does is contained
     ("errors.py", "if isinstance(error, Exception):\n        return error\n    return kind(", "if True:\n        return error\n    return kind(", "test_rewards_calls.py"),
     ("rewards/calls.py", "            raise _Overdue\n", "            pass\n", "test_rewards_calls.py::test_a_function_over_its_time_is_interrupted_and_pinned_on_its_completion"),
-    ("rewards/pool.py", "env=kept | own | threads |", "env=dict(os.environ) | own | threads |", "test_rewards_isolation.py"),
+    ("rewards/pool.py", "env=kept | private | threads |", "env=dict(os.environ) | private | threads |", "test_rewards_isolation.py"),
     ("rewards/pool.py", "cast(\"dict[str, Any]\", reply).get(\"nonce\") == nonce", "True", "test_rewards_isolation.py::test_a_reply_cannot_be_forged_by_writing_to_descriptors"),
     ("rewards/pool.py", "_kill_marked(f\"{_MARK}={self._mark}\".encode())", "pass", "test_rewards_isolation.py"),
     ("rewards/guard.py", "return file.startswith(\"<\") and not file.startswith(\"<frozen \") and not _is_by_library()", "return False", "test_rewards_isolation.py"),

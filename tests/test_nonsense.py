@@ -202,7 +202,11 @@ def ranked(*completions: Any, **more: Any) -> list[dict[str, Any]]:
         ("sft", [{"text": [user("x")]}], "a list: use a string, or name the column messages"),
         ("dpo kto reward online_dpo grpo", [{"conversations": []}], "name conversations after what this stage needs"),
         (EVERY, {"prompt": ["a"], "completion": ["b"]}, "train_dataset holds columns ['completion', 'prompt']"),
-        (EVERY, DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])}), "is a set of splits ['train']: pass one"),
+        (
+            EVERY,
+            DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])}),
+            "is a dict of splits ['train']: pass one",
+        ),
         (EVERY, None, "train_dataset = None: pass rows"),
         ("sft", [{"text": ""}], "row 0: text is empty"),
         ("sft", [{"text": 3}], "row 0: text = 3"),
@@ -324,7 +328,7 @@ def lora(**fields: Any) -> Any:
     each(
         (EVERY, lambda: "./nowhere", {}, "model = './nowhere': no such folder"),
         (EVERY, lambda: "", {}, "model = '': name a folder"),
-        (EVERY, lambda: torch.nn.Linear(2, 2), {}, "model = Linear: use a model of transformers"),
+        (EVERY, lambda: torch.nn.Linear(2, 2), {}, "model = Linear: use a transformers or peft model"),
         (EVERY, lambda: tiny.model(vocab_size=8), {}, "8 embeddings: processing_class belongs to another model"),
         ("sft dpo kto grpo", broken, {}, "its log-probabilities of a short row are not finite"),
         ("sft dpo kto grpo", frozen, {}, "all of its parameters are frozen"),
@@ -350,7 +354,7 @@ def lora(**fields: Any) -> Any:
             {"config": {"sync_ref_model": True}, "peft_config": lora(target_modules=["q_proj"])},
             "adapters that are switched off cannot be synced",
         ),
-        (EVERY, tiny.model, {"config": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "beside a model in memory"),
+        (EVERY, tiny.model, {"config": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "with a model in memory"),
     ),
 )
 def test_a_bad_model(
@@ -415,7 +419,13 @@ def test_a_folder_that_holds_no_whole_model(tmp_path: Path, written: str, fragme
         ("dpo", [{"prompt": "1" * 30, "chosen": "a", "rejected": "b"}], {"max_length": 20}, "1 of 7 rows are skipp", 6),
         ("reward", [{"prompt": "1" * 30, "chosen": "a", "rejected": "b"}], {"max_length": 20}, "1 of 7 rows are lo", 6),
         ("grpo", [{"prompt": "1" * 30}], {"max_prompt_length": 20}, "1 of 7 rows are skipped", 6),
-        ("dpo", [{"prompt": "1+1=", "chosen": "aaaab", "rejected": "aaaac"}], {"max_length": 8}, "1 pairs are left", 6),
+        (
+            "dpo",
+            [{"prompt": "1+1=", "chosen": "aaaab", "rejected": "aaaac"}],
+            {"max_length": 8},
+            "1 pairs are dropped",
+            6,
+        ),
         ("sft", [{"prompt": "1+1=", "completion": ""}], {}, "1 completions are empty", 7),
         ("dpo", [{"prompt": "1+1=", "chosen": "2", "rejected": " "}], {}, "1 completions are empty", 7),
         ("kto", [{"prompt": "1+1=", "completion": "", "label": False}], {}, "1 completions are empty", 7),

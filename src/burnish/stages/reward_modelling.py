@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from burnish.data import EncodeStats, encode_rows, errors_of, finite_rows, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
-from burnish.model.classifier import group_places, load_reward_model, pack_reads, prepare_for_rewards, reward_scores
+from burnish.model.classifier import group_ranges, load_reward_model, pack_reads, prepare_for_rewards, reward_scores
 from burnish.model.scoring import causal_lm
 from burnish.objectives.reward_modelling import (
     bradley_terry,
@@ -178,7 +178,7 @@ class RewardStage(Stage):
 def comparisons(batch: PackedBatch) -> list[torch.Tensor]:
     """Return the score indices of each pair or list as [P, G] tensors, one for each G."""
     by_size: dict[int, list[list[int]]] = {}
-    for indices in group_places(batch):
+    for indices in group_ranges(batch):
         by_size.setdefault(len(indices), []).append(list(indices))
     return [torch.tensor(rows, device=batch.input_ids.device) for _, rows in sorted(by_size.items())]
 
