@@ -220,7 +220,7 @@ def test_model_as_a_table(run_file: Path):
 
 
 def test_eval_file_takes_no_training(run_file: Path):
-    with pytest.raises(ConfigError, match=r"\[training\] has no place in `burnish eval`"):
+    with pytest.raises(ConfigError, match=r"`burnish eval` does not use \[training\]; remove it"):
         load_run_file(run_file, [], "eval")
     run = load_run_file(run_file, ["--training=null"], "eval")
     assert run.training == {}
@@ -239,7 +239,7 @@ def test_eval_file_takes_no_training(run_file: Path):
         ("--training.reward_weights=[1, 1]", r"each \[\[rubric\]\] table has its own weight"),
         (
             "--training.model_init_kwargs={dtype = 'x'}",
-            r"\[training\] model_init_kwargs = .* a file has \[model_init\]",
+            r"\[training\] model_init_kwargs = .* a run file has the table \[model_init\]",
         ),
         ("--model=null", r"model is missing"),
         ("--model_init.dtyp=x", r"\[model_init\] dtyp = 'x': unknown field; did you mean dtype"),
@@ -272,7 +272,7 @@ def test_eval_file_takes_no_training(run_file: Path):
         ("--rubric.0.kind=exakt", r"kind = 'exakt': did you mean 'exact'"),
         ("--rubric.0.wieght=1", r"wieght = 1 is no option"),
         ("--evaluation.solved=long", r"\[evaluation\] solved = 'long': no such criterion; use one of exact, short"),
-        ("--evaluation.solved=null", r"\[evaluation\] solved is missing; name the criterion"),
+        ("--evaluation.solved=null", r"\[evaluation\] solved is missing; name the deciding criterion"),
         ("--evaluation.ks=[1, 16]", r"\[evaluation\] ks = \[1, 16\]: at most num_samples = 8"),
         ("--evaluation.ks=[]", r"\[evaluation\] ks = \[\]: use positive integers"),
         ("--evaluation.temperature=0", r"\[evaluation\] temperature = 0\.0: greedy samples are equal"),
@@ -299,7 +299,7 @@ def test_pipeline_file(pipeline_file: Path):
 
 def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
     assert load_pipeline_file(pipeline_file, ["--sft=null"]).stages.keys().isdisjoint({"sft"})
-    with pytest.raises(ConfigError, match=r"no stage; add the table of at least one of \[sft\], \[pairs\]"):
+    with pytest.raises(ConfigError, match=r"no stage; add at least one of \[sft\], \[pairs\]"):
         load_pipeline_file(pipeline_file, ["--sft=null", "--grpo=null"])
 
 
@@ -318,7 +318,7 @@ def test_pipeline_stages_are_optional_but_one(pipeline_file: Path):
         ("--grpo.beta=-1", r"\[grpo\] beta = -1: "),
         ("--grpo.output_dir=x", r"\[grpo\] output_dir = 'x': .* set output_dir at the top"),
         ("--sft.resume_from_checkpoint=true", r"\[sft\] resume_from_checkpoint = True: "),
-        ("--dpo={}", r"\[dpo\] without \[pairs\], which makes its rows"),
+        ("--dpo={}", r"\[dpo\] without \[pairs\], which samples its rows"),
         ("--pairs.output_dir=x", r"\[pairs\] output_dir = 'x': .* set output_dir at the top"),
         ("--pairs.num_samples=1", r"\[pairs\] num_samples = 1: a pair needs at least 2"),
         ("--report.title=x", r"\[report\] title = 'x': unknown field; known are max_transcripts, path"),

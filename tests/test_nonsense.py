@@ -624,7 +624,7 @@ RUBRIC = '[[rubric]]\nkind = "exact"\n'
         ("pairs", "[pairs]\ntemperature = nan\n", "[pairs] temperature = nan"),
         ("pairs", '[pairs]\nmax_completion_length = "x"\n', "expected int, got str"),
         ("pairs", "[pairs]\nnope = 1\n", "[pairs] nope = 1: unknown field"),
-        ("pairs", "[training]\nseed = 1\n", "[training] has no place in `burnish pairs`"),
+        ("pairs", "[training]\nseed = 1\n", "`burnish pairs` does not use [training]; remove it"),
         ("eval", "[evaluation]\nnum_samples = 0\n", "[evaluation] num_samples = 0: use at least 1"),
         ("eval", "[evaluation]\ntemperature = nan\n", "[evaluation] temperature = nan"),
     ],
