@@ -243,7 +243,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/pool.py", "env=kept | own | threads |", "env=dict(os.environ) | own | threads |", "test_rewards_isolation.py"),
     ("rewards/pool.py", "cast(\"dict[str, Any]\", reply).get(\"nonce\") == nonce", "True", "test_rewards_isolation.py::test_a_reply_cannot_be_forged_by_writing_to_descriptors"),
     ("rewards/pool.py", "_kill_marked(f\"{_MARK}={self._mark}\".encode())", "pass", "test_rewards_isolation.py"),
-    ("rewards/guard.py", "return isinstance(code, CodeType) and _is_from_text(code.co_filename) and not _is_by_library()", "return False", "test_rewards_isolation.py"),
+    ("rewards/guard.py", "return file.startswith(\"<\") and not file.startswith(\"<frozen \") and not _is_by_library()", "return False", "test_rewards_isolation.py"),
     # pairs, held-out losses and pipelines
     ("evaluation/pairs.py", "value != worst[\"criteria\"].get(name)", "value == worst[\"criteria\"].get(name)", "test_pairs.py"),
     ("evaluation/pairs.py", "right[problem].append(float(value > 0))", "right[problem].append(float(value >= 0))", "test_pairs.py"),

@@ -270,7 +270,7 @@ def test_eval_file_takes_no_training(run_file: Path):
         ("--data.train.pth=x", r"data\.train\.pth is unknown"),
         ("--rubric=null", r"rubric is missing; begin the file with `rubric = \[\{ kind = \"exact\" \}\]`"),
         ("--rubric.0.kind=exakt", r"kind = 'exakt': did you mean 'exact'"),
-        ("--rubric.0.wieght=1", r"wieght = 1 is no option"),
+        ("--rubric.0.wieght=1", r"wieght = 1 is not an option"),
         ("--evaluation.solved=long", r"\[evaluation\] solved = 'long': no such criterion; use one of exact, short"),
         ("--evaluation.solved=null", r"\[evaluation\] solved is missing; name the deciding criterion"),
         ("--evaluation.ks=[1, 16]", r"\[evaluation\] ks = \[1, 16\]: at most num_samples = 8"),

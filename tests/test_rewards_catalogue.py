@@ -84,7 +84,7 @@ def test_reasoning_is_not_the_answer() -> None:
     ends = ["###", "</think>"]
     assert reasoning_accuracy_reward(said(r"\boxed{3} ### \boxed{4}"), ["4"], reasoning_delimiters=ends) == [1.0]
     for bad in ([], "</think>", [""]):
-        with pytest.raises(ConfigError, match=r"reasoning_delimiters = .* use a list of texts"):
+        with pytest.raises(ConfigError, match=r"reasoning_delimiters = .* use a list of strings"):
             reasoning_accuracy_reward(said("x"), ["4"], reasoning_delimiters=bad)
 
 

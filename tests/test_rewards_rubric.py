@@ -357,7 +357,7 @@ def test_columns_of_two_criteria_with_one_name_stay_apart() -> None:
     ("log", "words"),
     [
         (lambda log_extra, **_: log_extra("x", [1]), r"log_extra\('x'\): 1 values for 2 completions"),
-        (lambda log_extra, **_: log_extra("x", "ab"), r"log_extra\('x', 'ab'\): pass a name, and a list"),
+        (lambda log_extra, **_: log_extra("x", "ab"), r"log_extra\('x', 'ab'\): pass a name and a list"),
         (lambda log_extra, **_: log_extra(1, [1, 2]), r"log_extra\(1, \[1, 2\]\): pass a name"),
         (lambda log_metric, **_: log_metric("x", "1"), r"log_metric\('x', '1'\): pass a name and a number"),
         (lambda log_metric, **_: log_metric(None, 1), r"log_metric\(None, 1\): pass a name and a number"),
@@ -374,5 +374,5 @@ def test_what_cannot_be_logged_is_named(log: Any, words: str) -> None:
 
 @pytest.mark.parametrize("name", ["log_extra", "log_metric"])
 def test_columns_named_as_the_loggers_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match=f"column '{name}', which is an argument of every reward function"):
+    with pytest.raises(DataError, match=f"column '{name}', which is reserved for an argument of reward functions"):
         Rubric.from_functions(length).score([group("a", **{name: "x"})])

@@ -35,24 +35,14 @@ if TYPE_CHECKING:
         get_quantization_config,
         init_zero_verbose,
     )
-    from burnish.trainers import (
-        DPOConfig,
-        DPOTrainer,
-        GRPOConfig,
-        GRPOTrainer,
-        KTOConfig,
-        KTOTrainer,
-        OnlineDPOConfig,
-        OnlineDPOTrainer,
-        PPOConfig,
-        PPOTrainer,
-        RewardConfig,
-        RewardTrainer,
-        RLOOConfig,
-        RLOOTrainer,
-        SFTConfig,
-        SFTTrainer,
-    )
+    from burnish.trainers.dpo import DPOConfig, DPOTrainer
+    from burnish.trainers.grpo import GRPOConfig, GRPOTrainer
+    from burnish.trainers.kto import KTOConfig, KTOTrainer
+    from burnish.trainers.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    from burnish.trainers.ppo import PPOConfig, PPOTrainer
+    from burnish.trainers.reward import RewardConfig, RewardTrainer
+    from burnish.trainers.rloo import RLOOConfig, RLOOTrainer
+    from burnish.trainers.sft import SFTConfig, SFTTrainer
     from burnish.types import Completion, Group, PackedBatch, Score, StopReason
 
 __all__ = [
@@ -151,7 +141,7 @@ def __getattr__(name: str) -> Any:
             raise MissingName(f"burnish has no {name}: {NO_IMPORTS[name]}.")
         if name not in TRAINER_NAMES:
             raise AttributeError(f"module 'burnish' has no attribute {name!r}")
-        home = "burnish.trainers"
+        home = f"burnish.trainers.{TRAINER_NAMES[name]}"
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

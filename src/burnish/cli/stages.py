@@ -14,7 +14,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import modeling_gguf_pytorch_utils
 
-from burnish import trainers
+import burnish
 from burnish.cli.dry_run import dry_run
 from burnish.config.sections import EvaluationSection, PairsSection
 from burnish.config.stages import STAGES
@@ -74,7 +74,7 @@ def train(
         The trainer; None after a look.
     """
     stage = STAGES[kind]
-    config_class, trainer_class = (getattr(trainers, f"{stage.name}{ending}") for ending in ("Config", "Trainer"))
+    config_class, trainer_class = (getattr(burnish, f"{stage.name}{ending}") for ending in ("Config", "Trainer"))
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
     if only_look:
         dry_run(kind, config, model, rows, rubric=rubric if stage.online else None, eval_rows=eval_rows)

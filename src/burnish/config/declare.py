@@ -15,9 +15,9 @@ from burnish.config.paths import folder_problem, path_problem
 
 __all__ = [
     "CORRECTIONS", "CRITIC", "DATA", "ENTROPY", "GROUPS", "LOGGING", "LOSS", "MODEL", "REFERENCE", "REWARDS",
-    "SAMPLING", "TABLE", "TRAINING", "AtLeastTwo", "BelowOne", "Count", "FieldInfo", "Folder", "Fraction", "Group",
-    "Meets", "Natural", "NonNegative", "Place", "Positive", "ResumeClass", "Seed", "Share", "Text", "Weights",
-    "declared", "describe", "one_of", "own", "union_members",
+    "SAMPLING", "STAGES", "TABLE", "TRAINING", "AtLeastTwo", "BelowOne", "Count", "FieldInfo", "Folder", "Fraction",
+    "Group", "Kind", "Meets", "Natural", "NonNegative", "Place", "Positive", "ResumeClass", "Seed", "Share", "Stage",
+    "Text", "Weights", "declared", "describe", "one_of", "own", "stage", "union_members",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -179,3 +179,58 @@ def describe(hint: Any) -> str:
     if args:
         return f"{origin.__name__}[{', '.join(map(describe, args))}]"
     return "None" if hint in (None, type(None)) else getattr(hint, "__name__", str(hint))
+
+
+Kind: TypeAlias = str
+"""A key of `STAGES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage that trains.
+
+    Attributes:
+        fields: its own configuration fields.
+        name: what its classes are called: `{name}Config` and `{name}Trainer` in `burnish.trainers.{kind}`.
+        title: on the page about a run.
+        summary: for the command line.
+        method: for the card of a model.
+        paper: arXiv number of the method, or nothing.
+        rows: what it learns from in a pipeline: demonstrations, sampled pairs, or prompts to sample from.
+    """
+
+    fields: type[Any]
+    name: str
+    title: str
+    summary: str
+    method: str
+    paper: str
+    rows: Literal["demonstrations", "pairs", "prompts"]
+
+    @property
+    def online(self) -> bool:
+        """Whether it learns from completions of its own, which a rubric scores."""
+        return self.fields.samples
+
+
+STAGES: dict[Kind, Stage] = {}
+"""Every stage that trains, in the order in which their fields are declared, which is that of a pipeline."""
+
+
+def stage(
+    name: str,
+    *,
+    summary: str,
+    method: str,
+    rows: Literal["demonstrations", "pairs", "prompts"],
+    title: str | None = None,
+    paper: str = "",
+) -> Callable[[type[T]], type[T]]:
+    """Enter the fields that follow into the table of stages; see `Stage` for the arguments."""
+
+    def enter(own: type[T]) -> type[T]:
+        kind: Kind = own.kind  # pyright: ignore[reportAttributeAccessIssue]
+        STAGES[kind] = Stage(own, name, title or name, summary, method, paper, rows)
+        return own
+
+    return enter

@@ -34,6 +34,7 @@ from burnish.config.declare import (
     Weights,
     one_of,
     own,
+    stage,
 )
 from burnish.config.sources import Names
 
@@ -170,6 +171,12 @@ class CommonFields:
         check_config(self)
 
 
+@stage(
+    "SFT",
+    summary="fine-tune on conversations, prompts with completions, or text",
+    method="supervised fine-tuning",
+    rows="demonstrations",
+)
 @dataclass
 class SFTFields(CommonFields):
     """Own fields of supervised fine-tuning."""
@@ -212,6 +219,13 @@ class SFTFields(CommonFields):
             )
 
 
+@stage(
+    "Reward",
+    title="Reward model",
+    summary="train a reward model on comparisons",
+    method="reward modelling",
+    rows="pairs",
+)
 @dataclass
 class RewardFields(CommonFields):
     """Own fields of reward modelling."""
@@ -293,6 +307,13 @@ def _not_zero(value: float) -> str | None:
     return None if value else "use a number other than 0; at 0 it is simpo"
 
 
+@stage(
+    "DPO",
+    summary="train on preference pairs: DPO and its family",
+    method="direct preference optimisation",
+    paper="2305.18290",
+    rows="pairs",
+)
 @dataclass
 class DPOFields(ReferenceFields):
     """Own fields of DPO and its family."""
@@ -348,6 +369,13 @@ class DPOFields(ReferenceFields):
         yield from super().contradictions()
 
 
+@stage(
+    "KTO",
+    summary="train on completions labelled good or bad",
+    method="Kahneman-Tversky optimisation",
+    paper="2402.01306",
+    rows="pairs",
+)
 @dataclass
 class KTOFields(ReferenceFields):
     """Own fields of KTO."""

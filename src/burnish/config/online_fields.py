@@ -31,6 +31,7 @@ from burnish.config.declare import (
     Text,
     Weights,
     own,
+    stage,
 )
 from burnish.config.fields import CHAT_TEMPLATE_HELP, PREFERENCE_LOSS_NAMES, SMOOTHED_EXO, CommonFields
 
@@ -212,6 +213,14 @@ def _uncoupled(value: str) -> str | None:
     return None if value in names else f"use one of {', '.join(names)}"
 
 
+@stage(
+    "OnlineDPO",
+    title="Online DPO",
+    summary="train on preferences between the model's own samples, judged by rewards",
+    method="online direct preference optimisation",
+    paper="2402.04792",
+    rows="prompts",
+)
 @dataclass
 class OnlineDPOFields(OnlineFields):
     """Own fields of online DPO."""

@@ -27,6 +27,7 @@ from burnish.config.declare import (
     Share,
     one_of,
     own,
+    stage,
 )
 from burnish.config.online_fields import OnlineFields
 
@@ -229,6 +230,13 @@ class PolicyFields(OnlineFields):
             yield f"sampling_correction_min = {low!r}: not below sampling_correction_max = {high!r}; use a smaller one."
 
 
+@stage(
+    "GRPO",
+    summary="train on rewards: sample groups of completions, score them, follow the better ones",
+    method="group relative policy optimisation",
+    paper="2402.03300",
+    rows="prompts",
+)
 @dataclass
 class GRPOFields(PolicyFields):
     """Own fields of GRPO and its family."""
@@ -289,6 +297,13 @@ class GRPOFields(PolicyFields):
         yield from super().contradictions()
 
 
+@stage(
+    "RLOO",
+    summary="the same with the mean of the other samples as baseline",
+    method="REINFORCE leave-one-out",
+    paper="2402.14740",
+    rows="prompts",
+)
 @dataclass
 class RLOOFields(GRPOFields):
     """Own fields of RLOO: GRPO's with other defaults."""
@@ -314,6 +329,13 @@ class RLOOFields(GRPOFields):
         yield from super().contradictions()
 
 
+@stage(
+    "PPO",
+    summary="the same with a critic that says how good each token was",
+    method="proximal policy optimisation",
+    paper="1707.06347",
+    rows="prompts",
+)
 @dataclass
 class PPOFields(PolicyFields):
     """Own fields of PPO. Names of TRL's PPOConfig that differ are understood: see ALIASES."""

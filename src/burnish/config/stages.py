@@ -1,16 +1,12 @@
-"""The table of stages: what trains, in the order in which a pipeline runs it, and where each is declared."""
+"""The table of stages, in the order in which a pipeline runs them, and what follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal, TypeAlias
 
-from burnish.config.declare import FieldInfo, ResumeClass, declared
-from burnish.config.fields import CommonFields, DPOFields, KTOFields, RewardFields, SFTFields
-from burnish.config.online_fields import OnlineDPOFields
-from burnish.config.policy_fields import GRPOFields, PPOFields, RLOOFields
+from burnish.config import fields, online_fields, policy_fields
+from burnish.config.declare import STAGES, FieldInfo, Kind, ResumeClass, Stage, declared
 from burnish.config.sources import training_argument_fields
 from burnish.config.training_arguments import TRAINING_ARGUMENTS
 
@@ -19,78 +15,8 @@ __all__ = [
     "met_fields", "refused_fields", "resume_class", "stages_with",
 ]  # fmt: skip
 
-Kind: TypeAlias = str
-"""A key of `STAGES`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage that trains.
-
-    Attributes:
-        fields: its own configuration fields.
-        name: what its classes are called: `{name}Config` and `{name}Trainer` in burnish.trainers.
-        title: on the page about a run.
-        summary: for the command line.
-        method: for the card of a model.
-        paper: arXiv number of the method, or nothing.
-        rows: what it learns from in a pipeline: demonstrations, sampled pairs, or prompts to sample from.
-    """
-
-    fields: type[CommonFields]
-    name: str
-    title: str
-    summary: str
-    method: str
-    paper: str
-    rows: Literal["demonstrations", "pairs", "prompts"]
-
-    @property
-    def online(self) -> bool:
-        """Whether it learns from completions of its own, which a rubric scores."""
-        return self.fields.samples
-
-
-STAGES: dict[Kind, Stage] = {
-    stage.fields.kind: stage
-    for stage in (
-        Stage(
-            SFTFields, "SFT", "SFT", "fine-tune on conversations, prompts with completions, or text",
-            "supervised fine-tuning", "", "demonstrations",
-        ),
-        Stage(
-            RewardFields, "Reward", "Reward model", "train a reward model on comparisons",
-            "reward modelling", "", "pairs",
-        ),
-        Stage(
-            DPOFields, "DPO", "DPO", "train on preference pairs: DPO and its family",
-            "direct preference optimisation", "2305.18290", "pairs",
-        ),
-        Stage(
-            KTOFields, "KTO", "KTO", "train on completions labelled good or bad",
-            "Kahneman-Tversky optimisation", "2402.01306", "pairs",
-        ),
-        Stage(
-            OnlineDPOFields, "OnlineDPO", "Online DPO",
-            "train on preferences between the model's own samples, judged by rewards",
-            "online direct preference optimisation", "2402.04792", "prompts",
-        ),
-        Stage(
-            GRPOFields, "GRPO", "GRPO",
-            "train on rewards: sample groups of completions, score them, follow the better ones",
-            "group relative policy optimisation", "2402.03300", "prompts",
-        ),
-        Stage(
-            RLOOFields, "RLOO", "RLOO", "the same with the mean of the other samples as baseline",
-            "REINFORCE leave-one-out", "2402.14740", "prompts",
-        ),
-        Stage(
-            PPOFields, "PPO", "PPO", "the same with a critic that says how good each token was",
-            "proximal policy optimisation", "1707.06347", "prompts",
-        ),
-    )
-}  # fmt: skip
-"""Every stage that trains, in the order in which a pipeline runs them."""
+_DECLARED_IN = (fields, online_fields, policy_fields)
+"""Importing these modules fills the table."""
 
 ONLINE = tuple(kind for kind, stage in STAGES.items() if stage.online)
 FROM_PAIRS = tuple(kind for kind, stage in STAGES.items() if stage.rows == "pairs")
@@ -98,8 +24,8 @@ FROM_PAIRS = tuple(kind for kind, stage in STAGES.items() if stage.rows == "pair
 PIPELINE_STAGES = tuple(name for kind in STAGES for name in (("pairs", kind) if kind == FROM_PAIRS[0] else (kind,)))
 """What a pipeline does, in this order: pairs are sampled before the stages that learn from them."""
 
-TRAINER_NAMES = tuple(f"{stage.name}{ending}" for stage in STAGES.values() for ending in ("Config", "Trainer"))
-"""What burnish.trainers exports."""
+TRAINER_NAMES = {f"{stage.name}{end}": kind for kind, stage in STAGES.items() for end in ("Config", "Trainer")}
+"""Public classes of the trainers -> the module of `burnish.trainers` that holds them."""
 
 
 @cache

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from burnish.config.paths import is_file, is_folder
+from burnish.config.stages import STAGES
 from burnish.errors import DataError, FileError, show
 from burnish.runs.evaluations import Comparison, EvaluationSummary, Interval
 from burnish.runs.files import read_json, read_lines
@@ -21,7 +22,7 @@ from burnish.runs.status import STATUS, Status, read_status
 
 __all__ = ["MetricRow", "Run", "Transcript", "finite", "read_run"]
 
-_OFFLINE = {"sft", "reward", "dpo", "kto"}
+_OFFLINE = {kind for kind, stage in STAGES.items() if not stage.online}
 """Stages that sample nothing, so that a run of them alone has no transcripts to miss."""
 
 

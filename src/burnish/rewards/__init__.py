@@ -1,4 +1,4 @@
-"""Rewards: named, weighted criteria and the verifiers that grade completions. Importing this loads no torch.
+"""Rewards: weighted criteria and the verifiers that grade completions. Importing this does not load torch.
 
 `RewardModel` needs torch, so it lives in `burnish.model.reward_model` and loads on first use.
 """

@@ -1,4 +1,4 @@
-"""Finding the answer in a completion, and reading a number as an exact fraction."""
+"""Extraction of answers from completions, and parsing of numbers as exact fractions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = [
 ]
 
 UNREADABLE_GOLD = "cannot be read as mathematics"
-"""How the message ends where a gold answer is no mathematics."""
+"""End of the error message for a gold answer that math-verify cannot parse."""
 
 SOURCES = ("tag", "boxed", "last_number", "text")
-"""Where an answer may be read from, see :func:`extract_answer`."""
+"""Sources of an answer, see :func:`extract_answer`."""
 
 _MINUS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{SMALL HYPHEN-MINUS}": "-", "\N{FULLWIDTH HYPHEN-MINUS}": "-"})
 _SPACES = str.maketrans({"\N{NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " "})
@@ -48,7 +48,7 @@ _MAX_NUMBER_CHARACTERS = 200
 
 
 def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = ("tag",)) -> str | None:
-    r"""The answer that a completion gives, from the first of `sources` that yields one.
+    r"""Extract the answer of a completion from the first of `sources` that yields one.
 
     Args:
         text: the completion.
@@ -60,7 +60,7 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
             "text": the whole text.
 
     Returns:
-        The answer without surrounding white space, or None where no source yields a non-empty one.
+        The answer without surrounding white space, or None if no source yields a non-empty one.
 
     Raises:
         ConfigError: an unknown source.
@@ -69,7 +69,8 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
         if source == "tag":
             found = _last_tag(text, tag)
         elif source == "boxed":
-            found = _last_boxed(text)
+            boxes = _boxes(text)
+            found = text[slice(*boxes[-1])] if boxes else None
         elif source == "last_number":
             numbers = _LAST_NUMBER.findall(text.translate(_MINUS))
             found = numbers[-1] if numbers else None
@@ -83,14 +84,14 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
 
 
 def render_answer(answer: str, *, tag: str, sources: Sequence[str]) -> str:
-    """A completion from which :func:`extract_answer`, with the same options, reads `answer`."""
+    """Write a completion from which :func:`extract_answer`, with the same options, extracts `answer`."""
     if sources[0] == "tag":
         return f"<{tag}>{answer}</{tag}>"
     return rf"\boxed{{{answer}}}" if sources[0] == "boxed" else answer
 
 
 def answer_text(value: object) -> str:
-    """A gold answer as text: strings as they are, numbers in their shortest form."""
+    """Convert a gold answer to text; integral floats lose their fraction."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
@@ -108,22 +109,17 @@ def _last_tag(text: str, tag: str) -> str | None:
 
 
 def boxed_answers(text: str) -> list[str]:
-    r"""The contents of every `\boxed{...}` with balanced braces, without white space around them, as they begin.
+    r"""Return the stripped contents of every `\boxed{...}` with balanced braces, in order of their start.
 
-    Of boxes inside each other the innermost count; empty ones do not.
+    Of nested boxes only the innermost counts; empty ones are ignored.
     """
     boxes = _boxes(text)
     inner = [span for i, span in enumerate(boxes) if i + 1 == len(boxes) or boxes[i + 1][0] > span[1]]
     return [content for span in inner if (content := text[slice(*span)].strip())]
 
 
-def _last_boxed(text: str) -> str | None:
-    boxes = _boxes(text)
-    return text[slice(*boxes[-1])] if boxes else None
-
-
 def _boxes(text: str) -> list[tuple[int, int]]:
-    # One pass: models repeat an unclosed `\boxed{` thousands of times.
+    # One linear pass, since models may repeat an unclosed `\boxed{` thousands of times.
     open_braces: list[int | None] = []
     found: list[tuple[int, int]] = []
     for match in re.finditer(r"\\boxed\s*\{|[{}]", text):
@@ -135,16 +131,15 @@ def _boxes(text: str) -> list[tuple[int, int]]:
 
 
 def parse_number(text: str, *, units: bool = True) -> Fraction | None:
-    r"""Read one number exactly; None where the text is not one number.
+    r"""Parse one number exactly; None if the text is not one number.
 
-    Understood: signs (also U+2212), thousands separators (1,234 or 1 234), decimals, fractions (3/4, 1 1/2,
-    `\frac{3}{4}`, `\frac34`, `1\frac{1}{2}`),
-    powers of ten (1e3, 2 x 10^3, `10^{-3}`), `$...$` and `\boxed{...}` around it, a currency sign before it and a unit
-    after it. Units are dropped, not converted: "50%" reads as 50 and "5 cm" as 5.
+    Supported: signs (also U+2212), thousands separators (1,234 or 1 234), decimals, fractions (3/4, 1 1/2,
+    `\frac{3}{4}`, `\frac34`, `1\frac{1}{2}`), powers of ten (1e3, 2 x 10^3, `10^{-3}`), `$...$` or `\boxed{...}`
+    around it, a currency sign before it and a unit after it. Units are dropped, not converted: "50%" is 50.
 
     Args:
         text: at most 200 characters; anything longer is not a number.
-        units: whether a unit may follow; where not, "5 cm" (and "5 pi") is not a number.
+        units: allow a unit; if False, "5 cm" (and "5 pi") is not a number.
 
     Returns:
         The exact value, or None.

@@ -1,4 +1,4 @@
-"""Calls of reward functions, plain and async: timed, watched, and unable to end the process or to hang in silence."""
+"""Calls of plain and async reward functions, with time limits, progress messages and contained failures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["Call", "CallTimeout"]
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS = 60.0
-"""When a call that still runs is first mentioned; then again at each doubling."""
+"""Seconds after which a running call is first reported; then again at each doubling."""
 
 _TICK_SECONDS = 1.0
 _GRACE_SECONDS = 2.0
-"""How long a coroutine may take to be cancelled; one that takes longer blocks the event loop."""
+"""Seconds for a coroutine to be cancelled; one that takes longer blocks the event loop."""
 
 
 class CallTimeout(RewardError, TimeoutError):
@@ -36,22 +36,22 @@ class CallTimeout(RewardError, TimeoutError):
 
 
 class _Overdue(BaseException):
-    """Raised inside a function at its deadline; no `except Exception` of its own takes it for a failure of the task."""
+    """Deadline of a function, raised inside it; a BaseException, so that its `except Exception` does not catch it."""
 
 
 @dataclass(slots=True)
 class Call:
     """One call of a criterion's function.
 
-    A plain function runs here, in the caller's thread. In the main thread its deadline is an alarm of the operating
-    system, which interrupts Python code, regular expressions and waiting alike; not what a C library computes, nor
-    functions that set alarms of their own. Elsewhere it runs in a thread that is left behind at the deadline, since no
-    thread can be stopped. A coroutine is cancelled.
+    A plain function runs in the caller's thread. In the main thread a SIGALRM timer interrupts it at the deadline, in
+    Python code, regular expressions and waits, but not inside a C library, nor if the function sets alarms itself.
+    Outside the main thread a function with a limit runs in another thread, which is abandoned at the deadline, since
+    threads cannot be stopped. A coroutine is cancelled.
 
     Attributes:
-        name: of the criterion.
-        size: completions of the call.
-        timeout_seconds: most seconds it may take; None for no limit.
+        name: name of the criterion.
+        size: number of completions in the call.
+        timeout_seconds: time limit; None for no limit.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Call:
         """Call a plain function, or start a coroutine and return.
 
         Raises:
-            KeyboardInterrupt: it was interrupted; nothing else.
+            KeyboardInterrupt: it was interrupted; other errors are raised by `result`.
         """
         self._started = time.monotonic()
         self._future = future = Future()
@@ -80,11 +80,11 @@ class Call:
             future.set_exception(self._failure(error))
 
     def result(self) -> Any:
-        """What the function returned; waits for a coroutine.
+        """Return the function's result; waits for a coroutine.
 
         Raises:
-            CallTimeout: it took too long.
-            Exception: what it raised; what would have ended the process (`sys.exit`) as a `RewardError`.
+            CallTimeout: the call exceeded its limit.
+            Exception: raised by the function; `sys.exit` and the like become a `RewardError`.
         """
         future = self._future
         assert future is not None
@@ -94,12 +94,12 @@ class Call:
         except TimeoutError as error:
             if future.done():
                 raise
-            _loop.cache_clear()  # the next coroutines get a loop that is not blocked
+            _loop.cache_clear()  # later coroutines get a new loop
             raise self._late(", and blocks the event loop: await what takes time") from error
 
     @property
     def timed_out(self) -> bool:
-        """Whether the call has ended at its deadline."""
+        """True if the call was ended at its deadline."""
         future = self._future
         return future is not None and future.done() and isinstance(future.exception(), CallTimeout)
 
@@ -114,7 +114,7 @@ class Call:
             if rings or limit is None:
                 result = function(**arguments)
                 if rings and limit is not None and not signal.getitimer(signal.ITIMER_REAL)[0]:
-                    _say_that_alarms_clash(self.name, limit)
+                    _warn_of_alarms(self.name, limit)
                 return result
             future: Future[Any] = Future()
             thread = threading.Thread(target=_fill, args=(future, function, arguments), name=self.name, daemon=True)
@@ -129,7 +129,7 @@ class Call:
     def _tick(self) -> None:
         if self.timeout_seconds is not None and time.monotonic() - self._started >= self.timeout_seconds:
             raise _Overdue
-        time.sleep(0.01)  # lets the watching thread speak while the function keeps the interpreter to itself
+        time.sleep(0.01)  # releases the GIL, so that the watching thread can print
 
     async def _into(self, future: Future[Any], awaitable: Awaitable[Any]) -> None:
         limit = asyncio.timeout(self.timeout_seconds)
@@ -146,14 +146,24 @@ class Call:
     def _failure(self, error: BaseException) -> Exception:
         if isinstance(error, _Overdue):
             return self._late()
-        return _without_signals(error) if _lacks_signals(error) else contained(error, RewardError)
+        cause: BaseException | None = error
+        for _ in range(10):  # other exceptions may wrap that of signal.signal
+            if isinstance(cause, ValueError) and "only works in main thread" in str(cause):
+                return RewardError(
+                    f"{' '.join(str(error).split())[:200]}. It sets a time limit by a signal (signal.alarm), but runs "
+                    "outside the main thread, as coroutines and runs started in another thread do: remove that limit "
+                    "(of math_verify: parsing_timeout=None, timeout_seconds=None) and set the criterion's "
+                    "timeout_seconds"
+                ).with_traceback(error.__traceback__)
+            cause = None if cause is None else cause.__cause__ or cause.__context__
+        return contained(error, RewardError)
 
     def _late(self, more: str = "") -> CallTimeout:
         return CallTimeout(f"it took longer than timeout_seconds = {self.timeout_seconds:g}{more}")
 
     @contextmanager
     def _watched(self) -> Generator[None]:
-        """Say now and then that the call still runs."""
+        """Print at growing intervals that the call is still running."""
         done = threading.Event()
 
         def watch() -> None:
@@ -172,29 +182,12 @@ class Call:
             done.set()
 
 
-def _lacks_signals(error: BaseException | None) -> bool:
-    """Whether a function failed because it sets a signal handler outside the main thread; others may wrap that."""
-    for _ in range(10):
-        if isinstance(error, ValueError) and "only works in main thread" in str(error):
-            return True
-        error = None if error is None else error.__cause__ or error.__context__
-    return False
-
-
-def _without_signals(error: BaseException) -> RewardError:
-    return RewardError(
-        f"{' '.join(str(error).split())[:200]}. It sets a time limit by a signal (signal.alarm), and runs outside the "
-        "main thread, as coroutines and everything in a run that was not started in the main thread do: remove that "
-        "limit (of math_verify: parsing_timeout=None, timeout_seconds=None) and set the criterion's timeout_seconds"
-    ).with_traceback(error.__traceback__)
-
-
 @functools.cache
-def _say_that_alarms_clash(name: str, limit: float) -> None:
-    """Warn, once, of a limit that does not hold."""
+def _warn_of_alarms(name: str, limit: float) -> None:
+    """Warn once that a function's own alarms disable its time limit."""
     logger.warning(
-        "criterion %r sets alarms of its own (signal.alarm, as math_verify does), which switch its timeout_seconds = "
-        "%g off: remove one of them (of math_verify: parsing_timeout=None, timeout_seconds=None).",
+        "criterion %r sets alarms itself (signal.alarm, as math_verify does), which disable its timeout_seconds = %g: "
+        "remove one of them (of math_verify: parsing_timeout=None, timeout_seconds=None).",
         name,
         limit,
     )
@@ -209,10 +202,10 @@ def _fill(future: Future[Any], function: Callable[..., Any], arguments: Mapping[
 
 @contextmanager
 def _alarm(seconds: float, tick: Callable[[], None]) -> Generator[bool]:
-    """Call `tick` in the main thread after so many seconds and every second from then on.
+    """Call `tick` in the main thread after `seconds` and then every second.
 
     Yields:
-        Whether it can: not outside the main thread, nor where somebody else uses the alarm.
+        False outside the main thread and where other code uses the alarm, so that `tick` is never called.
     """
     free = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
     if not free or signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL or signal.getitimer(signal.ITIMER_REAL)[0]:
@@ -225,14 +218,14 @@ def _alarm(seconds: float, tick: Callable[[], None]) -> Generator[bool]:
             yield True
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # once more, since it may have rung just before the line above
+    finally:  # once more, since the alarm may have interrupted the line above
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 @functools.cache
 def _loop(pid: int) -> asyncio.AbstractEventLoop:
-    """One event loop for the life of a process (a fork has no thread to run it): clients stay bound to it."""
+    """Return the event loop of this process, to which clients stay bound; after a fork its thread is gone."""
     assert pid == os.getpid()
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="burnish-async-rewards", daemon=True).start()

@@ -1,7 +1,7 @@
 """Reward functions with the names and signatures of `trl.rewards`, built on the verifiers.
 
-A completion is a string, or a list of messages whose last one counts. A value of None means that the reward does not
-apply; an exception in the list, that this completion cannot be judged, and why: both are known to every trainer here.
+A completion is a string, or a list of messages of which the last one is graded. None means that the reward does not
+apply to a completion, an exception that it could not be graded; all trainers accept both.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ LogExtra: TypeAlias = Callable[[str, list[Any]], None]
 def accuracy_reward(
     completions: Sequence[Any], solution: Sequence[Any], log_extra: LogExtra | None = None, **kwargs: Any
 ) -> Values:
-    r"""1 where what a completion puts into `\boxed{...}` equals the solution as mathematics, else 0.
+    r"""Reward 1 if the content of `\boxed{...}` equals the solution mathematically, else 0.
 
-    Several boxes with different contents are one answer, the set of them, so naming many numbers does not pay. A
-    solution that cannot be read as mathematics yields None.
+    Several boxes with different contents form one answer, their set, so guessing many numbers does not pay. A solution
+    that cannot be parsed yields None.
 
     Args:
         completions: texts or conversations.
@@ -62,7 +62,7 @@ def reasoning_accuracy_reward(
     log_extra: LogExtra | None = None,
     **kwargs: Any,
 ) -> Values:
-    """As `accuracy_reward`, of the text after the last delimiter; reasoning without an end scores 0.
+    """Apply `accuracy_reward` to the text after the last delimiter; unfinished reasoning scores 0.
 
     Args:
         completions: texts or conversations.
@@ -80,17 +80,19 @@ def reasoning_accuracy_reward(
     """
     delimiters = ["</think>"] if reasoning_delimiters is None else list(reasoning_delimiters)
     if not delimiters or isinstance(reasoning_delimiters, str) or not all(delimiters):
-        raise ConfigError(f"reasoning_delimiters = {reasoning_delimiters!r}: use a list of texts, as ['</think>'].")
+        raise ConfigError(
+            f"reasoning_delimiters = {reasoning_delimiters!r}: use a list of strings, such as ['</think>']."
+        )
     texts = [completion_text(completion) for completion in completions]
     ends = [max(text.rfind(mark) + len(mark) if mark in text else -1 for mark in delimiters) for text in texts]
-    # An empty answer in place of reasoning without an end: a solution that cannot be read yields None there too.
+    # Unfinished reasoning is graded as an empty answer, so that a solution that cannot be parsed still yields None.
     values, answers = _graded([text[end:] if end >= 0 else "" for text, end in zip(texts, ends, strict=True)], solution)
     _log(log_extra, solution=solution, answer=answers)
     return values
 
 
 def think_format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float]:
-    """1 where a completion begins with `<think>`, names it once, and closes it with `</think>`, else 0.
+    """Reward 1 if a completion begins with `<think>`, contains it once, and closes it with `</think>`, else 0.
 
     Args:
         completions: texts or conversations.
@@ -101,17 +103,17 @@ def think_format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float
 
 
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
-    """The penalty of long completions of DAPO, equation 13 (2503.14476); see `burnish.rewards.soft_overlong`.
+    """Create DAPO's penalty of long completions, equation 13 (2503.14476); see `burnish.rewards.soft_overlong`.
 
     Args:
-        max_completion_len: tokens at which the value reaches -1.
+        max_completion_len: tokens at which the penalty reaches -1.
         soft_punish_cache: tokens before that over which it falls from 0; 0 for a step right after the maximum.
 
     Raises:
-        ConfigError: a bad length.
+        ConfigError: an invalid length.
     """
     if soft_punish_cache == 0:
-        # A ramp of one token, that starts at the maximum.
+        # A ramp of one token that starts at the maximum.
         soft = soft_overlong(max_completion_length=max_completion_len + 1, cache=1)
     else:
         soft = soft_overlong(max_completion_length=max_completion_len, cache=soft_punish_cache)
@@ -123,14 +125,14 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFunction:
-    """A penalty of repeated n-grams of tokens: max_penalty * (1 - distinct / all); appendix C.2 of 2502.03373.
+    """Create a penalty of repeated token n-grams: max_penalty * (1 - distinct / all); appendix C.2 of 2502.03373.
 
     Args:
         ngram_size: n, at least 1; a completion of fewer tokens scores 0.
         max_penalty: at most 0.
 
     Raises:
-        ConfigError: a bad size or penalty.
+        ConfigError: an invalid size or penalty.
     """
     if ngram_size < 1:
         raise ConfigError(f"ngram_size = {ngram_size!r}: use at least 1 token.")
@@ -138,7 +140,10 @@ def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0
         raise ConfigError(f"max_penalty = {max_penalty!r}: use a number of at most 0, such as -1.")
 
     def repetition_penalty_reward(completion_ids: Sequence[Sequence[int]], **kwargs: Any) -> list[float]:
-        return [max_penalty * _repeated_share(ids, ngram_size) for ids in completion_ids]
+        all_ngrams = [
+            [tuple(ids[i : i + ngram_size]) for i in range(len(ids) - ngram_size + 1)] for ids in completion_ids
+        ]
+        return [max_penalty * (1 - len(set(found)) / len(found)) if found else 0.0 for found in all_ngrams]
 
     return repetition_penalty_reward
 
@@ -150,20 +155,19 @@ def get_cosine_scaled_reward(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
 ) -> RewardFunction:
-    """`accuracy_reward` scaled by length L: low + (high - low) (1 + cos(pi L / max_len)) / 2; C.1 of 2502.03373.
+    """Scale `accuracy_reward` by length L: low + (high - low) (1 + cos(pi L / max_len)) / 2; C.1 of 2502.03373.
 
-    A right answer earns most, and a wrong one loses most, where it is short. Beyond `max_len` the value stays what it
-    is at `max_len`.
+    Short right answers earn most, and short wrong ones lose most. Beyond `max_len` the value is constant.
 
     Args:
         max_len: tokens at which the cosine ends.
-        min_value_wrong: of a wrong completion of length 0.
-        max_value_wrong: of a wrong completion of length `max_len`.
-        min_value_correct: of a right completion of length `max_len`.
-        max_value_correct: of a right completion of length 0.
+        min_value_wrong: reward of a wrong completion of length 0.
+        max_value_wrong: reward of a wrong completion of length `max_len`.
+        min_value_correct: reward of a right completion of length `max_len`.
+        max_value_correct: reward of a right completion of length 0.
 
     Raises:
-        ConfigError: a bad length.
+        ConfigError: an invalid length.
     """
     if max_len < 1:
         raise ConfigError(f"max_len = {max_len!r}: use at least 1 token.")
@@ -189,12 +193,14 @@ def _verifier() -> AnswerVerifier:
 
 
 def _graded(texts: Sequence[str], solution: Sequence[Any]) -> tuple[Values, list[str]]:
-    """Grade what each text puts into boxes; also returns that."""
+    """Grade the boxed answer of each text; returns the values and the answers."""
     if len(texts) != len(solution):
         raise RewardError(f"solution has {len(solution)} entries for {len(texts)} completions: give one each.")
-    answers = [_boxed(text) for text in texts]
+    # Boxes with one content are that answer; where they differ, math-verify reads all of them as a set.
+    contents = [list(dict.fromkeys(boxed_answers(text))) for text in texts]
+    answers = [found[0] if len(found) == 1 else " ".join(rf"\boxed{{{one}}}" for one in found) for found in contents]
     golds = [None if isinstance(gold, str) and not gold.strip() else gold for gold in solution]
-    # Whether a gold answer can be read must not depend on the completion: an empty box makes the verifier read it.
+    # An empty box makes the verifier parse the gold answer even where the completion gives no answer.
     shown = [
         answer or ("" if parse_number(str(gold)) is not None else r"\boxed{}")
         for answer, gold in zip(answers, golds, strict=True)
@@ -210,14 +216,3 @@ def _log(log_extra: LogExtra | None, **columns: Sequence[Any]) -> None:
     if log_extra is not None:
         for name, values in columns.items():
             log_extra(name, list(values))
-
-
-def _boxed(text: str) -> str:
-    """The one content of all boxes, or the boxes where they differ: math-verify reads them as a set."""
-    contents = list(dict.fromkeys(boxed_answers(text)))
-    return contents[0] if len(contents) == 1 else " ".join(rf"\boxed{{{content}}}" for content in contents)
-
-
-def _repeated_share(ids: Sequence[int], size: int) -> float:
-    ngrams = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -1,4 +1,4 @@
-"""Why answer verifiers read nothing: how many completions give an answer where, and what to change."""
+"""Diagnosis of verifiers that find no answers: where completions give one, and what to change."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NAMES = {"boxed": r"\boxed{}", "last_number": "number", "text": "text"}
 
 @dataclass(frozen=True, slots=True)
 class AnswerCounts:
-    """How many completions one criterion could read an answer from.
+    """Number of completions from which one criterion can extract an answer.
 
     Attributes:
-        criterion: its name.
+        criterion: name of the criterion.
         tag: name of its answer tag.
-        sources: where it reads answers from, in order.
-        num_completions: completions looked at.
-        num_read: those from which `sources` yield an answer.
-        by_source: those from which each of :data:`burnish.rewards.answers.SOURCES` alone would.
-        num_unclosed: those that open the tag and never close it.
+        sources: its sources of answers, in order.
+        num_completions: completions examined.
+        num_read: completions from which `sources` yield an answer.
+        by_source: completions from which each of :data:`burnish.rewards.answers.SOURCES` alone yields one.
+        num_unclosed: completions that open the tag and never close it.
     """
 
     criterion: str
@@ -39,7 +39,7 @@ class AnswerCounts:
     num_unclosed: int
 
     def message(self) -> str | None:
-        """Say what to change where no completion gives an answer; None where one does."""
+        """Suggest a fix if no completion gives an answer; None if one does."""
         if self.num_read or not self.num_completions:
             return None
         names = _NAMES | {"tag": f"<{self.tag}> tag"}
@@ -51,7 +51,7 @@ class AnswerCounts:
                 f"{found}; {self.num_unclosed} of {total} open <{self.tag}> and never close it: raise "
                 f"max_completion_length, and remove '</{self.tag}>' from stop (stop strings are cut from the text)."
             )
-        # "text" always yields something, so it says nothing about these completions.
+        # "text" yields an answer for every completion, so it is not a useful suggestion.
         others = [source for source in SOURCES if source not in (*self.sources, "text")]
         best = max(others, key=lambda source: self.by_source[source], default=None)
         if best is None or not self.by_source[best]:
@@ -61,33 +61,30 @@ class AnswerCounts:
 
 
 def count_answers(rubric: Rubric, completions: Sequence[Any]) -> list[AnswerCounts]:
-    """Count, for each answer verifier of a rubric, the completions from which an answer can be read, by source.
+    """Count, for each answer verifier of a rubric, the completions from which an answer can be extracted, by source.
 
     Args:
-        rubric: the criteria; those that extract no answer (format, length, functions of the user) are passed over.
+        rubric: the criteria; those that do not extract answers (format, length, user functions) are skipped.
         completions: texts, or lists of messages.
 
     Returns:
-        One record a verifier, in order.
+        One record per verifier, in order.
     """
     texts = [completion_text(completion) for completion in completions]
+
+    def count(tag: str, *sources: str) -> int:
+        return sum(extract_answer(text, tag=tag, sources=sources) is not None for text in texts)
+
+    verifiers = [(c.name, c.function) for c in rubric.criteria if isinstance(c.function, AnswerVerifier)]
     return [
-        _count(criterion.name, criterion.function, texts)
-        for criterion in rubric.criteria
-        if isinstance(criterion.function, AnswerVerifier)
+        AnswerCounts(
+            criterion=name,
+            tag=verifier.tag,
+            sources=verifier.sources,
+            num_completions=len(texts),
+            num_read=count(verifier.tag, *verifier.sources),
+            by_source={source: count(verifier.tag, source) for source in SOURCES},
+            num_unclosed=sum(text.rfind(f"<{verifier.tag}>") > text.rfind(f"</{verifier.tag}>") for text in texts),
+        )
+        for name, verifier in verifiers
     ]
-
-
-def _count(name: str, verifier: AnswerVerifier, texts: Sequence[str]) -> AnswerCounts:
-    def count(*sources: str) -> int:
-        return sum(extract_answer(text, tag=verifier.tag, sources=sources) is not None for text in texts)
-
-    return AnswerCounts(
-        criterion=name,
-        tag=verifier.tag,
-        sources=verifier.sources,
-        num_completions=len(texts),
-        num_read=count(*verifier.sources),
-        by_source={source: count(source) for source in SOURCES},
-        num_unclosed=sum(text.rfind(f"<{verifier.tag}>") > text.rfind(f"</{verifier.tag}>") for text in texts),
-    )

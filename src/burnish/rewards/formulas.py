@@ -1,6 +1,6 @@
-"""Reading what a model wrote as data: lists and formulas, parsed node by node and never evaluated as code.
+"""Parsers of lists and formulas written by a model, which never evaluate them as code.
 
-These stand in for `eval` and for SymPy's `parse_expr`, which evaluates its text, wherever a grader would use them.
+Graders use them in place of `eval` and of SymPy's `parse_expr`, which evaluates its text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BITWISE: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 
 def read_literal(text: str) -> Any:
-    """Read lists, tuples, sets, dicts, texts and numbers written as Python literals, as in `[[0, 1], [1, 0]]`.
+    """Parse Python literals: lists, tuples, sets, dicts, strings and numbers, such as `[[0, 1], [1, 0]]`.
 
     Raises:
         ValueError: anything else, or more than 20,000 characters.
@@ -53,7 +53,7 @@ def read_literal(text: str) -> Any:
 
 
 def read_integer(text: str) -> int:
-    """Read an integer expression, in decimal or hexadecimal, with + - * // % & | ^ ~ << >>.
+    """Evaluate an integer expression, in decimal or hexadecimal, with + - * // % & | ^ ~ << >>.
 
     Raises:
         ValueError: anything else, or numbers of more than 20,000 bits.
@@ -78,16 +78,16 @@ def _integer(node: ast.expr) -> int:
 
 
 def read_formula(text: str, local_dict: Mapping[str, Any] | None = None) -> Any:
-    """Read a formula of numbers, symbols, + - * / // % **, common functions, pi, E and I as a SymPy expression.
+    """Parse a formula of numbers, symbols, + - * / // % **, common functions, pi, E and I as a SymPy expression.
 
-    The operations are those that SymPy's `parse_expr` performs on such a text, so the expression is the same.
+    It performs the operations of SymPy's `parse_expr`, so the expression is the same.
 
     Args:
         text: at most 5,000 characters.
-        local_dict: values of names; other names become symbols, unless SymPy itself uses them for something else.
+        local_dict: values of names; other names become symbols, unless SymPy uses them for something else.
 
     Raises:
-        ValueError: anything else (attributes, texts, other calls), or numbers of more than 20,000 bits.
+        ValueError: anything else (attributes, strings, other calls), or numbers of more than 20,000 bits.
         SyntaxError: not Python.
     """
     _check_length(text, _MAX_FORMULA_CHARACTERS)
@@ -98,34 +98,34 @@ def read_formula(text: str, local_dict: Mapping[str, Any] | None = None) -> Any:
 
 
 def stop_sympy_evaluating() -> None:
-    """Let SymPy read texts by :func:`read_formula` from now on; modules imported later get it as `parse_expr`.
+    """Replace SymPy's `parse_expr` by :func:`read_formula`, also for modules that are imported later.
 
-    `sympify`, and with it `Number("...")` and operators between expressions and texts, would evaluate them.
+    `sympify`, and with it `Number("...")` and operators between expressions and strings, would evaluate them.
     """
+
+    def parse_expr(s: str, local_dict: Mapping[str, Any] | None = None, *_: Any, **__: Any) -> Any:
+        try:
+            return read_formula(s, local_dict)
+        except ValueError as error:
+            raise SyntaxError(str(error)) from error  # what `sympify` expects
+
     for name in ("sympy", "sympy.parsing", "sympy.parsing.sympy_parser"):
         module: Any = importlib.import_module(name)
-        module.parse_expr = _parse_expr
-
-
-def _parse_expr(s: str, local_dict: Mapping[str, Any] | None = None, *_: Any, **__: Any) -> Any:
-    try:
-        return read_formula(s, local_dict)
-    except ValueError as error:
-        raise SyntaxError(str(error)) from error  # what `sympify` expects
+        module.parse_expr = parse_expr
 
 
 class _Formula:
     def __init__(self, lines: list[bytes], names: Mapping[str, Any]) -> None:
         self.lines = lines
         self.names = names
-        # Imported by name: the package ships no types, and only workers need it.
+        # Imported by name, since the package ships no types and only workers need it.
         self.sympy: Any = importlib.import_module("sympy")
 
     def build(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return self.sympy.Integer(_bounded(node.value))
         if isinstance(node, ast.Constant) and type(node.value) is float:
-            # From its digits, as a binary float would round it.
+            # From its decimal digits, since a binary float would round it.
             return self.sympy.Float(self.lines[node.lineno - 1][node.col_offset : node.end_col_offset].decode())
         if isinstance(node, ast.Name):
             return self.symbol(node.id)

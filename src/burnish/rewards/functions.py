@@ -1,4 +1,4 @@
-"""Reward functions of the user's, by the name of a module or by the path of a file."""
+"""Import of user reward functions, from a module or a file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ _FORMS = "write 'module:name' for a module that can be imported, or 'rewards.py:
 def python_function(
     *, function: str, options: Mapping[str, Any] | None = None, folder: Path | None = None
 ) -> RewardFunction:
-    """A reward function of the user's.
+    """Import a user's reward function.
 
     Args:
-        function: "module:name" of a module that can be imported, or "file.py:name". Modules beside the file can be
-            imported by it.
-        options: keyword arguments bound to it.
-        folder: what the file's path is relative to, that of the run file; None for the working directory.
+        function: "module:name" of an importable module, or "file.py:name". The file may import modules beside it.
+        options: keyword arguments to bind.
+        folder: folder of the run file, which the path is relative to; None for the working directory.
 
     Raises:
         ConfigError: it cannot be found, imported or called.
@@ -46,7 +45,7 @@ def python_function(
     for part in name.split("."):
         target = _member(target, part, source, where)
     if not callable(target):
-        raise ConfigError(f"{where} is {type(target).__name__}: name something that can be called.")
+        raise ConfigError(f"{where} is {type(target).__name__}: name a function or another callable.")
     return functools.partial(target, **options) if options else target
 
 
@@ -54,13 +53,13 @@ def _module(name: str, folder: Path | None, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # one that the module imports
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # a module that it imports
             raise _unusable(where, name, error) from error
         file = Path(*name.split(".")).with_suffix(".py")
         beside = is_file((folder or Path()) / file)
         fix = f"there is a file {file} beside the run file: write '{file}:NAME' for it" if beside else _FORMS
         raise ConfigError(f"{where} cannot be imported: no module named {error.name!r}; {fix}.") from error
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a user module may raise anything
         raise _unusable(where, name, error) from error
 
 
@@ -70,7 +69,7 @@ def _module_of_file(path: str, folder: Path | None, where: str) -> ModuleType:
     file = ((folder or Path()) / expanded(path)).resolve()
     if not is_file(file):
         raise ConfigError(f"{where}: there is no file {file}; paths are relative to the folder of the run file.")
-    # Named by the stem alone, so that rewards have the same identity wherever the files lie.
+    # Named by the stem alone, so that `rubric_identity` does not depend on where the file is.
     name, number = f"burnish_file_{file.stem}", 1
     while name in sys.modules:
         if getattr(sys.modules[name], "__file__", None) == str(file):
@@ -83,7 +82,7 @@ def _module_of_file(path: str, folder: Path | None, where: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # the last place, where it shadows nothing
+        sys.path.append(str(file.parent))  # last, so that it shadows no other module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -101,20 +100,20 @@ def _member(owner: Any, name: str, source: str, where: str) -> Any:
         close = difflib.get_close_matches(name, known, n=1)
         shown = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known[:20]) or 'no function'}."
         raise ConfigError(f"{where}: {source} has no {name!r}; {shown}") from error
-    except (Exception, SystemExit) as error:  # a module may compute its names
+    except (Exception, SystemExit) as error:  # modules may define __getattr__
         raise _unusable(where, source, error) from error
 
 
 def _unusable(where: str, source: str, error: BaseException) -> ConfigError:
-    """What a module raised as it was imported, with the line of the user's code."""
+    """Describe an error raised during import, with the line of the user's code."""
     if isinstance(error, SyntaxError):
-        place = f"line {error.lineno} of {error.filename}"
-        return ConfigError(f"{where}: {type(error).__name__} in {place}: {error.msg}; correct it.")
+        line = f"line {error.lineno} of {error.filename}"
+        return ConfigError(f"{where}: {type(error).__name__} in {line}: {error.msg}; correct it.")
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
-    place = f" (line {own[-1].lineno} of {own[-1].filename})" if own else ""
+    users = [frame for frame in frames if not frame.filename.startswith("<frozen") and frame.filename != __file__]
+    line = f" (line {users[-1].lineno} of {users[-1].filename})" if users else ""
     said = " ".join(str(error).split())[:500]
     return ConfigError(
-        f"{where}: {source} cannot be imported: {type(error).__name__}: {said}{place}; correct it, or install what is "
+        f"{where}: {source} cannot be imported: {type(error).__name__}: {said}{line}; correct it, or install what is "
         "missing."
     )

@@ -1,7 +1,7 @@
-"""What a grader may not do while it works on a text: evaluate code, start a process, open a socket, write a file.
+"""Audit hook against graders that evaluate code, start processes, open sockets or write files.
 
-Python reports such acts to audit hooks before it performs them. This is a second line behind graders that evaluate
-nothing; code that runs natively can go around it, so it is no sandbox.
+It is a second line of defence behind graders that evaluate nothing. Native code can bypass audit hooks, so it is not a
+sandbox.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _REFUSED = frozenset(
         "subprocess.Popen",
     }
 )
-# These write functions out of their own words, of which none comes from a text that is graded.
+# Modules that compile code they generate themselves, none of it from graded text.
 _WRITERS = frozenset({"collections", "dataclasses", "sympy.polys.monomials"})
 
 
 class Guard:
-    """An audit hook for the life of the process, in force while `armed`.
+    """Audit hook for the life of the process, in force while `armed`.
 
     Attributes:
-        armed: whether acts are refused now.
-        refused: the first act that was refused since this was last set to None.
+        armed: refuse events.
+        refused: first event refused since this was last set to None.
     """
 
     def __init__(self) -> None:
@@ -60,19 +60,16 @@ class Guard:
     def _is_refused(self, event: str, arguments: tuple[Any, ...]) -> bool:
         if event == "exec":
             code = arguments[0]
-            return isinstance(code, CodeType) and _is_from_text(code.co_filename) and not _is_by_library()
+            file = code.co_filename if isinstance(code, CodeType) else ""
+            return file.startswith("<") and not file.startswith("<frozen ") and not _is_by_library()
         if event == "open":
             flags = arguments[2]
             return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         return event in _REFUSED
 
 
-def _is_from_text(file: str) -> bool:
-    return file.startswith("<") and not file.startswith("<frozen ")
-
-
 def _is_by_library() -> bool:
-    """Whether a library writes its own code, or a module is being loaded (libraries load parts late)."""
+    """Return True if a library runs code that it generated, or a module is being imported (some are lazily)."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back

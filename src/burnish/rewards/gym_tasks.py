@@ -1,4 +1,4 @@
-"""reasoning-gym's own scorers, in a worker process, with all that evaluates text replaced by readers of data."""
+"""reasoning-gym's scorers for worker processes, with every evaluation of text replaced by a parser."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ EVALUATORS: Mapping[str, Callable[[str], Any]] = {
     "arithmetic.bitwise_arithmetic": read_integer,
     "games.n_queens": read_literal,
 }
-"""What `eval` is in each module of reasoning_gym whose scorer evaluates an answer or an entry."""
+"""Replacement of `eval` in each reasoning_gym module whose scorer evaluates an answer or an entry."""
 
-# These compare boards of tuples, which JSON gives back as lists: their gold answers would score 0.05.
+# These compare boards of tuples, which JSON turns into lists: their gold answers would score 0.05.
 _TUPLE_TASKS = frozenset({"arc_agi", "rearc"})
 
 
 @functools.cache
 def _factory() -> Any:
     stop_sympy_evaluating()
-    # Imported by name: the package ships no types.
+    # Imported by name, since the package ships no types.
     importlib.import_module("reasoning_gym")
     for name, evaluator in EVALUATORS.items():
         module: Any = importlib.import_module(f"reasoning_gym.{name}")
-        module.eval = evaluator  # a global of the module hides the builtin
+        module.eval = evaluator  # a module global shadows the builtin
     return importlib.import_module("reasoning_gym.factory")
 
 
@@ -43,7 +43,7 @@ def _dataset(task: str, config: str) -> Any:
 
 
 def prepare_gym(task: str, config: str, entry: str, answer: str) -> Callable[[], float]:
-    """Set a task up; the work is its scorer's."""
+    """Set up a task and return the call of its scorer."""
     dataset = _dataset(task, config)
     parsed: dict[str, Any] = json.loads(entry)
     if task in _TUPLE_TASKS:

@@ -1,4 +1,4 @@
-"""What a rubric is, for whoever keeps rewards: its options, and the source of functions that are not ours."""
+"""Identity of a rubric, so that stored rewards are used only with the rubric that gave them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _DEPTH = 6
 
 
 def rubric_identity(rubric: Rubric) -> str:
-    """Hash what decides the rewards: names, weights, options, and the files that functions of the user's come from.
+    """Hash what determines the rewards: names, weights, options, and the source files of user functions.
 
-    What a function imports or asks over a network is not seen.
+    Modules that a function imports and services that it calls are not covered.
     """
-    own = [
+    criteria = [
         [criterion.name, criterion.weight, criterion.isolate, criterion.timeout_seconds, _described(criterion.function)]
         for criterion in rubric.criteria
     ]
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(criteria, sort_keys=True).encode()).hexdigest()
 
 
 def _described(value: Any, depth: int = _DEPTH) -> Any:
-    """A value as JSON that is the same in every process: without addresses, and of objects what is plain in them."""
+    """Describe a value as JSON that is the same in every process: objects by their plain attributes, no addresses."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if not depth:
@@ -53,13 +53,19 @@ def _described(value: Any, depth: int = _DEPTH) -> Any:
             *(_described(part, depth - 1) for part in (value.__defaults__, value.__kwdefaults__, cells)),
         ]
     if callable(getattr(value, "state_dict", None)):
-        return _weights(value)
-    held = {name: item for name, item in getattr(value, "__dict__", {}).items() if _is_telling(item)}
+        # A reward model: the sum and the last element of each tensor.
+        tensors = cast("Mapping[str, Any]", cast("Any", value).state_dict()).items()
+        return [
+            [name, list(tensor.shape), float(tensor.double().sum()), float(tensor.flatten()[-1])]
+            for name, tensor in tensors
+            if hasattr(tensor, "double") and tensor.numel()
+        ]
+    held = {name: item for name, item in getattr(value, "__dict__", {}).items() if _is_relevant(item)}
     return [_origin(type(value)), _described(held, depth - 1)]
 
 
 def _origin(thing: Any) -> list[str]:
-    """Where a function or class comes from, with the text of its file unless it is ours."""
+    """Return the module and name of a function or class, with a hash of its source file unless it is burnish's."""
     module = str(getattr(thing, "__module__", ""))
     found = [module, str(getattr(thing, "__qualname__", ""))]
     if module.partition(".")[0] in ("burnish", "builtins"):
@@ -71,18 +77,8 @@ def _origin(thing: Any) -> list[str]:
     return found if code is None else [*found, code.co_code.hex(), repr(code.co_names)]
 
 
-def _weights(module: Any) -> list[Any]:
-    """A model that judges: the sum and the last value of each tensor."""
-    tensors = cast("Mapping[str, Any]", module.state_dict()).items()
-    return [
-        [name, list(tensor.shape), float(tensor.double().sum()), float(tensor.flatten()[-1])]
-        for name, tensor in tensors
-        if hasattr(tensor, "double") and tensor.numel()
-    ]
-
-
-def _is_telling(item: Any) -> bool:
-    """Whether an attribute is part of what an object does, and not of what it has met."""
+def _is_relevant(item: Any) -> bool:
+    """Return True for attributes that determine behaviour, unlike caches and connections."""
     plain = item is None or isinstance(item, bool | int | float | str | list | tuple | dict)
     return plain or inspect.isfunction(item) or callable(getattr(item, "state_dict", None))
 

@@ -1,4 +1,4 @@
-"""What a reward function logs beside its values, by the arguments `log_extra` and `log_metric`."""
+"""Transcript columns and metrics that reward functions log with `log_extra` and `log_metric`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Notes", "as_list"]
 
 
 class Notes:
-    """Columns and metrics of one call; they count once the call has succeeded.
+    """Columns and metrics of one call, which `settle` records once the call has succeeded.
 
     Args:
-        size: completions of the call.
+        size: number of completions in the call.
     """
 
     def __init__(self, size: int) -> None:
@@ -24,26 +24,28 @@ class Notes:
         """Add a column to the transcripts.
 
         Args:
-            column: its name.
-            values: one for each completion of the call.
+            column: name of the column.
+            values: one per completion of the call.
 
         Raises:
             TypeError: `values` is not a list, or the name is not a string.
-            ValueError: its length is not that of the completions.
+            ValueError: the length is not the number of completions.
         """
         listed = as_list(values)
         if not isinstance(column, str) or listed is None:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"log_extra({column!r:.80}, {values!r:.80}): pass a name, and a list of one value each")
+            raise TypeError(
+                f"log_extra({column!r:.80}, {values!r:.80}): pass a name and a list with one value per completion"
+            )
         if len(listed) != self._size:
             raise ValueError(f"log_extra({column!r:.80}): {len(listed)} values for {self._size} completions")
         self._columns[column] = listed
 
     def log_metric(self, name: str, value: float) -> None:
-        """Log a number; the metric is the mean of all that is logged under the name.
+        """Log a number; the metric is the mean of all numbers logged under the name.
 
         Args:
-            name: of the metric.
-            value: a number, or a tensor or an array of one.
+            name: name of the metric.
+            value: a number, or a tensor or array of one element.
 
         Raises:
             TypeError: it is not a number, or the name is not a string.
@@ -57,12 +59,12 @@ class Notes:
     def settle(
         self, criterion: str, extras: Sequence[dict[str, Any]], log_metric: Callable[[str, float], object] | None
     ) -> None:
-        """Hand everything on.
+        """Record the columns and the metrics.
 
         Args:
-            criterion: whose call it was; tells columns of two criteria with one name apart.
-            extras: of each completion of the call; columns are added.
-            log_metric: takes the metrics; None drops them.
+            criterion: name of the criterion; prefix of columns whose name is taken.
+            extras: columns of each completion of the call, to add to.
+            log_metric: receives the metrics; None drops them.
         """
         for column, values in self._columns.items():
             for extra, value in zip(extras, values, strict=True):
@@ -72,7 +74,7 @@ class Notes:
 
 
 def as_list(values: Any) -> list[Any] | None:
-    """A list, a tuple, an array or a tensor as a list; None of anything else."""
+    """Convert a list, tuple, array or tensor to a list; None for anything else."""
     if hasattr(values, "tolist"):
         values = values.tolist()
     return list(cast("Sequence[Any]", values)) if isinstance(values, list | tuple) else None

@@ -1,8 +1,8 @@
-"""A pool of killable worker processes for graders that may hang.
+"""Pool of killable worker processes for graders that may hang.
 
-`signal.alarm` works in the main thread only and cannot stop a C loop; a thread cannot be stopped at all. A process can
-be killed, and everything that it started with it. The workers are started with `subprocess`, not `multiprocessing`:
-they never import the user's main module again, never inherit CUDA or locks, and can be started from any thread.
+`signal.alarm` works only in the main thread and cannot stop a C loop; a thread cannot be stopped at all. A process can
+be killed together with everything that it started. Workers are started with `subprocess` rather than `multiprocessing`:
+they do not import the user's main module, do not inherit CUDA or locks, and can be started from any thread.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _BOOT = (
     "import json, sys; sys.path[:0] = [p for p in json.loads(sys.argv[1]) if p not in sys.path]; "
     "from burnish.rewards.worker import main; main()"
 )
-# What an interpreter may need to start. Graders work on what the model wrote: they see no token, key or home folder.
+# All that an interpreter may need to start. Graders work on model output, so tokens, keys and HOME are withheld.
 _KEPT_VARIABLES = ("DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
 _MARK = "BURNISH_WORKER"
 
 
 class _Worker:
-    """One child process, in a session, a folder and an environment of its own."""
+    """Child process with its own session, folder and environment."""
 
     def __init__(self) -> None:
         self._stderr = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115 - closed in kill
@@ -89,19 +89,19 @@ class _Worker:
             if "error" not in reply and not (isinstance(value, float) and math.isfinite(value)):
                 raise RewardError(f"{kind}: the worker replied {value!r:.80}, not a finite number")
         except BaseException:
-            self.kill()  # an answer that is still to come must not be taken for the next call's
+            self.kill()  # a late reply must not be mistaken for that of the next call
             raise
         if "error" in reply:
             raise RewardError(str(reply["error"]))
         return cast("float", value)
 
     def _send(self, data: bytes, deadline: float) -> None:
-        with contextlib.suppress(BrokenPipeError):  # a dead worker shows in the reply
+        with contextlib.suppress(BrokenPipeError):  # `_receive` reports a dead worker
             while data and _wait(self._requests, select.POLLOUT, deadline):
                 data = data[os.write(self._requests, data) :]
 
     def _receive(self, nonce: str, deadline: float) -> dict[str, Any] | None:
-        """The next reply, or None where there is none at the deadline."""
+        """Return the next reply, or None at the deadline."""
         while b"\n" not in self._unread:
             if not _wait(self._replies, select.POLLIN, deadline):
                 return None
@@ -117,10 +117,10 @@ class _Worker:
             reply: Any = json.loads(line)
             if isinstance(reply, dict) and cast("dict[str, Any]", reply).get("nonce") == nonce:
                 return cast("dict[str, Any]", reply)
-        raise RewardError("something other than the grader wrote a reply; the worker is replaced")
+        raise RewardError("a process other than the grader wrote a reply; the worker is replaced")
 
     def kill(self) -> None:
-        """End the process and all that it started; safe to call twice."""
+        """Kill the process and all that it started; safe to call twice."""
         if not self.alive:
             return
         self.alive = False
@@ -139,16 +139,16 @@ class _Worker:
 
 
 def _wait(descriptor: int, event: int, deadline: float) -> bool:
-    """Whether a descriptor becomes ready before the deadline."""
+    """Wait for a descriptor; False at the deadline."""
     poll = select.poll()
     poll.register(descriptor, event)
     return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
 
 def _kill_marked(mark: bytes) -> None:
-    """Kill processes by a variable of their environment: children that left the worker's session (Linux only)."""
+    """Kill children that left the worker's session, by a variable of their environment (Linux only)."""
     found = True
-    while found:  # one of them may start another meanwhile
+    while found:  # they may start others meanwhile
         found = False
         for file in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
@@ -158,12 +158,12 @@ def _kill_marked(mark: bytes) -> None:
 
 
 class WorkerPool:
-    """Runs graders in worker processes, with a time-out counted from the start of the work, not of the queueing.
+    """Pool that runs graders in worker processes; time-outs exclude the time in the queue.
 
-    Processes start when first needed; one that hangs is killed and replaced. Safe to use from several threads.
+    Processes start on first use; one that hangs is killed and replaced. Thread-safe.
 
     Args:
-        num_workers: most processes at once, at least 1.
+        num_workers: maximum number of processes, at least 1.
 
     Raises:
         ConfigError: `num_workers` below 1.
@@ -178,15 +178,15 @@ class WorkerPool:
             self._slots.put(None)
 
     def map(self, kind: str, calls: Sequence[Mapping[str, Any]], *, timeout_seconds: float) -> list[float | Exception]:
-        """Run a grader on each set of arguments; equal ones run once (completions of a group often agree).
+        """Run a grader on each set of arguments; equal sets run once (completions of a group often agree).
 
         Args:
             kind: name of a grader in :data:`burnish.rewards.worker.KINDS`.
             calls: arguments of each call, JSON values.
-            timeout_seconds: most seconds of work for one call.
+            timeout_seconds: time limit of one call.
 
         Returns:
-            For each call its value, or the exception that stands in its place (TimeoutError for a hang).
+            For each call its value or its exception (TimeoutError for a hang).
         """
         keys = [json.dumps(arguments, sort_keys=True, default=repr) for arguments in calls]
         unique = dict(zip(keys, calls, strict=True))
@@ -217,7 +217,7 @@ class WorkerPool:
 
 @functools.cache
 def _pool_of_process(pid: int) -> WorkerPool:
-    # Keyed by process: after a fork the child must not talk to the parent's workers.
+    # Keyed by process, since a forked child must not use its parent's workers.
     assert pid == os.getpid()
     pool = WorkerPool(num_workers=min(4, max(1, (os.cpu_count() or 2) // 2)))
     atexit.register(pool.close)
@@ -225,5 +225,5 @@ def _pool_of_process(pid: int) -> WorkerPool:
 
 
 def default_pool() -> WorkerPool:
-    """The pool that verifiers share: up to 4 workers, closed when the process exits."""
+    """Return the pool that verifiers share: up to 4 workers, closed when the process exits."""
     return _pool_of_process(os.getpid())

@@ -1,4 +1,4 @@
-"""Criteria by name, and rubrics from configuration files."""
+"""Criterion kinds by name, and construction of rubrics from run files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "python": python_function,
     "soft_overlong": soft_overlong,
 }
-"""Factories of criteria by the `kind` that configuration files name them with."""
+"""`kind` in run files -> factory of the reward function."""
 
 _NOT_IN_FILES = frozenset({"folder", "pool"})
 
@@ -42,16 +42,16 @@ _LARGEST_WEIGHT = 1e100
 
 
 def rubric_from_config(entries: Sequence[Mapping[str, Any]], *, folder: Path | None = None) -> Rubric:
-    """A rubric from a list of tables such as `{kind = "math", weight = 2.0, timeout_seconds = 3}`.
+    """Build a rubric from a list of tables such as `{kind = "math", weight = 2.0, timeout_seconds = 3}`.
 
     Args:
-        entries: each with `kind` (a name in :data:`CRITERIA`), optionally `name` (default: the kind, or the function's
-            name), `weight` (default 1), `isolate` (default true), `timeout_seconds` and the options of that kind.
-        folder: of the run file, which the paths of files with functions are relative to; None for the working
+        entries: each with `kind` (a name in :data:`CRITERIA`), and optionally `name` (default: the kind, or the name of
+            the function), `weight` (default 1), `isolate` (default true), `timeout_seconds` and options of that kind.
+        folder: folder of the run file, which paths of files with functions are relative to; None for the working
             directory.
 
     Raises:
-        ConfigError: an unknown kind or option, a missing or bad value; the message names it and what is allowed.
+        ConfigError: an unknown kind or option, or a missing or bad value; names it and the allowed values.
     """
     return Rubric([_criterion(i, entry, folder) for i, entry in enumerate(entries)])
 
@@ -64,14 +64,14 @@ def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criteri
         raise ConfigError(f"{where}.kind = {show(kind)}: {_allowed(str(kind)[:100], CRITERIA)}")
     name = options.pop("name", kind)
     if not isinstance(name, str) or not name.strip():
-        raise ConfigError(f"{where}.name = {show(name)}: use a text.")
+        raise ConfigError(f"{where}.name = {show(name)}: use a non-empty string.")
     if kind == "python" and "name" not in entry:
         name = str(options.get("function", kind)).rpartition(":")[2]
     common: dict[str, Any] = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
     if not is_number(common["weight"]) or abs(common["weight"]) > _LARGEST_WEIGHT:
         raise ConfigError(f"{where}.weight = {show(common['weight'])}: use a finite number.")
     common["weight"] = float(common["weight"])
-    if "timeout_seconds" not in inspect.signature(CRITERIA[kind]).parameters:  # graders have one for each completion
+    if "timeout_seconds" not in inspect.signature(CRITERIA[kind]).parameters:  # graders have a limit per completion
         common["timeout_seconds"] = options.pop("timeout_seconds", None)
         if common["timeout_seconds"] is not None:
             _check_type(f"{where}.timeout_seconds", common["timeout_seconds"], "float")
@@ -82,7 +82,9 @@ def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criteri
     for key, value in options.items():
         if key not in parameters:
             names = {*parameters, "isolate", "kind", "name", "timeout_seconds", "weight"}
-            raise ConfigError(f"{where}.{key} = {show(value)} is no option of kind {kind!r}: {_allowed(key, names)}")
+            raise ConfigError(
+                f"{where}.{key} = {show(value)} is not an option of kind {kind!r}: {_allowed(key, names)}"
+            )
         _check_type(f"{where}.{key}", value, str(parameters[key].annotation))
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:

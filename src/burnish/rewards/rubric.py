@@ -1,4 +1,4 @@
-"""Rubric: named, weighted criteria that score the completions of groups."""
+"""Rubrics: named, weighted criteria that score completions."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from burnish.types import Group, Score
 __all__ = ["Criterion", "RewardFunction", "Rubric"]
 
 RewardFunction: TypeAlias = Callable[..., Any]
-"""TRL's shape: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, plain or async."""
+"""TRL's signature: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`, plain or async."""
 
 _Outcome: TypeAlias = float | Exception | None
 
 _MOST_TIMEOUTS = 3
-"""Completions of one call that may take too long, each in a call of its own, before the others are given up."""
+"""Completions of a call that may time out, each in a separate call, before the remaining ones are skipped."""
 
 _OWN_ARGUMENTS = frozenset({"completion_ids", "completions", "log_extra", "log_metric", "prompts", "trainer_state"})
-"""Arguments of every reward function, which no column may be named."""
+"""Arguments of every reward function, which are reserved as column names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """One thing a completion is judged by.
+    """Named, weighted reward function of a rubric.
 
     Args:
-        name: unique in its rubric; the name in metrics and errors. "total" is taken.
-        function: called with `prompts`, `completions`, `completion_ids` and every other column of the data set
-            (a demonstration in `completion` too) as lists of one length, by keyword, and with `trainer_state`,
-            `log_extra(column, values)`, which adds a column to the transcripts, and `log_metric(name, value)`; a
-            function without `**kwargs` gets what its signature names. Completions are strings, or
-            `[{"role": "assistant", "content": text}]` where the prompt is a list of messages. It returns one value
-            a completion: a number, None (does not apply), or an Exception (this completion cannot be judged).
-        weight: factor in the total; finite. A criterion of weight 0 is recorded, and its failure voids no total.
-        isolate: when the call raises, call again one completion at a time, so that only the offending ones fail. Set
+        name: name in metrics and errors, unique in the rubric; "total" is reserved.
+        function: called by keyword with `prompts`, `completions`, `completion_ids` and every other column of the data
+            set (including `completion`) as lists of one length, and with `trainer_state`, `log_extra(column, values)`,
+            which adds a column to the transcripts, and `log_metric(name, value)`; without `**kwargs` it gets only the
+            arguments that its signature names. Completions are strings, or
+            `[{"role": "assistant", "content": text}]` if the prompt is a list of messages. It returns one value per
+            completion: a number, None (does not apply), or an Exception (could not be graded).
+        weight: factor in the total; finite. A criterion of weight 0 is logged, and its failures do not void the total.
+        isolate: if the call raises, repeat it with one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
-        timeout_seconds: most seconds that one call may take, None for no limit. Its completions are then judged one at
-            a time, each within the same limit, and those that take longer are excluded from the loss; after three,
-            so are the others. Without `isolate` all completions of the call are. See `burnish.rewards.calls.Call` for
-            what can be interrupted.
+        timeout_seconds: time limit of one call, None for no limit. After a time-out, completions are graded one at a
+            time within the same limit, and those that time out are excluded from the loss; after three time-outs, so
+            are the rest. Without `isolate`, all completions of the call are excluded. See
+            `burnish.rewards.calls.Call` for what can be interrupted.
 
     Raises:
-        ConfigError: an empty or reserved name, something that cannot be called, a weight that is not finite, a time-out
-            that is not positive.
+        ConfigError: an empty or reserved name, a function that is not callable, a weight that is not finite, or a
+            time-out that is not positive.
     """
 
     name: str
@@ -87,40 +87,39 @@ def _check_arguments(groups: Sequence[Group]) -> None:
         for name in sorted(_OWN_ARGUMENTS & group.row.keys()):
             if group.row[name] is not None:
                 raise DataError(
-                    f"row {group.index} has a column {name!r}, which is an argument of every reward function: "
+                    f"row {group.index} has a column {name!r}, which is reserved for an argument of reward functions: "
                     f"{rename_tip({name: f'given_{name}'})}, or drop it."
                 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The arguments of one call, as parallel lists, and where each completion came from."""
+    """Arguments of one call, as parallel lists, with labels of the completions for messages."""
 
-    places: list[str]
+    labels: list[str]
     prompts: list[Any]
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
     extras: list[dict[str, Any]]
-    """What the functions log of each completion."""
+    """Columns that functions log for each completion."""
 
     def one(self, i: int) -> _Batch:
         columns = {name: [values[i]] for name, values in self.columns.items()}
-        own = ([self.places[i]], [self.prompts[i]], [self.completions[i]], [self.completion_ids[i]])
-        return _Batch(*own, columns, [self.extras[i]])
+        lists = ([self.labels[i]], [self.prompts[i]], [self.completions[i]], [self.completion_ids[i]])
+        return _Batch(*lists, columns, [self.extras[i]])
 
     def arguments(self) -> dict[str, Any]:
-        """Fresh lists, so that a function which edits its arguments does not disturb the next one."""
-        columns = {name: list(values) for name, values in self.columns.items()}
-        own = {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.completion_ids}
-        return columns | {name: list(values) for name, values in own.items()}
+        """Copy the lists, so that a function that modifies its arguments does not affect the next one."""
+        lists = {"prompts": self.prompts, "completions": self.completions, "completion_ids": self.completion_ids}
+        return {name: list(values) for name, values in (self.columns | lists).items()}
 
 
 class Rubric:
     r"""Named, weighted criteria: total = sum_i weight_i * value_i over the criteria that apply.
 
-    A criterion that fails on a completion (an exception, NaN, not a number) leaves a message that names both in
-    `Score.errors`; the total is then None, so that the completion leaves the loss instead of scoring 0.
+    A criterion that fails on a completion (an exception, NaN, not a number) adds a message to `Score.errors`; the total
+    is then None, so that the completion is excluded from the loss instead of scoring 0.
 
     Args:
         criteria: at least one, with unique names.
@@ -134,18 +133,18 @@ class Rubric:
             raise ConfigError("criteria = []: a rubric needs at least one criterion.")
         names = [criterion.name for criterion in criteria]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"criteria share the name {twice[0]!r}: give each its own `name`.")
+            raise ConfigError(f"criteria share the name {twice[0]!r}: give each a different `name`.")
         self.criteria = tuple(criteria)
 
     @classmethod
     def from_functions(
         cls, reward_funcs: RewardFunction | Sequence[RewardFunction], reward_weights: Sequence[float] | None = None
     ) -> Rubric:
-        """A rubric from TRL's arguments.
+        """Build a rubric from TRL's arguments.
 
         Args:
-            reward_funcs: one function or several; each is named after its `__name__` (a second of one name gets `_2`).
-            reward_weights: a weight for each; None means 1.
+            reward_funcs: one function or several; criteria are named by `__name__`, with `_2` for a repeated name.
+            reward_weights: one weight per function; None means 1.
 
         Raises:
             ConfigError: the two differ in length, or something is not a function.
@@ -170,14 +169,14 @@ class Rubric:
 
     @property
     def logs_metrics(self) -> bool:
-        """Whether a function names `log_metric` among its parameters: what it logs is not known before."""
+        """True if a function names `log_metric` as a parameter, so that metrics are not known in advance."""
         return any("log_metric" in _parameters(criterion.function) for criterion in self.criteria)
 
     def check_columns(self, groups: Sequence[Group]) -> None:
-        """Refuse rows with a column that would be lost, and rows that all lack the answers that a criterion grades by.
+        """Refuse columns with reserved names, and rows without the gold answers of a criterion.
 
         Raises:
-            DataError: naming row, column and fix.
+            DataError: names row, column and fix.
         """
         _check_arguments(groups)
         for criterion in self.criteria:
@@ -199,29 +198,29 @@ class Rubric:
         log_metric: Callable[[str, float], object] | None = None,
         **shared: Any,
     ) -> list[list[Score]]:
-        """Score every completion of every group; each is also written to `completion.score`.
+        """Score every completion of every group; scores are also written to `completion.score`.
 
         Args:
             groups: `row["prompt"]` and the other columns of `row` are passed to the functions.
-            trainer_state: passed on as it is.
-            log_metric: takes the metrics that functions log in calls that succeed; None drops them.
-            **shared: further arguments passed on as they are to the functions that take them.
+            trainer_state: passed to the functions unchanged.
+            log_metric: receives the metrics that functions log in calls that succeed; None drops them.
+            **shared: further arguments, passed unchanged to the functions that accept them.
 
         Returns:
-            One score a completion, in order.
+            One score per completion, in order.
 
         Raises:
             RewardError: a criterion failed on every completion (of more than one), or a row has no prompt.
-            DataError: a column whose name is an argument of every reward function.
+            DataError: a column with a reserved name.
         """
         _check_arguments(groups)
         batch = _flatten(groups)
         shared = {"trainer_state": trainer_state, **shared}
         calls = _Calls(batch, shared, log_metric)
-        outcomes = self._outcomes(calls) if batch.places else {name: [] for name in self.names}
+        outcomes = self._outcomes(calls) if batch.labels else {name: [] for name in self.names}
         for name, values in outcomes.items():
-            _raise_if_all_failed(name, values, batch.places)
-        scored = [self._combine(batch.places[i], i, outcomes) for i in range(len(batch.places))]
+            _raise_if_all_failed(name, values, batch.labels)
+        scored = [self._combine(batch.labels[i], i, outcomes) for i in range(len(batch.labels))]
         for criterion in self.criteria:
             if isinstance(criterion.function, AnswerVerifier):
                 for score, completion in zip(scored, batch.completions, strict=True):
@@ -238,24 +237,24 @@ class Rubric:
         return scores
 
     def _outcomes(self, calls: _Calls) -> dict[str, list[_Outcome]]:
-        # Async functions first: they wait while the plain ones work.
+        # Async functions start first, so that they wait while plain ones run.
         order = sorted(self.criteria, key=lambda criterion: not inspect.iscoroutinefunction(criterion.function))
         started = [(criterion, calls.start(criterion)) for criterion in order]
         done = {criterion.name: calls.finish(criterion, *call) for criterion, call in started}
         return {name: done[name] for name in self.names}
 
-    def _combine(self, place: str, i: int, outcomes: dict[str, list[_Outcome]]) -> Score:
+    def _combine(self, label: str, i: int, outcomes: dict[str, list[_Outcome]]) -> Score:
         score = Score(total=0.0)
         void = False
         for criterion in self.criteria:
             outcome = outcomes[criterion.name][i]
             if isinstance(outcome, Exception):
-                score.errors[criterion.name] = _message(criterion.name, place, outcome)
+                score.errors[criterion.name] = _message(criterion.name, label, outcome)
                 void = void or criterion.weight != 0
             score.criteria[criterion.name] = None if isinstance(outcome, Exception) else outcome
         values = [score.criteria[criterion.name] for criterion in self.criteria]
         if all(value is None for value in values) and not score.errors:
-            score.errors["total"] = f"no criterion applies to {place}: every one returned None."
+            score.errors["total"] = f"no criterion applies to {label}: every one returned None."
         if void or all(value is None for value in values):
             score.total = None
         else:
@@ -266,7 +265,7 @@ class Rubric:
                 total = math.inf
             score.total = total if math.isfinite(total) else None
             if score.total is None:
-                score.errors["total"] = f"the weighted sum of {place} overflows: lower the values or `weight`."
+                score.errors["total"] = f"the weighted sum of {label} overflows: lower the values or `weight`."
         return score
 
 
@@ -287,7 +286,7 @@ def _flatten(groups: Sequence[Group]) -> _Batch:
     names = dict.fromkeys(name for group in groups for name in group.row if name not in {"prompt", *_OWN_ARGUMENTS})
     texts = [(group.row["prompt"], group.completions[i].text) for group, i in rows]
     return _Batch(
-        places=[f"prompt {group.index}, completion {i}" for group, i in rows],
+        labels=[f"prompt {group.index}, completion {i}" for group, i in rows],
         prompts=[prompt for prompt, _ in texts],
         completions=[t if isinstance(prompt, str) else [{"role": "assistant", "content": t}] for prompt, t in texts],
         completion_ids=[group.completions[i].token_ids for group, i in rows],
@@ -305,14 +304,17 @@ class _Calls:
     log_metric: Callable[[str, float], object] | None
 
     def start(self, criterion: Criterion) -> tuple[Call, Notes]:
-        size = len(self.batch.places)
+        size = len(self.batch.labels)
         call, notes = Call(criterion.name, size, criterion.timeout_seconds), Notes(size)
-        own = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
-        call.start(criterion.function, _accepted(criterion.function, self.batch.arguments() | self.shared | own))
+        loggers = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
+        arguments, parameters = self.batch.arguments() | self.shared | loggers, _parameters(criterion.function)
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            arguments = {name: arguments[name] for name in parameters if name in arguments}
+        call.start(criterion.function, arguments)
         return call, notes
 
     def finish(self, criterion: Criterion, call: Call, notes: Notes) -> list[_Outcome]:
-        size = len(self.batch.places)
+        size = len(self.batch.labels)
         try:
             result = call.result()
         except Exception as error:
@@ -323,15 +325,15 @@ class _Calls:
         if values is None:
             return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
         if len(values) != size:
-            # Never shortened, padded or broadcast: nothing says which value belongs to which completion.
+            # Not truncated, padded or broadcast: values could end up with the wrong completions.
             return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
         notes.settle(criterion.name, self.batch.extras, self.log_metric)
         return [_as_number(value) for value in values]
 
     def _one_by_one(self, criterion: Criterion) -> list[_Outcome]:
-        """Judge each completion by a call of its own; where several take too long, give up on the others."""
-        places = range(len(self.batch.places))
-        singles = [_Calls(self.batch.one(i), self.shared, self.log_metric) for i in places]
+        """Grade each completion in a separate call; after several time-outs, skip the rest."""
+        size = len(self.batch.labels)
+        singles = [_Calls(self.batch.one(i), self.shared, self.log_metric) for i in range(size)]
         started: list[tuple[Call, Notes] | None] = []
         for single in singles:
             late = sum(call is not None and call[0].timed_out for call in started)
@@ -350,13 +352,6 @@ def _parameters(function: RewardFunction) -> dict[str, Any]:
         return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
 
 
-def _accepted(function: RewardFunction, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = _parameters(function)
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return arguments
-    return {name: arguments[name] for name in parameters if name in arguments}
-
-
 def _as_number(value: Any) -> _Outcome:
     if value is None or isinstance(value, Exception):
         return value
@@ -371,18 +366,18 @@ def _as_number(value: Any) -> _Outcome:
     return number if math.isfinite(number) else ValueError(f"its value is {number}, not a finite number")
 
 
-def _message(name: str, place: str, error: Exception) -> str:
-    return f"criterion {name!r} failed on {place}: {type(error).__name__}: {error}"
+def _message(name: str, label: str, error: Exception) -> str:
+    return f"criterion {name!r} failed on {label}: {type(error).__name__}: {error}"
 
 
-def _raise_if_all_failed(name: str, values: list[_Outcome], places: list[str]) -> None:
+def _raise_if_all_failed(name: str, values: list[_Outcome], labels: list[str]) -> None:
     first = values[0] if values else None
     if len(values) < 2 or not isinstance(first, Exception) or not all(isinstance(v, Exception) for v in values):
         return
-    if any(isinstance(v, CallTimeout) for v in values):  # a judge that is busy now may answer at the next step
+    if any(isinstance(v, CallTimeout) for v in values):  # a service that is busy now may answer at the next step
         return
     frames = "".join(traceback.format_tb(first.__traceback__)[-2:])
     raise RewardError(
-        f"{_message(name, places[0], first)}. It failed on all {len(values)} completions of the call, so the function "
+        f"{_message(name, labels[0], first)}. It failed on all {len(values)} completions of the call, so the function "
         f"or its columns are wrong.{chr(10) + frames if frames else ''}"
     ) from first

@@ -1,4 +1,4 @@
-"""Verifiers: factories of reward functions that check format and answers, and a check that tasks grade their gold."""
+"""Verifiers: factories of reward functions that grade answers and format, and a check of gold answers."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ __all__ = [
 
 Row: TypeAlias = Mapping[str, Any]
 Grader: TypeAlias = Callable[[Sequence[tuple[str, Row]]], "list[float | Exception]"]
-"""Grades (answer, row) pairs: one value each, or the exception that stands in its place."""
+"""Function that grades (answer, row) pairs; each result is a value or an exception."""
 
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
 def completion_text(completion: Any) -> str:
-    """Text of a completion in either shape: a string, or a list of messages (the last one's content)."""
+    """Return the text of a completion: a string, or the content of the last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 @dataclass(frozen=True)
 class AnswerVerifier:
-    """A reward function that extracts one answer from each completion and grades it against its row.
+    """Reward function that extracts one answer from each completion and grades it against its row.
 
-    A completion without an answer scores 0; a row whose `gold_column` is None abstains; a grader's exception fails its
-    own completion only.
+    A completion without an answer scores 0; a row whose `gold_column` is None gives None; an exception of the grader
+    fails only its own completion.
 
     Args:
         kind: name in messages.
-        grade: grades (answer, row) pairs.
-        gold: reads the gold answers of a row, as texts (any one suffices).
-        gold_column: the column that must be there.
-        sources: where answers are read from, see :func:`burnish.rewards.extract_answer`.
+        grade: function that grades (answer, row) pairs.
+        gold: function that returns the gold answers of a row as texts, of which any is accepted.
+        gold_column: required column.
+        sources: sources of answers, see :func:`burnish.rewards.extract_answer`.
         tag: name of the tag for the source "tag".
     """
 
@@ -80,7 +80,7 @@ class AnswerVerifier:
         return self.kind
 
     def extract(self, completion: Any) -> str | None:
-        """Extract the answer that would be graded, or None where the completion gives none."""
+        """Extract the answer of a completion, or None."""
         return extract_answer(completion_text(completion), tag=self.tag, sources=self.sources)
 
     def __call__(
@@ -144,16 +144,16 @@ def _positive(kind: str, name: str, value: Any) -> None:
 def exact_answer(
     *, column: str = "answer", sources: Sequence[str] = ("tag",), tag: str = "answer", ignore_case: bool = False
 ) -> AnswerVerifier:
-    """1 where the answer equals the gold answer (or one of a list of them), else 0; runs of white space count as one.
+    """Create a verifier of exact answers: 1 if the answer equals a gold answer up to white space, else 0.
 
     Args:
-        column: the gold answer: a text, a number, or a list of accepted ones.
-        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        column: column of the gold answer: a string, a number, or a list of accepted answers.
+        sources: sources of the answer, see :func:`burnish.rewards.extract_answer`.
         tag: name of the answer tag.
-        ignore_case: compare without regard to case.
+        ignore_case: ignore case.
 
     Raises:
-        ConfigError: a bad option.
+        ConfigError: an invalid option.
     """
     gold = _gold_of(column)
 
@@ -175,20 +175,20 @@ def numeric_answer(
     absolute_tolerance: float = 0.0,
     relative_tolerance: float = 0.0,
 ) -> AnswerVerifier:
-    r"""1 where |answer - gold| <= max(absolute, relative * |gold|) in exact arithmetic, else 0.
+    r"""Create a verifier of numbers: 1 if |answer - gold| <= max(absolute, relative * |gold|), exactly, else 0.
 
-    Numbers are read by :func:`burnish.rewards.parse_number` (1,234 = 1234, 1/2 = 0.5 = `\frac{1}{2}`; units are
-    dropped). An answer that is not one number scores 0; a gold answer that is none fails the criterion.
+    Numbers are parsed by :func:`burnish.rewards.parse_number` (1,234 = 1234, 1/2 = 0.5 = `\frac{1}{2}`; units are
+    dropped). An answer that is not one number scores 0; a gold answer that is not a number fails the criterion.
 
     Args:
-        column: the gold answer: a number, its text, or a list of accepted ones.
-        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        column: column of the gold answer: a number, its text, or a list of accepted answers.
+        sources: sources of the answer, see :func:`burnish.rewards.extract_answer`.
         tag: name of the answer tag.
         absolute_tolerance: in the unit of the answer, at least 0.
         relative_tolerance: as a fraction of the gold answer, at least 0.
 
     Raises:
-        ConfigError: a bad option.
+        ConfigError: an invalid option.
     """
     for name, value in (("absolute_tolerance", absolute_tolerance), ("relative_tolerance", relative_tolerance)):
         if not value >= 0 or value == float("inf"):
@@ -216,21 +216,22 @@ def math_answer(
     timeout_seconds: float = 5.0,
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
-    r"""1 where math-verify finds the answer equal to the gold answer as mathematics, else 0.
+    r"""Create a verifier of mathematics: 1 if math-verify finds the answer equal to the gold answer, else 0.
 
     Equal texts, equal numbers and unequal integers are decided at once; everything else runs in a worker process that
-    is killed after `timeout_seconds` of work. A time-out fails the completion. An answer that cannot be read as
-    mathematics scores 0; a gold answer that cannot fails the completion.
+    is killed after `timeout_seconds`. A time-out fails the completion. An answer that cannot be parsed scores 0; a gold
+    answer that cannot be parsed fails the completion.
 
     Args:
-        column: the gold answer, LaTeX or plain (with or without `$...$` or `\boxed{...}`), or a list of accepted ones.
-        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        column: column of the gold answer, LaTeX or plain (with or without `$...$` or `\boxed{...}`), or a list of
+            accepted answers.
+        sources: sources of the answer, see :func:`burnish.rewards.extract_answer`.
         tag: name of the answer tag.
-        timeout_seconds: most seconds of work for one answer, waiting not counted.
+        timeout_seconds: time limit of one answer, without time in the queue.
         pool: worker processes; None for the shared pool.
 
     Raises:
-        ConfigError: a bad option, or math-verify is not installed.
+        ConfigError: an invalid option, or math-verify is not installed.
     """
     _require("math_verify", "math", "math_answer")
     _positive("math_answer", "timeout_seconds", timeout_seconds)
@@ -253,7 +254,7 @@ def math_answer(
 
 
 def _quick_math(gold: str, answer: str) -> float | None:
-    """The verdict where no mathematics is needed, else None."""
+    """Grade without math-verify; None if it is needed."""
     if gold == answer:
         return 1.0
     ours, theirs = parse_number(gold, units=False), parse_number(answer, units=False)
@@ -270,29 +271,29 @@ def gym_answer(
     timeout_seconds: float = 10.0,
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
-    """The score that a reasoning-gym task gives the answer, in [0, 1]; its own partial credit as it is.
+    """Create a verifier with the scores of reasoning-gym tasks, in [0, 1], including partial credit.
 
-    Columns: `gym_task` (name of the task; None abstains), `gym_entry` (the entry as JSON) and optionally `gym_config`
-    (options of the task as JSON, for the few tasks whose grading depends on them). Tasks run in worker processes
-    that are killed with all that they started. Where a task would evaluate an answer as code, the answer is read as
-    data instead (lists, formulas of common functions); a grader that evaluates text anyway fails the completion.
+    Columns: `gym_task` (name of the task; None gives None), `gym_entry` (the entry as JSON) and optionally `gym_config`
+    (options of the task as JSON, for the few tasks whose grading depends on them). Tasks run in worker processes that
+    are killed with all that they started. Where a task would evaluate an answer as code, the answer is parsed as data
+    instead (lists, formulas of common functions); a grader that evaluates text anyway fails the completion.
 
     Args:
-        sources: where the answer is read from, see :func:`burnish.rewards.extract_answer`.
+        sources: sources of the answer, see :func:`burnish.rewards.extract_answer`.
         tag: name of the answer tag.
-        binary: 1 where the task's score is 1, else 0.
-        timeout_seconds: most seconds of work for one answer, waiting not counted.
+        binary: round scores below 1 down to 0.
+        timeout_seconds: time limit of one answer, without time in the queue.
         pool: worker processes; None for the shared pool.
 
     Raises:
-        ConfigError: a bad option, or reasoning-gym is not installed.
+        ConfigError: an invalid option, or reasoning-gym is not installed.
     """
     _require("reasoning_gym", "envs", "gym_answer")
     _positive("gym_answer", "timeout_seconds", timeout_seconds)
 
     def gold(row: Row) -> list[str]:
         answer = json.loads(row["gym_entry"])["answer"]
-        return [] if answer is None else [str(answer)]  # some tasks have no single answer
+        return [] if answer is None else [str(answer)]  # some tasks do not have a unique answer
 
     def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
         calls = [
@@ -318,20 +319,20 @@ def _require(module: str, extra: str, kind: str) -> None:
 def format_tags(
     *, tags: Sequence[str] = ("think", "answer"), prefix: str = "", allow_outside: bool = False
 ) -> RewardFunction:
-    """How well a completion keeps to `<a>...</a> <b>...</b>`, in [0, 1], with partial credit.
+    """Create a reward for the format `<a>...</a> <b>...</b>`, in [0, 1], with partial credit.
 
-    score = 1/2 * (share of tags that are well-formed) + 1/4 * [ordered] + 1/4 * [clean], where a tag is well-formed if
-    it opens exactly once, closes exactly once, in that order, around something other than white space; ordered: all
-    are well-formed and each closes before the next opens; clean: ordered, and only white space lies outside of them.
-    A repeated tag earns nothing, so writing every tag many times does not pay.
+    score = 1/2 * (fraction of tags that are well-formed) + 1/4 * [ordered] + 1/4 * [clean]. A tag is well-formed if it
+    opens once and then closes once, around something other than white space; ordered: all tags are well-formed and each
+    closes before the next opens; clean: ordered, with only white space outside the tags. Repeated tags score nothing,
+    so writing every tag many times does not pay.
 
     Args:
-        tags: names in their order, distinct.
-        prefix: text that the prompt already holds of the completion, such as "<think>"; put before it.
-        allow_outside: text outside the tags is fine: ordered completions are clean.
+        tags: distinct names, in order.
+        prefix: start of the completion that the prompt already contains, such as "<think>"; prepended.
+        allow_outside: accept text outside the tags: ordered completions are clean.
 
     Raises:
-        ConfigError: no tags, a repeated one, or one that is not a plain name.
+        ConfigError: no tags, a repeated tag, or a tag that is not a plain name.
     """
     names = tuple(tags)
     if not names or isinstance(tags, str) or len(set(names)) != len(names):
@@ -366,16 +367,16 @@ def _tag_span(text: str, name: str) -> tuple[int, int] | None:
 
 
 def soft_overlong(*, max_completion_length: int, cache: int) -> RewardFunction:
-    """Soft punishment of long completions, in [-1, 0]; section 3.4 of DAPO (2503.14476).
+    """Create a soft penalty of long completions, in [-1, 0]; section 3.4 of DAPO (2503.14476).
 
-    value = 0 up to max - cache tokens, then falls linearly to -1 at max: (max - cache - length) / cache.
+    The penalty is 0 up to max - cache tokens, then falls linearly to -1 at max: (max - cache - length) / cache.
 
     Args:
-        max_completion_length: tokens at which the value reaches -1.
+        max_completion_length: tokens at which the penalty reaches -1.
         cache: length of the ramp in tokens, in 1 .. max_completion_length.
 
     Raises:
-        ConfigError: a bad length.
+        ConfigError: an invalid length.
     """
     if max_completion_length < 1:
         raise ConfigError(f"max_completion_length = {max_completion_length!r} of soft_overlong: use at least 1.")
@@ -391,14 +392,14 @@ def soft_overlong(*, max_completion_length: int, cache: int) -> RewardFunction:
 
 @dataclass(frozen=True, slots=True)
 class GoldFailure:
-    """A row whose own gold answer does not score 1: a broken task.
+    """Row whose gold answer does not score 1, which is a broken task.
 
     Attributes:
-        index: place of the row.
-        criterion: the one that did not give 1.
-        answer: the gold answer, None where it could not be read.
-        value: what it scored, None where grading failed.
-        reason: in words.
+        index: index of the row.
+        criterion: name of the criterion.
+        answer: the gold answer; None if it could not be extracted.
+        value: its score; None if grading failed.
+        reason: explanation.
     """
 
     index: int
@@ -409,17 +410,17 @@ class GoldFailure:
 
 
 def check_gold(rubric: Rubric, rows: Sequence[Mapping[str, Any]]) -> list[GoldFailure]:
-    """Grade each row's own gold answers with every answer verifier of a rubric.
+    """Grade the gold answers of each row with every answer verifier of a rubric.
 
-    Criteria that are not answer verifiers (format, length, functions of the user) have no gold answer: they are passed
-    over. Rows on which a verifier abstains, and tasks without a gold answer, are too.
+    Criteria that are not answer verifiers (format, length, user functions), rows whose gold column is None, and tasks
+    without a gold answer are skipped.
 
     Args:
         rubric: the criteria.
-        rows: columns of the data set, one mapping a row.
+        rows: one mapping of columns per row.
 
     Returns:
-        The failures, in order of criteria, then rows; empty where all is well.
+        The failures, ordered by criterion, then row.
     """
     verifiers = [(c.name, c.function) for c in rubric.criteria if isinstance(c.function, AnswerVerifier)]
     return [failure for name, verifier in verifiers for failure in _check_verifier(name, verifier, rows)]
@@ -427,7 +428,7 @@ def check_gold(rubric: Rubric, rows: Sequence[Mapping[str, Any]]) -> list[GoldFa
 
 def _check_verifier(name: str, verifier: AnswerVerifier, rows: Sequence[Row]) -> list[GoldFailure]:
     failures: list[GoldFailure] = []
-    places: list[tuple[int, str]] = []
+    graded: list[tuple[int, str]] = []
     pairs: list[tuple[str, Row]] = []
     for index, row in enumerate(rows):
         try:
@@ -439,11 +440,11 @@ def _check_verifier(name: str, verifier: AnswerVerifier, rows: Sequence[Row]) ->
                 if extracted is None:
                     failures.append(GoldFailure(index, name, answer, 0.0, f"no answer can be read from {text!r}"))
                     continue
-                places.append((index, answer))
+                graded.append((index, answer))
                 pairs.append((extracted, row))
         except Exception as error:
             failures.append(GoldFailure(index, name, None, None, f"{type(error).__name__}: {error}"))
-    for (index, answer), value in zip(places, verifier.grade(pairs), strict=True):
+    for (index, answer), value in zip(graded, verifier.grade(pairs), strict=True):
         if isinstance(value, Exception):
             failures.append(GoldFailure(index, name, answer, None, f"{type(value).__name__}: {value}"))
         elif value < 1.0:

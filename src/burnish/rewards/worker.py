@@ -1,8 +1,8 @@
-"""The child process of the verifier pool: it runs graders that may hang or take the process down.
+"""Child process of the verifier pool, which runs graders that may hang or crash.
 
-Protocol, one JSON object a line. In: `{"kind", "arguments", "watchdog_seconds", "nonce"}`. Out: `{"started": true}`
-once imports and set-up are done, then `{"value": x}`; or `{"error": message}` in place of either. Each reply repeats
-the nonce of its request: a line that something else wrote into the channel is known by its lack.
+Protocol, one JSON object per line. In: `{"kind", "arguments", "watchdog_seconds", "nonce"}`. Out: `{"started": true}`
+once imports and set-up are done, then `{"value": x}`; or `{"error": message}` instead of either. Each reply repeats the
+nonce of its request, so that lines written to the channel by other code are rejected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FILE_LIMIT_BYTES = 16 << 20
 
 
 def _latex_forms(text: str) -> str:
-    """Wrap bare mathematics so that the LaTeX parser sees it; plain-text functions are spelled its way."""
+    """Wrap bare mathematics for the LaTeX parser and convert plain-text functions to LaTeX."""
     if "$" in text or "\\boxed" in text or "\\(" in text or "\\[" in text:
         return text
     if "\\" not in text:
@@ -43,7 +43,7 @@ def _latex_forms(text: str) -> str:
 @functools.cache
 def _math_verify() -> Any:
     stop_sympy_evaluating()
-    # Imported by name: the package ships no types. The first use builds grammar tables, which is no call's own work.
+    # Imported by name, since the package ships no types. Warm up here: grammar tables are built on first use.
     module: Any = importlib.import_module("math_verify")
     sides = [module.parse(text, parsing_timeout=None) for text in ("$2x+1$", "$x+1+x$")]
     module.verify(*sides, timeout_seconds=None)
@@ -54,7 +54,7 @@ def _prepare_math(gold: str, answer: str) -> Callable[[], float]:
     math_verify = _math_verify()
 
     def work() -> float:
-        # No time-outs of its own: they rest on signal.alarm. The parent kills this process instead.
+        # math-verify's own time-outs use signal.alarm; the parent kills this process instead.
         gold_parsed = math_verify.parse(_latex_forms(gold), parsing_timeout=None)
         if not gold_parsed:
             raise ValueError(f"the gold answer {gold!r} {UNREADABLE_GOLD}")
@@ -68,23 +68,19 @@ KINDS: dict[str, Callable[..., Callable[[], float]]] = {
     "gym": prepare_gym,
     "math": _prepare_math,
 }
-"""Graders by name: each takes its arguments, does what is slow but bounded, and returns the work that is timed."""
-
-
-def _limit_resources() -> None:
-    # Best effort: macOS may refuse a limit on memory; the time-out holds everywhere.
-    resource: Any = importlib.import_module("resource")
-    for name, limit in (("RLIMIT_AS", _MEMORY_LIMIT_BYTES), ("RLIMIT_FSIZE", _FILE_LIMIT_BYTES), ("RLIMIT_CORE", 0)):
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(getattr(resource, name), (limit, limit))
+"""Grader name -> function that does slow but bounded set-up and returns the timed work."""
 
 
 def main() -> None:
     """Serve calls from standard input until it closes."""
     logging.disable(logging.WARNING)
-    _limit_resources()
+    # Best effort: macOS may refuse a limit on memory; the time-out holds everywhere.
+    resource: Any = importlib.import_module("resource")
+    for name, limit in (("RLIMIT_AS", _MEMORY_LIMIT_BYTES), ("RLIMIT_FSIZE", _FILE_LIMIT_BYTES), ("RLIMIT_CORE", 0)):
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(getattr(resource, name), (limit, limit))
     sys.dont_write_bytecode = True
-    # The channel moves away from the standard streams, where a library reads and prints, and no child inherits it.
+    # Move the channel off the standard streams, which libraries read and print to and children inherit.
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -100,7 +96,7 @@ def _serve(request: dict[str, Any], guard: Guard, reply: Callable[[dict[str, Any
     try:
         work = KINDS[request["kind"]](**request["arguments"])
         reply(nonce | {"started": True})
-        # The parent kills a call that is too slow; should the parent be gone, this ends the process.
+        # The parent kills slow calls; this ends the process if the parent is gone.
         faulthandler.dump_traceback_later(request["watchdog_seconds"], exit=True)
         guard.refused, guard.armed = None, True
         try:
@@ -110,7 +106,7 @@ def _serve(request: dict[str, Any], guard: Guard, reply: Callable[[dict[str, Any
             faulthandler.cancel_dump_traceback_later()
         if guard.refused is not None:
             raise PermissionError(
-                f"the grader tried to do what the text may have told it to ({guard.refused}): it was refused"
+                f"the grader tried to do what the graded text may have asked for ({guard.refused}): it was refused"
             )
         reply(nonce | {"value": value})
     except Exception as error:

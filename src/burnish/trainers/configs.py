@@ -1,4 +1,4 @@
-"""Training arguments: `transformers.TrainingArguments` plus the fields of `burnish.config`."""
+"""The base of the trainers' configs: `transformers.TrainingArguments`, checked and completed."""
 
 from __future__ import annotations
 
@@ -12,41 +12,20 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
-from burnish.config import (
-    DPOFields,
-    GRPOFields,
-    KTOFields,
-    OnlineDPOFields,
-    PPOFields,
-    RewardFields,
-    RLOOFields,
-    SFTFields,
-    apply_algorithm,
-    check_keywords,
-    known_fields,
-)
+from burnish.config import apply_algorithm, check_keywords, known_fields
 from burnish.errors import ConfigError, show
 from burnish.model.precision import fast_bf16
 from burnish.trainers.parsing import given_fields, make_parseable
 from burnish.training.processes import check_world_size, needs_cpu
 
-__all__ = [
-    "DPOConfig",
-    "GRPOConfig",
-    "KTOConfig",
-    "OnlineDPOConfig",
-    "PPOConfig",
-    "RLOOConfig",
-    "RewardConfig",
-    "SFTConfig",
-]
+__all__ = ["TrainerConfig", "checked"]
 
 T = TypeVar("T", bound=type[Any])
 
 
-def _with_checked_arguments(config: T) -> T:
-    """Let a wrong name or type raise a ConfigError that says what to do, remember which fields were given, and let
-    argument parsers fill the class.
+def checked(config: T) -> T:
+    """Let a wrong name or type raise a ConfigError that says what to do, let an `algorithm` set the fields that are not
+    given, and let argument parsers fill the class.
     """
     own_init: Any = config.__init__
     names = [item.name for item in dataclasses.fields(config)]
@@ -116,96 +95,31 @@ def _try_schedule(config: Any) -> None:
         schedule.step(*([0.0] if by_metric else []))
 
 
-def _finish(config: Any) -> None:
-    """Check the fields, resolve `bf16` and `token_budget`, switch off what hides errors or wraps the model twice."""
-    config.check()
-    config.use_cpu = config.use_cpu or needs_cpu()
-    if config.trust_remote_code:
-        config.model_init_kwargs = {**(config.model_init_kwargs or {}), "trust_remote_code": True}
-    requested = config.bf16
-    # bf16 means bf16 weights with fp32 masters here; accelerate's autocast would add a second cast and fp32 outputs.
-    config.bf16 = False
-    try:
-        TrainingArguments.__post_init__(config)
-    except _REFUSALS as error:
-        raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
-    _check_parts(config)
-    check_world_size(config)
-    config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
-    if config.token_budget is None:
-        config.token_budget = 2048 if config.device.type == "cpu" else 16384
-    config.dataloader_pin_memory = False
-
-
-@_with_checked_arguments
 @dataclass
-class SFTConfig(SFTFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.config.SFTFields`."""
+class TrainerConfig(TrainingArguments):
+    """Arguments of every trainer; a stage's config adds the fields of the stage.
+
+    Raises:
+        ConfigError: naming the field, the value and the fix.
+    """
 
     def __post_init__(self) -> None:
-        _finish(self)
-
-
-@_with_checked_arguments
-@dataclass
-class RewardConfig(RewardFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.config.RewardFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
-
-
-@_with_checked_arguments
-@dataclass
-class DPOConfig(DPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.config.DPOFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
-
-
-@_with_checked_arguments
-@dataclass
-class KTOConfig(KTOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.config.KTOFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
-
-
-@_with_checked_arguments
-@dataclass
-class OnlineDPOConfig(OnlineDPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.config.OnlineDPOFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
-
-
-@_with_checked_arguments
-@dataclass
-class GRPOConfig(GRPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.config.GRPOFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
-
-
-@_with_checked_arguments
-@dataclass
-class RLOOConfig(RLOOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `RLOOTrainer`: TRL's names where they mean the same; see `burnish.config.RLOOFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
-        if self.normalize_advantages:
-            self.scale_rewards = "batch"
-
-
-@_with_checked_arguments
-@dataclass
-class PPOConfig(PPOFields, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.config.PPOFields`."""
-
-    def __post_init__(self) -> None:
-        _finish(self)
+        """Check the fields, resolve `bf16` and `token_budget`, switch off what would hide errors."""
+        config: Any = self
+        config.check()
+        config.use_cpu = config.use_cpu or needs_cpu()
+        if config.trust_remote_code:
+            config.model_init_kwargs = {**(config.model_init_kwargs or {}), "trust_remote_code": True}
+        requested = config.bf16
+        # bf16 means bf16 weights with fp32 masters; accelerate's autocast would add a second cast and fp32 outputs.
+        config.bf16 = False
+        try:
+            super().__post_init__()
+        except _REFUSALS as error:
+            raise ConfigError(f"transformers refuses the configuration: {' '.join(str(error).split())}") from error
+        _check_parts(config)
+        check_world_size(config)
+        config.bf16 = fast_bf16(config.device) if requested is None else bool(requested)
+        if config.token_budget is None:
+            config.token_budget = 2048 if config.device.type == "cpu" else 16384
+        config.dataloader_pin_memory = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
+from burnish.config import DPOFields
 from burnish.stages.dpo import DPOStage
-from burnish.trainers.configs import DPOConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import refuse_arguments, resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 
-__all__ = ["DPOTrainer"]
+__all__ = ["DPOConfig", "DPOTrainer"]
+
+
+@checked
+@dataclass
+class DPOConfig(DPOFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `DPOTrainer`: TRL's names where they mean the same; see `burnish.config.DPOFields`."""
 
 
 class DPOTrainer(Learner[DPOStage]):

@@ -1,26 +1,34 @@
-"""The public trainers of group relative policy optimisation and of REINFORCE leave-one-out."""
+"""The public trainer of group relative policy optimisation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from burnish.config import GRPOFields
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.stages.online import OnlineStage
 from burnish.stages.policy_gradient import PolicyGradient
-from burnish.trainers.configs import GRPOConfig, RLOOConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import refuse_arguments, resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 from burnish.training.reward_funcs import RewardFunction
 from burnish.types import Group
 
-__all__ = ["GRPOTrainer", "RLOOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer"]
+
+
+@checked
+@dataclass
+class GRPOConfig(GRPOFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `GRPOTrainer`: TRL's names where they mean the same; see `burnish.config.GRPOFields`."""
 
 
 class GRPOTrainer(Learner[OnlineStage]):
@@ -103,18 +111,3 @@ class GRPOTrainer(Learner[OnlineStage]):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-
-
-class RLOOTrainer(GRPOTrainer):
-    r"""REINFORCE leave-one-out (2402.14740), with the arguments of TRL's trainer: GRPOTrainer with the row `rloo`.
-
-    .. math::
-        \mathcal L = -\frac1S \sum_s \min\big(\rho_s A_s, \mathrm{clip}(\rho_s) A_s\big), \qquad
-        A_s = R_s - \frac{1}{G-1} \sum_{k \ne s} R_k, \qquad
-        R_s = r_s - \beta \sum_{t \in s} \log \frac{\pi_{old}(y_t)}{\pi_{ref}(y_t)}
-
-    with rho the ratio of whole sequences.
-    """
-
-    args: RLOOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    config_class = RLOOConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
 
+from burnish.config import KTOFields
 from burnish.stages.kto import KTOStage
-from burnish.trainers.configs import KTOConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import refuse_arguments, resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 
-__all__ = ["KTOTrainer"]
+__all__ = ["KTOConfig", "KTOTrainer"]
+
+
+@checked
+@dataclass
+class KTOConfig(KTOFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `KTOTrainer`: TRL's names where they mean the same; see `burnish.config.KTOFields`."""
 
 
 class KTOTrainer(Learner[KTOStage]):

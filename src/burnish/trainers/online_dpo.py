@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from burnish.config import OnlineDPOFields
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.stages.online import OnlineStage
 from burnish.stages.online_dpo import OnlinePairs
-from burnish.trainers.configs import OnlineDPOConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import refuse_arguments, resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 from burnish.training.reward_funcs import RewardFunction
 from burnish.types import Group
 
-__all__ = ["OnlineDPOTrainer"]
+__all__ = ["OnlineDPOConfig", "OnlineDPOTrainer"]
+
+
+@checked
+@dataclass
+class OnlineDPOConfig(OnlineDPOFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `OnlineDPOTrainer`: TRL's names where they mean the same; see `burnish.config.OnlineDPOFields`."""
 
 
 class OnlineDPOTrainer(Learner[OnlineStage]):

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from burnish.config import PPOFields
 from burnish.errors import ConfigError
 from burnish.model.sources import find_model
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.stages.actor_critic import ActorCritic
 from burnish.stages.online import OnlineStage
-from burnish.trainers.configs import PPOConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 from burnish.types import Group
 
-__all__ = ["PPOTrainer"]
+__all__ = ["PPOConfig", "PPOTrainer"]
+
+
+@checked
+@dataclass
+class PPOConfig(PPOFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `PPOTrainer`: TRL's names where they mean the same; see `burnish.config.PPOFields`."""
 
 
 class PPOTrainer(Learner[OnlineStage]):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from burnish.config import RewardFields
 from burnish.model.classifier import classifier_adapters
 from burnish.stages.reward_modelling import RewardStage
-from burnish.trainers.configs import RewardConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import refuse_arguments, resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 
-__all__ = ["RewardTrainer"]
+__all__ = ["RewardConfig", "RewardTrainer"]
+
+
+@checked
+@dataclass
+class RewardConfig(RewardFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `RewardTrainer`: TRL's names where they mean the same; see `burnish.config.RewardFields`."""
 
 
 class RewardTrainer(Learner[RewardStage]):

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from burnish.config import SFTFields
 from burnish.stages.sft import SFTStage
-from burnish.trainers.configs import SFTConfig
+from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import refuse_arguments, resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 
-__all__ = ["SFTTrainer"]
+__all__ = ["SFTConfig", "SFTTrainer"]
+
+
+@checked
+@dataclass
+class SFTConfig(SFTFields, TrainerConfig):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Arguments of `SFTTrainer`: TRL's names where they mean the same; see `burnish.config.SFTFields`."""
 
 
 class SFTTrainer(Learner[SFTStage]):
