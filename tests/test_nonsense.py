@@ -415,7 +415,7 @@ def test_a_folder_that_holds_no_whole_model(tmp_path: Path, written: str, fragme
         ("dpo", [{"prompt": "1" * 30, "chosen": "a", "rejected": "b"}], {"max_length": 20}, "1 of 7 rows are skipp", 6),
         ("reward", [{"prompt": "1" * 30, "chosen": "a", "rejected": "b"}], {"max_length": 20}, "1 of 7 rows are lo", 6),
         ("grpo", [{"prompt": "1" * 30}], {"max_prompt_length": 20}, "1 of 7 rows are skipped", 6),
-        ("dpo", [{"prompt": "1+1=", "chosen": "aaaab", "rejected": "aaaac"}], {"max_length": 8}, "1 pairs are left", 6),
+        ("dpo", [{"prompt": "1+1=", "chosen": "aaaab", "rejected": "aaaac"}], {"max_length": 8}, "1 pairs are dropped", 6),
         ("sft", [{"prompt": "1+1=", "completion": ""}], {}, "1 completions are empty", 7),
         ("dpo", [{"prompt": "1+1=", "chosen": "2", "rejected": " "}], {}, "1 completions are empty", 7),
         ("kto", [{"prompt": "1+1=", "completion": "", "label": False}], {}, "1 completions are empty", 7),
@@ -495,12 +495,12 @@ ANY = ("SFT", "Reward", "DPO", "KTO", "OnlineDPO", "GRPO")
         ("max_steps", 1.5, "expected int, got float"),
         ("per_device_train_batch_size", -1, "use at least 1"),
         ("per_device_train_batch_size", True, "expected int, got bool"),
-        ("gradient_accumulation_steps", 0, "use at least 1 micro-batch a step"),
+        ("gradient_accumulation_steps", 0, "gradient_accumulation_steps = 0: use at least 1"),
         ("weight_decay", NAN, "weight_decay = nan"),
         ("weight_decay", -0.1, "use a number of at least 0"),
         ("adam_beta1", 1.0, "use a number in [0, 1)"),
         ("max_grad_norm", NAN, "max_grad_norm = nan"),
-        ("max_grad_norm", -1.0, "0 clips none"),
+        ("max_grad_norm", -1.0, "0 disables clipping"),
         ("warmup_steps", NAN, "warmup_steps = nan"),
         ("logging_steps", 0, "use a number of steps above 0"),
         ("seed", "x", "seed = 'x': expected int, got str"),
@@ -511,9 +511,9 @@ ANY = ("SFT", "Reward", "DPO", "KTO", "OnlineDPO", "GRPO")
         ("optim", "adam", "optim = 'adam': use one of adamw_torch"),
         ("eval_strategy", "sometimes", "eval_strategy = 'sometimes': use one of no, steps, epoch"),
         ("token_budget", 0, "token_budget = 0: use a number of tokens"),
-        ("output_dir", __file__, "that is a file; name a folder"),
+        ("output_dir", __file__, "it is a file; name a folder"),
         ("nonsense", 1, "nonsense = 1: unknown field"),
-        ("fp16", True, "losses are not scaled for fp16"),
+        ("fp16", True, "fp16 loss scaling is not supported; set bf16"),
     ],
 )
 @pytest.mark.parametrize("config", ANY)
@@ -526,7 +526,7 @@ def test_a_bad_value_in_python(tmp_path: Path, config: str, field: str, value: A
 @pytest.mark.parametrize(
     ("config", "fields", "fragment"),
     [
-        ("DPO", {"loss_type": "dpo"}, "loss_type = 'dpo': use one or several of sigmoid"),
+        ("DPO", {"loss_type": "dpo"}, "loss_type = 'dpo': use one of sigmoid, sigmoid_norm"),
         ("DPO", {"loss_type": []}, "loss_type = []"),
         ("DPO", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
         (
@@ -544,7 +544,7 @@ def test_a_bad_value_in_python(tmp_path: Path, config: str, field: str, value: A
         ("SFT", {"assistant_only_loss": "yes"}, "expected bool, got str"),
         ("SFT", {"chat_template": 5}, "expected str | None, got int"),
         ("SFT", {"model_init_kwargs": ["x"]}, "expected dict[str, Any] | None, got list"),
-        ("GRPO", {"num_generations": 3, "per_device_train_batch_size": 4}, "holds no whole number of groups"),
+        ("GRPO", {"num_generations": 3, "per_device_train_batch_size": 4}, "is not a whole number of groups"),
         ("GRPO", {"num_generations": 1}, "a group is compared with itself: use at least 2"),
         ("OnlineDPO", {"num_generations": 3, "per_device_train_batch_size": 4}, "use a multiple of 3"),
     ],

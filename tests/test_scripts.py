@@ -235,7 +235,7 @@ def test_names_of_a_file_that_nothing_knows(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "holds list where tables are expected"),
+        ("[1, 2]", "contains list instead of tables"),
         ("env: 3", "env = 3: use a table"),
         ("a: 1\na: 2", "'a' is given twice"),
         ("lora_r: [1]", r"\[ModelConfig\] lora_r = \[1\]: expected int"),
