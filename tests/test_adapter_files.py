@@ -220,7 +220,7 @@ def test_half_saved_embeddings_are_refused(tmp_path: Path, grown: tuple[Path, to
     tensors = load_file(folder / "adapter_model.safetensors")
     del tensors["base_model.model.model.embed_tokens.weight"]
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"for 100 tokens and model\.embed_tokens of their base .* has 96, and"):
+    with pytest.raises(ModelError, match=r"for 100 tokens, model\.embed_tokens of their base .* has 96, and"):
         load_model(folder, bf16=False)
 
 
@@ -287,7 +287,7 @@ def test_a_configuration_beside_adapters_is_a_leftover(
     with caplog.at_level(logging.WARNING):
         trainer = made("dpo", tmp_path / "out", str(folder))
     assert torch.equal(scores(trainer.model), grown[1])
-    assert caplog.text.count("holds adapters and a whole model (model.safetensors): the adapters are read") == 1
+    assert caplog.text.count("holds adapters and a whole model (model.safetensors): the adapters are loaded") == 1
 
 
 def test_adapters_of_the_model_in_their_own_folder(tmp_path: Path) -> None:

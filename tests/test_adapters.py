@@ -538,7 +538,7 @@ def test_adapters_without_a_base_say_so(base: str, tmp_path: Path) -> None:
         file.write_text(json.dumps({**config, "base_model_name_or_path": name}))
         with pytest.raises(ModelError, match=message):
             load_model(tmp_path, bf16=False)
-    with pytest.raises(ModelError, match="task_type 'CAUSAL_LM', a reward model's are SEQ_CLS"):
+    with pytest.raises(ModelError, match="task_type 'CAUSAL_LM'; a reward model's are SEQ_CLS"):
         RewardModel(tmp_path)
 
 

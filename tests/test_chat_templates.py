@@ -84,7 +84,7 @@ def test_a_template_for_other_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"it writes '<\|turn\|>', which is not in the vocabulary"):
         build("dpo", tmp_path, chats("dpo"), config={"chat_template": str(tmp_path / "other")})
     bare().save_pretrained(tmp_path / "bare")
-    with pytest.raises(ConfigError, match="the tokenizer there has no chat template"):
+    with pytest.raises(ConfigError, match="the tokenizer in that folder has no chat template"):
         adopt_chat_template(tiny.tokenizer(), str(tmp_path / "bare"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no tokenizer could be read"):

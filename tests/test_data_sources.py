@@ -165,9 +165,12 @@ def test_a_folder_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == ""
     with pytest.raises(ConfigError, match=r"data\.split = None: the data set has the splits train, test; set one"):
         load_rows(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"none of data files that it reads \(.*trian.*\['train', 'test'\]"):
+    with pytest.raises(ConfigError, match=r"nor read its files \(.*trian.*\['train', 'test'\]"):
         load_rows({"path": str(tmp_path), "split": "trian"})
-    with pytest.raises(ConfigError, match=r"data\.name = 'main': only a directory saved by datasets has splits"):
+    with pytest.raises(
+        ConfigError,
+        match=r"data\.name = 'main': only folders and data sets on the hub have a name, not the file .*; drop name",
+    ):
         load_rows({"path": str(tmp_path / "test.csv"), "name": "main"})
 
 
@@ -185,11 +188,11 @@ def test_saved_data_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no splits"):
         load_rows({"path": str(tmp_path / "one"), "split": "train"})
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="not one saved whole by datasets"):
+    with pytest.raises(ConfigError, match="datasets can neither load this folder from disk nor read its files"):
         load_rows({"path": str(tmp_path / "empty")})
     assert as_rows(data) is data
     assert as_rows(data.to_iterable_dataset()) is not None
-    with pytest.raises(ConfigError, match=r"train_dataset is a set of splits \['train'\]"):
+    with pytest.raises(ConfigError, match=r"train_dataset is a dict of splits \['train'\]"):
         as_rows(splits, "train_dataset")
 
 
@@ -206,7 +209,11 @@ def test_bad_files(tmp_path: Path) -> None:
         (write("e.txt", "x"), ConfigError, r"e\.txt': use one of \.csv, \.json, \.jsonl, \.parquet"),
         (write("f.jsonl", ""), DataError, "has no rows"),
         ({"path": "nowhere/*.json"}, ConfigError, r"data.path = 'nowhere/\*.json': no such file"),
-        ({**write("g.json", "[]"), "split": "train"}, ConfigError, "only a directory saved by datasets has splits"),
+        (
+            {**write("g.json", "[]"), "split": "train"},
+            ConfigError,
+            "only folders and data sets on the hub have a split",
+        ),
     ):
         with pytest.raises(error, match=message):
             load_rows(spec)

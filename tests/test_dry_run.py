@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+import burnish
 import tiny
-from burnish import trainers
 from burnish.cli.dry_run import make_stage
 from burnish.cli.main import main
 from test_nonsense import EVERY, NAMES, build, chat, good, plain
@@ -97,6 +97,9 @@ def test_what_is_cut_and_what_no_rubric_accepts(folder: Path, capsys: pytest.Cap
     write_run("sft", [{"messages": "x"}])
     assert main(["sft", "run.toml", "--dry-run"]) == 2
     assert "train_dataset: row 0: messages = 'x', a string" in capsys.readouterr().err
+    write_run("reward", [*good("reward"), {"prompt": "1+1=", "completions": ["2", "3"], "labels": [True, False]}])
+    assert main(["reward", "run.toml", "--dry-run"]) == 2
+    assert "train_dataset: row 0 is preference, row 6 is stepwise" in capsys.readouterr().err
 
 
 PAIRS = [plain("dpo", i) for i in range(6)]
@@ -121,7 +124,7 @@ PAIRS = [plain("dpo", i) for i in range(6)]
 )
 def test_rows_are_encoded_as_the_trainer_does(tmp_path: Path, stage: str, rows: Any, fields: Any) -> None:
     trainer = build(stage, tmp_path, rows, tiny.model(), config=fields)
-    config = getattr(trainers, f"{NAMES[stage]}Config")(**settings(tmp_path, **fields))
+    config = getattr(burnish, f"{NAMES[stage]}Config")(**settings(tmp_path, **fields))
     rubric = getattr(trainer.stage, "rubric", None)
     groups = make_stage(stage, config, trainer.processing_class, rubric).encode(rows, "train_dataset")
     assert list(trainer.train_dataset) == groups
@@ -156,5 +159,5 @@ def test_a_pipeline_shows_each_stage(folder: Path, capsys: pytest.CaptureFixture
     ]  # fmt: skip
     assert "<user>4+1=<eos><assistant>[5<eos>]" in bare(shown)
     assert "rows: 16 read, 16 to train on" in shown
-    assert "rows are sampled from the model of the stage before" in shown
+    assert "rows are sampled from the model of the previous stage" in shown
     assert "transcripts.jsonl in outputs/run" in shown

@@ -31,5 +31,7 @@ def test_rows_without_a_length_are_not_read(tmp_path: Path, stage: str, field: s
         pytest.skip("read as it comes")
     train = endless(stage, form) if field == "train_dataset" else good(stage)
     more = {} if field == "train_dataset" else {field: endless(stage, form)}
-    with pytest.raises(ConfigError, match=f"^{field} = .* has no length and is read whole here.*pass a list"):
+    with pytest.raises(
+        ConfigError, match=f"^{field} = .* has no length, and reading it whole may never end: pass a list"
+    ):
         build(stage, tmp_path, train, **more)

@@ -45,7 +45,7 @@ def test_fp32_and_explicit_dtypes_are_left_alone(folder: Path) -> None:
 def test_a_model_in_memory_is_used_as_it_is() -> None:
     model = tiny.model()
     assert load_model(model, bf16=True) == (model, {})
-    with pytest.raises(ModelError, match="beside a model in memory"):
+    with pytest.raises(ModelError, match="with a model in memory"):
         load_model(model, bf16=True, init_kwargs={"revision": "main"})
 
 

@@ -102,8 +102,8 @@ def test_nothing_is_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]
     [
         ("rows.csv", "", "has no rows"),
         ("rows.csv", "question,answer\n", "has no rows"),
-        ("rows.csv", "x,y\n1,2\n", "which no stage learns from; name them chosen + rejected |"),
-        ("rows.jsonl", [{"prompt": "only"}], "which no stage learns from"),
+        ("rows.csv", "x,y\n1,2\n", "which no stage uses; name them chosen + rejected |"),
+        ("rows.jsonl", [{"prompt": "only"}], "which no stage uses"),
         ("rows.txt", "x", "DATA.path = 'rows.txt': use one of .csv, .json, .jsonl, .parquet, .tsv"),
         ("row.csv", "a,b\n1,2\n", "DATA.path = 'rows.csv': no such file; .* it has 'row.csv'"),
         ("rows.jsonl", [{"prompt": "a", "completion": "b", "label": "yes"}], "label = 'yes': use true"),

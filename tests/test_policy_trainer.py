@@ -415,14 +415,14 @@ def test_an_engine_without_log_probabilities_says_that_nothing_is_checked(
     trainer = grpo(tmp_path, max_steps=2)
     trainer.stage.sampler.engine = Silent(trainer.stage.sampler.engine, "policy_logprobs")
     trainer.train()
-    assert sum("Silent gives no policy_logprobs" in message for message in caplog.messages) == 1
+    assert sum("Silent returns no policy_logprobs" in message for message in caplog.messages) == 1
 
 
 def test_a_correction_needs_what_the_sampler_said(tmp_path: Path) -> None:
     trainer = grpo(tmp_path, sampling_correction="token_truncate")
     trainer.stage.sampler.engine = Silent(trainer.stage.sampler.engine, "sampler_logprobs")
     before = weights(trainer)
-    with pytest.raises(ConfigError, match="Silent gives no sampler_logprobs"):
+    with pytest.raises(ConfigError, match="Silent returns no sampler_logprobs"):
         trainer.train()
     assert_same(before, weights(trainer), 0.0)
 
@@ -538,7 +538,7 @@ def test_a_sampler_apart_is_caught_and_corrected(tmp_path: Path, apart: str) -> 
         trainer.stage.sampler.engine = other  # type: ignore[assignment]
         return trainer
 
-    with pytest.raises(CheckFailed, match="samples and trainer are"):
+    with pytest.raises(CheckFailed, match="sampler and trainer mismatch"):
         made(tmp_path / "a").train()
     trainer = made(tmp_path / "b", sampling_correction="token_truncate")
     before = trainer.evaluate()["eval_reward"]
@@ -572,7 +572,7 @@ def test_a_row_of_ones_own_in_ten_lines(tmp_path: Path) -> None:
 
 def test_a_loss_that_reduces_is_refused(tmp_path: Path) -> None:
     register("reduced", "wrong", loss=lambda terms, options: (-terms.advantages * terms.log_ratio.exp()).sum())
-    with pytest.raises(CheckFailed, match="one loss for each token"):
+    with pytest.raises(CheckFailed, match="one loss per token"):
         grpo(tmp_path, algorithm="reduced").train()
 
 

@@ -185,7 +185,7 @@ def test_the_reference_is_computed_once_and_cached_on_disk(
     cached.train()
     assert sum(asked) == len(PAIRS)
     assert cached.stage.reference is not None
-    assert cached.stage.reference.model is None, "its weights have left memory"
+    assert cached.stage.reference.model is None, "its weights have been freed"
     assert_same(weights(plain), weights(cached), 0.0)
     asked.clear()
     again = dpo(tmp_path / "b", max_steps=5, precompute_ref_log_probs=True)
@@ -321,7 +321,7 @@ def test_bad_rows_are_errors(tmp_path: Path, rows: Any, message: str) -> None:
 
 
 def test_a_reference_that_nobody_reads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads no reference: remove ref_model"):
+    with pytest.raises(ConfigError, match="does not use a reference: remove ref_model"):
         dpo(tmp_path, loss_type="simpo", ref_model=tiny.model())
 
 

@@ -135,7 +135,7 @@ def test_outside_and_without_gradients_nothing_is_recomputed(monkeypatch: pytest
 
     model = tiny.model("llama").train()
     prepare_for_scoring(model)
-    monkeypatch.setattr(recomputation, "_again", refuse)
+    monkeypatch.setattr(recomputation, "_recomputed", refuse)
     model(torch.arange(1, 9)[None]).logits.sum().backward()
     with torch.no_grad():
         score(model, pack(groups()))

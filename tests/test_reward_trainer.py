@@ -522,7 +522,7 @@ def test_bad_models_and_settings_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, STEPS, center_rewards_coefficient=0.1)
     with pytest.raises(ModelError, match="tokenizer = None"):
         RewardModel(classifier())
-    with pytest.raises(ModelError, match="used where and as it is"):
+    with pytest.raises(ModelError, match="a model in memory keeps its own; omit both"):
         RewardModel(classifier(), tokenizer(), device="cpu")
 
 

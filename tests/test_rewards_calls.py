@@ -146,7 +146,7 @@ def test_outside_the_main_thread_a_function_is_left_behind() -> None:
     thread.join(10)
     release.set()
     assert len(found) == 2
-    assert all("it goes on in a thread, which cannot be stopped" in message for message in found)
+    assert all("it continues in a thread, which cannot be stopped" in message for message in found)
 
 
 def test_a_judge_that_always_hangs_costs_a_few_time_outs_and_no_run(tmp_path: Path) -> None:

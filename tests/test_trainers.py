@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer, ModelError, SFTConfig, SFTTrainer
 from burnish.rollout import Request
-from burnish.training.sampler_check import Agreement
+from burnish.training.sampler_check import SamplerCheck
 from burnish.training.step import Loss
 from burnish.types import Completion, Group
 
@@ -288,7 +288,7 @@ def test_a_sampler_at_another_temperature_is_caught_before_the_update(tmp_path: 
     trainer = grpo(tmp_path)
     trainer.stage.sampler.engine = Elsewhere(trainer.stage.sampler.engine, temperature=1.2)
     before = weights(trainer)
-    with pytest.raises(CheckFailed, match="samples and trainer are"):
+    with pytest.raises(CheckFailed, match="sampler and trainer mismatch"):
         trainer.train()
     assert_same(before, weights(trainer), 0.0)
 
@@ -300,39 +300,39 @@ def test_agreement_is_the_divergence_from_sampler_to_trainer() -> None:
     assert (sampler - trainer).abs().max() < 1, "nothing is clipped"
     exact = float((sampler.exp() * (sampler - trainer)).sum())
     counts = (sampler.exp() * 100_000).round().long()
-    check = Agreement(bound=exact * 1.01, mean_bound=1.0)
+    check = SamplerCheck(bound=exact * 1.01, mean_bound=1.0)
     check.add(trainer.repeat_interleave(counts), sampler.repeat_interleave(counts))
     metrics = check.flush(0, float, float)
     assert metrics["sampling/kl"] == pytest.approx(exact, rel=1e-3)
     assert metrics["sampling/logprob_difference/max"] == pytest.approx(float((sampler - trainer).abs().max()))
     assert check.flush(1, float, float) == {}
-    check = Agreement(bound=exact * 0.99, mean_bound=1.0)
+    check = SamplerCheck(bound=exact * 0.99, mean_bound=1.0)
     check.add(trainer.repeat_interleave(counts), sampler.repeat_interleave(counts))
-    with pytest.raises(CheckFailed, match=r"step 7: .* apart in KL"):
+    with pytest.raises(CheckFailed, match=r"step 7: .* their KL is"):
         check.flush(7, float, float)
 
 
 def test_agreement_judges_2048_tokens_at_least_and_the_last_ones() -> None:
     """A tenth of 200 tokens off by 0.8 nats: k3 adds 8.5 a step; 2,048 tokens at the bound of 0.01 may have 20.5."""
 
-    def steps(sizes: Sequence[int], difference: float, check: Agreement) -> None:
+    def steps(sizes: Sequence[int], difference: float, check: SamplerCheck) -> None:
         for number, size in enumerate(sizes):
             trainer = torch.zeros(size)
             trainer[: size // 10] = difference
             check.add(trainer, torch.zeros(size))
             check.flush(number, float, float)
 
-    steps([200] * 2, 0.8, Agreement(0.01))
+    steps([200] * 2, 0.8, SamplerCheck(0.01))
     with pytest.raises(CheckFailed, match=r"step 2: "):
-        steps([200] * 3, 0.8, Agreement(0.01))
-    check = Agreement(0.01)
+        steps([200] * 3, 0.8, SamplerCheck(0.01))
+    check = SamplerCheck(0.01)
     steps([200] * 2, 0.8, check)
     steps([500] * 6, 0.0, check)
     steps([200] * 2, 0.8, check)
 
 
 def test_one_token_far_off_is_no_mismatch() -> None:
-    check = Agreement(bound=0.01)
+    check = SamplerCheck(bound=0.01)
     far = torch.zeros(200)
     far[:3] = 5.0
     check.add(far, torch.zeros(200))
@@ -342,7 +342,7 @@ def test_one_token_far_off_is_no_mismatch() -> None:
 @pytest.mark.parametrize(("bound", "mean"), [(1e-2, 0.1), (1e-6, 1e-3)])
 def test_a_mean_difference_stops_the_first_small_step(bound: float, mean: float) -> None:
     """However few tokens there are: the window excuses single tokens, not all of them."""
-    check = Agreement(bound)
+    check = SamplerCheck(bound)
     check.add(torch.full((8,), 0.95 * mean), torch.zeros(8))
     check.flush(0, float, float)
     check.add(torch.full((8,), 1.05 * mean), torch.zeros(8))
@@ -351,7 +351,7 @@ def test_a_mean_difference_stops_the_first_small_step(bound: float, mean: float)
 
 
 def test_agreement_does_not_pass_what_is_not_a_number() -> None:
-    check = Agreement(bound=1.0)
+    check = SamplerCheck(bound=1.0)
     check.add(torch.tensor([float("nan"), 0.0]), torch.zeros(2))
     with pytest.raises(CheckFailed, match="not finite"):
         check.flush(0, float, float)
@@ -441,7 +441,7 @@ def test_tokens_count_once_when_they_are_sampled(tmp_path: Path) -> None:
 def test_a_penalty_of_repetitions_is_sampled_and_the_check_knows(tmp_path: Path) -> None:
     """The check of sampler against trainer compares the policy's log-probabilities, the correction what was sampled."""
     trainer = grpo(tmp_path, generation_kwargs={"repetition_penalty": 100.0}, sampling_correction="token_truncate")
-    trainer.stage.agreement = Agreement(1e-6)  # the correction would switch it off
+    trainer.stage.sampler_check = SamplerCheck(1e-6)  # the correction would switch it off
     trainer.train()
     trainer.evaluate(PROMPTS[:2])
     plain = dataclasses.replace(trainer.stage.sampler.params, repetition_penalty=1.0)

@@ -23,7 +23,7 @@ from burnish.stages.reward_modelling import RewardStage
 from burnish.stages.sft import SFTStage
 from burnish.training.checkpoint import start
 from burnish.training.checks import resolve_tokenizer
-from burnish.training.plan import describe_plan
+from burnish.training.run_length import describe_run_length
 from burnish.training.stage import Stage
 from burnish.types import Completion, Group
 
@@ -89,7 +89,7 @@ def dry_run(
     )
     if eval_rows is not None:
         console.print(f"held out: {len(stage.encode(eval_rows, 'eval_dataset'))} rows")
-    console.print(f"plan: {describe_plan(config, first_step=0, max_steps=_num_steps(kind, config, len(groups)))}")
+    console.print(f"plan: {describe_run_length(config, first_step=0, max_steps=_num_steps(kind, config, len(groups)))}")
     console.print(f"writes: {'; '.join(_files(config))}")
     console.print("dry run: no weights were loaded, nothing was written")
 

@@ -19,7 +19,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the file, sample, score, print the result as JSON."""
+    """Check the run file, sample and score completions, and print the result as JSON."""
     refuse_ranks("eval")
     file = load_run_file(args.file, args.overrides, "eval")
     assert file.data.eval is not None and file.rubric is not None and file.evaluation is not None

@@ -1,4 +1,4 @@
-"""`burnish init DATA`: a commented run file for a data set, from what its rows look like."""
+"""`burnish init DATA`: a commented run file for a data set, inferred from its rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FAMILIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("grpo", ("prompt", "answer")),
     ("sft", ("text",)),
 )
-"""Stage -> columns that its rows have, the most telling first."""
+"""Stage -> columns of its rows, most specific first."""
 
 _RUBRICS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("a completion is right if its last number, or that in <answer> tags, equals the answer",
@@ -41,10 +41,10 @@ _RUBRICS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("a completion is right if all of it, or the text in <answer> tags, equals the answer",
      {"kind": "exact", "sources": ["tag", "text"], "ignore_case": True}),
 )  # fmt: skip
-"""What counts as right, and the criterion that says so; the first that accepts the data's own answers is proposed."""
+"""Description and criterion of a right completion; the first that accepts the gold answers of the data is used."""
 
 _LONGEST_ANSWER = 60
-"""Characters of an answer that a model can be expected to give word for word."""
+"""Maximum number of characters of an answer that can be graded verbatim."""
 
 _TEMPLATE = """\
 # For {{ path|line }}: {{ num_rows }} rows with {{ found|line }}.
@@ -105,7 +105,7 @@ max_completion_length = 64
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the rows, propose a stage, write the file; a file that is there stays."""
+    """Read the rows, choose a stage and write the run file; existing files are kept."""
     stem = Path(args.data).stem
     target: Path = args.output or Path(stem if re.fullmatch(r"[\w.-]+", stem) else "run").with_suffix(".toml")
     problem = "that file is there; give another name, or remove it" if target.exists() else file_problem(str(target))
@@ -119,27 +119,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def run_file(source: dict[str, Any], model: str, target: str | Path) -> tuple[str, str]:
-    """The command that a data set is for, and the text of its run file.
+    """Choose the command for a data set and render its run file.
 
     Args:
-        source: of `load_rows`.
-        model: to train.
-        target: the name that the file will have.
+        source: source table of `load_rows`.
+        model: model to train.
+        target: path of the run file.
+
+    Returns:
+        The command and the text.
 
     Raises:
-        ConfigError, DataError: the source cannot be read, or no stage learns from its rows.
+        ConfigError, DataError: the source cannot be read, or no stage fits its rows.
     """
     rows = load_rows(source, "DATA")
     stage, columns = _stage(rows[0])
     meaning, rubric, graded = _graded(rows, columns)
     if rubric is not None:
         columns = graded
-    elif stage == "grpo":  # nothing can grade these answers, so they are learned from
+    elif stage == "grpo":  # no criterion can grade these answers, so SFT learns from them
         stage, columns = "sft", {**columns, "answer": "completion"}
     source = {**source, "columns": columns} if columns else source
     row = load_rows(source, "DATA")[0] if columns else rows[0]
     if rubric is not None and not instruction_columns(row):
-        stage = "grpo"  # numbers and chats are graded; they are no texts to learn from
+        stage = "grpo"  # numbers and chats can be graded, but are not text for SFT
     command = "pipeline" if rubric and stage == "sft" else stage
     if stage == "reward":
         reward_kind(row)
@@ -167,7 +170,7 @@ def run_file(source: dict[str, Any], model: str, target: str | Path) -> tuple[st
 
 
 def _stage(row: Row) -> tuple[str, dict[str, str]]:
-    """The stage that a row is for, and the columns to rename for it."""
+    """Choose the stage for a row, and the columns to rename for it."""
     if instruction_columns(row):
         return "sft", {}
     present = {name for name, value in row.items() if value is not None}
@@ -180,16 +183,16 @@ def _stage(row: Row) -> tuple[str, dict[str, str]]:
     stage = next((stage for stage, family in _FAMILIES if read.issuperset(family)), None)
     if stage is None:
         raise DataError(
-            f"DATA: row 0 has the columns {sorted(map(str, present))}, which no stage learns from; name them "
+            f"DATA: row 0 has the columns {sorted(map(str, present))}, which no stage uses; name them "
             f"{' | '.join(' + '.join(family) for family in families)}, or question + answer (docs/data.md)."
         )
     return stage, columns
 
 
 def _graded(rows: Sequence[Row], columns: Mapping[str, str]) -> tuple[str, dict[str, Any] | None, dict[str, str]]:
-    """What a right completion is, the criterion that says so, and columns that SFT and GRPO both read; or no criterion.
+    """Choose a criterion that accepts the gold answers, with its description and the columns to rename; None if none.
 
-    A question and its answer are what SFT reads as a prompt and its completion, and a verifier as the gold answer.
+    SFT uses a question and its answer as prompt and completion, and verifiers use the answer as gold answer.
     """
     named = {columns.get(name, name): name for name, value in rows[0].items() if value is not None}
     native = instruction_columns(rows[0])

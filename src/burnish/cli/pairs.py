@@ -1,4 +1,4 @@
-"""`burnish pairs FILE`: samples of a model, judged by a rubric, as preference pairs and best-of-n demonstrations."""
+"""`burnish pairs FILE`: preference pairs and best-of-n demonstrations from samples of a model, graded by a rubric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the file, sample what has not been sampled yet, write the rows."""
+    """Check the run file, sample the remaining prompts and write the rows."""
     refuse_ranks("pairs")
     file = load_run_file(args.file, args.overrides, "pairs")
     assert file.data.train is not None and file.rubric is not None and file.pairs is not None

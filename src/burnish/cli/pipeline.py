@@ -1,4 +1,4 @@
-"""`burnish pipeline FILE`: the stages of one file, each measured, and a report; interrupted, it goes on."""
+"""`burnish pipeline FILE`: run the stages of one file, evaluate each and write a report; resumable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the file, then do what has not been done yet."""
+    """Check the run file and run the remaining steps."""
     refuse_ranks("pipeline")
     file = load_pipeline_file(args.file, args.overrides)
     if args.dry_run:
@@ -40,20 +40,20 @@ def run(args: argparse.Namespace) -> None:
 
 Rows = list[dict[str, Any]]
 
-_JUDGED = (*ONLINE, "pairs", "evaluation")
-"""Tables of what the rubric judges."""
+_GRADED = (*ONLINE, "pairs", "evaluation")
+"""Tables of steps that use the rubric."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Data:
-    """Rows by what they are for."""
+    """Rows by purpose."""
 
     train: Rows
     """Prompts to sample from."""
     sft: Rows
     """Demonstrations."""
     held_out: Rows
-    """Problems that nothing is trained on; with a completion_template they are demonstrations too."""
+    """Evaluation problems, which are not trained on; with a completion_template also demonstrations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +62,12 @@ class _Pairs:
 
     train: Rows
     held_out: Rows
-    """Of held-out problems; empty where no stage reads them."""
+    """Pairs of held-out problems; empty if no stage uses them."""
 
 
 @dataclass(slots=True)
 class Pipeline:
-    """The stages of one file in one folder; what a folder already holds is not done again."""
+    """Stages of one file in one folder; completed steps are not repeated."""
 
     file: PipelineFile
     folder: Path
@@ -79,7 +79,7 @@ class Pipeline:
         self.status = RunStatus(self.folder, "pipeline")
 
     def run(self) -> None:
-        """All stages, then the report."""
+        """Run all stages and write the report."""
         with self.status.recording():
             self._run()
 
@@ -96,7 +96,7 @@ class Pipeline:
                 pairs = self._sample_pairs(model, data)
                 continue
             trained = self._train(name, model, *_rows_of(name, data, pairs))
-            if name == "reward":  # it judges; the next stage goes on from the same policy
+            if name == "reward":  # the next stage continues from the same policy
                 self._rank(trained, pairs.held_out)
                 continue
             model = trained
@@ -112,14 +112,14 @@ class Pipeline:
         say(f"done in {format_seconds(time.monotonic() - started)}: model in {model}, report in {page}")
 
     def look(self) -> None:
-        """Print what each stage would train on, with the tokenizer of the first model; write nothing."""
+        """Print a dry run of each stage, with the tokenizer of the first model; nothing is written."""
         from burnish.cli import stages
 
         data = self._rows()
         for name in self.file.stages:
             print(f"[{name}]")
             if name == "pairs" or name in FROM_PAIRS:
-                print("rows are sampled from the model of the stage before: nothing to show yet\n")
+                print("rows are sampled from the model of the previous stage: nothing to show yet\n")
                 continue
             rows, held_out = _rows_of(name, data, _Pairs([], []))
             eval_rows = held_out if self._evaluates(name) else None
@@ -131,7 +131,7 @@ class Pipeline:
         print(f"evaluations of {len(data.held_out)} held-out rows, report.html and one folder a stage: {self.folder}")
 
     def _claim_folder(self, data: _Data) -> None:
-        """Refuse to go on from steps that were made from something else; nothing is written before the data is read."""
+        """Refuse to continue from steps that were made from other inputs; write the configuration."""
         from burnish.training.environment import environment
 
         for name in ("raw", *self.file.stages):
@@ -148,20 +148,20 @@ class Pipeline:
         write_json(self.folder / "environment.json", environment())
 
     def _made_from(self, table: str, **rows: Any) -> dict[str, Any]:
-        """What a step is made from as far as the file says it, by table."""
+        """Return the inputs of a step by table, as far as the file determines them."""
         settings = self.file.evaluation if table == "evaluation" else self.file.stages[table]
         found: dict[str, Any] = {
             table: asdict(settings) if table in ("pairs", "evaluation") else settings,
             "model_init": self.file.model_init,
         }
-        if table in _JUDGED:
+        if table in _GRADED:
             found["rubric"] = rubric_identity(self.file.rubric)
         if table not in ("pairs", "evaluation"):
             found["peft"] = self.file.peft
         return found | rows
 
     def _rows(self) -> _Data:
-        """Training, held-out and SFT rows; nothing held out is trained on, and the rubric solves its own answers."""
+        """Load training, SFT and held-out rows, drop held-out prompts from training, and check the gold answers."""
         data = self.file.data
         assert data.eval is not None
         held_out = load_rows(data.eval, "data.eval")
@@ -179,18 +179,18 @@ class Pipeline:
             found[name] = rows
         failures = check_gold(self.file.rubric, held_out[:20])
         if failures:
-            raise ConfigError(f"[[rubric]] does not accept the data's own answers: {failures[0]}")
+            raise ConfigError(f"[[rubric]] does not accept the gold answers of data.eval: {failures[0]}")
         return _Data(found["train"], found["sft"], held_out)
 
     def _stage(self, name: str) -> dict[str, Any]:
         return self.file.stages.get(name, {})
 
     def _evaluates(self, name: str) -> bool:
-        """Whether a stage measures itself on held-out rows while it trains."""
+        """Return True if a stage evaluates on held-out rows during training."""
         return str(self._stage(name).get("eval_strategy", "no")) != "no"
 
     def _sample_pairs(self, model: str, data: _Data) -> _Pairs:
-        """Pairs of the current model on training prompts, each once, and on held-out ones where a stage reads those."""
+        """Sample pairs of the current model on training prompts, and on held-out ones if a stage uses them."""
         train = self._pairs_in("train", model, self._prompts(data))
         measured = "reward" in self.file.stages or self._evaluates("dpo") or self._evaluates("kto")
         return _Pairs(train, self._pairs_in("held_out", model, data.held_out) if measured else [])
@@ -207,7 +207,7 @@ class Pipeline:
         made_from = self._made_from("pairs", data=prompts, model=model_identity(model))
         self.inputs.begin(f"pairs/{name}", made_from)
         if (folder / "done").is_file():
-            say(f"pairs, {name}: done before")
+            say(f"pairs, {name}: already done")
         else:
             say(f"pairs, {name}: sampling {model}")
             section = replace(self.file.pairs, output_dir=str(folder))
@@ -216,13 +216,13 @@ class Pipeline:
             if not counts[str(folder / "pairs.jsonl")]:
                 raise ConfigError(
                     f"[pairs] min_margin = {section.min_margin!r}: no {name} prompt has two samples whose rewards "
-                    "differ by more; lower it, raise num_samples, or take problems that the model sometimes solves."
+                    "differ by more; lower it, raise num_samples, or use problems that the model sometimes solves."
                 )
             (folder / "done").touch()
         return load_rows({"path": str(folder / "pairs.jsonl")}, f"pairs.{name}")
 
     def _rank(self, model: str, rows: Rows) -> None:
-        """How the reward model ranks pairs of held-out problems."""
+        """Rank pairs of held-out problems with the reward model."""
         from burnish.cli import stages
 
         self.status.update(doing="ranking pairs with the reward model", part="")
@@ -241,11 +241,11 @@ class Pipeline:
         folder = self.folder / name
         self.inputs.begin(name, self._made_from(name, data=(rows, eval_rows), model=model_identity(model)))
         if (folder / "done").is_file():
-            say(f"{name}: done before")
+            say(f"{name}: already done")
             return str(folder)
         say(f"{name}: training {model}")
         shared: dict[str, Any] = {"model_init": self._model_init(model)}
-        # A later stage trains the adapters of the one before it.
+        # Later stages continue training the adapters of the previous one.
         shared["peft"] = self.file.peft if model == self.file.model else None
         shared["eval_rows"] = eval_rows if self._evaluates(name) else None
         stages.train(name, model, rows, self._settings(name), rubric=self.file.rubric, **shared)
@@ -253,13 +253,13 @@ class Pipeline:
         return str(folder)
 
     def _settings(self, name: str) -> dict[str, Any]:
-        """Keyword arguments of a stage's config."""
+        """Return the keyword arguments of a stage's config."""
         settings = {"save_total_limit": 2, "logging_steps": 1, "report_to": "none", "log_metrics": str(self.folder)}
         settings |= {"log_completions": str(self.folder)} if name in ONLINE else {}
         return settings | self._stage(name) | {"output_dir": str(self.folder / name), "resume_from_checkpoint": True}
 
     def _model_init(self, model: str) -> dict[str, Any]:
-        """Arguments of from_pretrained; a stage's adapters are put on the base, read as it was for training."""
+        """Return arguments of from_pretrained: with adapters, the base model is loaded as for training."""
         return self.file.model_init if model == self.file.model or self.file.peft is not None else {}
 
     def _evaluate(self, name: str, model: str, rows: list[dict[str, Any]]) -> None:
@@ -282,7 +282,7 @@ class Pipeline:
         return Evaluation.from_dict(read_json(self.folder / "evaluations" / f"{name}.json", {}))
 
     def _summarise(self, names: list[str]) -> None:
-        """Every evaluation, and paired differences between every two policies: printed, and written for the report."""
+        """Print and write all evaluations, and paired differences between every two policies."""
         results = {name: self._evaluation(name) for name in names}
         comparisons: list[dict[str, Any]] = []
         metrics = [f"pass@{k}" for k in self.file.evaluation.ks]
@@ -300,7 +300,7 @@ class Pipeline:
 
 
 def _rows_of(name: str, data: _Data, pairs: _Pairs) -> tuple[Rows, Rows]:
-    """What a stage trains on, and what it is measured on meanwhile."""
+    """Return the training and held-out rows of a stage."""
     if name == "sft":
         return data.sft, data.held_out
     return (pairs.train, pairs.held_out) if name in FROM_PAIRS else (data.train, data.held_out)

@@ -1,4 +1,4 @@
-"""What the commands share: a checked file's parts to trainers, engines and evaluations."""
+"""Training, evaluation and sampling from the tables of a checked run file, for all commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = ["evaluate_model", "make_pairs", "rank_with", "train"]
 
 logger = logging.getLogger(__name__)
 
-# Bars of transformers for single files would drown the progress of the run; that of GGUF files has no switch.
+# transformers' bars for single files would hide the progress of the run; that of GGUF files has no switch.
 transformers.logging.disable_progress_bar()
 cast(Any, modeling_gguf_pytorch_utils).tqdm = partial(tqdm, disable=True)
 
@@ -57,21 +57,21 @@ def train(
     peft: dict[str, Any] | None = None,
     only_look: bool = False,
 ) -> Any:
-    """Train one stage and save.
+    """Train one stage and save the model.
 
     Args:
-        kind: the stage.
-        model: what to start from.
-        rows: to train on.
+        kind: stage name.
+        model: initial model.
+        rows: training rows.
         training: keyword arguments of the stage's config.
-        rubric: the reward of an online stage.
-        eval_rows: held out.
+        rubric: reward of an online stage.
+        eval_rows: held-out rows.
         model_init: arguments of from_pretrained.
         peft: fields of a LoraConfig.
-        only_look: print what would be done instead, without weights (`--dry-run`).
+        only_look: print a dry run instead, without loading weights (`--dry-run`).
 
     Returns:
-        The trainer; None after a look.
+        The trainer; None for a dry run.
     """
     stage = STAGES[kind]
     config_class, trainer_class = (getattr(burnish, f"{stage.name}{ending}") for ending in ("Config", "Trainer"))
@@ -79,16 +79,16 @@ def train(
     if only_look:
         dry_run(kind, config, model, rows, rubric=rubric if stage.online else None, eval_rows=eval_rows)
         return None
-    # The trainer asks again, when weights are loaded.
+    # Fail before weights are loaded; the trainer checks again afterwards.
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
     rewards: dict[str, Any] = {"reward_funcs": rubric} if stage.online else {}
-    # From before the model is loaded until it is saved; other ranks end with the first one.
+    # The lock covers loading and saving; other ranks end with the first one.
     with locked(config.output_dir) if config.process_index == 0 else nullcontext():
         trainer = trainer_class(
             model=model, args=config, train_dataset=list(rows), eval_dataset=eval_rows, peft_config=_lora(peft),
             **rewards,
         )  # fmt: skip
-        with trainer.status.recording():  # a run whose result is not saved is not finished
+        with trainer.status.recording():  # a run is finished once its model is saved
             trainer.train()
             trainer.save_model()
         return trainer
@@ -108,7 +108,7 @@ def _lora(fields: dict[str, Any] | None) -> Any:
 def evaluate_model(
     model: str, rows: Rows, rubric: Rubric, section: EvaluationSection, *, name: str, seed: int = 0, **shared: Any
 ) -> Evaluation:
-    """pass@k of a saved model on rows, and `nll` where they have completions; `shared` is `model_init`."""
+    """Evaluate pass@k of a saved model on rows, and `nll` if they have completions; `shared` is `model_init`."""
     loaded, tokenizer, sampling = _sampling(model, rows, rubric, section, "data.eval", **shared)
     total = len(sampling["groups"]) * section.num_samples
     with EngineProgress(sampling["engine"], f"evaluate {name}", total) as shown:
@@ -125,7 +125,7 @@ def evaluate_model(
 def make_pairs(
     model: str, rows: Rows, rubric: Rubric, section: PairsSection, *, model_init: dict[str, Any] | None = None
 ) -> dict[str, int]:
-    """Samples, preference pairs and best-of-n rows in the section's folder; rows by file."""
+    """Write samples, preference pairs and best-of-n rows to the section's folder; returns row counts by file."""
     folder, seed = Path(section.output_dir), section.seed
     with locked(section.output_dir):
         loaded, _, sampling = _sampling(model, rows, rubric, section, "data.train", model_init=model_init)
@@ -135,13 +135,13 @@ def make_pairs(
         pairs = [row for record in records for row in preference_rows(record, seed=seed, **limits)]
         best = [best_row(record, min_reward=section.min_reward, seed=seed) for record in records]
         made = {"pairs.jsonl": pairs, "best.jsonl": [row for row in best if row is not None]}
-        for name, own in made.items():
-            write_json_lines(folder / name, own)
-    return {str(folder / name): len(own) for name, own in made.items()}
+        for name, found in made.items():
+            write_json_lines(folder / name, found)
+    return {str(folder / name): len(found) for name, found in made.items()}
 
 
 def rank_with(model: str, rows: Rows) -> PairRanking:
-    """How a saved reward model ranks preference rows."""
+    """Rank preference rows with a saved reward model."""
     return rank_pairs(RewardModel(model), rows)
 
 
@@ -153,7 +153,7 @@ def _sampling(
     name: str,
     model_init: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """A model and its tokenizer, and what `evaluate` and `sample_rows` need alike."""
+    """Load a model and its tokenizer; also return the arguments that `evaluate` and `sample_rows` share."""
     tokenizer = load_processing_class(model)
     adopt_chat_template(tokenizer, section.chat_template)
     groups = encode_rows(prompt_group, rows, tokenizer, name=name)

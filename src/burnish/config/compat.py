@@ -115,7 +115,6 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
     | _fields(_BLOCKS, eval_packing=(None, False, bool))
     | _fields("rows are packed whole; set truncation_mode to split to cut long texts into several rows",
               packing_strategy=("bfd", "ffd")),
-    "reward": {},
     "dpo": _REFERENCE
     | _fields('set loss_type = ["cpo", "sft"] and loss_weights = [1.0, 1.0], whose second number is cpo_alpha',
               cpo_alpha=(0.0,))
@@ -147,7 +146,7 @@ _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
 @cache
 def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
     """Return the fields of TRL's config of a stage that burnish's does not have."""
-    return _COMMON | _BY_KIND[kind]
+    return _COMMON | _BY_KIND.get(kind, {})
 
 
 ALIASES: dict[Kind, dict[str, str]] = {

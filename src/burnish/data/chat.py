@@ -66,7 +66,7 @@ Render: TypeAlias = Callable[..., str]
 
 @dataclass(frozen=True, slots=True)
 class ChatSpans:
-    """A rendered conversation.
+    """Rendered conversation.
 
     Attributes:
         text: the full rendering.

@@ -44,12 +44,12 @@ class ChatRow:
         with naming_row(self.index):
             if not assistant_only:
                 ids = tokenize_chat(self.processing_class, self._render(messages), ())[0]
-                return Completion(ids, first_unscored(len(ids)), _spoken(messages))
+                return Completion(ids, first_unscored(len(ids)), _assistant_text(messages))
             chat = chat_spans(self.processing_class, messages, **self.options)
             ids, mask, _ = tokenize_chat(self.processing_class, chat.text, chat.spans)
         _count_rerendered(stats, chat.rerendered)
         mask[0] = False
-        return Completion(ids, mask, _spoken(messages))
+        return Completion(ids, mask, _assistant_text(messages))
 
     def pair(self, prompt: Any, completion: Any, stats: EncodeStats | None) -> tuple[list[int], Completion]:
         """Encode a prompt and its completion up to the last end of turn; only assistant turns are scored."""
@@ -75,7 +75,9 @@ class ChatRow:
             ids, mask, num_prompt = tokenize_chat(self.processing_class, chat.text[:last], chat.spans, boundary=first)
         _count_rerendered(stats, chat.rerendered)
         scored = mask[num_prompt:]
-        return ids[:num_prompt], Completion(ids[num_prompt:], None if all(scored) else scored, _spoken(completion))
+        return ids[:num_prompt], Completion(
+            ids[num_prompt:], None if all(scored) else scored, _assistant_text(completion)
+        )
 
     def prompt(self, messages: Any) -> list[int]:
         """Encode a prompt for generation."""
@@ -120,17 +122,17 @@ def naming_row(index: int) -> Generator[None]:
         raise DataError(f"row {index}: {error}") from error
 
 
-def _spoken(messages: Sequence[Message]) -> str:
+def _assistant_text(messages: Sequence[Message]) -> str:
     """Return the text of the assistant messages; tool calls as JSON."""
-    said: list[str] = []
+    texts: list[str] = []
     for message in messages:
         if message["role"] == "assistant":
             content = message.get("content") or ""
             blocks = cast("Sequence[Mapping[str, Any]]", [] if isinstance(content, str) else content)
-            said.append(content if isinstance(content, str) else "".join(str(b.get("text", "")) for b in blocks))
+            texts.append(content if isinstance(content, str) else "".join(str(b.get("text", "")) for b in blocks))
             if calls := message.get("tool_calls"):
-                said.append(json.dumps(calls, ensure_ascii=False, default=str))
-    return "\n".join(filter(None, said))
+                texts.append(json.dumps(calls, ensure_ascii=False, default=str))
+    return "\n".join(filter(None, texts))
 
 
 def first_unscored(num_tokens: int) -> list[bool]:

@@ -49,7 +49,7 @@ __all__ = [
 
 
 class _SkippedRowError(DataError):
-    """A row of which a limit leaves nothing; `encode_rows` counts and skips it."""
+    """Row of which a limit leaves nothing; `encode_rows` counts and skips it."""
 
 
 def encode_rows(
@@ -463,7 +463,7 @@ def prompt_group(
     if max_prompt_length is not None and len(ids) > max_prompt_length:
         raise _SkippedRowError(
             f"row {index}: the prompt has {len(ids)} tokens, max_prompt_length = {max_prompt_length}: raise it, or "
-            "filter the row (encode_rows does, and counts)."
+            "drop the row (encode_rows skips and counts it)."
         )
     return Group(ids, [], dict(row), index)
 

@@ -56,8 +56,8 @@ def read_rows(source: Mapping[str, Any], field: str) -> list[Row]:
     if options:
         key, value = next(iter(options.items()))
         raise ConfigError(
-            f"{field}.{key} = {value!r}: only a directory saved by datasets has splits, another folder or a data set "
-            f"on the hub has them too, and names and revisions, not {path!r}."
+            f"{field}.{key} = {value!r}: only folders and data sets on the hub have a {key}, not the file {path!r}; "
+            f"drop {key}."
         )
     if not files:
         there = "" if glob.has_magic(path) else f" ({missing(path)})"
@@ -190,6 +190,6 @@ def _unread(path: str, error: Exception, field: str) -> ConfigError:
             "path, name, revision and split."
         )
     return ConfigError(
-        f"{field}.path = {path!r} is a directory, but not one saved whole by datasets, and none of data files that it "
-        f"reads ({reason}): give a file or a glob, or save it again."
+        f"{field}.path = {path!r}: datasets can neither load this folder from disk nor read its files ({reason}): "
+        "give a file or a glob, or save it again."
     )

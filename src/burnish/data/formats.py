@@ -183,10 +183,13 @@ def detect_format(row: Mapping[str, Any], *, stage: str | None = None, index: in
         texts = ("prompt", *texts)
     elif columns == ("chosen", "rejected"):
         _refuse_lost_prompt(row, index)
-    conversational = not tokenized and _check_values(row, texts, index)
+    found = {} if tokenized else {name: _is_conversation(row[name], name, index) for name in texts}
+    if len(set(found.values())) > 1:
+        shapes = ", ".join(f"{name} is {'messages' if chat else 'a string'}" for name, chat in found.items())
+        raise DataError(f"row {index} mixes plain and conversational columns ({shapes}): use one kind for all of them.")
     if kind is Kind.UNPAIRED and row["label"] not in (True, False):
         raise DataError(f"row {index}: label = {short(row['label'])}: use true (good) or false (bad).")
-    return Format(kind, conversational, texts, tokenized)
+    return Format(kind, any(found.values()), texts, tokenized)
 
 
 def _refuse_lost_prompt(row: Mapping[str, Any], index: int) -> None:
@@ -240,15 +243,6 @@ def _is_tokenized(columns: Sequence[str]) -> bool:
     return all(name.endswith("_ids") for name in columns)
 
 
-def _check_values(row: Mapping[str, Any], columns: Sequence[str], index: int) -> bool:
-    """Return True if the columns are conversational, and refuse a mix."""
-    found = {name: _is_conversation(row[name], name, index) for name in columns}
-    if len(set(found.values())) > 1:
-        shapes = ", ".join(f"{name} is {'messages' if chat else 'a string'}" for name, chat in found.items())
-        raise DataError(f"row {index} mixes plain and conversational columns ({shapes}): use one kind for all of them.")
-    return next(iter(found.values()))
-
-
 def _is_conversation(value: Any, name: str, index: int) -> bool:
     if isinstance(value, str):
         if not value and name in ("text", "prompt"):
@@ -284,7 +278,8 @@ def _check_message(value: Any, name: str, index: int) -> None:
             f"row {index}: {name} holds {short(value)}, a message without content: give it a string, or drop the row."
         )
     blocks = cast("list[Any]", content) if isinstance(content, list) else []
-    if not (content is None or isinstance(content, str | list)) or not all(_is_text_block(block) for block in blocks):
+    texts: list[Any] = [block.get("text") if isinstance(block, Mapping) else None for block in blocks]
+    if not (content is None or isinstance(content, str | list)) or not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"row {index}: {name} holds {short(value)}, whose content is not text: use a string, or blocks "
             '{"type": "text", "text": "..."}.'
@@ -299,10 +294,6 @@ def _check_message(value: Any, name: str, index: int) -> None:
 
 _INSTEAD_OF_CONTENT = ("reasoning", "reasoning_content", "thinking", "tool_calls")
 """Keys of messages that may replace the content."""
-
-
-def _is_text_block(block: Any) -> bool:
-    return isinstance(block, Mapping) and isinstance(cast("Mapping[str, Any]", block).get("text"), str)
 
 
 def _is_call(call: Any) -> bool:

@@ -276,7 +276,7 @@ def as_rows(data: Any, field: str = "data") -> Iterable[Mapping[str, Any]]:
     if isinstance(data, Mapping):
         values = list(cast("Mapping[Any, Any]", data).values())
         if values and all(hasattr(value, "column_names") for value in values):
-            raise ConfigError(f"{field} is a set of splits {sorted(map(str, data))}: pass one, such as data['train'].")
+            raise ConfigError(f"{field} is a dict of splits {sorted(map(str, data))}: pass one, such as data['train'].")
         if not {"mix", "path", "source"} & set(map(str, data)) and any(isinstance(value, list) for value in values):
             raise ConfigError(
                 f"{field} holds columns {sorted(map(str, data))}: use rows, or datasets.Dataset.from_dict(...) of them."
@@ -296,7 +296,7 @@ def finite_rows(data: Any, field: str) -> Iterable[Mapping[str, Any]]:
     rows = as_rows(data, field)
     if not isinstance(rows, Sized):
         raise ConfigError(
-            f"{field} = {type(rows).__name__} has no length and is read whole here, which may never end: pass a list, "
-            "such as list(itertools.islice(rows, 1000)). SFTTrainer alone reads train_dataset as it comes."
+            f"{field} = {type(rows).__name__} has no length, and reading it whole may never end: pass a list, "
+            "such as list(itertools.islice(rows, 1000)). Only SFTTrainer streams its train_dataset."
         )
     return rows

@@ -113,7 +113,7 @@ def _labelled(value: Any, ids: list[int], index: int) -> list[bool]:
         if type(label) is not int or label not in (_IGNORED, token):
             raise DataError(
                 f"row {index}: labels[{position}] = {short(label)} and input_ids[{position}] = {token}: each label is "
-                "the token at its own position, or -100 for a token that is not scored (the shift by one is made here)."
+                "the token at its own position, or -100 for a token that is not scored (the loss shifts by one)."
             )
     return [label != _IGNORED for label in labels]
 

@@ -1,1 +1,1 @@
-"""Evaluation: pass@k, held-out losses, comparisons, and pairs of sampled completions."""
+"""Evaluation: pass@k, held-out losses, comparisons, and preference pairs of sampled completions."""

@@ -1,4 +1,4 @@
-"""Evaluation: pass@k, criteria and lengths of a policy on a set of problems, with intervals, and paired comparisons."""
+"""Evaluation: pass@k, criteria and lengths of a policy on a set of problems, with intervals and paired comparisons."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _CHUNK_ELEMENTS = 4_000_000
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    r"""Unbiased estimate of the chance that at least one of k samples is correct.
+    r"""Estimate without bias the probability that at least one of k samples is correct.
 
     pass@k = 1 - C(n - c, k) / C(n, k) = 1 - prod_{i=n-c+1}^{n} (1 - k / i); section 2.1 of 2107.03374. The product is
-    summed as logarithms, so that neither large binomials nor cancellation near 0 cost digits.
+    a sum of logarithms, which loses no precision to large binomials or to cancellation near 0.
 
     Args:
-        num_samples: n, samples drawn of the problem, at least 1.
-        num_correct: c, how many of them are correct, in 0 .. n.
+        num_samples: n, number of samples of the problem, at least 1.
+        num_correct: c, number of correct samples, in 0 .. n.
         k: in 1 .. n.
 
     Returns:
@@ -71,36 +71,36 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def mean_interval(
     values: Sequence[float], level: float = 0.95, *, bounds: tuple[float, float] | None = None, seed: int = 0
 ) -> Interval:
-    """Mean over problems with a bootstrap percentile interval (seeded, 10,000 resamples of the problems).
+    """Compute the mean over problems with a bootstrap percentile interval (seeded, 10,000 resamples of the problems).
 
-    Problems are resampled, not completions: completions of one problem are not independent. Per-problem rates pile up
-    at 0 and 1, so no normal shape is assumed. Resampled means spread sqrt((n - 1) / n) too little; deviations from the
-    mean are widened by the inverse (1411.5279, section 4.1).
+    Problems are resampled rather than completions, since completions of one problem are not independent. Per-problem
+    rates cluster at 0 and 1, so no normal distribution is assumed. The standard deviation of resampled means is too
+    small by sqrt((n - 1) / n); deviations from the mean are scaled by the inverse (1411.5279, section 4.1).
 
     Args:
-        values: one number a problem, at least one.
+        values: one number per problem, at least one.
         level: coverage in (0, 1).
-        bounds: the range of values where it is known, such as (0, 1): the interval is cut to it, and values that all
-            lie on one bound give the exact one-sided binomial limit 1 - (alpha/2)^(1/n) instead of width 0.
-        seed: of the resampling.
+        bounds: range of the values if it is known, such as (0, 1): the interval is clipped to it, and if all values
+            equal one bound, the exact one-sided binomial limit 1 - (alpha/2)^(1/n) replaces a width of 0.
+        seed: seed of the resampling.
 
     Returns:
-        The interval; of width 0 where all values are equal (and not on a bound), which says nothing of new problems.
+        The interval. If all values are equal and not on a bound, its width is 0 and not informative.
 
     Raises:
-        ConfigError: no values, one that is not finite or out of bounds, a bad level.
+        ConfigError: no values, a value that is not finite or out of bounds, or an invalid level.
     """
     if not 0 < level < 1:
         raise ConfigError(f"level = {level!r}: use a number in (0, 1).")
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0 or not bool(np.isfinite(array).all()):
-        raise ConfigError(f"values has shape {array.shape}: pass at least one finite number a problem, in one list.")
+        raise ConfigError(f"values has shape {array.shape}: pass a list of finite numbers, one per problem.")
     num, mean = int(array.size), math.fsum(array.tolist()) / array.size
     low_bound, high_bound = bounds or (-math.inf, math.inf)
     if float(array.min()) < low_bound or float(array.max()) > high_bound:
         raise ConfigError(f"values reach from {array.min()} to {array.max()}, outside bounds = {bounds!r}.")
     if bounds and float(array.min()) == float(array.max()) and mean in bounds:
-        # If P(value off the bound) were larger, n values on it would have a chance below alpha/2.
+        # If P(value off the bound) were larger, n values on the bound would have a probability below alpha/2.
         reach = (1 - ((1 - level) / 2) ** (1 / num)) * (high_bound - low_bound)
         return Interval(mean, *((mean, mean + reach) if mean == low_bound else (mean - reach, mean)), num, level)
     rng = np.random.default_rng(seed)
@@ -115,21 +115,21 @@ def mean_interval(
 def paired_difference(
     before: Sequence[float], after: Sequence[float], level: float = 0.95, *, seed: int = 0
 ) -> Interval:
-    """Mean of `after - before` over the same problems, with the interval of :func:`mean_interval`.
+    """Compute the mean of `after - before` over the same problems, with the interval of :func:`mean_interval`.
 
-    Pairing takes the spread between problems out, which is most of the noise of a benchmark.
+    Pairing removes the variance between problems, which is most of the noise of a benchmark.
 
     Args:
-        before: one number a problem.
+        before: one number per problem.
         after: the same problems, in the same order.
         level: coverage in (0, 1).
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        The interval; 0 outside of it means the change is larger than the noise between problems.
+        The interval; if it excludes 0, the change is significant at this level.
 
     Raises:
-        ConfigError: the lengths differ, or as for `mean_interval`.
+        ConfigError: the lengths differ; see also `mean_interval`.
     """
     if len(before) != len(after):
         raise ConfigError(f"before has {len(before)} problems and after {len(after)}: a pair needs both.")
@@ -138,17 +138,17 @@ def paired_difference(
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What became of one problem.
+    """Results of one problem.
 
     Attributes:
-        key: hash of the problem's row: what pairs it with itself in another evaluation.
-        num_graded: completions with a verdict of the `solved` criterion.
-        num_solved: those of them with a value of at least 1.
-        num_failed: completions that a criterion failed on, or that none applied to.
+        key: hash of the problem's row, by which comparisons pair it with another evaluation.
+        num_graded: completions with a value of the `solved` criterion.
+        num_solved: completions for which that value is at least 1.
+        num_failed: completions on which a criterion failed, or to which none applies.
         num_truncated: completions cut by the token limit.
-        mean_tokens: mean length of its completions in tokens.
-        criteria: mean of each criterion over the completions that have it; None where none has.
-        samples: its completions, `{text, stop_reason, num_tokens, reward, criteria, answers, errors}` each.
+        mean_tokens: mean length of the completions in tokens.
+        criteria: mean of each criterion over the completions that have it; None if there is none.
+        samples: the completions, `{text, stop_reason, num_tokens, reward, criteria, answers, errors}` each.
     """
 
     key: str
@@ -166,18 +166,18 @@ class Evaluation:
     """Result of :func:`evaluate`.
 
     Attributes:
-        name: of the policy or data set, for reports.
-        solved: the criterion that counts as success.
-        num_samples: completions a problem.
-        seed: of the sampling.
-        params: how tokens were drawn.
-        problems: one record a problem, in order.
+        name: name of the policy or data set, for reports.
+        solved: criterion that counts as success.
+        num_samples: completions per problem.
+        seed: seed of the sampling.
+        params: sampling parameters.
+        problems: one record per problem, in order.
         pass_at_k: interval over problems for each k.
         criteria: interval over problems of each criterion's mean.
-        mean_completion_tokens: over all completions.
-        truncated_fraction: share of completions cut by the token limit.
-        num_failed: completions without a verdict because a reward failed on them; they are in no other number.
-        errors: the first messages of such failures.
+        mean_completion_tokens: mean over all completions.
+        truncated_fraction: fraction of completions cut by the token limit.
+        num_failed: completions on which a criterion failed, or to which none applies.
+        errors: first messages of such failures.
     """
 
     name: str
@@ -194,7 +194,7 @@ class Evaluation:
     errors: tuple[str, ...]
 
     def with_criterion(self, name: str, values: Sequence[float | None]) -> Evaluation:
-        """The same with one more criterion, a value (or None) a problem; `compare` pairs it like any other."""
+        """Add a criterion, with a value or None per problem; `compare` pairs it like any other."""
         problems = tuple(
             replace(problem, criteria={**problem.criteria, name: value})
             for problem, value in zip(self.problems, values, strict=True)
@@ -203,11 +203,11 @@ class Evaluation:
         return replace(self, problems=problems, criteria={**self.criteria, name: interval})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only; :meth:`from_dict` gives an equal object back."""
+        """Convert to JSON values; :meth:`from_dict` restores an equal object."""
         return json.loads(json.dumps(asdict(self)))
 
     def summary(self) -> EvaluationSummary:
-        """The figures without the record of each problem."""
+        """Summarise the evaluation without its problems."""
         return EvaluationSummary(
             name=self.name,
             num_problems=len(self.problems),
@@ -221,10 +221,10 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
-        """The object that :meth:`to_dict` wrote.
+        """Restore an object from :meth:`to_dict`.
 
         Raises:
-            ConfigError: fields are missing or unknown.
+            ConfigError: missing or unknown fields.
         """
         try:
             fields = check_mapping(_STORED, dict(data), "evaluation")
@@ -254,7 +254,7 @@ _STORED = {
         "errors": list[str],
     }.items()
 }
-"""An evaluation as JSON."""
+"""Fields of an evaluation in JSON."""
 
 _R = TypeVar("_R", Problem, Interval)
 
@@ -281,25 +281,25 @@ def evaluate(
     """Sample every problem `num_samples` times and report pass@k, criteria and lengths.
 
     Args:
-        engine: what samples; its weights must be in sync.
-        groups: the problems: `prompt_ids`, `row` and `index` are read, `completions` are neither read nor changed.
-        rubric: criteria to judge by.
-        params: how tokens are drawn.
-        num_samples: completions a problem, at least 1.
-        ks: for pass@k, each in 1 .. num_samples.
+        engine: sampler, with its weights in sync.
+        groups: the problems; their `completions` are ignored and left unchanged.
+        rubric: criteria to grade by.
+        params: sampling parameters.
+        num_samples: completions per problem, at least 1.
+        ks: values of k for pass@k, each in 1 .. num_samples.
         seed: the same seed, step and problems give the same completions.
-        step: the training step it belongs to: part of the key of the random numbers.
-        solved: the criterion whose value of at least 1 counts as success; may be left out of a one-criterion rubric.
-        name: of the result.
-        max_failed_fraction: share of completions that rewards may fail on. Failed ones are counted, never taken for
-            wrong; a problem with fewer than k verdicts is left out of pass@k.
+        step: training step, part of the key of the random numbers.
+        solved: criterion whose value of at least 1 counts as success; None for the only criterion of a rubric.
+        name: name of the result.
+        max_failed_fraction: fraction of completions on which rewards may fail. Failures are counted, but not as wrong
+            answers; a problem with fewer than k graded completions is excluded from pass@k.
 
     Returns:
         The evaluation.
 
     Raises:
-        ConfigError: a bad argument.
-        RewardError: rewards failed on more than the allowed share.
+        ConfigError: an invalid argument.
+        RewardError: rewards failed on more completions than allowed.
     """
     solved = _check_arguments(groups, rubric, num_samples, ks, solved)
     problems = [Group(prompt_ids=g.prompt_ids, completions=[], row=g.row, index=g.index) for g in groups]
@@ -322,12 +322,12 @@ def evaluate(
 def _figures(
     problems: Sequence[Group], records: Sequence[Problem], criteria: Sequence[str], ks: Sequence[int]
 ) -> dict[str, Any]:
-    """What an evaluation says of all problems together."""
+    """Compute the figures over all problems."""
     lengths = [len(completion.token_ids) for problem in problems for completion in problem.completions]
     values = {name: _present(records, _criterion(name)) for name in criteria}
     return {
         "pass_at_k": {k: mean_interval(_present(records, _pass_at(k)), bounds=(0.0, 1.0)) for k in sorted(set(ks))},
-        "criteria": {name: mean_interval(own) for name, own in values.items() if own},
+        "criteria": {name: mean_interval(means) for name, means in values.items() if means},
         "mean_completion_tokens": sum(lengths) / len(lengths),
         "truncated_fraction": sum(record.num_truncated for record in records) / len(lengths),
         "num_failed": sum(record.num_failed for record in records),
@@ -336,17 +336,17 @@ def _figures(
 
 @torch.no_grad()
 def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: int | None = 4096) -> list[float]:
-    r"""Negative log-likelihood of each group's completion, per scored token.
+    r"""Compute the negative log-likelihood of each group's completion, per scored token.
 
     .. math:: -\frac{1}{|y|} \sum_t \log \pi(y_t \mid x, y_{<t})
 
     Args:
-        model: prepared by `prepare_for_scoring`.
+        model: model prepared by `prepare_for_scoring`.
         groups: demonstrations, one completion each.
-        token_budget: most tokens of one forward; None: all at once.
+        token_budget: maximum number of tokens per forward pass; None for a single pass.
 
     Returns:
-        Nats a token, in the order of the groups.
+        Nats per token, in the order of the groups.
     """
     device = next(model.parameters()).device
     with eval_mode(model):
@@ -361,16 +361,16 @@ def mean_nll(model: torch.nn.Module, groups: Sequence[Group], *, token_budget: i
 
 
 def compare(before: Evaluation, after: Evaluation, metric: str = "pass@1", *, level: float = 0.95) -> Interval:
-    """Paired interval of `after - before` over the problems that both evaluations hold.
+    """Compute the paired interval of `after - before` over the problems of two evaluations.
 
     Args:
         before: an evaluation.
-        after: another one of the same problems, in the same order.
+        after: another evaluation of the same problems, in the same order.
         metric: "pass@k" with a number for k, "completion_tokens", "truncated_fraction", or the name of a criterion.
         level: coverage in (0, 1).
 
     Returns:
-        The interval over problems that have the metric in both.
+        The interval over problems with the metric in both evaluations.
 
     Raises:
         ConfigError: the problems differ, the metric is unknown, or no problem has it in both.
@@ -403,35 +403,35 @@ def _check_arguments(
     if solved is None and len(rubric.names) == 1:
         return rubric.names[0]
     if solved not in rubric.names:
-        raise ConfigError(f"solved = {solved!r}: name the criterion that means success: {', '.join(rubric.names)}.")
+        raise ConfigError(f"solved = {solved!r}: name the criterion of success: {', '.join(rubric.names)}.")
     return solved
 
 
 def _check_failures(scores: Sequence[Sequence[Score]], max_failed_fraction: float) -> tuple[str, ...]:
-    """Messages of the rewards that failed."""
-    verdicts = [score for group in scores for score in group]
-    errors = tuple(message for score in verdicts for message in score.errors.values())
-    failed, allowed = sum(bool(score.errors) for score in verdicts), max_failed_fraction * len(verdicts)
+    """Return the messages of failed rewards; refuse more failures than allowed."""
+    flat = [score for group in scores for score in group]
+    errors = tuple(message for score in flat for message in score.errors.values())
+    failed, allowed = sum(bool(score.errors) for score in flat), max_failed_fraction * len(flat)
     if failed > allowed:
         raise RewardError(
-            f"rewards failed on {failed} of {len(verdicts)} completions, max_failed_fraction = "
+            f"rewards failed on {failed} of {len(flat)} completions, max_failed_fraction = "
             f"{max_failed_fraction!r} allows {int(allowed)}: fix the criterion or allow more. First: {errors[0]}"
         )
     return errors
 
 
 def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
-    verdicts = [value for score in scores if (value := score.criteria[solved]) is not None]
+    graded = [value for score in scores if (value := score.criteria[solved]) is not None]
     criteria = {name: [v for s in scores if (v := s.criteria[name]) is not None] for name in scores[0].criteria}
     return Problem(
         key=_key(group.row),
-        num_graded=len(verdicts),
-        num_solved=sum(value >= 1 for value in verdicts),
+        num_graded=len(graded),
+        num_solved=sum(value >= 1 for value in graded),
         num_failed=sum(bool(score.errors) for score in scores),
         num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
-        samples=[sample_record(completion, own) for completion, own in zip(group.completions, scores, strict=True)],
+        samples=[sample_record(completion, score) for completion, score in zip(group.completions, scores, strict=True)],
     )
 
 
@@ -449,13 +449,10 @@ def sample_record(completion: Completion, score: Score) -> dict[str, Any]:
 
 
 def _key(row: Mapping[str, Any]) -> str:
-    """The problem as its row gives it, so that models with different tokenizers can be compared.
-
-    A demonstration is no part of the problem.
-    """
+    """Hash the problem of a row, without its demonstration; the key does not depend on the tokenizer."""
     asked = {name: value for name, value in row.items() if name != "completion"}
     without = {name: value for name, value in asked.items() if name != "prompt"}
-    if instruction_columns(without):  # the prompt was read from them, as text or as messages
+    if instruction_columns(without):  # the prompt was derived from them, as text or as messages
         asked = without
     return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

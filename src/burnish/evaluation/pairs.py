@@ -1,8 +1,8 @@
-"""Preference pairs and demonstrations from a model's own samples and a rubric: `burnish pairs`; and how a reward model
-ranks such pairs.
+"""Preference pairs and demonstrations from a model's samples and a rubric (`burnish pairs`), and their ranking by a
+reward model.
 
-Every sampled completion goes to `samples.jsonl` with its rewards, so a killed run goes on where it was, and the rows
-can be chosen anew without sampling. `pairs.jsonl` holds preference rows, `best.jsonl` prompt-completion rows.
+Every sample is written to `samples.jsonl` with its rewards, so that an interrupted run can resume and rows can be
+selected again without sampling. `pairs.jsonl` holds preference rows, `best.jsonl` prompt-completion rows.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def sample_rows(
     seed: int = 0,
     prompts_per_round: int = 16,
 ) -> list[dict[str, Any]]:
-    """Sample and score every prompt once; what the file already holds is not sampled again.
+    """Sample and score every prompt once; prompts in the file are not sampled again.
 
     Args:
-        engine: samples; its weights must be in sync.
+        engine: sampler, with its weights in sync.
         groups: prompts, with their rows.
-        rubric: judges.
-        params: how tokens are drawn.
-        num_samples: completions a prompt.
-        file: JSON lines, one record a prompt.
-        model: its identity, such as the fingerprint of its weights: samples of another model, other prompts or columns,
-            another rubric or other settings are refused.
-        seed: of the random numbers.
+        rubric: criteria to grade by.
+        params: sampling parameters.
+        num_samples: completions per prompt.
+        file: JSON lines, one record per prompt.
+        model: identity of the model, such as the fingerprint of its weights; a file with samples of another model,
+            other prompts or columns, another rubric or other settings is refused.
+        seed: seed of the sampling.
         prompts_per_round: prompts sampled and written together.
 
     Returns:
@@ -67,7 +67,7 @@ def sample_rows(
 
     Raises:
         ConfigError: the file holds samples of another run.
-        DataError: a column whose name is an argument of every reward function.
+        DataError: a column with a reserved name.
     """
     rubric.check_columns(groups)
     rows = [(group.index, group.prompt_ids, group.row) for group in groups]
@@ -83,8 +83,8 @@ def sample_rows(
     done = {record["index"]: record for record in before}
     missing = [group for group in groups if group.index not in done]
     if done:
-        say(f"pairs: {len(done)} of {len(groups)} prompts sampled before")
-    filter_json_lines(file, lambda record: True)  # a line that a kill has cut off
+        say(f"pairs: {len(done)} of {len(groups)} prompts already sampled")
+    filter_json_lines(file, lambda record: True)  # drops a line that was cut off when the run was killed
     with Progress("pairs", len(groups), completed=len(done)) as progress:
         for begin in range(0, len(missing), prompts_per_round):
             part = [Group(g.prompt_ids, [], g.row, g.index) for g in missing[begin : begin + prompts_per_round]]
@@ -99,16 +99,16 @@ def sample_rows(
 def preference_rows(
     record: Row, *, pairs_per_prompt: int = 1, min_margin: float = 0.0, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """The i-th best sample over the i-th worst, while their rewards differ by more than `min_margin`.
+    """Pair the i-th best sample with the i-th worst, while their rewards differ by more than `min_margin`.
 
-    Equal rewards are ordered by a random number of (seed, prompt), equal texts count once, and empty, blank or cut
-    texts and samples without a reward not at all.
+    Ties are broken by a random number of (seed, prompt), equal texts count once, and blank or truncated texts and
+    samples without a reward are excluded.
 
     Args:
-        record: of `sample_rows`.
-        pairs_per_prompt: most rows of one prompt.
-        min_margin: rewards must differ by more.
-        seed: of the order of ties.
+        record: record of `sample_rows`.
+        pairs_per_prompt: maximum number of rows per prompt.
+        min_margin: the difference of the rewards must exceed this.
+        seed: seed of the order of ties.
 
     Returns:
         Rows with `prompt`, `chosen`, `rejected`, `score_chosen`, `score_rejected`, `differs_in` (the criteria whose
@@ -119,36 +119,36 @@ def preference_rows(
     for best, worst in zip(ranked, reversed(ranked), strict=True):
         if len(rows) == pairs_per_prompt or not best["reward"] - worst["reward"] > min_margin:
             break
-        chosen, rejected = (_said(record["prompt"], sample["text"]) for sample in (best, worst))
-        judged = {
+        chosen, rejected = (_as_completion(record["prompt"], sample["text"]) for sample in (best, worst))
+        scores = {
             "score_chosen": best["reward"],
             "score_rejected": worst["reward"],
             "differs_in": [name for name, value in best["criteria"].items() if value != worst["criteria"].get(name)],
         }
-        rows.append({**record["row"], "prompt": record["prompt"], "chosen": chosen, "rejected": rejected, **judged})
+        rows.append({**record["row"], "prompt": record["prompt"], "chosen": chosen, "rejected": rejected, **scores})
     return rows
 
 
 def best_row(record: Row, *, min_reward: float | None = None, seed: int = 0) -> dict[str, Any] | None:
-    """Best-of-n: the best sample as a prompt-completion row; None where none has a reward of at least `min_reward`."""
+    """Return the best sample as a prompt-completion row (best-of-n); None if no reward reaches `min_reward`."""
     ranked = _ranked(record, seed)
     if not ranked or (min_reward is not None and ranked[0]["reward"] < min_reward):
         return None
     best = ranked[0]
-    said = _said(record["prompt"], best["text"])
-    return {**record["row"], "prompt": record["prompt"], "completion": said, "score": best["reward"]}
+    completion = _as_completion(record["prompt"], best["text"])
+    return {**record["row"], "prompt": record["prompt"], "completion": completion, "score": best["reward"]}
 
 
 @dataclass(frozen=True, slots=True)
 class PairRanking:
-    """How a reward model ranks pairs whose order is known.
+    """Ranking of preference pairs by a reward model.
 
     Attributes:
-        num_pairs: pairs.
-        num_problems: prompts that they belong to.
-        accuracy: share of a problem's pairs with the higher score on the chosen side, over problems.
-        accuracy_by_kind: the same over the pairs that differ in one set of criteria, `correct` or `format+correct`.
-        pairs_by_kind: their numbers.
+        num_pairs: number of pairs.
+        num_problems: number of prompts that they belong to.
+        accuracy: fraction of a problem's pairs with the higher score for chosen, over problems.
+        accuracy_by_kind: the same by the criteria in which the pairs differ, such as `correct` or `format+correct`.
+        pairs_by_kind: number of pairs of each kind.
         calibration_error: of sigma(r_chosen - r_rejected) as a probability, each pair in both orders, 10 bins.
         brier_score: mean of (1 - sigma(r_chosen - r_rejected))^2.
         ahead: r_chosen - r_rejected of each pair, in the order of the rows.
@@ -164,7 +164,7 @@ class PairRanking:
     ahead: tuple[float, ...]
 
     def summary(self, name: str) -> EvaluationSummary:
-        """The figures without those of each pair."""
+        """Summarise the ranking without its pairs."""
         kinds = {f"ranked right, {kind}": interval for kind, interval in self.accuracy_by_kind.items()}
         figures = {"calibration error": self.calibration_error, "Brier score": self.brier_score}
         return EvaluationSummary(
@@ -175,15 +175,15 @@ class PairRanking:
         )
 
 
-def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:
-    """Score both sides of every pair and compare.
+def rank_pairs(scorer: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]], rows: Sequence[Row]) -> PairRanking:
+    """Score both completions of every pair and compare them.
 
     Args:
-        judge: `judge(prompts, completions)` gives one score a completion; a `burnish.RewardModel` is one.
-        rows: of `preference_rows`, or any with `prompt`, `chosen` and `rejected`.
+        scorer: function `scorer(prompts, completions)` to one score per completion, such as a `burnish.RewardModel`.
+        rows: rows of `preference_rows`, or others with `prompt`, `chosen` and `rejected`.
 
     Returns:
-        The ranking. Equal scores are ranked wrong.
+        The ranking; equal scores count as wrong.
 
     Raises:
         DataError: no rows.
@@ -191,15 +191,15 @@ def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]],
     if not rows:
         raise DataError("rows = []: a ranking needs at least one pair.")
     prompts = [row["prompt"] for row in rows]
-    chosen, rejected = (judge(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    chosen, rejected = (scorer(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
     ahead = [float(better - worse) for better, worse in zip(chosen, rejected, strict=True)]
     kinds = ["+".join(row.get("differs_in") or ()) or "unknown" for row in rows]
     problems = [json.dumps(prompt, sort_keys=True, default=str) for prompt in prompts]
 
     def accuracy(kind: str | None) -> Interval:
         right: dict[str, list[float]] = defaultdict(list)
-        for problem, own, value in zip(problems, kinds, ahead, strict=True):
-            if kind in (None, own):
+        for problem, differing, value in zip(problems, kinds, ahead, strict=True):
+            if kind in (None, differing):
                 right[problem].append(float(value > 0))
         return mean_interval([fmean(values) for values in right.values()], bounds=(0.0, 1.0))
 
@@ -222,19 +222,20 @@ def rank_pairs(judge: Callable[[Sequence[Any], Sequence[Any]], Sequence[float]],
 
 def _ranked(record: Row, seed: int) -> list[Row]:
     rng = random.Random(f"{seed}-{record['index']}")
-    # What has no text teaches to say nothing, and the stages that read the pairs refuse it.
+    # A blank text would teach the model to stop at once, and stages refuse it.
     samples: dict[str, Row] = {s["text"]: s for s in record["samples"] if s["reward"] is not None and s["text"].strip()}
-    # A truncated text would teach the model to stop in the middle, or that stopping there is bad for its content.
+    # A truncated text would teach the model to stop early as chosen, and be penalised for its length as rejected.
     whole = [s for s in samples.values() if s["stop_reason"] != "length"]
     return sorted(whole, key=lambda s: (-s["reward"], rng.random()))
 
 
-def _said(prompt: Any, text: str) -> Any:
-    """A completion in the prompt's own format."""
+def _as_completion(prompt: Any, text: str) -> Any:
+    """Convert a text to a completion in the format of the prompt."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _record(group: Group, scores: Sequence[Score], key: str) -> dict[str, Any]:
+    """Return a prompt and its scored samples as JSON."""
     samples = [sample_record(completion, score) for completion, score in zip(group.completions, scores, strict=True)]
     row = {name: value for name, value in group.row.items() if name not in ("prompt", "completion")}
     return {"key": key, "index": group.index, "prompt": group.row["prompt"], "row": row, "samples": samples}

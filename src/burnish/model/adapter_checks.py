@@ -1,4 +1,4 @@
-"""Configurations of peft that burnish cannot train, or that name what a model does not have."""
+"""Checks of peft configurations: adapter types that cannot be trained here, and names that the model lacks."""
 
 from __future__ import annotations
 
@@ -25,41 +25,42 @@ OUTSIDE_WEIGHTS = frozenset(
         "XLORA",
     )
 )
-"""Types of adapters with virtual tokens, keys or gates that live outside the weights of the model's own layers."""
+"""Adapter types with virtual tokens, keys or gates outside the weights of the model's layers."""
 
 
 def refuse_outside_weights(peft_type: Any, name: str) -> None:
-    """Refuse adapters that packed rows and shared prompts cannot carry.
+    """Refuse adapters that packed rows and shared prompts do not support.
 
     Args:
-        peft_type: peft's name or member of its enumeration.
-        name: what has the adapters, for the message.
+        peft_type: peft's name, or a member of its enumeration.
+        name: begins the message.
 
     Raises:
-        ConfigError: prompt, prefix or p-tuning, and what is like them.
+        ConfigError: prompt, prefix or p-tuning, and similar adapters.
     """
     kind = str(getattr(peft_type, "value", peft_type)).upper()
     if kind in OUTSIDE_WEIGHTS:
         raise ConfigError(
             f"{name}: adapters of type {kind} add virtual tokens, keys or gates outside the model's layers, which "
-            "packed rows and rollouts cannot carry. Use LoraConfig, or another adapter of weights."
+            "packed rows and rollouts do not support. Use LoraConfig, or another adapter of weights."
         )
 
 
 def check_fit(config: Any, model: Any) -> None:
-    """Refuse names and numbers that mean nothing of this model, which peft passes over.
+    """Refuse names and indices that do not exist in this model, which peft ignores.
 
     Args:
-        config: of peft.
-        model: what the adapters are for.
+        config: a peft configuration.
+        model: the model to be adapted.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: a field names something that the model lacks.
     """
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
-    _refuse_unmatched(config, "modules_to_save", modules, model)
-    _refuse_unmatched(config, "target_parameters", parameters, model)
+    for field, names in (("modules_to_save", modules), ("target_parameters", parameters)):
+        if missing := _unmatched(getattr(config, field, None), names):
+            raise ConfigError(f"peft_config.{field} = {missing[0]!r}: {_nothing(model, names)}.")
     for field in ("rank_pattern", "alpha_pattern"):
         for key in cast("dict[str, Any]", getattr(config, field, None) or {}):
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in (*modules, *parameters)):
@@ -67,31 +68,6 @@ def check_fit(config: Any, model: Any) -> None:
     for field in ("target_modules", "exclude_modules"):
         if missing := _unmatched(getattr(config, field, None), modules):
             logger.warning("peft_config.%s = %r: %s; the others are used.", field, missing[0], _nothing(model, modules))
-    _check_numbers(config, model)
-
-
-def _refuse_unmatched(config: Any, field: str, names: list[str], model: Any) -> None:
-    missing = _unmatched(getattr(config, field, None), names)
-    if missing:
-        raise ConfigError(f"peft_config.{field} = {missing[0]!r}: {_nothing(model, names)}.")
-
-
-def _unmatched(wanted: Any, names: Iterable[str]) -> list[str]:
-    """Those of a list of names that no module or parameter ends with; a text is a pattern, which peft checks."""
-    if not isinstance(wanted, list | tuple | set):
-        return []
-    known = list(names)
-    listed = cast("Iterable[Any]", wanted)
-    return sorted(str(w) for w in listed if not any(name == w or name.endswith(f".{w}") for name in known))
-
-
-def _nothing(model: Any, names: Iterable[str]) -> str:
-    last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-    return f"{type(model).__name__} has nothing of that name; it has {', '.join(last)}"
-
-
-def _check_numbers(config: Any, model: Any) -> None:
-    """Layers and tokens that do not exist."""
     text = model.config.get_text_config()
     depth = getattr(text, "num_hidden_layers", None)
     layers = getattr(config, "layers_to_transform", None)
@@ -108,3 +84,17 @@ def _check_numbers(config: Any, model: Any) -> None:
             raise ConfigError(
                 f"peft_config.trainable_token_indices = {token}: {type(model).__name__} has the tokens 0 to {size - 1}."
             )
+
+
+def _unmatched(wanted: Any, names: Iterable[str]) -> list[str]:
+    """Return the listed names that no module or parameter ends with; a string is a pattern, which peft checks."""
+    if not isinstance(wanted, list | tuple | set):
+        return []
+    known = list(names)
+    listed = cast("Iterable[Any]", wanted)
+    return sorted(str(w) for w in listed if not any(name == w or name.endswith(f".{w}") for name in known))
+
+
+def _nothing(model: Any, names: Iterable[str]) -> str:
+    last = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+    return f"{type(model).__name__} has nothing of that name; it has {', '.join(last)}"

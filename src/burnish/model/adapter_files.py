@@ -1,4 +1,4 @@
-"""Folders of saved adapters: the base that they name, and the sizes that their files give before any weight is read."""
+"""Folders of saved adapters: the base that they name, and tensor sizes read from file headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WHOLE = (
     ".token_adapter.base_layer.weight", ".original_module.weight", ".modules_to_save.weight", ".base_layer.weight",
     ".weight",
 )  # fmt: skip
-"""How peft names a whole weight that it saves with the adapters, behind the module's name; the longer ones first."""
+"""Suffixes under which peft saves whole weights with the adapters, after the module's name; longer ones first."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -34,9 +34,9 @@ class SavedAdapters:
     """A folder of adapters without their base.
 
     Attributes:
-        folder: where they are.
-        task_type: what peft calls the model's task, or None.
-        note: what to tell of a folder that could be taken for something else, or None.
+        folder: folder of the files.
+        task_type: peft's task type of the model, or None.
+        note: warning about an ambiguous folder, or None.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,9 +52,9 @@ class SavedAdapters:
         try:
             config: Any = json.loads((self.folder / _CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise ModelError(f"{self._name}: its {_CONFIG} cannot be read ({error}). Save it anew.") from error
+            raise ModelError(f"{self._name}: its {_CONFIG} cannot be read ({error}). Save it again.") from error
         if not isinstance(config, dict):
-            raise ModelError(f"{self._name}: its {_CONFIG} is not an object. Save it anew.")
+            raise ModelError(f"{self._name}: its {_CONFIG} is not a JSON object. Save it again.")
         return cast("dict[str, Any]", config)
 
     @property
@@ -63,20 +63,19 @@ class SavedAdapters:
 
     @property
     def base(self) -> str:
-        """Name or path of the base.
+        """Name or path of the base model.
 
-        A relative path is one in the working folder, as peft reads it; where nothing is there, one in the adapters'
-        folder.
+        A relative path is resolved in the working folder, as peft does, and else in the adapters' folder.
 
         Raises:
-            ModelError: the folder names none, or one that is not there.
+            ModelError: the folder names no base, or one that does not exist.
         """
         fix = (
-            "set base_model_name_or_path in adapter_config.json, or load the base yourself, put the adapters on it "
+            "set base_model_name_or_path in adapter_config.json, or load the base yourself, apply the adapters "
             "with peft.PeftModel.from_pretrained(base, folder, is_trainable=True), and pass the model"
         )
         if not self._base:
-            raise ModelError(f"{self._name}: adapters that do not name their base: {fix}.")
+            raise ModelError(f"{self._name}: adapters that do not name their base model: {fix}.")
         name = str(self._base)
         if os.path.exists(expanded(name)):
             return name
@@ -88,35 +87,35 @@ class SavedAdapters:
 
     @property
     def is_own_base(self) -> bool:
-        """Whether the base is the model in the same folder."""
+        """True where the base is the model in the same folder."""
         base = expanded(self.base)
         return is_folder(base) and os.path.samefile(base, self.folder)
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes of the saved tensors by name, without the prefix that peft puts in front of the model's names.
+        """Shapes of the saved tensors by name, without peft's prefix.
 
         Raises:
-            ModelError: no file of adapters, or one that cannot be read.
+            ModelError: the adapter file is missing or unreadable.
         """
         if self._shapes is None:
             file = next((self.folder / name for name in _ADAPTERS if is_file(self.folder / name)), None)
             if file is None:
-                raise ModelError(f"{self._name}: {_CONFIG} without {_ADAPTERS[0]}. Save the adapters anew.")
+                raise ModelError(f"{self._name}: {_CONFIG} without {_ADAPTERS[0]}. Save the adapters again.")
             try:
                 found = dict(_shapes_in(file))
-            except Exception as error:  # of a damaged file, as many kinds as there are parsers
+            except Exception as error:  # a damaged file fails in as many ways as there are parsers
                 reason = " ".join(str(error).split())
-                raise ModelError(f"{self._name}: {file.name} cannot be read ({reason}). Save it anew.") from error
+                raise ModelError(f"{self._name}: {file.name} cannot be read ({reason}). Save it again.") from error
             self._shapes = {name.removeprefix("base_model.model."): shape for name, shape in found.items()}
         return self._shapes
 
     def whole(self, module: str) -> tuple[int, ...] | None:
-        """The shape of a module's whole weight, where it is saved with the adapters."""
+        """Return the shape of a module's whole weight, if it is saved with the adapters."""
         return next((self.shapes[module + end] for end in _WHOLE if module + end in self.shapes), None)
 
     def rows(self, module: str) -> int | None:
-        """Tokens of an embedding as the adapters have it: of its saved weight, else of LoRA on it."""
+        """Return the vocabulary size of an embedding, from its saved weight or else from LoRA on it."""
         if (shape := self.whole(module)) is not None:
             return shape[0]
         embedding = self.shapes.get(f"{module}.lora_embedding_A")
@@ -124,15 +123,15 @@ class SavedAdapters:
         return embedding[1] if embedding is not None else head[0] if head is not None else None
 
     def check_sizes(self, base: str) -> None:
-        """Compare the sizes of the adapters with those in the headers of the base's files, where it has such.
+        """Compare the adapters' sizes with the headers of the base's safetensors files, if any.
 
-        Another number of rows in a whole weight is left to `put_adapters`: embeddings may have been resized.
+        A different number of rows in a whole weight is left to `put_adapters`: embeddings may have been resized.
 
         Args:
-            base: folder of the base; a name on the hub is not looked into.
+            base: folder of the base; a hub name is not checked.
 
         Raises:
-            ModelError: naming both sizes.
+            ModelError: sizes differ.
         """
         folder = expanded(base)
         known: Shapes = {}
@@ -141,7 +140,7 @@ class SavedAdapters:
                 known.update(_shapes_in(file))
         for module, (rows, columns) in self._linears():
             theirs = self.whole(module) or known.get(f"{module}.weight")
-            # GPT-2's layers hold the transposed weight.
+            # GPT-2's Conv1D layers hold the transposed weight.
             if theirs is not None and len(theirs) == 2 and sorted(theirs) != sorted((rows, columns)):
                 raise self._misfit(module, (rows, columns), theirs)
         for name in known:
@@ -150,7 +149,7 @@ class SavedAdapters:
                 raise self._misfit(name, ours, known[name])
 
     def _linears(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Modules with LoRA, and the (rows, columns) of the weight that it is for."""
+        """Yield modules with LoRA and the (rows, columns) of the weight that it adapts."""
         for names in (("lora_B.weight", "lora_A.weight"), ("lora_embedding_A", "lora_embedding_B")):
             for name, shape in self.shapes.items():
                 if not name.endswith(f".{names[0]}"):
@@ -169,10 +168,10 @@ class SavedAdapters:
 
 
 def saved_adapters(name: str | Path) -> SavedAdapters | None:
-    """The adapters in a folder, or None where it holds a model (or is no folder).
+    """Return the adapters in a folder, or None where it holds a model or is not a folder.
 
-    A config.json beside adapters is a leftover, and the folder holds adapters; an adapter_config.json without adapters
-    is one, too, and beside a config.json the folder holds a model.
+    Adapter weights decide: a config.json beside them is a leftover, and so is an adapter_config.json without them where
+    there is a config.json.
     """
     folder = expanded(name)
     if not is_file(folder / _CONFIG):
@@ -184,14 +183,14 @@ def saved_adapters(name: str | Path) -> SavedAdapters | None:
     whole = next((file for file in _MODELS if is_file(folder / file)), None)
     if is_model and whole is not None and not found.is_own_base:
         found.note = (
-            f"model = {str(folder)!r} holds adapters and a whole model ({whole}): the adapters are read, on their base "
-            f"{found.base!r}. Delete {_CONFIG} to read the model."
+            f"model = {str(folder)!r} holds adapters and a whole model ({whole}): the adapters are loaded, on their "
+            f"base {found.base!r}. Delete {_CONFIG} to load the model."
         )
     return found
 
 
 def _shapes_in(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the floating tensors in a file, without their values."""
+    """Yield names and shapes of the floating-point tensors in a file without reading values."""
     import torch
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""Adapters of peft: new ones on a model, saved ones on their base; both compute in the base's dtype."""
+"""peft adapters in the base model's dtype: new ones on a model, and saved ones on their base."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Exact = dict[torch.nn.Parameter, torch.Tensor]
-"""fp32 values of parameters that were rounded."""
+"""Exact fp32 values of parameters that were rounded."""
 
 
 def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact]:
-    """New adapters on a model, drawn from a seed and so the same on every rank.
+    """Add new adapters to a model, drawn from a seed so that they are the same on every rank.
 
-    peft's `prepare_model_for_kbit_training` is not called: it would hold norms, embeddings and the head in fp32, and
-    the residual stream with them. What is frozen keeps its dtype, adapters have the model's, and fp32 masters take the
-    steps.
+    peft's `prepare_model_for_kbit_training` is not called: it would cast norms, embeddings and the head to fp32, and
+    the residual stream with them. Frozen weights keep their dtype, adapters get the model's, and the optimizer steps
+    fp32 masters.
 
     Args:
         model: in memory; changed in place.
-        peft_config: of peft; not changed. Without a `task_type` it is that of a causal language model.
-        seed: of the new weights.
+        peft_config: a peft configuration, not changed; its `task_type` defaults to a causal language model.
+        seed: seed of the new weights.
 
     Returns:
-        The `PeftModel`, and fp32 values of the adapters' weights that were rounded.
+        The `PeftModel`, and exact fp32 values of the adapter weights that were rounded.
 
     Raises:
-        ConfigError: adapters that do not fit the model.
-        ModelError: the model has adapters already.
+        ConfigError: the adapters do not fit the model.
+        ModelError: the model already has adapters.
     """
     from peft import PeftModel, get_peft_model
 
@@ -61,7 +61,7 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
     config = copy.deepcopy(peft_config)
     config.task_type = config.task_type or "CAUSAL_LM"
     with torch.random.fork_rng(devices=[]):
-        # peft draws on the CPU. Ranks that drew their own would keep masters of their own.
+        # peft draws on the CPU from the global generator, whose state may differ between ranks.
         torch.default_generator.manual_seed(seed)
         try:
             made = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -71,18 +71,18 @@ def add_adapters(model: Any, peft_config: Any, *, seed: int) -> tuple[Any, Exact
 
 
 def carries_adapters(model: Any) -> bool:
-    """Whether adapters were put into a bare model, which peft does in place when it wraps one."""
+    """Tell whether a bare model holds adapters: peft adds them in place when it wraps a model."""
     layers = (type(module).__module__.startswith("peft.") for module in model.modules())
     return not hasattr(model, "get_base_model") and any(layers)
 
 
 def _without_earlier(model: Any) -> Any:
-    """The base of a bare model that an earlier trainer has put adapters into: its weights in modules of its own.
+    """Rebuild the base of a model that an earlier trainer added adapters to, in new modules around the same weights.
 
     The earlier trainer's model keeps its adapters.
 
     Raises:
-        ModelError: the adapters were put there by transformers (`load_adapter`, `add_adapter`), to be used.
+        ModelError: the adapters were added by transformers (`load_adapter`, `add_adapter`), so they are meant.
     """
     if not carries_adapters(model):
         return model
@@ -91,17 +91,17 @@ def _without_earlier(model: Any) -> Any:
             "peft_config was given with a model that has adapters (load_adapter, add_adapter): pass one or the other."
         )
     logger.warning(
-        "%s carries the adapters of an earlier trainer: the new ones go on its base without them. Pass that trainer's "
-        "`model` to train them further.",
+        "%s carries the adapters of an earlier trainer: new ones are added to its base without them. Pass that "
+        "trainer's `model` to train them further.",
         type(model).__name__,
     )
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    # A copy of the modules alone: deepcopy takes every tensor in `shared` for copied already.
+    # Copies the modules alone: deepcopy takes every tensor in the memo `shared` for already copied.
     base = copy.deepcopy(model, shared)
     replaced = " "
     for name, module in list(base.named_modules()):
         if name.startswith(replaced):
-            continue  # inside of what is gone, such as the layer of trained tokens
+            continue  # inside a replaced module, such as the layer of trained tokens
         if callable(getattr(module, "get_base_layer", None)) or hasattr(module, "original_module"):
             base.set_submodule(name, _innermost(name, module)[1])
             replaced = f"{name}."
@@ -111,10 +111,10 @@ def _without_earlier(model: Any) -> Any:
 
 
 def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
-    """Saved adapters on their base, ready to be trained further.
+    """Load saved adapters onto their base for further training.
 
-    A base whose vocabulary was resized in memory before the adapters were trained is resized to the embeddings that
-    peft saved with them.
+    Where the vocabulary was resized before the adapters were trained, the base is resized to the embeddings that peft
+    saved with them.
 
     Args:
         model: the base, in memory; changed in place.
@@ -124,7 +124,7 @@ def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
         As `add_adapters`.
 
     Raises:
-        ModelError: they do not fit the base.
+        ModelError: the adapters do not fit the base.
     """
     from peft import PeftConfig, PeftModel
 
@@ -134,7 +134,7 @@ def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
     folder = str(saved.folder)
     try:
         config = PeftConfig.from_pretrained(folder)
-        # Where they are saved next, a path relative to this folder would lead nowhere.
+        # A path relative to this folder would be wrong in the folder that they are saved to next.
         config.base_model_name_or_path = saved.base
         made = PeftModel.from_pretrained(model, folder, config=config, is_trainable=True, autocast_adapter_dtype=False)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -147,7 +147,7 @@ def put_adapters(model: Any, saved: SavedAdapters) -> tuple[Any, Exact]:
 
 
 def _resize_vocabulary(model: Any, saved: SavedAdapters) -> None:
-    """Give the base the tokens that the adapters were trained with, whose embeddings are saved with them."""
+    """Resize the base to the vocabulary that the adapters were trained with, whose embeddings they hold."""
     layers = _vocabulary_layers(model)
     sizes = {name: rows for name in layers if (rows := saved.rows(name)) is not None}
     before = {name: int(layer.weight.shape[0]) for name, layer in layers.items()}
@@ -157,21 +157,21 @@ def _resize_vocabulary(model: Any, saved: SavedAdapters) -> None:
     lost = _not_saved(layers, saved) or [name for name, size in sizes.items() if size != rows]
     if lost:
         raise ModelError(
-            f"model = {str(saved.folder)!r}: the adapters are for {rows} tokens and {lost[0]} of their base "
+            f"model = {str(saved.folder)!r}: the adapters are for {rows} tokens, {lost[0]} of their base "
             f"{saved.base!r} has {before[lost[0]]}, and {lost[0]} was not saved with them, so its rows of the other "
             "tokens are lost. Save the resized base (save_pretrained), and train adapters on that."
         )
     with torch.random.fork_rng(devices=[]):
-        # Every row is read from the file afterwards.
+        # Every row is then read from the file.
         model.resize_token_embeddings(rows, mean_resizing=False)
-    logger.info("the base has %d tokens, as its adapters had; it had %d", rows, min(before.values()))
+    logger.info("the base was resized from %d to the %d tokens of its adapters", min(before.values()), rows)
 
 
 @contextmanager
 def without_adapters(model: Any) -> Generator[None]:
-    """Switch the adapters of a peft model off; afterwards every weight is as frozen or trained as it was before.
+    """Disable a peft model's adapters inside, and restore every `requires_grad` on exit.
 
-    peft's own `disable_adapter` makes all active adapters trainable at its end, those that were frozen by hand too.
+    peft's own `disable_adapter` leaves all active adapters trainable, also those that were frozen by hand.
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -184,22 +184,26 @@ def without_adapters(model: Any) -> Generator[None]:
 
 @contextmanager
 def saving_adapters(model: Any, folder: str | Path) -> Generator[None]:
-    """Complete what peft writes inside: embeddings of a vocabulary that was resized are saved with the adapters.
+    """Add the embeddings of a resized vocabulary to the adapters that peft saves inside.
 
-    peft leaves them out where it finds no config.json of the base (one in a GGUF file, one on the hub while offline),
-    and saves one of two where adapters are on that one only.
+    peft omits them where it finds no config.json of the base (in a GGUF file, or on the hub while offline), and saves
+    only one of the two where only that one has adapters.
 
     Args:
         model: with or without adapters; without, nothing is added.
         folder: where its `save_pretrained` writes.
     """
     with warnings.catch_warnings():
-        # What they tell of is looked after here.
+        # These warn of the omission that is mended below.
         for begin in ("Could not find a config file in", "Setting `save_embedding_layers`", "Unable to fetch remote"):
             warnings.filterwarnings("ignore", begin, UserWarning)
         yield
     file = Path(folder) / "adapter_model.safetensors"
-    if not hasattr(model, "peft_config") or not file.is_file() or not _was_resized(model):
+    if not hasattr(model, "peft_config") or not file.is_file():
+        return
+    name = next(iter(model.peft_config.values())).base_model_name_or_path
+    before = _stored_vocabulary(str(name)) if name else None
+    if before is None or model.config.get_text_config().vocab_size == before:
         return
     layers, saved = _vocabulary_layers(model.get_base_model()), SavedAdapters(Path(folder))
     missing = _not_saved(layers, saved)
@@ -209,56 +213,50 @@ def saving_adapters(model: Any, folder: str | Path) -> Generator[None]:
 
     tensors = load_file(file)
     for name in missing:
-        place, layer = _innermost(name, layers[name])
-        tensors[f"base_model.model.{place}.weight"] = layer.weight.detach().cpu().contiguous()
+        inner, layer = _innermost(name, layers[name])
+        tensors[f"base_model.model.{inner}.weight"] = layer.weight.detach().cpu().contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-def _was_resized(model: Any) -> bool:
-    """Whether the model has another vocabulary than its base as it is stored; False where that cannot be known."""
-    base = next(iter(model.peft_config.values())).base_model_name_or_path
-    before = _stored_vocabulary(str(base)) if base else None
-    return before is not None and model.config.get_text_config().vocab_size != before
 
 
 @functools.cache
 def _stored_vocabulary(name: str) -> int | None:
+    """Read the vocabulary size of a stored base; None where it is unknown."""
     from transformers import AutoConfig
 
     files = sorted(Path(name).glob("*.gguf")) if Path(name).is_dir() else []
     with_file = {"gguf_file": files[0].name} if files and not (Path(name) / "config.json").is_file() else {}
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=True, **with_file)
-    except Exception:  # of any base: then peft's own judgement holds
+    except Exception:  # any base may fail to load: then peft's own choice stands
         return None
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _vocabulary_layers(model: Any) -> dict[str, Any]:
-    """The input and output embedding of a model by name."""
+    """Return the input and output embeddings of a model by name."""
     names = {module: name for name, module in model.named_modules(remove_duplicate=False)}
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     return {names[layer]: layer for layer in ends if layer is not None and layer in names}
 
 
 def _not_saved(layers: Mapping[str, Any], saved: SavedAdapters) -> list[str]:
-    """Of a model's embeddings, those that are not with the adapters; a tied one is there with the other."""
+    """Return the embeddings that are not saved with the adapters; tied ones are saved with each other."""
     known = [name for name in layers if saved.whole(name) is not None]
     tied = len({_innermost(name, layer)[1].weight.data_ptr() for name, layer in layers.items()}) == 1
     return [] if tied and known else [name for name in layers if name not in known]
 
 
 def _innermost(name: str, layer: Any) -> tuple[str, Any]:
-    """The base's own layer inside what peft has wrapped it in, and its name."""
+    """Return the name and module of the base's own layer inside peft's wrappers."""
     for inner in ("token_adapter", "original_module", "base_layer"):
         if isinstance(child := getattr(layer, inner, None), torch.nn.Module):
-            # The original module of trained tokens is in their adapter.
+            # Trained tokens keep the original module inside their adapter.
             return _innermost(f"{name}.{inner}", child)
     return name, layer
 
 
 def _round_trained(model: Any) -> Exact:
-    """Cast fp32 adapters, which peft makes on some quantised layers, to a 16-bit model's dtype."""
+    """Cast fp32 adapters, which peft creates on some quantised layers, to a 16-bit model's dtype."""
     embedding = model.get_input_embeddings()
     dtype = embedding.weight.dtype
     exact: Exact = {}

@@ -1,12 +1,12 @@
-"""Attention by layout: the seam between transformers' attention interface and our packed rows.
+"""Attention layouts: packed rows through transformers' attention interface.
 
-`install(model)` switches a model to the attention implementation `burnish`. While a layout is active
-(`use_layout`), the registered mask function hands that layout to every layer as its `attention_mask`, and the
-registered attention function calls `layout.attend`. So the rule that says which token sees which never becomes a dense
-mask, and training (`PrefixLayout`) and decoding (the native engine's cache) are two layouts of one seam.
+`install(model)` switches a model to the attention implementation `burnish`. Inside `use_layout`, the
+registered mask function passes it to every layer as `attention_mask`, and the registered attention function calls
+`layout.attend`. The mask is never materialised; training (`PrefixLayout`) and decoding (the native engine's cache) are
+two layouts.
 
-Without an active layout the implementation is transformers' own SDPA (and, for soft-capped scores and attention
-sinks, which SDPA cannot express, `math_attention`). The name is never written to a saved configuration.
+Without an active layout the implementation is transformers' own SDPA, or `math_attention` for soft-capped scores and
+attention sinks, which SDPA does not support. The name is never written to a saved configuration.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ __all__ = [
 ]
 
 IMPLEMENTATION = "burnish"
-"""Name under which the implementation is registered (it may not contain "flash", "sdpa" or "flex_attention")."""
+"""Registered name of the implementation (it must not contain "flash", "sdpa" or "flex_attention")."""
 
 _HARMLESS_TENSORS = frozenset({"position_ids", "cache_position", "num_items_in_batch"})
-"""Tensors that models forward to the attention function although no attention function needs them."""
+"""Tensors that models pass to the attention function although it does not need them."""
 
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """A query sees the `window` latest tokens up to itself: k in (q - window, q]."""
+    """Causal window: a query attends to k in (q - window, q]."""
 
     window: int
 
     def __call__(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """[Q], [K] true positions -> [Q, K] bool, True where the query sees the key."""
+        """Map [Q] and [K] true positions to a [Q, K] mask, True where the query attends to the key."""
         distance = query_positions[:, None] - key_positions[None, :]
         return (distance >= 0) & (distance < self.window)
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Any other mask rule of transformers (chunks, ...), evaluated at true positions."""
+    """Any other mask function of transformers (chunks, ...), evaluated at true positions."""
 
     mask_function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """[Q], [K] true positions -> [Q, K] bool, True where the query sees the key."""
+        """Map [Q] and [K] true positions to a [Q, K] mask, True where the query attends to the key."""
         zero = query_positions.new_zeros((1, 1))
         seen = self.mask_function(zero, zero, query_positions[:, None], key_positions[None, :])
         return seen.expand(query_positions.shape[0], key_positions.shape[0])
@@ -72,19 +72,18 @@ class MaskRule:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one layer asks of a layout.
+    """Inputs of one layer's attention.
 
     Attributes:
         module: the attention module.
-        layer_index: its place among the layers; None where the module does not say.
+        layer_index: index of the layer; None where the module does not have one.
         query: [1, heads, T, D].
         key: [1, kv_heads, T, D]; kv_heads divides heads.
         value: [1, kv_heads, T, D] (the last dimension may differ from the query's).
         scaling: factor on the scores.
         softcap: c in c * tanh(score / c), or None.
         sinks: [heads] logit of a virtual key without a value, or None.
-        rule: what a token sees of its own sequence; None for all earlier tokens and itself. Hashable: equal rules
-            may share masks.
+        rule: mask within a token's own sequence; None for plain causal. Hashable, so that equal rules share masks.
     """
 
     module: nn.Module
@@ -99,21 +98,21 @@ class AttentionCall:
 
     @property
     def sliding_window(self) -> int | None:
-        """The window in tokens where the rule is a sliding window, else None."""
+        """Window length in tokens if the rule is a sliding window, else None."""
         return self.rule.window if isinstance(self.rule, SlidingWindow) else None
 
 
 class Layout(Protocol):
-    """Says which token of the row sees which, by computing the attention itself."""
+    """Which tokens of a row attend to which, given by computing the attention."""
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention output [1, T, heads, D] of one layer."""
+        """Return the attention output [1, T, heads, D] of one layer."""
         ...
 
 
 @dataclass(slots=True)
 class _Active:
-    """A layout in use, and the evidence that attention went through it."""
+    """A layout in use, with a count of the layers that attended through it."""
 
     layout: Layout
     model: nn.Module | None
@@ -122,13 +121,13 @@ class _Active:
 
 @dataclass(frozen=True)
 class _BoundMask:
-    """What layers receive as `attention_mask`: the layout with the mask rule that the model built for that layer."""
+    """The `attention_mask` that layers receive: the layout with the mask rule of that layer."""
 
     active: _Active
     rule: SlidingWindow | MaskRule | None
 
     def __getitem__(self, index: Any) -> _BoundMask:
-        """Itself: layers that share keys and values slice their mask, and the rule holds for any slice."""
+        """Return itself: layers that share keys and values slice their mask, and the rule holds for any slice."""
         return self
 
 
@@ -137,14 +136,14 @@ _active: ContextVar[_Active | None] = ContextVar("burnish_layout", default=None)
 
 @contextmanager
 def use_layout(layout: Layout, model: nn.Module | None = None) -> Generator[None]:
-    """Run the forwards inside with `layout`; backward (with recomputation) may come later.
+    """Run the forwards inside with `layout`; the backward pass, with recomputation, may come later.
 
     Pass an all-ones two-dimensional `attention_mask` and `use_cache=False` to the forward: without a mask,
-    transformers reads restarting positions as packed sequences.
+    transformers takes restarting positions for packed sequences.
 
     Args:
         layout: computes the attention of every layer.
-        model: named in the error, nothing else.
+        model: named in the error only.
 
     Raises:
         CheckFailed: no layer attended through the layout, so the model ran with another attention implementation.
@@ -165,10 +164,10 @@ def use_layout(layout: Layout, model: nn.Module | None = None) -> Generator[None
 
 
 def find_pretrained(model: nn.Module) -> PreTrainedModel:
-    """The outermost transformers model inside any wrapper (peft, DDP).
+    """Return the outermost transformers model inside any wrapper (peft, DDP).
 
     Raises:
-        ModelError: there is none.
+        ModelError: the module contains none.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -183,11 +182,13 @@ def install(model: nn.Module) -> None:
         model: a transformers model or a wrapper that contains one.
 
     Raises:
-        ModelError: the model's attention does not go through transformers' attention interface.
+        ModelError: the model does not use transformers' attention interface, or repeats a layer.
     """
     pretrained = find_pretrained(model)
     name = type(pretrained).__name__
-    _refuse_repeated(pretrained)
+    for path, layers in pretrained.named_modules():
+        if isinstance(layers, nn.ModuleList):
+            _refuse_repeated(path, layers)
     fix = "use a model whose attention goes through transformers' AttentionInterface, or train it with padded rows"
     if not pretrained._can_set_attn_implementation():  # pyright: ignore[reportPrivateUsage]
         raise ModelError(f"install: {name} does not let its attention implementation be chosen: {fix}.")
@@ -199,39 +200,32 @@ def install(model: nn.Module) -> None:
     if chosen != IMPLEMENTATION:
         raise ModelError(f"install: {name} kept the attention implementation {chosen!r}: {fix}.")
     for module in pretrained.modules():
-        # Layers that were deep-copied (depth up-scaling, 2312.15166) have a configuration of their own.
-        own = cast("Any", getattr(module, "config", None))
-        if type(own) is type(pretrained.config.get_text_config()):
-            own._attn_implementation_internal = IMPLEMENTATION  # pyright: ignore[reportPrivateUsage]
+        # Deep-copied layers (depth up-scaling, 2312.15166) hold copies of the configuration.
+        copied = cast("Any", getattr(module, "config", None))
+        if type(copied) is type(pretrained.config.get_text_config()):
+            copied._attn_implementation_internal = IMPLEMENTATION  # pyright: ignore[reportPrivateUsage]
 
 
-def _refuse_repeated(model: nn.Module) -> None:
-    """Refuse one layer at two depths: caches of keys and values, and saved files, know a layer by itself.
-
-    Raises:
-        ModelError: naming both places.
-    """
-    for name, layers in model.named_modules():
-        if not isinstance(layers, nn.ModuleList):
-            continue
-        first: dict[int, int] = {}
-        for place, layer in enumerate(layers):
-            if (earlier := first.setdefault(id(layer), place)) != place:
-                raise ModelError(
-                    f"{name}: layers {earlier} and {place} are one module, whose keys and values a rollout could not "
-                    "tell apart and which transformers does not save. Repeat layers by copy.deepcopy."
-                )
+def _refuse_repeated(name: str, layers: nn.ModuleList) -> None:
+    """Refuse one layer at two depths: key-value caches and saved files identify a layer by its module."""
+    first: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        if (earlier := first.setdefault(id(layer), index)) != index:
+            raise ModelError(
+                f"{name}: layers {earlier} and {index} are one module, whose keys and values a rollout could not "
+                "tell apart and which transformers does not save. Repeat layers by copy.deepcopy."
+            )
 
 
 def math_attention(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-    """Plain attention with soft-capping and sinks: softmax(cap(Q K^T * scaling)) V, softmax in fp32 or wider.
+    """Compute softmax(cap(Q K^T * scaling)) V with sinks, with the softmax in fp32 or wider.
 
     Args:
         call: scaling, softcap and sinks.
         query: [B, heads, Q, D].
         key: [B, kv_heads, K, D].
         value: [B, kv_heads, K, D].
-        seen: bool, broadcastable to [B, heads, Q, K]; every query must see a key.
+        seen: mask, broadcastable to [B, heads, Q, K]; every query must attend to a key.
 
     Returns:
         [B, heads, Q, D].
@@ -262,7 +256,7 @@ def _mask(
     device: torch.device | str = "cpu",
     **sizes: Any,
 ) -> Any:
-    """Registered mask function: the active layout bound to the rule, or SDPA's mask where none is active."""
+    """Build a layer's mask: the active layout with the mask rule, or SDPA's mask without a layout."""
     active = _active.get()
     if active is None:
         return sdpa_mask(
@@ -287,7 +281,7 @@ def _mask(
 def _bind_rule(
     mask_function: Callable[..., Any], local_size: int | None, device: torch.device | str
 ) -> SlidingWindow | MaskRule | None:
-    """The rule behind a transformers mask function; windows are told from chunks by probing around the border."""
+    """Recover the rule behind a transformers mask function, telling windows from chunks by probing around the edge."""
     if mask_function is causal_mask_function:
         return None
     rule = MaskRule(mask_function)
@@ -313,7 +307,7 @@ def _attention(
     sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Registered attention function: `[1, heads, T, D]` in, `[1, T, heads, D]` out."""
+    """Attend, from `[1, heads, T, D]` to `[1, T, heads, D]`: by the layout if one is active, else like SDPA."""
     call = AttentionCall(
         module=module,
         layer_index=getattr(module, "layer_idx", None),
@@ -339,23 +333,17 @@ def _attention(
         kwargs = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     _refuse_unknown(call, dropout, kwargs)
-    return _capped_attention(call, attention_mask), None
-
-
-def _capped_attention(call: AttentionCall, attention_mask: Tensor | None) -> Tensor:
-    """Attention without a layout where SDPA cannot serve: a None mask means causal, as for SDPA."""
-    num_queries, num_keys = call.query.shape[2], call.key.shape[2]
     if attention_mask is None:
-        # SDPA's convention: one query sees every key, several are aligned with the first keys.
-        ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=call.query.device)
-        attention_mask = ones if num_queries == 1 else ones.tril()
-    # A row of padding sees nothing: it attends to everything rather than becoming NaN.
+        # SDPA's convention: a single query attends to every key, several are aligned with the first keys.
+        ones = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        attention_mask = ones if len(ones) == 1 else ones.tril()
+    # Padding attends to everything, because a softmax over no key would be NaN.
     seen = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
-    return math_attention(call, call.query, call.key, call.value, seen).transpose(1, 2).contiguous()
+    return math_attention(call, query, key, value, seen).transpose(1, 2).contiguous(), None
 
 
 def _refuse_unknown(call: AttentionCall, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raise on anything that would change the attention and that layouts do not compute."""
+    """Raise on arguments that would change the attention and that layouts do not support."""
     name = type(call.module).__name__
     if dropout:
         raise ModelError(
@@ -366,12 +354,12 @@ def _refuse_unknown(call: AttentionCall, dropout: float, kwargs: dict[str, Any])
         if isinstance(given, Tensor) and argument not in _HARMLESS_TENSORS:
             raise ModelError(
                 f"{argument} (a tensor of shape {tuple(given.shape)}) reached the attention of {name}: layouts do "
-                "not know what it means; train this model with another attention implementation."
+                "not support it; train this model with another attention implementation."
             )
     if kwargs.get("is_causal") is False:
-        raise ModelError(f"is_causal = False in {name}: layouts serve causal attention only.")
+        raise ModelError(f"is_causal = False in {name}: layouts support causal attention only.")
     if kwargs.get("output_attentions"):
-        raise ModelError("output_attentions = True: attention weights are never formed; leave it False.")
+        raise ModelError("output_attentions = True: attention weights are never materialised; leave it False.")
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, cast("Any", _attention))

@@ -1,8 +1,8 @@
-"""Scores of completions: a sequence classifier with one label, run on packed rows with shared prompts.
+"""Sequence classifiers with one label as reward models and critics, run on packed rows with shared prompts.
 
-A reward model is what transformers calls a sequence classifier: a decoder and a linear layer `score`. As in
-`burnish.model.scoring`, its own `forward` learns one more argument: the decoder runs under prefix attention, hidden
-states are gathered where scores are read, and `score` turns them into numbers.
+A classifier is a decoder and a linear layer `score`. As in `burnish.model.scoring`, its own `forward` gets one more
+argument: the decoder runs under prefix attention, hidden states are gathered at the scored positions, and `score` maps
+them to scalars.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from burnish.types import Group, PackedBatch
 __all__ = [
     "RewardRequest",
     "classifier_adapters",
-    "group_places",
+    "group_ranges",
     "is_reward_model",
     "load_reward_model",
     "pack_reads",
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RewardRequest:
-    """What the model's forward is asked to score (see `reward_scores`)."""
+    """Argument of the model's forward that asks for scores (see `reward_scores`)."""
 
     layout: PrefixLayout | None
     score_index: torch.Tensor
@@ -72,21 +72,21 @@ def load_reward_model(
     init_kwargs: Mapping[str, Any] | None = None,
     own_weights: bool = False,
 ) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
-    """A sequence classifier with one label; a causal language model becomes one.
+    """Load a sequence classifier with one label, converting a causal language model into one.
 
     Args:
-        model: name, folder (of a model or of a reward model's adapters), .gguf file, package, or a model, of a
-            classifier or a causal language model.
+        model: name, folder (of a model or of a reward model's adapters), .gguf file, package, or a model in memory;
+            a classifier or a causal language model.
         bf16: compute in bf16.
-        seed: of the new `score` layer of a causal language model; None refuses one, whose scores would mean nothing.
+        seed: seed of a new `score` layer; None refuses a causal language model, whose scores would be random.
         init_kwargs: passed to `from_pretrained`.
         own_weights: see `load_model`.
 
     Returns:
-        The model, and fp32 values by parameter for those rounded here.
+        The model, and exact fp32 values of the parameters that were rounded.
 
     Raises:
-        ModelError: no such model, more than one label, or an architecture without a sequence classifier.
+        ModelError: the model is not found, has more than one label, or its architecture has no sequence classifier.
     """
     adapters = None
     if isinstance(model, str | Path) and not own_weights:
@@ -94,11 +94,11 @@ def load_reward_model(
     if adapters is not None:
         if adapters.task_type != "SEQ_CLS":
             raise ModelError(
-                f"model = {_name(model)}: adapters of task_type {adapters.task_type!r}, a reward model's are SEQ_CLS."
+                f"model = {_name(model)}: adapters of task_type {adapters.task_type!r}; a reward model's are SEQ_CLS."
                 " Merge them into their base first (peft: merge_and_unload), and pass the merged model."
             )
         adapters.check_sizes(find_model(adapters.base).name)
-        # The adapters bring their own score, so a new one of the base is never read.
+        # The adapters hold their own score layer, which replaces the base's new one.
         base, _ = load_reward_model(
             adapters.base, bf16=bf16, seed=0, init_kwargs=init_kwargs, own_weights=adapters.is_own_base
         )
@@ -121,10 +121,10 @@ def load_reward_model(
 
 
 def is_reward_model(model: str | Path | PreTrainedModel, init_kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether it is a sequence classifier already, in memory or (by its configuration) saved.
+    """Tell whether a model in memory, or a saved one by its configuration, is a sequence classifier.
 
     Raises:
-        ModelError: no such model.
+        ModelError: the model is not found.
     """
     if not isinstance(model, str | Path):
         return type(causal_lm(model)).__name__.endswith("ForSequenceClassification")
@@ -138,19 +138,19 @@ def is_reward_model(model: str | Path | PreTrainedModel, init_kwargs: Mapping[st
 
 
 def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
-    r"""A sequence classifier around the decoder of a causal language model, which it takes over with its configuration.
+    r"""Build a sequence classifier around the decoder of a causal language model.
 
-    The new `score` layer has entries of standard deviation 1 / (H + 1), so that first scores are near 0 and the first
-    loss near log 2; they depend on the seed alone.
+    The entries of the new `score` layer have standard deviation 1 / (H + 1), so that initial scores are near 0 and the
+    initial loss near log 2; they depend on the seed alone.
 
     Args:
         model: a causal language model in memory.
-        seed: of the new layer.
+        seed: seed of the new layer.
 
     Raises:
         ModelError: transformers has no sequence classifier with this decoder.
     """
-    # A copy: the decoder may still serve the language model, whose configuration has no labels.
+    # A copy: the language model may still be in use, and its configuration has no labels.
     config = copy.deepcopy(model.config)
     prefix = model.base_model_prefix
     classes = cast("Mapping[type, Any]", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
@@ -176,15 +176,15 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
 
 
 def classifier_adapters(peft_config: Any) -> Any:
-    """The adapters' configuration for a sequence classifier: peft then trains and saves the score layer too.
+    """Set the task type of a sequence classifier, so that peft trains and saves the score layer too.
 
     Raises:
-        ModelError: adapters of another task.
+        ModelError: the configuration is for another task.
     """
     from peft import TaskType
 
     if not hasattr(peft_config, "peft_type"):
-        return peft_config  # refused with the other arguments
+        return peft_config  # refused later, with the other arguments
     refuse_outside_weights(peft_config.peft_type, "peft_config")
     task = cast("TaskType | str | None", getattr(peft_config, "task_type", None))
     if task not in (None, TaskType.SEQ_CLS):
@@ -192,7 +192,7 @@ def classifier_adapters(peft_config: Any) -> Any:
             f"peft_config.task_type = {str(getattr(task, 'value', task))!r}: a reward model is a sequence classifier; "
             "use 'SEQ_CLS', or leave it out."
         )
-    # peft adds the score layer to the list it is given.
+    # A copy: peft appends the score layer to the configuration's list.
     config = copy.deepcopy(peft_config)
     config.task_type = TaskType.SEQ_CLS
     return config
@@ -210,17 +210,17 @@ def _check_labels(model: Any) -> None:
     labels = model.config.num_labels
     if labels != 1:
         raise ModelError(
-            f"num_labels = {labels} of {type(model).__name__}: a reward is one number. Load it with num_labels=1 "
-            "(model_init_kwargs), or pass a causal language model, which gets a new score."
+            f"num_labels = {labels} of {type(model).__name__}: a reward is a scalar. Load it with num_labels=1 "
+            "(model_init_kwargs), or pass a causal language model, which gets a new score layer."
         )
 
 
 def prepare_for_rewards(model: torch.nn.Module) -> None:
-    """Make `reward_scores` work on a sequence classifier, which may have adapters; see `prepare_for_scoring`.
+    """Prepare a sequence classifier, with or without adapters, for `reward_scores`; see `prepare_for_scoring`.
 
     Raises:
-        ModelError: no classifier with one label and a `score` layer, or one whose logits are not `score` of the last
-            hidden state.
+        ModelError: the model is not a classifier with one label and a `score` layer, or its logits are not `score` of
+            the last hidden state.
     """
     classifier = causal_lm(model)
     keep_layout(classifier)
@@ -231,7 +231,7 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
             "<Name>ForSequenceClassification."
         )
     _check_labels(classifier)
-    # The decoder is tested: a classifier alone yields one number a row.
+    # The decoder is tested, because a classifier returns only one value per row.
     support = supports_prefix(getattr(classifier, prefix))
     if support.ok:
         install(classifier)
@@ -246,20 +246,20 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def _probe_score(classifier: Any) -> None:
-    """Compare with the model's own logits of a short row."""
+    """Compare `reward_scores` with the model's own logits on a short row."""
     weight = classifier.get_input_embeddings().weight
     pad = classifier.config.get_text_config().pad_token_id
     ids = (torch.arange(8, device=weight.device) * 7919 + 11)[None] % weight.shape[0]
-    if pad is not None:  # transformers would not read it
+    if pad is not None:  # transformers does not score the padding token
         ids[ids == pad] = (pad + 1) % weight.shape[0]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with eval_mode(classifier):
-        own = type(classifier).forward(classifier, **inputs).logits.flatten().float()
-        ours = classifier(**inputs, scoring=RewardRequest(None, torch.tensor([7], device=weight.device))).float()
-    # Both run the same kernels on the same row; 16-bit products of one row and of eight may round differently.
+        expected = type(classifier).forward(classifier, **inputs).logits.flatten().float()
+        actual = classifier(**inputs, scoring=RewardRequest(None, torch.tensor([7], device=weight.device))).float()
+    # The same kernels on the same row, but 16-bit products with one row and with eight may round differently.
     bound = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 0.05
-    difference = float((own - ours).abs().max()) if own.shape == ours.shape else float("inf")
-    if not difference <= bound * (1 + float(own.abs().max())):
+    difference = float((expected - actual).abs().max()) if expected.shape == actual.shape else float("inf")
+    if not difference <= bound * (1 + float(expected.abs().max())):
         raise ModelError(
             f"{type(classifier).__name__}: its own logits differ from `score` of the last hidden state by "
             f"{difference:.2g}, so it cannot be scored on packed rows. Use another architecture."
@@ -267,10 +267,10 @@ def _probe_score(classifier: Any) -> None:
 
 
 def _reward_forward(self: Any, *args: Any, scoring: RewardRequest | None = None, **kwargs: Any) -> Any:
-    """The model's forward, or with `scoring` the scores [N], fp32 or wider."""
+    """Run the model's own forward, or with `scoring` return [N] scores in fp32 or wider."""
     if scoring is None:
         return type(self).forward(self, *args, **kwargs)
-    kwargs.pop("labels", None)  # peft passes it on, and a decoder has none
+    kwargs.pop("labels", None)  # peft passes labels, which a decoder does not take
     with attention_layout(scoring.layout, self):
         hidden = getattr(self, self.base_model_prefix)(*args, **kwargs).last_hidden_state
     scores_N1 = self.score(hidden.reshape(-1, hidden.shape[-1])[scoring.score_index])
@@ -278,24 +278,24 @@ def _reward_forward(self: Any, *args: Any, scoring: RewardRequest | None = None,
 
 
 def pack_reads(groups: Sequence[Group]) -> PackedBatch:
-    """Lay groups into one row with N the places where scores are read, not the tokens that a loss predicts.
+    """Pack groups for scores read at marked tokens, instead of for predictions of the next token.
 
     Args:
-        groups: `loss_mask` of every completion marks where scores are read.
+        groups: `loss_mask` of every completion marks the tokens where scores are read.
 
     Returns:
-        A `PackedBatch` whose `score_index` [N] are those places and `target_ids` [N] the tokens there.
+        A `PackedBatch` whose `score_index` [N] indexes the marked tokens and `target_ids` [N] are these tokens.
     """
     batch = pack(groups)
     completions = [completion for group in groups for completion in group.completions]
     starts = [start for span in batch.spans for start, _ in span.completions]
     reads = [
-        (sequence, starts[sequence] + place)
+        (sequence, starts[sequence] + offset)
         for sequence, completion in enumerate(completions)
-        for place, read in enumerate(completion.loss_mask or ())
-        if read
+        for offset, is_read in enumerate(completion.loss_mask or ())
+        if is_read
     ]
-    index = torch.tensor([place for _, place in reads], dtype=torch.long)
+    index = torch.tensor([position for _, position in reads], dtype=torch.long)
     return dataclasses.replace(
         batch,
         score_index=index,
@@ -305,16 +305,16 @@ def pack_reads(groups: Sequence[Group]) -> PackedBatch:
 
 
 def reward_scores(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
-    r"""The score at every place that a batch reads.
+    r"""Compute the scores that a packed batch asks for.
 
-    A batch of `pack_reads` is read at the marked tokens: rewards of completions or steps. A batch of `pack` is read at
-    the token before each scored one: values of the states in which the scored tokens were chosen.
+    A batch of `pack_reads` is scored at the marked tokens: rewards of completions or steps. A batch of `pack` is scored
+    at the token before each scored one: values of the states in which those tokens were sampled.
 
-    .. math:: r = w \cdot h_t, \quad h_t \text{ the last hidden state at the place, given all tokens before it}
+    .. math:: r_t = w \cdot h_t, \quad h_t \text{ the last hidden state at token } t
 
     Args:
         model: prepared by `prepare_for_rewards`; may be wrapped.
-        batch: of `pack_reads` or `pack`, on the model's device.
+        batch: result of `pack_reads` or `pack`, on the model's device.
 
     Returns:
         [N] scores, fp32 (float64 for a float64 model), differentiable where grad mode is on.
@@ -333,7 +333,7 @@ def reward_scores(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
     return model(**inputs, use_cache=False, scoring=RewardRequest(layout, score_index))
 
 
-def group_places(batch: PackedBatch) -> list[range]:
-    """The sequences (0 .. S-1) of each group of a batch."""
+def group_ranges(batch: PackedBatch) -> list[range]:
+    """Return the range of sequences (0 .. S-1) of each group of a batch."""
     ends = list(accumulate(len(span.completions) for span in batch.spans))
     return [range(end - len(span.completions), end) for end, span in zip(ends, batch.spans, strict=True)]

@@ -1,4 +1,4 @@
-"""Dropout off: preferences and rewards compare completions, and noise between them is no signal."""
+"""Disabling dropout: preference and reward losses compare completions, and its noise would swamp the difference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["disable_dropout", "without_dropout"]
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout probability of a model, adapters included, to 0; its configuration stays as it is.
+    """Set every dropout probability of a model and its adapters to 0, without changing its configuration.
 
-    Dropout layers hold theirs as `p`; modules that call the function hold theirs as a number (`attention_dropout`).
+    Dropout layers hold it as `p`; modules that call the function hold it as a float (`attention_dropout`).
 
     Args:
         model: changed in place.
@@ -24,22 +24,22 @@ def disable_dropout(model: torch.nn.Module) -> None:
 
 @contextmanager
 def without_dropout(model: torch.nn.Module) -> Generator[None]:
-    """Run with every dropout probability at 0; the next trainer of the model finds its own back.
+    """Run with every dropout probability at 0.
 
     Args:
-        model: its probabilities are restored at the end, also of an error.
+        model: its probabilities are restored on exit, also after an error.
     """
-    own = list(_probabilities(model))
+    before = list(_probabilities(model))
     disable_dropout(model)
     try:
         yield
     finally:
-        for module, name, value in own:
+        for module, name, value in before:
             setattr(module, name, value)
 
 
 def _probabilities(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, float]]:
-    """(module, attribute, probability) of everything in a model that drops out."""
+    """Yield (module, attribute, probability) of every dropout in a model."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]
             yield module, "p", module.p

@@ -1,4 +1,4 @@
-"""A model's identity by its weights."""
+"""Fingerprint of a model's weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ __all__ = ["weights_fingerprint"]
 
 
 def weights_fingerprint(model: torch.nn.Module, *, counts: Callable[[str], bool] = lambda name: True) -> str:
-    """SHA-256 over the names, shapes, dtypes and values of a model's weights and buffers.
+    """Hash the names, shapes, dtypes and values of a model's weights and buffers.
 
     Args:
-        model: as it computes.
-        counts: which names to take.
+        model: in its compute dtype.
+        counts: selects the names to include.
+
+    Returns:
+        SHA-256 in hexadecimal.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):

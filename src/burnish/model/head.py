@@ -1,4 +1,4 @@
-"""A model's own head on the tiled path: what its config does to logits; weight, bias and LoRA as plain tensors."""
+"""A model's output embedding on the tiled path: its logit scaling, and its weight, bias and LoRA as tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["head_logprobs", "head_spec"]
 
 
 class _Rule(NamedTuple):
-    """Config fields that hold a model's head operations."""
+    """Configuration fields of a model's logit scaling."""
 
     multiply: str | None = None
     divide: str | None = None
     softcap: str | None = None
 
 
-# By model_type of the whole model's config, since a multimodal wrapper need not repeat what its text model does.
+# By model_type of the whole model: a multimodal wrapper may scale differently from its text model alone.
 _RULES: dict[str, _Rule] = {
     model_type: rule
     for rule, model_types in (
@@ -47,14 +47,16 @@ _RULES: dict[str, _Rule] = {
 
 
 def head_spec(config: Any) -> HeadSpec:
-    """What the model of a transformers config does to its head's output.
+    """Look up the scale and softcap that a model applies to its head's output.
 
-    Other architectures get the identity: compare with the model's own logits before relying on it. A scale on the
-    hidden states *before* the head (MiniCPM3, Inkling) or a cut of padded columns (Inkling) cannot be expressed.
+    Unknown architectures get the identity; compare with the model's own logits before relying on it. A scale on the
+    hidden states *before* the head (MiniCPM3, Inkling) and removed padding columns (Inkling) are not supported.
 
     Args:
-        config: a `PretrainedConfig`, of the whole model.
+        config: the `PretrainedConfig` of the whole model.
 
+    Returns:
+        Scale and softcap.
     """
     rule = _RULES.get(getattr(config, "model_type", ""), _Rule())
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -79,17 +81,17 @@ def head_logprobs(
     with_entropy: bool = False,
     with_collision: bool = False,
 ) -> HeadOutput:
-    """:func:`tiled_logprobs` of an output embedding.
+    """Compute :func:`tiled_logprobs` of an output embedding.
 
-    It is an `nn.Linear`, LoRA around one, a copy in `modules_to_save`, or one with rows that peft replaces
-    (`trainable_token_indices`, also where they are those of a tied embedding).
+    The embedding may be an `nn.Linear`, LoRA around one, a copy in `modules_to_save`, or one with trained rows
+    (`trainable_token_indices`, also of a tied embedding).
 
     Args:
         module: `model.get_output_embeddings()`.
-        hidden_NH: [N, H] what the module would receive.
+        hidden_NH: [N, H] input of the module.
         target_N: [N] tokens.
         temperature: positive.
-        spec: what the model does to the module's output.
+        spec: the model's scale and softcap on the module's output.
         with_entropy: also return the entropy.
         with_collision: also return the log collision probability.
 
@@ -97,8 +99,8 @@ def head_logprobs(
         As :func:`tiled_logprobs`.
 
     Raises:
-        ModelError: a module whose weight cannot be read as a plain matrix.
-        ConfigError: a temperature that is not positive.
+        ModelError: the module's weight is not a plain matrix.
+        ConfigError: the temperature is not positive.
     """
     if torch.is_autocast_enabled(device := hidden_NH.device.type):
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
@@ -117,11 +119,11 @@ class _Head(NamedTuple):
 
 
 def _read_head(module: nn.Module, hidden_NH: Tensor) -> _Head:
-    """Weight, low-rank factors and bias of an output embedding."""
+    """Read weight, low-rank factors and bias of an output embedding."""
     if not type(module).__module__.startswith("peft."):
         linear = _plain_linear(module)
         return _Head(linear.weight, None, cast("Tensor | None", linear.bias))
-    from peft.tuners.lora import Linear as LoraLinear  # peft is loaded already: the module is its own
+    from peft.tuners.lora import Linear as LoraLinear  # already imported: the module is peft's
     from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(module, TrainableTokensWrapper):
@@ -137,21 +139,21 @@ def _read_head(module: nn.Module, hidden_NH: Tensor) -> _Head:
 
 
 def _read_tokens(layer: Any) -> _Head:
-    """The base layer with the rows of trained tokens in it (`trainable_token_indices`), as the layer's own forward."""
+    """Read the base weight with its trained rows (`trainable_token_indices`), as in the layer's own forward."""
     linear = _plain_linear(layer.base_layer)
     off = layer.disable_adapters or not layer.active_adapters
     if off and layer.merged:
         layer.unmerge()
     if off or layer.merged:
         return _Head(linear.weight, None, cast("Tensor | None", linear.bias))
-    # peft leaves the bias out while rows are replaced.
+    # peft ignores the bias while rows are replaced.
     return _Head(layer.get_merged_weights(layer.active_adapters), None, None)
 
 
 def _read_lora(layer: Any, hidden_NH: Tensor) -> _Head:
-    """Base layer and the active adapters of a `peft.tuners.lora.Linear`, summed as its own forward sums them."""
+    """Read base weight and active adapters of a `peft.tuners.lora.Linear`, summed as in its own forward."""
     if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as its own forward does
+        layer.unmerge()  # as in its own forward
     linear = _plain_linear(layer.base_layer)
     bias_V = cast("Tensor | None", linear.bias)
     if layer.disable_adapters or layer.merged:
@@ -178,7 +180,7 @@ def _read_lora(layer: Any, hidden_NH: Tensor) -> _Head:
 
 
 def _plain_linear(module: nn.Module) -> nn.Linear:
-    """The module, if it multiplies by a dense floating weight the way `nn.Linear` does."""
+    """Return the module if it multiplies by a dense floating-point weight like `nn.Linear`, else raise."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise _unreadable(module, "exclude the head from quantisation and adapters")
     weight = module.weight

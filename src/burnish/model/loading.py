@@ -1,10 +1,10 @@
-"""Loading a model and its tokenizer: from a path or a package, in memory as it is, with the dtype policy applied."""
+"""Loading of models and tokenizers from paths, packages or the hub, in the compute dtype."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from burnish.config.paths import expanded, is_file
 from burnish.data.chat import resolve_chat_template
 from burnish.errors import ConfigError, ModelError
-from burnish.model.adapter_files import SavedAdapters, saved_adapters
+from burnish.model.adapter_files import saved_adapters
 from burnish.model.adapters import put_adapters
 from burnish.model.quantization import is_quantized, keep_layout, resolve_quantization
 from burnish.model.sources import ModelSource, find_model, hub_arguments, reach, reading_model
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def compute_dtype(*, bf16: bool) -> torch.dtype:
-    """The dtype that the forward and backward compute in."""
+    """Return the dtype of forward and backward."""
     return torch.bfloat16 if bf16 else torch.float32
 
 
@@ -44,44 +44,46 @@ def load_model(
     auto_class: Any = AutoModelForCausalLM,
     own_weights: bool = False,
 ) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
-    """Load a model in its compute dtype; a model in memory is used as it is.
+    """Load a model in its compute dtype; a model in memory is used unchanged.
 
-    Weights stored in fp32 (and GGUF's, dequantised) are read in fp32; where bf16 computes, the exact values are handed
-    out so that masters start from them and not from rounded ones. Where the weights are quantised, the rest is read in
-    the compute dtype. A folder of adapters is loaded on the base that it names, which gets `init_kwargs`.
+    Weights are read in fp32 (GGUF's are dequantised); with bf16, their exact values are returned so that fp32 masters
+    start from them. With quantised weights, the others are read in the compute dtype. A folder of adapters is loaded on
+    the base that it names, with `init_kwargs`.
 
     Args:
-        model: name, folder (of a model or of adapters), .gguf file, package, or a model.
+        model: name, folder (of a model or of adapters), .gguf file, package, or a model in memory.
         bf16: compute in bf16.
-        init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` wins over `bf16`, and
+        init_kwargs: passed to `from_pretrained` (`model_init_kwargs`); an explicit `dtype` overrides `bf16`, and
             `quantization_config` may be a word or a table (see `resolve_quantization`).
-        auto_class: what loads it; a causal language model by default.
-        own_weights: read the whole model of a folder that holds adapters of it, too, without them.
+        auto_class: transformers class that loads the model; a causal language model by default.
+        own_weights: load the whole model of a folder that also holds adapters, without these.
 
     Returns:
-        The model, and fp32 values by parameter for those rounded here.
+        The model, and exact fp32 values of the parameters that were rounded.
 
     Raises:
-        ModelError: no such model, or `init_kwargs` beside a model in memory.
+        ModelError: the model is not found, or `init_kwargs` are given with a model in memory.
         ConfigError: a bad `quantization_config`.
     """
     kwargs = dict(init_kwargs or {})
     if not isinstance(model, str | Path):
         if kwargs:
             raise ModelError(
-                f"model_init_kwargs = {kwargs!r} beside a model in memory: load the model with them, or pass its path."
+                f"model_init_kwargs = {kwargs!r} with a model in memory: load the model with them, or pass its path."
             )
         given: Any = model
         if not isinstance(given.get_base_model() if hasattr(given, "get_base_model") else given, PreTrainedModel):
             raise ModelError(
-                f"model = {type(model).__name__}: use a model of transformers, with or without adapters, or the name "
-                "or folder of one."
+                f"model = {type(model).__name__}: use a transformers or peft model, or its name or folder."
             )
         keep_layout(model)
         return model, {}
     source = find_model(model)
     if not own_weights and (adapters := saved_adapters(source.name)) is not None:
-        _check_language_model(adapters)
+        if adapters.task_type == "SEQ_CLS":
+            raise ModelError(
+                f"model = {str(adapters.folder)!r}: adapters of a reward model, where a language model is needed."
+            )
         adapters.check_sizes(find_model(adapters.base).name)
         base, _ = load_model(
             adapters.base, bf16=bf16, init_kwargs=init_kwargs, auto_class=auto_class, own_weights=adapters.is_own_base
@@ -92,28 +94,32 @@ def load_model(
     if quantization is not None:
         return _load_quantized(source, quantization, explicit or compute_dtype(bf16=bf16), kwargs, auto_class), {}
     loaded = _load_plain(source, explicit or torch.float32, kwargs, auto_class)
-    exact: dict[torch.nn.Parameter, torch.Tensor] = {}
-    if explicit is None and bf16:
-        exact = _round_parameters(loaded, compute_dtype(bf16=True))
+    exact = _round_parameters(loaded, compute_dtype(bf16=True)) if explicit is None and bf16 else {}
     return loaded, {} if is_quantized(loaded) else exact
 
 
 def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto_class: Any) -> Any:
     fix = "Name a folder written by save_pretrained, a .gguf file, or a hub name"
-    place = reach(source, kwargs)
+    location = reach(source, kwargs)
     with (
         phase(f"loading {source.name}"),
         reading_model(source.name, "model", fix),
-        _without_adapter_files(place) as name,
+        _without_adapter_files(location) as name,
     ):
         loaded, info = auto_class.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **source.kwargs, **kwargs
         )
     loaded.name_or_path = loaded.config._name_or_path = source.name
-    _refuse_missing(source.name, loaded, info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
+        # They would be random: the folder holds a reward model or a bare decoder.
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"model = {source.name!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), "
+            "which would start random. Name a model that was saved as one, or load it yourself and pass it."
+        )
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise ModelError(
-            f"model = {source.name!r}: adapters on the hub. Download them (`hf download`) and pass the folder."
+            f"model = {source.name!r}: the hub name holds adapters. Download them (`hf download`) and pass the folder."
         )
     drop_gguf_config(loaded)
     keep_layout(loaded)
@@ -122,7 +128,7 @@ def _load_plain(source: ModelSource, dtype: Any, kwargs: Mapping[str, Any], auto
 
 @contextmanager
 def _without_adapter_files(name: str) -> Generator[str]:
-    """A folder's own model: transformers puts adapters beside it on it, and fails over an adapter_config.json alone."""
+    """Hide adapter files of a folder: transformers would load them too, or fail on an adapter_config.json alone."""
     folder = expanded(name)
     if not is_file(folder / "adapter_config.json"):
         yield name
@@ -140,7 +146,7 @@ def _load_quantized(source: ModelSource, quantization: Any, dtype: Any, kwargs: 
     kwargs = {**kwargs, "quantization_config": config}
     if source.gguf_file is None:
         return _load_plain(source, dtype, kwargs, auto_class)
-    # transformers quantises what it reads from safetensors, and from them only.
+    # transformers quantises only what it reads from safetensors.
     with tempfile.TemporaryDirectory() as folder:
         _load_plain(source, dtype, {}, auto_class).save_pretrained(folder)
         loaded = _load_plain(ModelSource(folder), dtype, kwargs, auto_class)
@@ -148,28 +154,11 @@ def _load_quantized(source: ModelSource, quantization: Any, dtype: Any, kwargs: 
     return loaded
 
 
-def _check_language_model(adapters: SavedAdapters) -> None:
-    if adapters.task_type == "SEQ_CLS":
-        raise ModelError(
-            f"model = {str(adapters.folder)!r}: adapters of a reward model, where a language model is needed."
-        )
-
-
-def _refuse_missing(model: str | Path, loaded: Any, missing: Collection[str]) -> None:
-    """Weights that the files lack would be random: a reward model or a bare decoder taken for a language model."""
-    if missing:
-        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(
-            f"model = {str(model)!r}: its files lack {len(missing)} weights of {type(loaded).__name__} ({names}), "
-            "which would start random. Name a model that was saved as one, or load it yourself and pass it."
-        )
-
-
 def _round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[torch.nn.Parameter, torch.Tensor]:
-    """Cast the parameters and hand out their exact values.
+    """Cast the parameters and return their exact values.
 
-    Buffers keep their dtype (`model.to` would round rotary frequencies, and with them every position), and so do the
-    modules that the architecture wants in fp32.
+    Buffers keep their dtype (`model.to` would round rotary frequencies, and with them every position), and so do
+    modules that the architecture keeps in fp32.
     """
     kept: set[str] = set()
     for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
@@ -184,7 +173,7 @@ def _round_parameters(model: PreTrainedModel, dtype: torch.dtype) -> dict[torch.
 
 
 def drop_gguf_config(model: Any) -> None:
-    """Forget the GGUF marker: the weights are dequantised, and transformers refuses to save a model that carries it."""
+    """Remove the GGUF marker: the weights are dequantised, and transformers refuses to save a model with it."""
     config = getattr(model, "config", None)
     quantization = getattr(config, "quantization_config", None)
     method = (
@@ -202,14 +191,14 @@ def drop_gguf_config(model: Any) -> None:
 
 
 def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model's name (see `find_model`); a missing pad token becomes the EOS token.
+    """Load the tokenizer of a model (see `find_model`); a missing pad token becomes the EOS token.
 
     Args:
         model: name, folder, .gguf file or package.
-        init_kwargs: of the model; the tokenizer is read from the same place and revision.
+        init_kwargs: the model's; the tokenizer is read from the same source and revision.
 
     Raises:
-        ModelError: there is none.
+        ModelError: no tokenizer is found.
     """
     source = find_model(model)
     name, hub = reach(source, init_kwargs), hub_arguments(init_kwargs)
@@ -223,18 +212,18 @@ def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | No
 def adopt_chat_template(
     tokenizer: PreTrainedTokenizerBase, chat_template: str | None, *, keep_eos: bool = False
 ) -> None:
-    """Give a tokenizer the template to render with, so that it is saved with the model and the next stage has it.
+    """Set a tokenizer's chat template, so that it is saved with the model for the next stage.
 
     Args:
         tokenizer: changed in place.
-        chat_template: see `resolve_chat_template`; also a folder with a tokenizer, whose template and EOS token are
-            taken over. None changes nothing.
+        chat_template: see `resolve_chat_template`; or a tokenizer's folder, whose template and EOS token are adopted.
+            None changes nothing.
         keep_eos: keep the tokenizer's EOS token.
 
     Raises:
-        ConfigError: no such template, a folder without a tokenizer, or a template for tokens that are not in the
-            vocabulary.
-        DataError: "chatml", and the tokenizer has no EOS.
+        ConfigError: the template is not found, the folder has no tokenizer, or the template uses tokens that are not in
+            the vocabulary.
+        DataError: "chatml" with a tokenizer that has no EOS token.
     """
     if chat_template is None:
         return
@@ -243,11 +232,11 @@ def adopt_chat_template(
         return
     try:
         source = AutoTokenizer.from_pretrained(chat_template, local_files_only=True)
-    except Exception as error:  # of a damaged folder, as many kinds as there are parsers
+    except Exception as error:  # a damaged folder fails in as many ways as there are parsers
         reason = " ".join(str(error).split())
         raise ConfigError(f"chat_template = {chat_template!r}: no tokenizer could be read there ({reason}).") from error
     if not source.chat_template:
-        raise ConfigError(f"chat_template = {chat_template!r}: the tokenizer there has no chat template.")
+        raise ConfigError(f"chat_template = {chat_template!r}: the tokenizer in that folder has no chat template.")
     template = str(source.get_chat_template())
     known = tokenizer.get_vocab()
     used = [t for t in source.all_special_tokens if t in template or (t == source.eos_token and not keep_eos)]

@@ -1,8 +1,8 @@
-"""Groups to packed micro-batches: each prompt once, exactly n batches balanced by cost.
+"""Pack groups into micro-batches: each prompt once, exactly n batches of balanced cost.
 
-A packed row lays each group's prompt down once and its completions after it. Position ids restart at the prompt's
-length for every completion, so the model sees what it would have seen on one row per completion; prefix attention
-(`burnish.model.prefix`) keeps the completions apart.
+A packed row holds each group's prompt once, followed by its completions. Position ids restart at the prompt's length
+for every completion, and prefix attention (`burnish.model.prefix`) isolates completions from each other, so the model
+computes what it would on one row per completion.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["group_cost", "pack", "partition", "split_by_tokens", "to_row", "unpa
 
 
 def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
-    """Relative cost of a group's forward and backward: linear layers plus attention.
+    """Estimate the relative cost of a group's forward and backward: linear layers plus attention.
 
-    With T_g tokens in the group and K keys seen by all of them together, cost = T_g + K / attention_tokens: linear
-    layers cost the same for every token, attention grows with the keys that a token sees.
+    cost = T_g + K / attention_tokens, with T_g tokens in the group and K query-key pairs: linear layers cost the same
+    for every token, attention grows with the number of keys.
 
     Args:
         group: prompt and completions.
-        attention_tokens: number of keys whose attention costs as much as the linear layers of one token.
+        attention_tokens: number of keys whose attention costs as much as one token's linear layers.
     """
     prompt = len(group.prompt_ids)
     keys = prompt * prompt / 2 + sum(len(c.token_ids) * (prompt + len(c.token_ids) / 2) for c in group.completions)
@@ -34,19 +34,18 @@ def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
 
 
 def partition(groups: Sequence[Group], num_batches: int, *, whole: bool = False) -> list[list[Group]]:
-    """Split groups into exactly `num_batches` lists of balanced cost (longest first, to the lightest list).
+    """Split groups into exactly `num_batches` lists of balanced cost (longest processing time first).
 
-    A group is cut (its prompt then stands in both parts) only while there are fewer groups than lists, costliest group
-    first: a caller who asks for n micro-batches wants the memory of n micro-batches. Lists may stay empty when there
-    are fewer completions than lists.
+    Only where there are fewer groups than lists, groups are cut, costliest first, and their prompt is repeated: n
+    micro-batches should need the memory of n micro-batches. Lists stay empty where there are fewer completions.
 
     Args:
         groups: P groups.
         num_batches: n, at least 1.
-        whole: cut no group: its completions meet in one loss.
+        whole: do not cut groups, whose completions share a loss.
 
     Returns:
-        n lists that together hold every completion once, groups in their given order.
+        n lists that hold every completion once, with groups in their given order.
     """
     assert num_batches >= 1
     pieces = list(groups)
@@ -74,18 +73,18 @@ def _halve(group: Group) -> list[Group]:
 
 
 def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole: bool = False) -> list[list[Group]]:
-    """Split groups into as few balanced lists as keep each within `token_budget` packed tokens.
+    """Split groups into the fewest balanced lists of at most `token_budget` packed tokens each.
 
-    A group over the budget is cut between completions; one completion with its prompt is never cut, so a list that
-    holds a single too long completion may exceed the budget.
+    A group over the budget is cut between completions. A single completion with its prompt is never cut, so its list
+    may exceed the budget.
 
     Args:
         groups: P groups.
         token_budget: most tokens of one list, or None for no limit.
-        whole: cut no group; one over the budget has a list of its own.
+        whole: do not cut groups; one over the budget gets its own list.
 
     Returns:
-        Lists that each hold at least one group; none where there are no groups.
+        Non-empty lists; none without groups.
     """
     if not groups:
         return []
@@ -108,12 +107,12 @@ def _cut(group: Group, token_budget: int) -> list[Group]:
 
 
 def zero_weight_group(token_id: int) -> Group:
-    """A smallest group with one token and nothing scored: keeps ranks and counts in step when there is no work."""
+    """Make a minimal group without scored tokens, for ranks without work to take part in collective calls."""
     return Group([token_id], [Completion([token_id], loss_mask=[False])])
 
 
 def pack(groups: Sequence[Group]) -> PackedBatch:
-    """Lay groups into one row, with a tensor for every stream that any of the completions carries.
+    """Pack groups into one row, with a tensor for every stream of any completion.
 
     Args:
         groups: at least one group with at least one token.
@@ -128,28 +127,31 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
     targets: list[int] = []
     sequence_index: list[int] = []
     completions = [completion for group in groups for completion in group.completions]
-    streams = [_token_streams(completion) for completion in completions]
+    sampled = ("sampler_logprobs", "policy_logprobs")
+    streams = [
+        {name: values for name in sampled if (values := getattr(c, name)) is not None} | c.token for c in completions
+    ]
     token_values: dict[str, list[float]] = {name: [] for stream in streams for name in stream}
     number = 0
     for group in groups:
         prompt_start, prompt_length = len(ids), len(group.prompt_ids)
         ids += group.prompt_ids
         positions += range(prompt_length)
-        places: list[tuple[int, int]] = []
+        parts: list[tuple[int, int]] = []
         for completion in group.completions:
             start, length = len(ids), len(completion.token_ids)
             ids += completion.token_ids
             positions += range(prompt_length, prompt_length + length)
-            places.append((start, length))
+            parts.append((start, length))
             scored = _scored_tokens(completion, has_prompt=prompt_length > 0)
             score_index += [start + j - 1 if j else prompt_start + prompt_length - 1 for j in scored]
             targets += [completion.token_ids[j] for j in scored]
             sequence_index += [number] * len(scored)
             for name, values in token_values.items():
-                own = streams[number].get(name)
-                values += [math.nan] * len(scored) if own is None else [own[j] for j in scored]
+                stream = streams[number].get(name)
+                values += [math.nan] * len(scored) if stream is None else [stream[j] for j in scored]
             number += 1
-        spans.append(GroupSpan((prompt_start, prompt_length), tuple(places)))
+        spans.append(GroupSpan((prompt_start, prompt_length), tuple(parts)))
     names = {name for completion in completions for name in completion.sequence}
     return PackedBatch(
         input_ids=torch.tensor([ids], dtype=torch.long),
@@ -167,22 +169,16 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
     )
 
 
-def _token_streams(completion: Completion) -> dict[str, list[float]]:
-    """Return the streams of a completion with those that its engine gave."""
-    sampled = {"sampler_logprobs": completion.sampler_logprobs, "policy_logprobs": completion.policy_logprobs}
-    return {name: values for name, values in sampled.items() if values is not None} | completion.token
-
-
 def unpack(groups: Sequence[Group], values_N: Sequence[float], *, fill: float = 0.0) -> list[list[float]]:
-    """Give numbers of scored tokens back to their completions: the way back from `pack`.
+    """Split values of scored tokens by completion: the inverse of `pack`.
 
     Args:
-        groups: what was packed.
-        values_N: [N] numbers in the order of the packed row.
-        fill: number of the tokens that are not scored.
+        groups: the packed groups.
+        values_N: [N] values in the order of the packed row.
+        fill: value of tokens that are not scored.
 
     Returns:
-        [C] numbers for each completion, in the order of the groups.
+        [C] values for each completion, in the order of the groups.
     """
     rest = iter(values_N)
     result: list[list[float]] = []
@@ -197,7 +193,7 @@ def unpack(groups: Sequence[Group], values_N: Sequence[float], *, fill: float = 
 
 
 def _scored_tokens(completion: Completion, *, has_prompt: bool) -> list[int]:
-    """Places of the scored tokens; without a prompt nothing predicts the first token, so it is never scored."""
+    """Return the indices of scored tokens; without a prompt, nothing predicts the first token."""
     first = 0 if has_prompt else 1
     if completion.loss_mask is None:
         return list(range(first, len(completion.token_ids)))
@@ -205,7 +201,7 @@ def _scored_tokens(completion: Completion, *, has_prompt: bool) -> list[int]:
 
 
 def to_row(batch: PackedBatch, *, pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same batch as one right-padded row per completion, for models that cannot serve prefix attention.
+    """Unpack a batch into one right-padded row per completion, for models without prefix attention.
 
     Returns:
         input_ids [S, L], attention_mask [S, L] and score_index [N] into the flattened [S * L] rows.
@@ -218,12 +214,12 @@ def to_row(batch: PackedBatch, *, pad_token_id: int) -> tuple[torch.Tensor, torc
     longest = max(len(source) for source in sources)
     input_ids = flat_ids.new_full((len(sources), longest), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    row_of = torch.full((len(sources), batch.num_tokens), -1, dtype=torch.long)
+    column_of = torch.full((len(sources), batch.num_tokens), -1, dtype=torch.long)
     for row, source in enumerate(sources):
         input_ids[row, : len(source)] = flat_ids[source.to(flat_ids.device)]
         attention_mask[row, : len(source)] = 1
-        row_of[row, source] = torch.arange(len(source))
+        column_of[row, source] = torch.arange(len(source))
     sequence_index, score_index = batch.sequence_index.cpu(), batch.score_index.cpu()
-    places = row_of[sequence_index, score_index]
-    assert bool((places >= 0).all())
-    return input_ids, attention_mask, (sequence_index * longest + places).to(flat_ids.device)
+    columns = column_of[sequence_index, score_index]
+    assert bool((columns >= 0).all())
+    return input_ids, attention_mask, (sequence_index * longest + columns).to(flat_ids.device)

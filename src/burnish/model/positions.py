@@ -1,4 +1,4 @@
-"""How many positions a model has: a hard limit where they are learned or tabulated, else what it was trained for."""
+"""Position limits of a model: hard where positions are tabulated, else the length it was trained for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["check_lengths", "check_positions", "learned_positions", "refuse_beyo
 logger = logging.getLogger(__name__)
 
 _OFFSETS = range(9)
-"""Rows that a table of positions may have beside them (OPT has 2)."""
+"""Numbers of extra rows that a position table may have (OPT has 2)."""
 
 _BY_LENGTH = ("dynamic", "longrope")
-"""Rotary scalings whose frequencies depend on the longest sequence of a row."""
+"""Rotary scalings whose frequencies depend on the longest sequence of the row."""
 
 
 def _configured(model: Any) -> int | None:
@@ -28,7 +28,7 @@ def _configured(model: Any) -> int | None:
 
 
 def learned_positions(model: Any) -> int | None:
-    """Positions of a model that holds them in a table, beyond which its forward fails; None for any other model."""
+    """Return the size of a model's position table, beyond which its forward fails; None without a table."""
     length = _configured(model)
     if length is None:
         return None
@@ -39,7 +39,7 @@ def learned_positions(model: Any) -> int | None:
 
 
 def refuse_beyond(positions: int | None, batch: PackedBatch, model: Any) -> None:
-    """The last line before the forward: rows of streams, of a reward model, of a later evaluation.
+    """Refuse a batch that exceeds the position table, for rows that no earlier check has seen, such as a stream's.
 
     Raises:
         ModelError: a sequence of the batch is longer than `learned_positions`.
@@ -50,58 +50,53 @@ def refuse_beyond(positions: int | None, batch: PackedBatch, model: Any) -> None
     if longest > positions:
         raise ModelError(
             f"a sequence has {longest} tokens, and {type(model).__name__} has {positions} positions: shorten the rows "
-            "(max_length), or what is sampled (max_completion_length)."
+            "(max_length), or sample shorter completions (max_completion_length)."
         )
 
 
 def check_positions(model: Any, longest: int, what: str, fix: str) -> None:
-    """Refuse sequences beyond a table of positions; warn, once a model, of those beyond what it was made for.
+    """Refuse sequences beyond a position table; warn once per model of those beyond its trained length.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         longest: tokens of the longest sequence, prompt and completion.
         what: names the sequence in the message.
-        fix: what to do.
+        fix: fix for the message.
 
     Raises:
-        ModelError: the model has no such positions.
+        ModelError: the sequence exceeds the position table.
     """
     learned = learned_positions(model)
     name = type(model).__name__
     if learned is not None and longest > learned:
         raise ModelError(f"{what} has {longest} tokens, and {name} has {learned} positions: {fix}.")
-    limit, reason = _trained(model)
-    if limit is None or longest <= max(limit, getattr(model, "_burnish_longest", 0)):
-        return
-    model._burnish_longest = longest  # every engine and trainer of the model asks
-    logger.warning("%s has %d tokens, and %s %s: %s.", what, longest, name, reason, fix)
-
-
-def _trained(model: Any) -> tuple[int | None, str]:
-    """The length that a model was made for, and why a longer sequence is in question."""
-    length = _configured(model)
-    reason = f"was made for max_position_embeddings = {length}"
+    limit = _configured(model)
+    reason = f"was made for max_position_embeddings = {limit}"
     text = model.config.get_text_config()
     rope = cast("dict[str, Any]", getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
     original = rope.get("original_max_position_embeddings", getattr(text, "original_max_position_embeddings", None))
     kind = rope.get("rope_type")
-    if kind in _BY_LENGTH and isinstance(original, int) and original < (length or original + 1):
-        return original, (
+    if kind in _BY_LENGTH and isinstance(original, int) and original < (limit or original + 1):
+        limit = original
+        reason = (
             f"changes its rotary frequencies ({kind}) beyond {original} tokens for all sequences of a row, so that "
             "packed rows and rollouts differ"
         )
-    return length, reason
+    if limit is None or longest <= max(limit, getattr(model, "_burnish_longest", 0)):
+        return
+    model._burnish_longest = longest  # every engine and trainer of the model checks
+    logger.warning("%s has %d tokens, and %s %s: %s.", what, longest, name, reason, fix)
 
 
 def check_lengths(model: Any, groups: Any, name: str, fix: str, *, more: int = 0) -> None:
-    """Check the longest sequence of a data set; a stream's are not known before they come.
+    """Check the longest sequence of a data set; a stream is checked batch by batch.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         groups: encoded rows.
-        name: of the data set.
-        fix: what to do.
-        more: tokens that are still to be sampled after each prompt.
+        name: name of the data set.
+        fix: fix for the message.
+        more: tokens to be sampled after each prompt.
 
     Raises:
         ModelError: see `check_positions`.

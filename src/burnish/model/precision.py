@@ -1,4 +1,4 @@
-"""Numbers: which dtype computes fast here."""
+"""Support for fast bf16 on a device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware on this device, about 5x faster than fp32 on CPUs that have them."""
+    """Detect bf16 matrix products in hardware, which are about 5x faster than fp32 on CPUs that have them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         read = cast("Callable[[], dict[str, Any]] | None", getattr(torch.cpu, "get_capabilities", None))
         if read is None:
             logger.warning(
-                "torch %s does not say what this CPU can do: computing in fp32. bf16=True forces bf16.",
+                "torch %s does not report this CPU's capabilities: computing in fp32. bf16=True forces bf16.",
                 torch.__version__,
             )
             return False

@@ -1,12 +1,12 @@
-"""Shared-prefix attention: a packed row in which every prompt stands once, before all of its completions.
+"""Shared-prefix attention: packed rows that hold every prompt once, before all of its completions.
 
 A prompt attends causally to itself; a completion attends to its whole prompt and causally to itself. The row is cut
-into tiles of queries, each with all of its keys, so a tile's softmax is final and no dense [T, T] mask exists:
+into tiles of queries with all of their keys, so each tile's softmax is complete and no dense [T, T] mask is needed:
 
     O = softmax(cap(scaling * Q [K_prompt, K_own]^T) + mask) [V_prompt, V_own]
 
-The backward pass recomputes the probabilities of a tile, so attention saves nothing beyond its inputs.
-On CUDA the same rule is a FlexAttention block mask.
+The backward pass recomputes the probabilities of a tile, so attention saves only its inputs. On CUDA the same mask is
+a FlexAttention block mask.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from burnish.types import GroupSpan
 __all__ = ["PrefixLayout"]
 
 _MAX_SCORES = 1 << 21
-"""Scores of one head in one tile: bounds the transient memory of long rows."""
+"""Most scores of one head in one tile, which bounds the temporary memory of long rows."""
 _MAX_QUERIES = 256
-"""Queries of one sequence in one tile: shorter tiles skip more of the causal triangle, longer ones call less."""
+"""Most queries of a sequence in a tile: short tiles skip more masked scores, long ones make fewer calls."""
 _MIN_BUCKET = 16
-"""Completions up to this many tokens share a tile, whatever their lengths."""
+"""Completions up to this length share a bucket regardless of padding."""
 
 _Rule = SlidingWindow | MaskRule | None
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries [B, m] of B sequences that share a prompt, with the keys they may see.
+    """Queries [B, m] of B sequences that share a prompt, with their keys.
 
     Attributes:
-        queries: [B * m] places in the row; sequences shorter than the tile repeat their last token.
-        keys: [B * e] places of the sequences' own keys, padded likewise.
+        queries: [B * m] row indices; sequences shorter than the tile repeat their last token.
+        keys: [B * e] row indices of the sequences' own keys, padded in the same way.
         prompt: (start, length) of the prompt's keys; length 0 where the sequences are prompts themselves.
         shape: (B, m, e).
-        targets: [valid] places in the row of the queries that are not padding.
-        kept: [valid] which queries are not padding; None where all are.
-        padding: [padding] which queries are; None where none is.
-        hidden: [m, h] bool, True where a query does not see one of the last h keys; the keys before are all seen.
+        targets: [valid] row indices of the queries that are not padding.
+        kept: [valid] tile indices of these queries; None without padding.
+        padding: [padding] tile indices of padding queries; None without padding.
+        hidden: [m, h] mask over the last h keys, True where a query must not attend; earlier keys are all visible.
     """
 
     queries: Tensor
@@ -65,7 +65,7 @@ class PrefixLayout:
     """The layout of packed groups, for `use_layout`.
 
     Args:
-        spans: where the groups lie in the row; together they cover it.
+        spans: positions of the groups in the row, which they cover.
         position_ids: [1, T] position of each token in its own sequence.
     """
 
@@ -74,11 +74,16 @@ class PrefixLayout:
     _cache: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False, compare=False)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention output [1, T, heads, D] of one layer; differentiable in query, key, value and sinks."""
-        query, key, value = _same_dtype(call.query, call.key, call.value)
+        """Return the attention output [1, T, heads, D] of one layer; differentiable in query, key, value and sinks."""
+        # Under autocast, rotary embeddings leave queries and keys in fp32.
+        autocast, query = torch.is_autocast_enabled(call.query.device.type), call.query
+        dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
+        query, key, value = (tensor.to(dtype) for tensor in (call.query, call.key, call.value))
         assert query.shape[0] == 1 and query.shape[2] == self.position_ids.shape[1] == key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
-            if query.is_cuda and call.sinks is None and _flex_serves(query, value):
+            # FlexAttention's kernels take neither float64 nor heads smaller than 16.
+            fits_flex = query.dtype != torch.float64 and min(query.shape[-1], value.shape[-1]) >= 16
+            if query.is_cuda and call.sinks is None and fits_flex:
                 return self._attend_flex(call, query, key, value)
             tiles = self._tiles(call.rule, query.device)
             attended = _TileAttention.apply(query, key, value, call.sinks, tiles, call.scaling, call.softcap)
@@ -97,9 +102,9 @@ class PrefixLayout:
 
         block_key = ("flex", call.rule, query.device)
         if block_key not in self._cache:
-            sees = _sees(self.spans, self.position_ids[0].to(query.device), call.rule)
+            mask_mod = _mask_mod(self.spans, self.position_ids[0].to(query.device), call.rule)
             length = query.shape[2]
-            self._cache[block_key] = create_block_mask(sees, None, None, length, length, device=str(query.device))
+            self._cache[block_key] = create_block_mask(mask_mod, None, None, length, length, device=str(query.device))
         cap = call.softcap
 
         def capped(score: Tensor, *_: Tensor) -> Tensor:
@@ -117,32 +122,16 @@ class PrefixLayout:
         return attended.transpose(1, 2).contiguous()
 
 
-def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in autocast's dtype where autocast is on (rotary embeddings leave queries and keys in fp32)."""
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    return query.to(dtype), key.to(dtype), value.to(dtype)
-
-
-def _flex_serves(query: Tensor, value: Tensor) -> bool:
-    """Whether FlexAttention's kernels take these tensors."""
-    try:
-        import torch.nn.attention.flex_attention  # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        return False
-    return query.dtype != torch.float64 and query.shape[-1] >= 16 and value.shape[-1] >= 16
-
-
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention compiled once; lengths vary from batch to batch."""
+    """Compile FlexAttention once, for lengths that vary from batch to batch."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))
 
 
-def _sees(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callable[..., Tensor]:
-    """FlexAttention's mask_mod of the row: (batch, head, query place, key place) -> bool."""
+def _mask_mod(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callable[..., Tensor]:
+    """Build FlexAttention's mask_mod of the row: (batch, head, query index, key index) -> mask."""
     own, prompt = torch.empty_like(positions), torch.empty_like(positions)
     for start, length, prompt_start in (
         (start, length, span.prompt[0]) for span in spans for start, length in (span.prompt, *span.completions)
@@ -150,7 +139,7 @@ def _sees(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callabl
         own[start : start + length] = start
         prompt[start : start + length] = prompt_start
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (key <= query) & ((own[key] == own[query]) | (own[key] == prompt[query]))
         if isinstance(rule, SlidingWindow):
             return seen & (positions[query] - positions[key] < rule.window)
@@ -158,17 +147,17 @@ def _sees(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callabl
             return seen & rule.mask_function(batch, head, positions[query], positions[key])
         return seen
 
-    return sees
+    return mask_mod
 
 
 def _group_tiles(span: GroupSpan, positions: Tensor, rule: _Rule, device: torch.device) -> list[_Tile]:
-    """Tiles of one group: the prompt, then its completions in buckets of similar length."""
+    """Tile one group: the prompt, then its completions in buckets of similar length."""
     start, length = span.prompt
     tiles = _bucket_tiles([(start, length)], (start, 0), positions, rule, device) if length else []
     bucket: list[tuple[int, int]] = []
     for sequence in sorted((c for c in span.completions if c[1]), key=lambda c: -c[1]):
         longest = bucket[0][1] if bucket else 0
-        # Padding wastes at most a third of a bucket's work; where all are short, one more call would cost more.
+        # Bounds the work wasted on padding by a third; for short completions, another call would cost more.
         if longest > _MIN_BUCKET and 4 * sequence[1] < 3 * longest:
             tiles += _bucket_tiles(bucket, span.prompt, positions, rule, device)
             bucket = []
@@ -179,7 +168,7 @@ def _group_tiles(span: GroupSpan, positions: Tensor, rule: _Rule, device: torch.
 def _bucket_tiles(
     bucket: Sequence[tuple[int, int]], prompt: tuple[int, int], positions: Tensor, rule: _Rule, device: torch.device
 ) -> list[_Tile]:
-    """Tiles of sequences (longest first) behind one prompt, cut so that none has too many queries or scores."""
+    """Tile sequences (longest first) of one prompt, within the bounds on queries and scores."""
     longest = bucket[0][1]
     num_keys = prompt[1] + longest
     num_queries = max(1, min(longest, _MAX_QUERIES, _MAX_SCORES // num_keys))
@@ -201,22 +190,22 @@ def _tile(
     rule: _Rule,
     device: torch.device,
 ) -> _Tile:
-    """Queries `block` of each sequence, against the prompt and the sequence's own keys up to the block's end."""
+    """Build the tile of queries `block` of each sequence, with prompt keys and own keys up to the block's end."""
     first, last = block
-    # A window leaves out the keys that even the block's first query does not see.
+    # Keys beyond the window of the block's first query are skipped.
     unseen = max(0, prompt[1] + first - rule.window + 1) if isinstance(rule, SlidingWindow) else 0
     skipped = min(unseen, prompt[1])
     prompt = (prompt[0] + skipped, prompt[1] - skipped)
     low = unseen - skipped
-    place = torch.arange(last)
-    own = torch.stack([start + place.clamp(max=length - 1) for start, length in sequences])
-    valid = torch.stack([place[first:] < length for _, length in sequences]).flatten()
+    offset = torch.arange(last)
+    own = torch.stack([start + offset.clamp(max=length - 1) for start, length in sequences])
+    valid = torch.stack([offset[first:] < length for _, length in sequences]).flatten()
     if rule is None:
         hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
     else:
         longest = own[0]
-        seen_places = torch.cat((torch.arange(prompt[0], prompt[0] + prompt[1]), longest[low:]))
-        hidden = ~rule(positions[longest[first:]], positions[seen_places])
+        visible = torch.cat((torch.arange(prompt[0], prompt[0] + prompt[1]), longest[low:]))
+        hidden = ~rule(positions[longest[first:]], positions[visible])
     queries, padded = own[:, first:].flatten(), not bool(valid.all())
     return _Tile(
         queries=queries.to(device),
@@ -232,7 +221,7 @@ def _tile(
 
 @dataclass(frozen=True)
 class _Operands:
-    """What a tile multiplies: kv_heads first, the R query heads of each folded into the queries.
+    """Operands of a tile: kv_heads first, with the R query heads of each folded into the queries.
 
     Attributes:
         query: [kv_heads, B * R * m, D], scaled.
@@ -250,12 +239,12 @@ class _Operands:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """The dtype to accumulate in: fp32, or fp64 for fp64."""
+    """Return the dtype to accumulate in: fp32, or float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _fold_queries(rows: Tensor, tile: _Tile, kv_heads: int, *, zero_padding: bool = False) -> Tensor:
-    """[T, heads, D] -> [kv_heads, B * R * m, D], the tile's queries."""
+    """Gather the tile's queries: [T, heads, D] -> [kv_heads, B * R * m, D]."""
     num_sequences, num_queries, _ = tile.shape
     picked = rows.index_select(0, tile.queries)
     if zero_padding and tile.padding is not None:
@@ -265,7 +254,7 @@ def _fold_queries(rows: Tensor, tile: _Tile, kv_heads: int, *, zero_padding: boo
 
 
 def _unfold_queries(folded: Tensor, tile: _Tile) -> Tensor:
-    """[kv_heads, B * R * m, D] -> [valid, heads, D]: the inverse of `_fold_queries`, without the padding."""
+    """Invert `_fold_queries`, dropping padding: [kv_heads, B * R * m, D] -> [valid, heads, D]."""
     num_sequences, num_queries, _ = tile.shape
     kv_heads, _, dim = folded.shape
     rows = folded.reshape(kv_heads, num_sequences, -1, num_queries, dim).permute(1, 3, 0, 2, 4)
@@ -274,7 +263,7 @@ def _unfold_queries(folded: Tensor, tile: _Tile) -> Tensor:
 
 
 def _fold_keys(rows: Tensor, tile: _Tile) -> Tensor:
-    """[T, kv_heads, D] -> [kv_heads * B, e, D], the sequences' own keys."""
+    """Gather the sequences' own keys: [T, kv_heads, D] -> [kv_heads * B, e, D]."""
     num_sequences, _, num_keys = tile.shape
     picked = rows.index_select(0, tile.keys).unflatten(0, (num_sequences, num_keys))
     return picked.permute(2, 0, 1, 3).reshape(-1, num_keys, rows.shape[-1])
@@ -284,14 +273,14 @@ def _add_keys(total: Tensor, own: Tensor, prompt: Tensor, tile: _Tile) -> None:
     """Add gradients [kv_heads * B, e, D] and [kv_heads, P, D] to `total` [T, kv_heads, D]."""
     num_sequences = tile.shape[0]
     rows = own.unflatten(0, (-1, num_sequences)).permute(1, 2, 0, 3).flatten(0, 1)
-    # Padding repeats places, but only padding queries see it and their gradient is zero.
+    # Padding repeats indices, but only padding queries attend to it and their gradient is zero.
     total.index_add_(0, tile.keys, rows.to(total.dtype))
     start, length = tile.prompt
     total[start : start + length] += prompt.transpose(0, 1)
 
 
 def _operands(rows: tuple[Tensor, Tensor, Tensor], tile: _Tile, scaling: float) -> _Operands:
-    """The tile's share of [T, heads, D] queries and [T, kv_heads, D] keys and values."""
+    """Gather the tile's part of [T, heads, D] queries and [T, kv_heads, D] keys and values."""
     query, key, value = rows
     start, length = tile.prompt
     return _Operands(
@@ -304,7 +293,7 @@ def _operands(rows: tuple[Tensor, Tensor, Tensor], tile: _Tile, scaling: float) 
 
 
 def _times_keys(left: Tensor, prompt: Tensor, own: Tensor) -> Tensor:
-    """[kv_heads, B * R * m, D] x keys -> [kv_heads * B, R * m, P + e]."""
+    """Multiply by the keys: [kv_heads, B * R * m, D] -> [kv_heads * B, R * m, P + e]."""
     folded = left.reshape(own.shape[0], -1, left.shape[-1])
     own_product = torch.bmm(folded, own.mT)
     if not prompt.shape[1]:
@@ -313,7 +302,7 @@ def _times_keys(left: Tensor, prompt: Tensor, own: Tensor) -> Tensor:
 
 
 def _weighted(weights: Tensor, prompt: Tensor, own: Tensor) -> Tensor:
-    """[kv_heads * B, R * m, P + e] x values -> [kv_heads, B * R * m, D]."""
+    """Multiply by the values: [kv_heads * B, R * m, P + e] -> [kv_heads, B * R * m, D]."""
     kv_heads, length, _ = prompt.shape
     total = torch.bmm(weights[..., length:], own).view(kv_heads, -1, own.shape[-1])
     if length:
@@ -322,9 +311,9 @@ def _weighted(weights: Tensor, prompt: Tensor, own: Tensor) -> Tensor:
 
 
 def _transposed_weighted(weights: Tensor, left: Tensor, prompt: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """weights^T left for (own, prompt) keys: [kv_heads * B, e, D] and [kv_heads, P, D]."""
+    """Compute weights^T left for own keys [kv_heads * B, e, D] and prompt keys [kv_heads, P, D]."""
     kv_heads, length, _ = prompt.shape
-    # The product is formed transposed: bmm would copy the large factor to transpose it, here it copies the small one.
+    # The product is formed transposed, so that bmm copies the small factor to transpose it and not the large one.
     own_product = torch.bmm(left.reshape(own.shape[0], -1, left.shape[-1]).mT, weights[..., length:]).mT
     from_prompt = weights[..., :length].reshape(kv_heads, left.shape[1], length)
     return own_product, torch.bmm(left.mT, from_prompt).mT
@@ -333,9 +322,9 @@ def _transposed_weighted(weights: Tensor, left: Tensor, prompt: Tensor, own: Ten
 def _probabilities(
     parts: _Operands, tile: _Tile, sinks: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention probabilities [kv_heads * B, R * m, P + e], and tanh(score / c) where scores are capped.
+    """Compute attention probabilities [kv_heads * B, R * m, P + e], and tanh(score / c) where scores are capped.
 
-    The softmax computes in fp32 or wider, whatever the dtype of its input and output.
+    The softmax computes in fp32 or wider whatever its input and output dtype.
     """
     scores = _times_keys(parts.query, parts.prompt_key, parts.own_key)
     if softcap is not None or sinks is not None:
@@ -354,7 +343,7 @@ def _probabilities(
 
 
 class _TileAttention(torch.autograd.Function):
-    """Attention tile by tile; backward recomputes each tile's probabilities."""
+    """Tiled attention whose backward pass recomputes each tile's probabilities."""
 
     @staticmethod
     def forward(
@@ -367,7 +356,7 @@ class _TileAttention(torch.autograd.Function):
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
-        """[1, heads, T, D], [1, kv_heads, T, D], [1, kv_heads, T, Dv] -> [1, T, heads, Dv]."""
+        """Map [1, heads, T, D], [1, kv_heads, T, D] and [1, kv_heads, T, Dv] to [1, T, heads, Dv]."""
         ctx.save_for_backward(query, key, value, sinks)
         ctx.tiles, ctx.scaling, ctx.softcap = tiles, scaling, softcap
         rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
@@ -384,7 +373,7 @@ class _TileAttention(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
-        """Gradients by the softmax's Jacobian, tile by tile.
+        """Compute gradients tile by tile.
 
         dV = P^T dO; dP = dO V^T; dS = P (dP - sum P dP); dQ = dS K; dK = dS^T Q; d sink = -P_sink sum P dP.
         """

@@ -1,4 +1,4 @@
-"""Quantised weights: what is passed to transformers, and what bitsandbytes must not do while adapters train on them."""
+"""Quantised weights: configurations for transformers, and 4-bit layers that stay differentiable."""
 
 from __future__ import annotations
 
@@ -26,26 +26,33 @@ _MARKS = (
     "_is_quantized_training_enabled",
     "hf_device_map",
 )
-"""How transformers, accelerate and peft know a quantised model."""
+"""Attributes by which transformers, accelerate and peft recognise a quantised model."""
 
 
 def resolve_quantization(value: Any, dtype: torch.dtype) -> Any:
-    """The `quantization_config` that `from_pretrained` takes.
+    """Resolve the `quantization_config` for `from_pretrained`.
 
     Args:
-        value: `"nf4"`, `"int8"`, the arguments of `BitsAndBytesConfig`, or a configuration object of transformers.
-        dtype: what the model computes in; 4-bit products do too where `value` is a word or a table that names no
-            `bnb_4bit_compute_dtype`. An object is passed on as it is.
+        value: `"nf4"`, `"int8"`, the arguments of `BitsAndBytesConfig`, or a configuration object of transformers,
+            which is returned unchanged.
+        dtype: compute dtype of the model, and of 4-bit products unless `value` has a `bnb_4bit_compute_dtype`.
+
+    Returns:
+        A configuration object or table for transformers.
 
     Raises:
-        ConfigError: a bad word or table, or the package bitsandbytes is not installed.
+        ConfigError: a bad word or table, or bitsandbytes is not installed.
     """
     if isinstance(value, Mapping):
         fields = cast("Mapping[str, Any]", value)
         if str(fields.get("quant_method", "bitsandbytes")) != "bitsandbytes":
             return value
     if isinstance(value, str | Mapping):
-        fields = check_quantization(value if isinstance(value, str) else _with_names(cast("Mapping[str, Any]", value)))
+        if isinstance(value, Mapping):
+            # The check takes dtypes by name, as in a run file.
+            fields = cast("Mapping[str, Any]", value).items()
+            value = {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields}
+        fields = check_quantization(cast("str | dict[str, Any]", value))
         arguments: dict[str, Any] = {"bnb_4bit_compute_dtype": dtype, **fields}
         value = BitsAndBytesConfig(**arguments)
     if not isinstance(value, BitsAndBytesConfig):
@@ -62,18 +69,13 @@ def resolve_quantization(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _with_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Dtypes by name, as a file says them."""
-    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in fields.items()}
-
-
 def is_quantized(model: torch.nn.Module) -> bool:
-    """Whether transformers loaded the weights quantised."""
+    """Tell whether transformers loaded the weights quantised."""
     return bool(getattr(model, "is_quantized", False))
 
 
 def mark_quantized(model: Any, like: Any) -> None:
-    """Mark a model that took over another's quantised layers as quantised the same way."""
+    """Mark a model built from another's quantised layers as quantised the same way."""
     for name in _MARKS:
         if hasattr(like, name):
             setattr(model, name, getattr(like, name))
@@ -82,17 +84,16 @@ def mark_quantized(model: Any, like: Any) -> None:
 def keep_layout(model: torch.nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for inference.
 
-    Where a CPU multiplies bf16, a 4-bit layer repacks its weight in place at its first forward in evaluation mode. From
-    then on its product has no derivative by its input, in training mode too: gradients pass the layer by its adapter
-    and by residual connections only, so that new adapters of query, key, value, gate and up projections get exactly
-    zero and the others a wrong one. The repacked weight also rounds its constants to bf16, so scores would move at the
-    first evaluation.
+    On CPUs with bf16 products, a 4-bit layer repacks its weight in place at its first forward in evaluation mode. From
+    then on its product has no gradient by its input, even in training mode: gradients flow only through adapters and
+    residual connections, so new adapters of query, key, value, gate and up projections get exactly zero and the others
+    a wrong gradient. Repacking also rounds the constants to bf16, so scores would shift at the first evaluation.
 
     Args:
-        model: any; changed in place where it has such layers.
+        model: any model; 4-bit layers are changed in place.
 
     Raises:
-        ModelError: weights that have been repacked already.
+        ModelError: a weight is already repacked.
     """
     for name, module in model.named_modules():
         if not getattr(module, "support_avx512bf16_for_cpu", False):
@@ -101,6 +102,6 @@ def keep_layout(model: torch.nn.Module) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise ModelError(
                 f"{name}: bitsandbytes has repacked its 4-bit weight for inference, which rounds it and cuts gradients."
-                " Load the model again, and run nothing on it before the trainer has it; or pass its path."
+                " Load the model again and do not run it before the trainer gets it, or pass its path."
             )
         cast("Any", module).support_avx512bf16_for_cpu = False

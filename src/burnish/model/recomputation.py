@@ -1,9 +1,8 @@
-"""Activations that are cheaper to compute again than to keep: norms and gated activations.
+"""Selective activation recomputation: norms and gated activations, which are cheaper to recompute than to keep.
 
-`save_less(model)` changes what a model's backward pass keeps, not what it computes: values and gradients stay bit for
-bit the same. A norm keeps its input alone, a gated MLP its two projections before the gate; their outputs, which the
-linear layers behind them need for the gradients of their weights, are computed again when those layers ask for them. No
-matrix product is repeated.
+`save_less(model)` changes what the backward pass saves, not what it computes: values and gradients are bit for bit the
+same. A norm saves only its input, a gated MLP its two projections before the gate; their outputs, which the following
+linear layers need for weight gradients, are recomputed when those layers unpack them. No matrix product is repeated.
 """
 
 from __future__ import annotations
@@ -24,124 +23,126 @@ __all__ = ["recomputing", "save_less"]
 
 
 @dataclass(slots=True)
-class _Recipe:
-    """How to compute a tensor again.
+class _Recompute:
+    """Recompute function of a tensor.
 
     Attributes:
-        make: inputs -> the tensor.
-        inputs: detached.
-        asked: times that a layer behind it has put it away and has not asked for it yet.
-        value: the tensor, between the first and the last time it is asked for.
+        function: inputs -> the tensor.
+        inputs: detached inputs.
+        num_saved: times that autograd has saved the tensor and not unpacked it yet.
+        value: the tensor, from its first to its last unpacking.
     """
 
-    make: Callable[..., Tensor]
+    function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
-    asked: int = 0
+    num_saved: int = 0
     value: Tensor | None = None
 
-    def cook(self) -> Tensor:
-        """The tensor; layers that share an input run their backward passes one after another and share it again."""
+    def run(self) -> Tensor:
+        """Recompute the tensor once for all layers that saved it, whose backward passes follow one another."""
         if self.value is None:
             with torch.no_grad():
-                self.value = self.make(*self.inputs)
-        made = self.value
-        self.asked -= 1
-        if self.asked <= 0:
+                self.value = self.function(*self.inputs)
+        value = self.value
+        self.num_saved -= 1
+        if self.num_saved <= 0:
             self.value = None
-        return made
+        return value
 
 
 @dataclass(frozen=True, slots=True)
-class _Put:
-    """What a layer keeps instead of a tensor that has a recipe."""
+class _Saved:
+    """Stand-in that autograd saves for a tensor that can be recomputed."""
 
-    recipe: _Recipe
+    recompute: _Recompute
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
 @dataclass(slots=True)
-class _Pantry:
-    """Recipes of tensors that are alive, by address."""
+class _RecomputeCache:
+    """Recompute functions of live tensors, by address."""
 
-    recipes: dict[int, tuple[weakref.ref[Tensor], int, _Recipe]] = field(
-        default_factory=dict[int, tuple[weakref.ref[Tensor], int, _Recipe]]
+    entries: dict[int, tuple[weakref.ref[Tensor], int, _Recompute]] = field(
+        default_factory=dict[int, tuple[weakref.ref[Tensor], int, _Recompute]]
     )
 
-    def add(self, tensor: Tensor, recipe: _Recipe) -> None:
-        """Know how to make a tensor."""
+    def add(self, tensor: Tensor, recompute: _Recompute) -> None:
+        """Remember how to recompute a tensor."""
         key = tensor.untyped_storage().data_ptr()
-        self.recipes[key] = (weakref.ref(tensor), tensor._version, recipe)
+        self.entries[key] = (weakref.ref(tensor), tensor._version, recompute)
 
-    def put(self, tensor: Tensor) -> Any:
-        """What autograd keeps of a tensor."""
-        found = self.recipes.get(tensor.untyped_storage().data_ptr())
-        # A dead tensor's address may be another's by now, and one changed in place is not what its recipe makes.
+    def pack(self, tensor: Tensor) -> Any:
+        """Replace a tensor that autograd saves by its recompute function, if it has one."""
+        found = self.entries.get(tensor.untyped_storage().data_ptr())
+        # The address of a dead tensor may be reused, and an in-place change is not recomputed.
         if found is None or (alive := found[0]()) is None or tensor._version != found[1] or tensor.dtype != alive.dtype:
             return tensor
-        found[2].asked += 1
-        return _Put(found[2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        found[2].num_saved += 1
+        return _Saved(found[2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    @staticmethod
+    def unpack(saved: Any) -> Tensor:
+        """Return what autograd saved, recomputed where it was replaced."""
+        if isinstance(saved, _Saved):
+            return saved.recompute.run().as_strided(saved.shape, saved.stride, saved.offset)
+        return cast(Tensor, saved)
 
 
-_pantry: ContextVar[_Pantry | None] = ContextVar("burnish_pantry", default=None)
+_cache: ContextVar[_RecomputeCache | None] = ContextVar("burnish_recompute_cache", default=None)
 
 
 @contextmanager
 def recomputing(model: nn.Module) -> Generator[None]:
-    """Forwards of a model that `save_less` prepared keep less inside; their backward pass may come later.
+    """Save fewer activations in forwards of a model prepared by `save_less`; their backward pass may come later.
 
-    Nothing changes under gradient checkpointing, which keeps less still and must see the same operations twice.
+    Has no effect under gradient checkpointing, which saves less still and must see the same operations twice.
     """
-    if not torch.is_grad_enabled() or any(_checkpoints(module) for module in model.modules()):
+    checkpoints = any(
+        getattr(module, "gradient_checkpointing", False) is True or type(module).__name__ == "CheckpointWrapper"
+        for module in model.modules()
+    )
+    if not torch.is_grad_enabled() or checkpoints:
         yield
         return
-    pantry = _Pantry()
-    token = _pantry.set(pantry)
+    cache = _RecomputeCache()
+    token = _cache.set(cache)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pantry.put, _take):
+        with torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack):
             yield
     finally:
-        _pantry.reset(token)
+        _cache.reset(token)
 
 
-def _checkpoints(module: nn.Module) -> bool:
-    return getattr(module, "gradient_checkpointing", False) is True or type(module).__name__ == "CheckpointWrapper"
-
-
-def _take(kept: Any) -> Tensor:
-    if isinstance(kept, _Put):
-        return kept.recipe.cook().as_strided(kept.shape, kept.stride, kept.offset)
-    return cast(Tensor, kept)
-
-
-def _again(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """make(*inputs), of which only the inputs are kept."""
-    made = cast(Tensor, checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False))
-    pantry = _pantry.get()
-    if pantry is not None and made.is_contiguous() and made.storage_offset() == 0:
-        pantry.add(made, _Recipe(make, tuple(x.detach() for x in inputs)))
-    return made
+def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Compute function(*inputs), saving only the inputs."""
+    value = cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+    cache = _cache.get()
+    if cache is not None and value.is_contiguous() and value.storage_offset() == 0:
+        cache.add(value, _Recompute(function, tuple(x.detach() for x in inputs)))
+    return value
 
 
 def save_less(model: nn.Module) -> None:
-    """Prepare a model's norms and gated MLPs for `recomputing`; other modules stay as they are.
+    """Prepare a model's norms and gated MLPs for `recomputing`; other modules are left alone.
 
-    A gated MLP is known by its attributes and by computing exactly down(act(gate(x)) * up(x)) on a random input.
+    A gated MLP is recognised by its attributes and by computing exactly down(act(gate(x)) * up(x)) on a random input.
 
     Args:
-        model: changed in place; outside `recomputing` it does what it did.
+        model: changed in place, without effect outside `recomputing`.
     """
     gated: dict[type[nn.Module], bool] = {}
-    # Quantised weights are whole numbers; what goes in and out of them has the dtype of the rest.
+    # Quantised weights are integers; their inputs and outputs have the dtype of the other parameters.
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for module in model.modules():
+        kind = type(module)
         if "forward" in vars(module):
             continue
-        if _is_norm(module):
-            module.forward = MethodType(_norm_forward, module)
+        if kind.__name__.endswith("Norm") and "Batch" not in kind.__name__ and not list(module.children()):
+            if all(p.ndim == 1 for p in module.parameters()):
+                module.forward = MethodType(_norm_forward, module)
         elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
-            kind = type(module)
             if kind not in gated:
                 gated[kind] = _is_gated(cast(Any, module), dtype)
             if gated[kind]:
@@ -149,12 +150,6 @@ def save_less(model: nn.Module) -> None:
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
-
-
-def _is_norm(module: nn.Module) -> bool:
-    name, parameters = type(module).__name__, list(module.parameters())
-    alone = not list(module.children())
-    return name.endswith("Norm") and "Batch" not in name and alone and all(p.ndim == 1 for p in parameters)
 
 
 @torch.no_grad()
@@ -168,31 +163,27 @@ def _is_gated(module: Any, dtype: torch.dtype) -> bool:
     training = module.training
     module.eval()
     try:
-        return torch.equal(module(x), _gated(module, x))
+        return torch.equal(module(x), module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x)))
     finally:
         module.train(training)
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(module.act_fn(module.gate_proj(x)) * module.up_proj(x))
-
-
-def _active(x: Any) -> bool:
-    return _pantry.get() is not None and torch.is_grad_enabled() and isinstance(x, Tensor)
+def _recomputes(x: Any) -> bool:
+    return _cache.get() is not None and torch.is_grad_enabled() and isinstance(x, Tensor)
 
 
 def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    own = type(self).forward
-    if len(args) != 1 or kwargs or not _active(args[0]):
-        return own(self, *args, **kwargs)
-    return _again(MethodType(own, self), args[0])
+    plain = type(self).forward
+    if len(args) != 1 or kwargs or not _recomputes(args[0]):
+        return plain(self, *args, **kwargs)
+    return _recomputed(MethodType(plain, self), args[0])
 
 
 def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if len(args) != 1 or kwargs or not _active(args[0]):
+    if len(args) != 1 or kwargs or not _recomputes(args[0]):
         return type(self).forward(self, *args, **kwargs)
 
     def gate(gate_x: Tensor, up_x: Tensor) -> Tensor:
         return self.act_fn(gate_x) * up_x
 
-    return self.down_proj(_again(gate, self.gate_proj(args[0]), self.up_proj(args[0])))
+    return self.down_proj(_recomputed(gate, self.gate_proj(args[0]), self.up_proj(args[0])))

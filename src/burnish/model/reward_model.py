@@ -1,4 +1,4 @@
-"""A trained reward model as a reward function."""
+"""Trained reward models as reward functions."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ _ROW_COLUMNS = ("chat_template_kwargs", "tools")
 
 
 class RewardModel:
-    """Scores completions with a trained reward model; pass it as a `reward_funcs` entry or a `Criterion`'s function.
+    """Reward function of a trained reward model, for `reward_funcs` or a `Criterion`.
 
-    Completions of one prompt share its tokens and its computation. Texts are tokenized as in training: EOS ends every
-    plain completion, the chat template ends conversational ones.
+    Completions of one prompt share its computation. Texts are tokenized as in training: EOS ends plain completions, the
+    chat template ends conversational ones.
 
     Args:
-        model: what `RewardTrainer` saved (folder of a model or of adapters, hub name), or a sequence classifier with
-            one label in memory.
-        tokenizer: the reward model's own, which may differ from the policy's; None: the one saved with it.
+        model: a model saved by `RewardTrainer` (folder of a model or of adapters, hub name), or a sequence classifier
+            with one label in memory.
+        tokenizer: the reward model's tokenizer, which may differ from the policy's; None loads the saved one.
         token_budget: most tokens of one forward; a longer completion runs alone. None: all at once.
-        chat_template: a file with a template, or a template's name; None: the tokenizer's own.
-        device: where a model given by name runs; None: the GPU if there is one.
-        bf16: compute in bf16 a model given by name; None: where the device is fast at it.
+        chat_template: a template's file or name; None for the tokenizer's own.
+        device: device of a model given by name; None for the GPU if there is one.
+        bf16: run a model given by name in bf16; None where the device has fast bf16.
 
     Raises:
-        ModelError: no reward model, or a model in memory without a tokenizer or with a device or dtype.
+        ModelError: the model is not a reward model, or is in memory and given without a tokenizer or with a device or
+            dtype.
     """
 
     def __init__(
@@ -56,44 +57,46 @@ class RewardModel:
     ) -> None:
         if not isinstance(model, str | Path):
             if tokenizer is None:
-                raise ModelError("tokenizer = None: the reward model in memory names no tokenizer. Pass its tokenizer.")
+                raise ModelError("tokenizer = None with a reward model in memory: pass its tokenizer.")
             if device is not None or bf16 is not None:
-                raise ModelError(f"device = {device}, bf16 = {bf16}: a model in memory is used where and as it is.")
+                raise ModelError(f"device = {device}, bf16 = {bf16}: a model in memory keeps its own; omit both.")
         self.tokenizer = tokenizer if tokenizer is not None else load_processing_class(str(model))
         self.token_budget = token_budget
         self.chat_template = chat_template
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, _ = load_reward_model(model, bf16=fast_bf16(place) if bf16 is None else bf16, seed=None)
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, _ = load_reward_model(model, bf16=fast_bf16(target) if bf16 is None else bf16, seed=None)
         if isinstance(model, str | Path):
-            self.model.to(place)
+            self.model.to(target)
         if isinstance(model, str | Path) and saved_adapters(model) is not None:
-            # Adapters are saved without a configuration, and that of their base knows nothing of the padding token.
+            # Adapters are saved without the model's configuration, and their base's lacks the padding token.
             causal_lm(self.model).config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         prepare_for_rewards(self.model)
         config = causal_lm(self.model).config.get_text_config()
         self._pad_token_id: int | None = config.pad_token_id
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """One score a completion.
+        """Score completions.
 
         Args:
             prompts: strings, or lists of messages.
-            completions: strings, or lists of messages; one for each prompt.
+            completions: strings, or lists of messages; one per prompt.
             columns: columns of the data set; `tools` and `chat_template_kwargs` reach the chat template.
 
         Returns:
-            Scores in the order of the completions; higher is better, 0 means nothing by itself.
+            Scores in the order of the completions; higher is better, and 0 has no special meaning.
 
         Raises:
-            RewardError: not one prompt a completion.
+            RewardError: the numbers of prompts and completions differ.
             DataError: a prompt or completion that cannot be tokenized.
         """
         if len(prompts) != len(completions):
-            raise RewardError(f"{len(prompts)} prompts for {len(completions)} completions: give each one its prompt.")
+            raise RewardError(
+                f"{len(prompts)} prompts for {len(completions)} completions: give one prompt per completion."
+            )
         rows = [
             {"prompt": prompt, "completion": completion}
-            | {name: columns[name][place] for name in _ROW_COLUMNS if columns.get(name) is not None}
-            for place, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+            | {name: columns[name][i] for name in _ROW_COLUMNS if columns.get(name) is not None}
+            for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
         ]
         groups, scored = self._groups(rows)
         device = self.model.device
@@ -106,11 +109,11 @@ class RewardModel:
         return [completion.sequence["score"] for completion in scored]
 
     def _groups(self, rows: list[dict[str, Any]]) -> tuple[list[Group], list[Completion]]:
-        """Group rows by their prompt; return the completions in the order of the rows, too."""
+        """Group rows by prompt; also return the completions in row order."""
         by_prompt: dict[tuple[int, ...], Group] = {}
         completions: list[Completion] = []
-        for place, row in enumerate(rows):
-            single = answer_group(row, self.tokenizer, index=place, chat_template=self.chat_template)
+        for index, row in enumerate(rows):
+            single = answer_group(row, self.tokenizer, index=index, chat_template=self.chat_template)
             read_last(single, self._pad_token_id)
             group = by_prompt.setdefault(tuple(single.prompt_ids), Group(single.prompt_ids, []))
             group.completions += single.completions

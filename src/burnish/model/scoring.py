@@ -1,8 +1,8 @@
-"""The one scoring path: log-probabilities, entropies and accuracy of the scored tokens of a packed batch.
+"""Scoring: log-probabilities, entropies and accuracy of the scored tokens of a packed batch.
 
-`prepare_for_scoring(model)` teaches a causal language model's own `forward` one more argument, `scoring=`. With it the
-forward runs the decoder under prefix attention, gathers the hidden states that predict scored tokens, and lets the
-output embedding turn them into log-probabilities tile by tile. Everything happens inside the forward of the (possibly
+`prepare_for_scoring(model)` adds an argument, `scoring=`, to a causal language model's own `forward`. With it, the
+forward runs the decoder under prefix attention, gathers the hidden states that predict scored tokens, and computes
+their log-probabilities tile by tile in the output embedding. All of it happens inside the forward of the (possibly
 wrapped) model, so data-parallel and sharding wrappers see an ordinary call.
 """
 
@@ -46,14 +46,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What scoring returns.
+    """Results of scoring.
 
     Attributes:
         logprobs: [N] log-probabilities in nats, fp32.
-        entropy: [N] entropy of each predicting distribution in nats, or None where it was not asked for.
-        correct: [N] bool, whether no token was likelier than the scored one.
-        log_collision: [N] log sum_v p_v^2 of each predicting distribution, without gradient, or None where it was not
-            asked for.
+        entropy: [N] entropy of each predicting distribution in nats, or None where not requested.
+        correct: [N] mask, True where no token is likelier than the scored one.
+        log_collision: [N] log sum_v p_v^2 of each predicting distribution, without gradient, or None where not
+            requested.
     """
 
     logprobs: torch.Tensor
@@ -64,7 +64,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class ScoringRequest:
-    """What the model's forward is asked to score (see `score`)."""
+    """Argument of the model's forward that asks for scores (see `score`)."""
 
     layout: PrefixLayout | None
     score_index: torch.Tensor
@@ -83,7 +83,7 @@ class _Setup:
 
 
 def causal_lm(model: torch.nn.Module) -> Any:
-    """The transformers model inside PEFT and distributed wrappers."""
+    """Return the transformers model inside peft and distributed wrappers."""
     while hasattr(model, "module") and isinstance(model.module, torch.nn.Module):
         model = model.module
     get_base = getattr(model, "get_base_model", None)
@@ -92,7 +92,7 @@ def causal_lm(model: torch.nn.Module) -> Any:
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Generator[None]:
-    """Run in evaluation mode and give every module its own mode back."""
+    """Run in evaluation mode; restore the mode of every module on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -104,22 +104,22 @@ def eval_mode(model: torch.nn.Module) -> Generator[None]:
 
 @contextmanager
 def noisy_embeddings(model: torch.nn.Module, batch: PackedBatch, alpha: float) -> Generator[None]:
-    r"""Add NEFTune's noise (2310.05914) to the input embeddings of a batch that is scored inside.
+    r"""Add NEFTune noise (2310.05914) to the input embeddings of a batch scored inside.
 
     .. math:: e_t + \frac{\alpha}{\sqrt{L d}} u, \quad u \sim \mathrm{Uniform}(-1, 1)^d
 
-    with L the length of the token's own sequence, prompt and completion, and not that of the packed row.
+    with d the embedding size and L the length of the token's sequence, prompt and completion, not of the packed row.
 
     Args:
         model: prepared by `prepare_for_scoring`; may be wrapped.
         batch: packed groups of one completion each, on the model's device.
-        alpha: size of the noise.
+        alpha: scale of the noise.
     """
     lm = causal_lm(model)
     lengths = torch.tensor([span.prompt[1] + span.completions[0][1] for span in batch.spans])
     if cast(_Setup, lm._burnish_scoring).prefix:
         assert all(len(span.completions) == 1 for span in batch.spans)
-        # Spans lie one after another and cover the row, so each length stands for as many tokens.
+        # Spans are consecutive and cover the row, so each length applies to as many tokens.
         lengths = lengths.repeat_interleave(lengths)[None, :, None]
     else:
         lengths = lengths[:, None, None]
@@ -137,11 +137,14 @@ def noisy_embeddings(model: torch.nn.Module, batch: PackedBatch, alpha: float) -
 
 
 def prepare_for_scoring(model: torch.nn.Module) -> None:
-    """Make `score` work on a model: decide by numeric probes what it supports, once.
+    """Prepare a model for `score`, choosing the supported paths by numeric probes.
 
-    Models that prefix attention cannot serve (state-space layers, say) are scored on one padded row per completion,
-    and models whose logits are not a plain function of their output embedding without tiling; the log says so once.
-    Call it again after the output embedding was replaced (LoRA on the head).
+    Models without prefix attention, such as state-space models, are scored on one padded row per completion; models
+    whose logits are not a function of their output embedding alone are scored without tiling. Both are logged. Call it
+    again after replacing the output embedding (LoRA on the head).
+
+    Raises:
+        ModelError: the model has no output embedding, or its log-probabilities are not finite.
     """
     lm = causal_lm(model)
     if lm.get_output_embeddings() is None or not hasattr(lm, lm.base_model_prefix):
@@ -170,7 +173,7 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def _probe_head(lm: Any) -> float | None:
-    """Largest difference between tiled and plain log-probabilities on a short row, or None where they agree."""
+    """Return the largest difference of tiled and plain log-probabilities on a short row, or None where they agree."""
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     device = lm.get_input_embeddings().weight.device
     ids = (torch.arange(8, device=device) * 7919 + 11)[None] % vocabulary
@@ -186,13 +189,13 @@ def _probe_head(lm: Any) -> float | None:
             f"or {logits.dtype} overflows. Load it again, or in another dtype."
         )
     difference = float((plain - tiled).abs().max())
-    # The model rounds its logits to its dtype, the tiled head does not: a bf16 logit of 20 is known to 0.06.
+    # The model rounds logits to its dtype and the tiled head does not: a bf16 logit of 20 is exact to 0.06.
     bound = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.25
     return difference if not difference <= bound else None
 
 
 def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = None, **kwargs: Any) -> Any:
-    """The model's forward, or with `scoring` the fields of `HeadOutput`, empty tensors where not asked for."""
+    """Run the model's own forward, or with `scoring` return the fields of `HeadOutput`, empty where not requested."""
     if scoring is None:
         return type(self).forward(self, *args, **kwargs)
     setup = cast(_Setup, self._burnish_scoring)
@@ -202,48 +205,36 @@ def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = Non
             hidden = decoder(*args, **kwargs).last_hidden_state
         rows_NH = hidden.reshape(-1, hidden.shape[-1])[scoring.score_index]
         head = self.get_output_embeddings()
-        with _head_scores(head):
+        # The embedding's own call computes the scores, so that wrappers which gather its weight in it still do.
+        before = head.__dict__.get("forward")
+        head.forward = MethodType(_head_forward, head)
+        try:
             return head(rows_NH, scoring=scoring, spec=setup.spec)
+        finally:
+            del head.forward
+            if before is not None:
+                head.forward = before
     with attention_layout(scoring.layout, self):
         logits = type(self).forward(self, *args, **kwargs).logits
     logits_NV = logits.reshape(-1, logits.shape[-1])[scoring.score_index]
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    return _as_tensors(_plain_head(logits_NV.to(wide) / scoring.temperature, scoring))
-
-
-def _plain_head(logits_NV: torch.Tensor, scoring: ScoringRequest) -> HeadOutput:
-    """What `tiled_logprobs` returns, of logits in memory."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / scoring.temperature
     logprobs_NV = logits_NV.log_softmax(-1)
     logprobs_N = logprobs_NV.gather(-1, scoring.target_ids[:, None])[:, 0]
     with torch.no_grad():
         correct_N = logits_NV.gather(-1, scoring.target_ids[:, None])[:, 0] == logits_NV.amax(-1)
         collision_N = (2 * logprobs_NV).logsumexp(-1) if scoring.with_collision else None
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if scoring.with_entropy else None
-    return HeadOutput(logprobs_N, entropy_N, correct_N, collision_N)
+    return _as_tensors(HeadOutput(logprobs_N, entropy_N, correct_N, collision_N))
 
 
 def _as_tensors(output: HeadOutput) -> tuple[torch.Tensor, ...]:
-    """Empty tensors instead of None: wrappers expect tensors of a forward."""
+    """Replace None by empty tensors: wrappers expect a forward to return tensors."""
     return tuple(output.logprobs.new_empty(0) if tensor is None else tensor for tensor in output)
 
 
 @contextmanager
-def _head_scores(head: Any) -> Generator[None]:
-    """Let the output embedding's own call do the scoring, so that wrappers which gather its weight in it still do."""
-    own = head.__dict__.get("forward")
-    head.forward = MethodType(_head_forward, head)
-    try:
-        yield
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
-
-
-@contextmanager
 def attention_layout(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
-    """Attend by a layout, or without one as the model does by itself (one row per completion)."""
+    """Attend by a layout, or without one as the model itself does (one row per completion)."""
     with recomputing(model), nullcontext() if layout is None else use_layout(layout, model):
         yield
 
@@ -269,7 +260,7 @@ def score(
     with_entropy: bool = False,
     with_collision: bool = False,
 ) -> Scores:
-    r"""Log-probability of every scored token of a batch under the model.
+    r"""Compute the log-probability of every scored token of a batch.
 
     .. math:: \log \pi(y_t \mid x, y_{<t}) = \log \mathrm{softmax}(z_t / \tau)_{y_t}
 
@@ -277,7 +268,7 @@ def score(
         model: prepared by `prepare_for_scoring`; may be wrapped.
         batch: packed groups, on the model's device.
         temperature: tau, positive.
-        with_entropy: also return the entropy of each distribution (with gradient; its backward costs only if used).
+        with_entropy: also return the entropy of each distribution (with gradient; no cost in backward if unused).
         with_collision: also return the log collision probability of each distribution (without gradient).
 
     Returns:
@@ -301,14 +292,14 @@ def score(
 def model_inputs(
     batch: PackedBatch, *, prefix: bool
 ) -> tuple[dict[str, torch.Tensor], PrefixLayout | None, torch.Tensor]:
-    """The arguments of a model's forward for a packed batch.
+    """Build the arguments of a model's forward for a packed batch.
 
     Args:
         batch: packed groups, on the model's device.
-        prefix: one row under prefix attention, else one padded row per completion.
+        prefix: use one row under prefix attention, instead of one padded row per completion.
 
     Returns:
-        Arguments by name, the layout of the row if there is one, and `score_index` into the flattened rows.
+        Arguments by name, the layout of a packed row or None, and `score_index` into the flattened rows.
     """
     if not prefix:
         input_ids, attention_mask, score_index = to_row(batch, pad_token_id=0)
@@ -316,7 +307,7 @@ def model_inputs(
     inputs: dict[str, torch.Tensor] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
-        # All ones, not None: without a mask transformers would read the restarting positions as packed rows.
+        # All ones, not None: without a mask, transformers takes restarting positions for packed sequences.
         "attention_mask": torch.ones_like(batch.input_ids),
     }
     return inputs, PrefixLayout(batch.spans, batch.position_ids), batch.score_index

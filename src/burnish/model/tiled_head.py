@@ -1,8 +1,8 @@
-"""The language-model head without [N, V]: log-probability, entropy and other figures of scored tokens, tile by tile.
+"""Tiled language-model head: log-probability and entropy of scored tokens without [N, V] logits.
 
-The forward pass keeps two numbers per token (log Z and, on request, the entropy); the backward pass computes each tile
-of logits again and turns it into its own gradient in place. The vocabulary is the outer loop, so the gradient of a
-weight slice is finished inside one iteration and no fp32 copy of the whole [V, H] gradient exists.
+The forward pass saves two values per token (log Z and, on request, the entropy); the backward pass recomputes each tile
+of logits and turns it into its gradient in place. The vocabulary is the outer loop, so the gradient of a weight slice
+is complete after one iteration and no fp32 copy of the whole [V, H] gradient is needed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _TILE_BYTES_ACCELERATOR, _MIN_COLUMNS = 256 * 2**20, 256
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """What a model does to the output of its head: logits = softcap tanh(scale x / softcap), or scale x without a cap.
+    """Logit scaling of a model: logits = softcap tanh(scale x / softcap), or scale x without a softcap.
 
     Args:
         scale: factor on the head's output.
-        softcap: bound of the tanh that follows it; None for no cap.
+        softcap: bound on the logits; None for none.
     """
 
     scale: float = 1.0
@@ -38,13 +38,13 @@ class HeadSpec:
 
 
 class HeadOutput(NamedTuple):
-    """What the head says of each token.
+    """Outputs of the head for N tokens.
 
     Attributes:
         logprobs: [N] log-probability of the target in nats, fp32 or float64; differentiable.
-        entropy: [N] entropy of the distribution in nats, or None where it was not asked for; differentiable.
-        correct: [N] bool, whether no token is likelier than the target.
-        log_collision: [N] log-probability that two draws agree, or None where it was not asked for; no gradient.
+        entropy: [N] entropy of the distribution in nats, or None where not requested; differentiable.
+        correct: [N] mask, True where no token is likelier than the target.
+        log_collision: [N] log-probability that two draws agree, or None where not requested; no gradient.
     """
 
     logprobs: Tensor
@@ -63,13 +63,13 @@ class _Operands(NamedTuple):
     b: Tensor | None
 
     def take_rows(self, index: Tensor) -> _Operands:
-        """The same head on some of the tokens."""
+        """Select tokens."""
         return self._replace(hidden=self.hidden[index], u=None if self.u is None else self.u[index])
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """The numbers of one call."""
+    """Hyperparameters of one call."""
 
     spec: HeadSpec
     temperature: float
@@ -79,12 +79,8 @@ class _Options:
 
     @property
     def slope(self) -> float:
-        """Derivative of a scaled logit by the head's output, short of the tanh."""
+        """Derivative of a scaled logit by the head's output, without the tanh."""
         return self.spec.scale / self.temperature
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _split(size: int, limit: int, multiple: int = 1) -> list[slice]:
@@ -102,13 +98,13 @@ class _Tiles:
     def __init__(self, operands: _Operands, options: _Options, num_scratch: int) -> None:
         self.operands, self.options = operands, options
         hidden_NH, weight_VH = operands.hidden, operands.weight
-        self.dtype = _wide(hidden_NH.dtype)
+        self.dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
         num_rows, num_columns = hidden_NH.shape[0], weight_VH.shape[0]
         needs_raw = hidden_NH.dtype != self.dtype
         element_bytes = self.dtype.itemsize * (1 + num_scratch) + hidden_NH.dtype.itemsize * needs_raw
         element_bytes += 0 if operands.u is None else operands.u.dtype.itemsize
         budget = max(1, options.tile_bytes // element_bytes)
-        # A square tile reads both operands least often; a slice of the weight's gradient must fit the bound as well.
+        # A square tile reads the operands least often; a slice of the weight's gradient must fit the budget as well.
         row_limit = min(max(num_rows, 1), max(4, math.isqrt(budget)))
         column_limit = min(budget // row_limit, options.tile_bytes // (4 * hidden_NH.shape[1]))
         self.rows = _split(num_rows, row_limit)
@@ -119,7 +115,7 @@ class _Tiles:
         self._scratch = [torch.empty_like(self._z) for _ in range(num_scratch)]
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """[rows, columns] scaled, capped logits over the temperature; overwritten by the next call."""
+        """Compute [rows, columns] scaled, capped logits over the temperature; overwritten by the next call."""
         hidden_NH, weight_VH, bias_V, u_NR, b_VR = self.operands
         hidden, weight = hidden_NH[rows], weight_VH[columns].to(hidden_NH.dtype)
         shape = (hidden.shape[0], weight.shape[0])
@@ -138,22 +134,22 @@ class _Tiles:
         return z if slope == 1.0 else z.mul_(slope)
 
     def scratch(self, index: int, like: Tensor) -> Tensor:
-        """A buffer shaped like the tile."""
+        """Return a buffer shaped like the tile."""
         return self._scratch[index][: like.numel()].view(like.shape)
 
     def narrow(self, dz: Tensor) -> Tensor:
-        """The tile in the dtype of the matrix products; takes the place of the raw logits."""
+        """Cast the tile to the dtype of the matrix products, overwriting the raw logits."""
         return dz if self._raw is None else self._raw[: dz.numel()].view(dz.shape).copy_(dz)
 
 
 def _locate(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """([n, 1] column of each target clamped into the tile, [n] whether the tile holds it); no device sync."""
+    """Return the [n, 1] column of each target, clamped into the tile, and an [n] mask of targets in it."""
     inside = (target >= columns.start) & (target < columns.stop)
     return (target - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None], inside
 
 
 def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tuple[HeadOutput, Tensor]:
-    """What the head says of each row, and its log Z, by a streaming log-sum-exp over the vocabulary."""
+    """Compute the outputs and log Z of each row by a streaming log-sum-exp over the vocabulary."""
     tiles = _Tiles(operands, options, num_scratch=int(options.with_entropy))
     max_N = target_N.new_full(target_N.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype)
     sum_N, dot_N, square_N = (torch.zeros_like(max_N) for _ in range(3))
@@ -182,7 +178,7 @@ def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tup
 
 
 class _RowGradients(NamedTuple):
-    """What the backward pass knows of each row, as [n, 1] columns; no entropy without a gradient for it."""
+    """Row statistics of the backward pass, as [n, 1] columns; without an entropy gradient, no entropy."""
 
     log_z: Tensor
     logprob_grad: Tensor
@@ -190,15 +186,15 @@ class _RowGradients(NamedTuple):
     entropy_grad: Tensor | None = None
 
     def at(self, rows: slice) -> _RowGradients:
-        """Some of the rows."""
+        """Select rows."""
         return _RowGradients(*(column[rows] for column in self if column is not None))
 
 
 def _differentiate(tiles: _Tiles, z: Tensor, row: _RowGradients, column: Tensor, inside: Tensor) -> Tensor:
     """Turn a tile of logits into the gradient by the head's output, in place.
 
-    dz_j = g (1[j = y] - p_j) - g_E p_j (log p_j + E), times 1 - tanh^2 under a soft-cap; `row` carries -g and -g_E with
-    the constant slope in them. The target's entry is rebuilt with expm1, since p - 1 cancels for a likely token.
+    dz_j = g (1[j = y] - p_j) - g_E p_j (log p_j + E), times 1 - tanh^2 under a softcap; `row` holds -g and -g_E times
+    the constant slope. The target's entry uses expm1, since p - 1 cancels for a likely token.
     """
     softcap = tiles.options.spec.softcap
     curvature = None
@@ -218,7 +214,7 @@ def _differentiate(tiles: _Tiles, z: Tensor, row: _RowGradients, column: Tensor,
 
 
 class _Gradients(NamedTuple):
-    """Gradients by hidden, weight, bias, u and b; None where nobody asked."""
+    """Gradients by hidden, weight, bias, u and b; None where not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -227,28 +223,24 @@ class _Gradients(NamedTuple):
     b: Tensor | None
 
 
-def _allocate(operands: _Operands, needs: Sequence[bool]) -> _Gradients:
-    """Zeros where a gradient is wanted: sums over the vocabulary in the statistics' dtype, the rest in their own."""
-    wide = _wide(operands.hidden.dtype)
-    return _Gradients(
-        *(
-            None if operand is None or not need else torch.zeros_like(operand, dtype=dtype)
-            for operand, need, dtype in zip(operands, needs, (wide, None, None, wide, None), strict=True)
-        )
-    )
-
-
 def _accumulate(total: Tensor | None, part: Tensor, wide: torch.dtype) -> Tensor:
-    """The sum of both, in the wide dtype from the second part on."""
+    """Add a part, in the wide dtype from the second part on."""
     return part if total is None else total.to(wide).add_(part)
 
 
 def _gradients(
     operands: _Operands, target_N: Tensor, row: _RowGradients, options: _Options, needs: Sequence[bool]
 ) -> _Gradients:
-    """Gradients of the wanted operands; each slice of the vocabulary is finished before the next begins."""
+    """Compute the needed gradients, completing each slice of the vocabulary before the next."""
     tiles = _Tiles(operands, options, (options.spec.softcap is not None) + (row.entropy_grad is not None))
-    out = _allocate(operands, needs)
+    # Sums over the vocabulary accumulate in the statistics' dtype, the others in their own.
+    dtypes = (tiles.dtype, None, None, tiles.dtype, None)
+    out = _Gradients(
+        *(
+            None if operand is None or not need else torch.zeros_like(operand, dtype=dtype)
+            for operand, need, dtype in zip(operands, needs, dtypes, strict=True)
+        )
+    )
     hidden_NH, weight_VH, _, u_NR, b_VR = operands
     for columns in tiles.columns:
         d_weight = d_bias = d_b = None
@@ -296,7 +288,7 @@ class _TiledLogprobs(torch.autograd.Function):
         columns = [log_z_N, logprob_grad * -options.slope]
         if entropy_grad is not None:
             columns += [entropy_N, entropy_grad * -options.slope]
-        keep = torch.stack(columns[1::2]).ne(0).any(0).nonzero()[:, 0]  # clipped or masked tokens need no work
+        keep = torch.stack(columns[1::2]).ne(0).any(0).nonzero()[:, 0]  # skips clipped and masked tokens
         partial = keep.numel() < target_N.numel()
         if partial:
             columns, target_N = [column[keep] for column in columns], target_N[keep]
@@ -326,32 +318,32 @@ def tiled_logprobs(
     with_collision: bool = False,
     tile_bytes: int | None = None,
 ) -> HeadOutput:
-    """Log-probability and entropy of tokens under a softmax head, without the [N, V] logits.
+    """Compute log-probability and entropy of tokens under a softmax head, without [N, V] logits.
 
     z = c tanh(s (h W^T + bias + u b^T) / c) / T;  log p_y = z_y - log sum_j exp z_j;  E = -sum_j p_j log p_j;
     log collision = log sum_j p_j^2 = log sum_j exp 2 z_j - 2 log sum_j exp z_j (WPO, 2406.11827).
 
-    Matrix products run in the dtype of `hidden_NH`, softmax statistics in fp32 (float64 for float64). Gradients reach
-    every floating operand that requires one and no other is allocated; rows whose incoming gradient is exactly zero
-    cost nothing. Not differentiable twice.
+    Matrix products run in the dtype of `hidden_NH`, softmax statistics in fp32 (float64 for float64). Gradients are
+    allocated only for operands that require one; rows whose incoming gradient is exactly zero are skipped. Not twice
+    differentiable.
 
     Args:
-        hidden_NH: [N, H] what the head receives.
+        hidden_NH: [N, H] input of the head.
         weight_VH: [V, H] the head's weight; a tied embedding is fine.
-        target_N: [N] tokens, in [0, V); on an accelerator a target outside gives NaN.
+        target_N: [N] tokens in [0, V); on an accelerator, an invalid target gives NaN.
         bias_V: [V] added to the head's output.
-        low_rank: ([N, R], [V, R]) factors u, b of an added product u b^T, of one dtype: LoRA on the head.
+        low_rank: ([N, R], [V, R]) factors u and b of an added product u b^T, of one dtype: LoRA on the head.
         temperature: T, positive.
-        spec: the architecture's scale s and soft-cap c.
+        spec: the architecture's scale s and softcap c.
         with_entropy: also return the entropy.
         with_collision: also return the log collision probability.
         tile_bytes: bound on the buffers of one tile; None for 16 MiB on CPU and 256 MiB elsewhere.
 
     Returns:
-        `HeadOutput`; equal logits (of 16-bit products) count as correct whichever of them is the target.
+        `HeadOutput`; a target tied with the largest logit counts as correct.
 
     Raises:
-        ConfigError: a temperature that is not positive.
+        ConfigError: the temperature is not positive.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature = {temperature!r}: log-probabilities need a positive temperature; use 1.0.")

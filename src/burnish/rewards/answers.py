@@ -159,19 +159,15 @@ def parse_number(text: str, *, units: bool = True) -> Fraction | None:
     match = _NUMBER.fullmatch(text)
     if match is None or not _UNIT.fullmatch(match["unit"]) or (match["unit"].strip() and not units):
         return None
-    value = _magnitude(match)
-    negative = "-" in match["sign"]
-    return -value if value is not None and negative else value
-
-
-def _magnitude(match: re.Match[str]) -> Fraction | None:
     value = Fraction(re.sub(r"[, ]", "", match["body"]))
     if match["exponent"]:
-        return value * Fraction(10) ** int(match["exponent"])
-    top, _, bottom = (match["mixed"] or match["over"] or "0/1").strip().partition("/")
-    if int(bottom) == 0:
-        return None
-    return value / int(bottom) if match["over"] else value + Fraction(int(top), int(bottom))
+        value *= Fraction(10) ** int(match["exponent"])
+    elif match["over"] or match["mixed"]:
+        numerator, _, denominator = (match["over"] or match["mixed"]).strip().partition("/")
+        if int(denominator) == 0:
+            return None
+        value = value / int(denominator) if match["over"] else value + Fraction(int(numerator), int(denominator))
+    return -value if "-" in match["sign"] else value
 
 
 def _strip_latex(text: str) -> str:

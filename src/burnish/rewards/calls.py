@@ -32,7 +32,7 @@ _GRACE_SECONDS = 2.0
 
 
 class CallTimeout(RewardError, TimeoutError):
-    """A criterion took longer than its `timeout_seconds`."""
+    """Raised when a criterion exceeds its `timeout_seconds`."""
 
 
 class _Overdue(BaseException):
@@ -124,7 +124,7 @@ class Call:
             except TimeoutError:
                 if future.done():
                     raise
-                raise self._late("; it goes on in a thread, which cannot be stopped") from None
+                raise self._late("; it continues in a thread, which cannot be stopped") from None
 
     def _tick(self) -> None:
         if self.timeout_seconds is not None and time.monotonic() - self._started >= self.timeout_seconds:

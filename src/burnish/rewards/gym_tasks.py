@@ -27,19 +27,15 @@ _TUPLE_TASKS = frozenset({"arc_agi", "rearc"})
 
 
 @functools.cache
-def _factory() -> Any:
+def _dataset(task: str, config: str) -> Any:
     stop_sympy_evaluating()
     # Imported by name, since the package ships no types.
     importlib.import_module("reasoning_gym")
     for name, evaluator in EVALUATORS.items():
         module: Any = importlib.import_module(f"reasoning_gym.{name}")
         module.eval = evaluator  # a module global shadows the builtin
-    return importlib.import_module("reasoning_gym.factory")
-
-
-@functools.cache
-def _dataset(task: str, config: str) -> Any:
-    return _factory().create_dataset(task, **json.loads(config))
+    factory: Any = importlib.import_module("reasoning_gym.factory")
+    return factory.create_dataset(task, **json.loads(config))
 
 
 def prepare_gym(task: str, config: str, entry: str, answer: str) -> Callable[[], float]:

@@ -49,7 +49,7 @@ class _Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="burnish-worker-", ignore_cleanup_errors=True)
         self._mark = secrets.token_hex(16)
         kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-        own = {"HOME": self._folder.name, "TMPDIR": self._folder.name, _MARK: self._mark}
+        private = {"HOME": self._folder.name, "TMPDIR": self._folder.name, _MARK: self._mark}
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         paths = json.dumps([os.path.abspath(path) for path in sys.path if path])
         self.process = subprocess.Popen(
@@ -59,7 +59,7 @@ class _Worker:
             stderr=self._stderr,
             bufsize=0,
             cwd=self._folder.name,
-            env=kept | own | threads | {"PYTHONUTF8": "1"},
+            env=kept | private | threads | {"PYTHONUTF8": "1"},
             start_new_session=True,
         )
         assert self.process.stdin is not None

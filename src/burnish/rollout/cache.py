@@ -218,12 +218,13 @@ class CacheLayout:
         layer.own_value.flatten(0, 1).index_copy_(0, step.write_index, call.value[0].transpose(0, 1))
         prompt_mask, own_mask = self._masks(call, step)
         query = call.query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
+        grouped = (query if step.is_full else query.index_select(0, step.grid)).unflatten(0, (step.groups, step.width))
         own, own_norm = _partial(
             call, query, layer.own_key[:rows, : step.own_tokens], layer.own_value[:rows, : step.own_tokens], own_mask
         )
         shared, shared_norm = _partial(
             call,
-            _to_grid(query, step),
+            grouped.transpose(1, 2).flatten(2, 3),  # [groups, kv_heads, width * repeats, D]
             layer.prompt_key[: step.groups, : step.prompt_tokens],
             layer.prompt_value[: step.groups, : step.prompt_tokens],
             prompt_mask,
@@ -276,13 +277,6 @@ def _masks_of(rule: object, repeats: int, step: _Step, dtype: torch.dtype) -> tu
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _UNSEEN)
-
-
-def _to_grid(query: Tensor, step: _Step) -> Tensor:
-    """Gather [B, kv_heads, repeats, D] into [groups, kv_heads, width * repeats, D]."""
-    if not step.is_full:
-        query = query.index_select(0, step.grid)
-    return query.unflatten(0, (step.groups, step.width)).transpose(1, 2).flatten(2, 3)
 
 
 def _from_grid(result: Tensor, step: _Step) -> Tensor:

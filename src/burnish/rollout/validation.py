@@ -84,10 +84,6 @@ def _problems(completion: Any, params: SamplingParams, vocab_size: int | None) -
                 )
     if not isinstance(completion.text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         yield f"text is a {type(completion.text).__name__}"
-    yield from _ending_problems(completion, params)
-
-
-def _ending_problems(completion: Completion, params: SamplingParams) -> Iterator[str]:
     reason, last = completion.stop_reason, completion.token_ids[-1]
     ends = not params.eos_token_ids or last in params.eos_token_ids
     if not isinstance(reason, StopReason):

@@ -1,1 +1,1 @@
-"""Ways of learning, one file each: which groups make an optimizer step, and what their loss is."""
+"""Training stages, one file each: the groups of an optimizer step and their loss."""

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation: advantages of tokens from a critic, which learns from the same rollouts."""
+"""Proximal policy optimisation: per-token advantages from a critic that learns from the same rollouts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from burnish.stages.online import OnlineStage
 from burnish.stages.policy_gradient import PolicyGradient, PolicyStep
 from burnish.training.checkpoint import keeping_hyperparameters
 from burnish.training.critic import Critic
-from burnish.training.liveness import UNJUDGED
+from burnish.training.learning_signal import UNKNOWN
 from burnish.types import Completion, Group, StopReason
 
 __all__ = ["ActorCritic"]
 
 _STATE = "critic.pt"
-"""What a checkpoint holds of the critic."""
+"""File of the critic in a checkpoint."""
 
 
 class ActorCritic(PolicyGradient):
@@ -33,8 +33,8 @@ class ActorCritic(PolicyGradient):
 
     Args:
         args: `PPOConfig`.
-        value_model: the critic: a model by name or in memory, which is copied; None: of the policy's own base.
-        value_peft_config: train these adapters of the critic; None: of the policy's kind where it has any.
+        value_model: the critic, by name or in memory (it is copied); None for one on the policy's base.
+        value_peft_config: adapters of the critic; None for the policy's kind, if it has any.
     """
 
     def __init__(self, args: Any, value_model: Any = None, value_peft_config: Any = None) -> None:
@@ -42,7 +42,7 @@ class ActorCritic(PolicyGradient):
         self._value_model, self._value_peft_config = value_model, value_peft_config
 
     def join(self, stage: OnlineStage) -> None:
-        """Make the critic and its optimizer."""
+        """Build the critic and its optimizer."""
         super().join(stage)
         args, run, tokenizer, value_model = self.args, stage.run, stage.tokenizer, self._value_model
         common: dict[str, Any] = {
@@ -54,7 +54,7 @@ class ActorCritic(PolicyGradient):
             model, exact = share_base(run.model, **common), {}
         else:
             source = run.model if value_model is None else value_model
-            # The policy is in memory already, whatever it was loaded with.
+            # A critic copied from the policy in memory is not loaded with model_init_kwargs again.
             init_kwargs = args.model_init_kwargs if isinstance(source, str | Path) else None
             model, exact = load_value_model(source, bf16=bool(args.bf16), init_kwargs=init_kwargs, **common)
         stage.check_sampled_lengths(model)
@@ -75,50 +75,50 @@ class ActorCritic(PolicyGradient):
         )
 
     def assign_advantages(self, shards: Sequence[Shard]) -> Mapping[str, float]:
-        """Value each token, reward it, and write the streams `advantages` and `returns`."""
+        """Compute values and rewards of each token, and write the streams `advantages` and `returns` (GAE)."""
         groups, args = [shard.group for shard in shards], self.args
         self.critic.values(groups)
         metrics = self.begin_rollout(shards)
         completions = [completion for group in groups for completion in group.completions]
-        # Every token is a step of the episode: a masked one would have neither a value nor a divergence.
+        # Every token is a step of the episode: a masked one would have neither a value nor a KL.
         assert all(completion.loss_mask is None for completion in completions)
-        judged = [(c, reward) for c in completions if (reward := self._reward(c)) is not None]
-        for completion in completions:  # those without a reward learn nothing
+        scored = [(c, reward) for c in completions if (reward := self._reward(c)) is not None]
+        for completion in completions:  # zero advantage for those without a reward
             completion.token["advantages"] = [0.0] * len(completion.token_ids)
             completion.token["returns"] = completion.token["values"]
 
-        lengths = [len(c.token_ids) for c, _ in judged]
+        lengths = [len(c.token_ids) for c, _ in scored]
         index_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-        values_N = _flat([c.token["values"] for c, _ in judged])
+        values_N = _flat([c.token["values"] for c, _ in scored])
         is_penalised = self.kl.is_in_reward and any("kl" in c.token for c in completions)
-        kl_N = _flat([c.token["kl"] for c, _ in judged]) if is_penalised else torch.zeros_like(values_N)
-        rewards_S = torch.tensor([reward for _, reward in judged], dtype=torch.float64)
+        kl_N = _flat([c.token["kl"] for c, _ in scored]) if is_penalised else torch.zeros_like(values_N)
+        rewards_S = torch.tensor([reward for _, reward in scored], dtype=torch.float64)
         rewards_N = token_rewards(kl_N, rewards_S, sequence_index_N=index_N, beta=self.kl.coefficient)
         if args.whiten_rewards:
             rewards_N = whiten(rewards_N, self._moments(rewards_N), shift_mean=False)
         advantages_N, returns_N = gae(rewards_N, values_N, index_N, len(lengths), gamma=args.gamma, lam=args.lam)
         if args.whiten_advantages:
             advantages_N = whiten(advantages_N, self._moments(advantages_N))
-        pieces = zip(judged, advantages_N.split(lengths), returns_N.split(lengths), strict=True)
+        pieces = zip(scored, advantages_N.split(lengths), returns_N.split(lengths), strict=True)
         for (completion, _), advantages, returns in pieces:
             completion.token |= {"advantages": advantages.tolist(), "returns": returns.tolist()}
-        return {**metrics, **self._objective(judged, is_penalised=is_penalised)}
+        return {**metrics, **self._objective(scored, is_penalised=is_penalised)}
 
     def _reward(self, completion: Completion) -> float | None:
-        """Return the reward within its range, less the penalty of a missing end."""
+        """Return the clipped reward, less `missing_eos_penalty` for a truncated completion."""
         reward, penalty = self.clipped_reward(completion), self.args.missing_eos_penalty
         cut = completion.stop_reason is StopReason.LENGTH
         return reward - penalty if cut and reward is not None and penalty is not None else reward
 
     def _moments(self, values_N: torch.Tensor) -> torch.Tensor:
-        """Sum moments over the tokens of all ranks."""
+        """Compute moments over the tokens of all ranks."""
         return torch.tensor([self.run.ranks.sum(v) for v in moments(values_N).tolist()], dtype=torch.float64)
 
-    def _objective(self, judged: Sequence[tuple[Completion, float]], *, is_penalised: bool) -> dict[str, float]:
-        """Average the divergence of a completion, its reward, and both together, by TRL's names."""
-        if not judged:
+    def _objective(self, scored: Sequence[tuple[Completion, float]], *, is_penalised: bool) -> dict[str, float]:
+        """Return the mean reward, KL and KL-penalised reward of this rank's completions, by TRL's names."""
+        if not scored:
             return {}
-        score, kl = fmean(reward for _, reward in judged), fmean(sum(c.token.get("kl", ())) for c, _ in judged)
+        score, kl = fmean(reward for _, reward in scored), fmean(sum(c.token.get("kl", ())) for c, _ in scored)
         penalty = self.kl.coefficient * kl if is_penalised else 0.0
         return {
             "objective/scores": score,
@@ -128,9 +128,9 @@ class ActorCritic(PolicyGradient):
         }
 
     def begin_step(self, groups: Sequence[Group], *, is_on_policy: bool) -> PolicyStep:
-        """Take the critic's optimizer step, which leaves nothing in memory; then make the policy's.
+        """Update the critic, which leaves nothing in memory, and return the policy's step.
 
-        In the first `value_prefit_steps` the critic learns alone.
+        In the first `value_prefit_steps` only the critic is trained.
         """
         step = self.step(groups, is_on_policy=is_on_policy)
         metrics = self.critic.update(
@@ -142,21 +142,21 @@ class ActorCritic(PolicyGradient):
         )
         self.run.metrics.add_all(metrics)
         if self.run.state.global_step < self.args.value_prefit_steps:
-            return dataclasses.replace(step, groups=[], verdict=UNJUDGED)
+            return dataclasses.replace(step, groups=[], assessment=UNKNOWN)
         return step
 
-    def signals(self, completion: Completion) -> tuple[float, ...] | None:
-        """Return the reward that advantages are made of."""
+    def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
+        """Return the reward that advantages are computed from."""
         reward = self._reward(completion)
         return None if reward is None else (reward,)
 
     @property
     def compared(self) -> str:
-        """All steps: a critic that has learned the reward of the others makes a lone constant one worth something."""
+        """All steps: a critic that has learned other rewards gives a constant one a nonzero advantage."""
         return "run"
 
     def learns_without_rewards(self) -> bool:
-        """Return whether an entropy bonus, or a reference that is another model, teaches."""
+        """Return whether an entropy bonus or the KL to another model has a gradient."""
         return self._is_pulled
 
     def trained_models(self) -> Mapping[str, torch.nn.Module]:
@@ -164,22 +164,23 @@ class ActorCritic(PolicyGradient):
         return {"value_model": self.critic.model}
 
     def save_beside(self, folder: Path) -> None:
-        """Write the critic into `value_model`."""
+        """Save the critic in `value_model`."""
         self.critic.save(folder / "value_model")
 
     def save_state(self, folder: Path) -> None:
-        """Write the critic's trained weights and its optimizer."""
+        """Save the critic's trained weights and its optimizer."""
         torch.save(self.critic.state_dict(), folder / _STATE)
 
     def load_state(self, folder: Path, changed: Mapping[str, Any]) -> None:
         """Restore the critic.
 
         Raises:
-            ConfigError: the checkpoint has none.
+            ConfigError: the checkpoint has no critic.
         """
         if not (file := folder / _STATE).is_file():
             raise ConfigError(
-                f"resume_from_checkpoint = {str(folder)!r}: {_STATE} is missing, so the critic is unknown."
+                f"resume_from_checkpoint = {str(folder)!r}: {_STATE} is missing, so the critic cannot be restored; "
+                "resume from another checkpoint."
             )
         with keeping_hyperparameters(self.critic.optimizer, changed):
             self.critic.load_state_dict(torch.load(file, map_location=self.args.device, weights_only=True))

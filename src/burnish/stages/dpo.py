@@ -34,7 +34,7 @@ class PairStep(Step):
 
     Attributes:
         chosen_tokens: scored tokens of all chosen completions, over all ranks.
-        coupled_loss: each pair's share of the losses that couple pairs.
+        coupled_loss: contribution of each pair to the losses that couple pairs.
     """
 
     chosen_tokens: float = 1.0
@@ -42,13 +42,13 @@ class PairStep(Step):
 
 
 class DPOStage(PreferenceStage):
-    """Prefer chosen completions to rejected ones; a pair is a group of two, so its prompt is computed once.
+    """Prefer chosen to rejected completions; a pair is a group of two, so its prompt is computed once.
 
     Args:
         args: `DPOConfig`.
-        tokenizer: of the model.
-        ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
-        compute_metrics: adds metrics to those of an evaluation.
+        tokenizer: the model's tokenizer.
+        ref_model: the reference; None for the initial policy (adapters off, or a frozen copy).
+        compute_metrics: returns further metrics of an evaluation.
     """
 
     columns = "`chosen` and `rejected`"
@@ -77,7 +77,7 @@ class DPOStage(PreferenceStage):
         return encode_rows(preference_group, rows, self.tokenizer, stats=stats, name=name, max_length=limit)
 
     def next_step(self, batches: Iterator[list[Group]], num_batches: int) -> PairStep | None:
-        """Take the next pairs, with the reference's log-probabilities and the coefficients of coupled losses."""
+        """Return the next pairs, with their reference log-probabilities and the coefficients of coupled losses."""
         if (groups := read_groups(batches, num_batches)) is None:
             return None
         run = self.run
@@ -90,10 +90,10 @@ class DPOStage(PreferenceStage):
         return PairStep(with_streams(groups, **streams), count, chosen_tokens=chosen_tokens, coupled_loss=coupled_loss)
 
     def _couple(self, groups: Sequence[Group], reference: list[list[float]]) -> tuple[list[list[float]], float]:
-        """Differentiate losses that sort pairs, and so need all of them, in a pass without a gradient of its own.
+        """Differentiate losses that sort pairs with respect to the log-probabilities, over the pairs of all ranks.
 
         Returns:
-            Their gradient by each completion's log-probability, and each pair's share of their value.
+            The gradient for each completion's log-probability, and the contribution of each pair to the loss.
         """
         ranks = self.run.ranks
         tokens = [[c.num_scored_tokens for c in group.completions] for group in groups]
@@ -126,28 +126,28 @@ class DPOStage(PreferenceStage):
                 total = total + weight * losses_P.sum() / (step.chosen_tokens if loss.per_token else step.denominator)
         if "coefficient" in batch.sequence:
             surrogate = (batch.sequence["coefficient"] * sums_S).sum()
-            # The gradient is the surrogate's, the value the pairs' share of the loss.
+            # The gradient is that of the surrogate, the value that of the coupled losses.
             total = total + surrogate - surrogate.detach() + step.coupled_loss * pairs.chosen.numel()
         chosen_N = batch.sequence_index % 2 == 0
         accuracy = {"mean_token_accuracy": scores.correct[chosen_N].float()}
         return Loss(total, means=accuracy | self._pair_metrics(pairs))
 
     def token_weights(self, batch: PackedBatch) -> torch.Tensor | None:
-        """LD-DPO (2409.06411): tokens beyond the pair's shorter completion weigh `ld_alpha`."""
+        """LD-DPO (2409.06411): weigh tokens beyond the length of the pair's shorter completion by `ld_alpha`."""
         if self.args.ld_alpha is None:
             return None
         tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
         shorter_S = tokens_S.view(-1, 2).min(1).values.repeat_interleave(2)
         first_S = tokens_S.cumsum(0) - tokens_S
-        place_N = torch.arange(batch.num_scored_tokens, device=tokens_S.device) - first_S[batch.sequence_index]
-        return torch.where(place_N < shorter_S[batch.sequence_index], 1.0, float(self.args.ld_alpha))
+        position_N = torch.arange(batch.num_scored_tokens, device=tokens_S.device) - first_S[batch.sequence_index]
+        return torch.where(position_N < shorter_S[batch.sequence_index], 1.0, float(self.args.ld_alpha))
 
     def _pair_metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
         normalised = all(loss.length_normalised for loss, _ in self.losses)
         return pair_metrics(pairs, self.options.beta, normalised=normalised)
 
     def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
-        """Measure the loss (without WPO's weights) and the metrics over all held-out pairs at once."""
+        """Compute the loss (without WPO's weights) and the metrics over all evaluation pairs at once."""
         found = self.scores.held_out(groups, self.own(groups))
         tokens = [[c.num_scored_tokens for c in group.completions] for group, _, _ in found]
         columns = ([policy for _, policy, _ in found], [reference for _, _, reference in found], tokens)
@@ -164,7 +164,7 @@ class DPOStage(PreferenceStage):
         return {"loss": float(loss), **{name: float(values.mean()) for name, values in metrics.items()}, **own}
 
     def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
-        """Name the metrics of `evaluate`, unless a function of the user's adds some."""
+        """Name the metrics of `evaluate`; None if `compute_metrics` adds some."""
         if self.compute_metrics is not None:
             return None
         of_pairs = ("chosen", "rejected", "margins", "accuracies")
@@ -172,7 +172,7 @@ class DPOStage(PreferenceStage):
 
 
 def _wpo_weights(batch: PackedBatch, scores: Scores, tokens_S: torch.Tensor) -> torch.Tensor:
-    """WPO (2406.11827): [P] e to the mean over tokens of log p_t - log sum_v p_v^2, of both completions."""
+    """WPO (2406.11827): [P] product over both completions of exp(mean_t [log p_t - log sum_v p_v^2])."""
     assert scores.log_collision is not None
     aligned_N = scores.logprobs.detach() - scores.log_collision
     means_S = sequence_sums(aligned_N, batch.sequence_index, batch.num_sequences) / tokens_S.clamp(min=1)

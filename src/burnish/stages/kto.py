@@ -1,4 +1,4 @@
-"""Learning from single labelled completions: KTO."""
+"""KTO: preference optimisation on single labelled completions."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class KTOStep(Step):
     """A step on labelled completions.
 
     Attributes:
-        kl: estimate of the policy's divergence from the reference, over all ranks.
+        kl: estimate of KL(policy || reference) over all ranks.
     """
 
     kl: float = 0.0
 
 
 class KTOStage(PreferenceStage):
-    """Make desirable completions likelier and the others less likely, each against the step's mean.
+    """Raise the probability of desirable completions and lower that of others, relative to the KL of the step.
 
     Args:
         args: `KTOConfig`.
-        tokenizer: of the model.
-        ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
-        compute_metrics: adds metrics to those of an evaluation.
+        tokenizer: the model's tokenizer.
+        ref_model: the reference; None for the initial policy (adapters off, or a frozen copy).
+        compute_metrics: returns further metrics of an evaluation.
     """
 
     columns = "`prompt`, `completion` and `label`"
@@ -54,9 +54,9 @@ class KTOStage(PreferenceStage):
         compute_metrics: ComputeMetrics | None = None,
     ) -> None:
         super().__init__(args, tokenizer, ref_model, compute_metrics)
-        # For the estimate of the KL, completions meet other prompts in every step.
-        self.asks_reference_anew = args.loss_type == "kto"
-        if self.asks_reference_anew and args.per_device_train_batch_size * args.gradient_accumulation_steps == 1:
+        # The KL is estimated on mismatched pairs, which differ in every step.
+        self.scores_new_rows = args.loss_type == "kto"
+        if self.scores_new_rows and args.per_device_train_batch_size * args.gradient_accumulation_steps == 1:
             logger.warning(
                 "per_device_train_batch_size = 1, gradient_accumulation_steps = 1: one row in a step has no other "
                 "completion to estimate the KL with, so it counts as 0; raise one of them, or use loss_type "
@@ -64,13 +64,13 @@ class KTOStage(PreferenceStage):
             )
 
     def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
-        """Encode labelled completions; a pair counts as two."""
+        """Encode labelled completions; a pair becomes two."""
         found = enumerate(finite_rows(dataset, name))
         with errors_of(name):
-            expanded = [(place, row) for place, given in found for row in _unpaired(given, place)]
+            expanded = [(index, row) for index, given in found for row in _unpaired(given, index)]
 
         def encode(row: Any, processing_class: Any, *, index: int, **options: Any) -> Group:
-            # Errors name the row as it was given, groups are counted as they are.
+            # Errors name the row of the data set, while groups are numbered after pairs are split.
             group = unpaired_group(row, processing_class, index=expanded[index][0], **options)
             group.index = index
             return group
@@ -79,9 +79,9 @@ class KTOStage(PreferenceStage):
         return encode_rows(encode, rows, self.tokenizer, stats=stats, name=name, max_length=limit)
 
     def training_set(self, dataset: Any) -> list[Group]:
-        """Encode the rows to train on; one label has nothing to hold against."""
+        """Encode the training rows; warn if they have only one label."""
         groups = super().training_set(dataset)
-        if self.asks_reference_anew and len(groups) < 2:
+        if self.scores_new_rows and len(groups) < 2:
             raise DataError(
                 "train_dataset: one row has no other completion to estimate the KL with; use loss_type "
                 "apo_zero_unpaired, or more rows."
@@ -89,20 +89,20 @@ class KTOStage(PreferenceStage):
         labels = {bool(group.row["label"]) for group in groups}
         if len(labels) == 1:
             logger.warning(
-                "train_dataset: every label is %s, so nothing holds the other way; add rows of the other kind, or use "
-                "SFTTrainer for good completions alone.",
+                "train_dataset: every label is %s, so nothing pulls the other way; add rows with the other label, or "
+                "use SFTTrainer for desirable completions only.",
                 labels.pop(),
             )
         return groups
 
     def next_step(self, batches: Iterator[list[Group]], num_batches: int) -> KTOStep | None:
-        """Take the next rows, with the reference's log-probabilities and the estimate of the KL."""
+        """Return the next rows, with their reference log-probabilities and the estimate of the KL."""
         if (groups := read_groups(batches, num_batches)) is None:
             return None
         run, kl = self.run, 0.0
         run.num_tokens += sum(group.num_tokens for group in groups)
         reference = self.scores.known_of(groups)
-        if self.asks_reference_anew:
+        if self.scores_new_rows:
             kl = self._divergence(groups)
             run.metrics.add("kl", float(torch.tensor(kl)))
         desirable = [[float(bool(group.row.get("label")))] for group in groups]
@@ -156,13 +156,13 @@ class KTOStage(PreferenceStage):
         }
 
     def step_metrics(self) -> dict[str, float]:
-        """Add how far apart desirable and other completions are rewarded."""
+        """Add the margin between the rewards of desirable and other completions."""
         return _with_margin(super().step_metrics())
 
     def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
-        """Measure the loss, at the KL of the held-out rows themselves, and the metrics."""
+        """Compute the loss, at the KL of the evaluation rows, and the metrics."""
         found = self.scores.held_out(groups, self.own(groups))
-        kl = self._divergence([group for group, _, _ in found]) if self.asks_reference_anew else 0.0
+        kl = self._divergence([group for group, _, _ in found]) if self.scores_new_rows else 0.0
         policy_S = torch.tensor([policy[0] for _, policy, _ in found], dtype=torch.float64)
         reference_S = torch.tensor([reference[0] for _, _, reference in found], dtype=torch.float64)
         desirable_S = torch.tensor([bool(group.row["label"]) for group, _, _ in found])
@@ -174,7 +174,7 @@ class KTOStage(PreferenceStage):
         return {"loss": float(losses_S.mean()), "kl": kl, **_with_margin(means), **own}
 
     def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
-        """Name the metrics of `evaluate`; rows of one label alone have one side and no margin."""
+        """Name the metrics of `evaluate`; rows with a single label have no margin."""
         if self.compute_metrics is not None:
             return None
         labels = {bool(group.row["label"]) for group in groups}
@@ -184,14 +184,14 @@ class KTOStage(PreferenceStage):
 
 
 def _unpaired(row: Any, index: int) -> list[Any]:
-    """Return the row, or both halves of one that is a pair; odd ones as they are, for the encoder to name."""
+    """Split a pair into two labelled rows; return any other row as it is, for the encoder to check."""
     present = {name for name, value in as_row(row, index).items() if value is not None}
     if not {"prompt", "chosen", "rejected"} <= present:
         return [row]
     if "completion" in present:
         raise DataError(
-            f"row {index} has chosen, rejected and completion: drop the columns that you do not mean, so that it is a "
-            "pair or a labelled completion."
+            f"row {index} has chosen, rejected and completion: drop the columns that you do not mean, so that it is "
+            "either a pair or a labelled completion."
         )
     return list(unpair(row))
 

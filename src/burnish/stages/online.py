@@ -1,4 +1,4 @@
-"""Learning from the policy's own samples: start with `rollout_step`."""
+"""Train on samples of the policy; start reading at `rollout_step`."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
 from burnish.training.callbacks import RecordsCallback
 from burnish.training.checks import check_vocabulary
-from burnish.training.liveness import UNJUDGED, Outcome, Verdict, only_said
+from burnish.training.learning_signal import UNKNOWN, Assessment, Outcome, assess_rollout
 from burnish.training.logprobs import fill_logprobs
 from burnish.training.metrics import means_by_name, means_over_ranks, with_logged
 from burnish.training.reference import Reference, check_reference, check_untrained, refuse_shared_weights
 from burnish.training.reward_funcs import as_rubric, penalise_overlong
 from burnish.training.rollout_state import RolloutState
-from burnish.training.rollout_verdict import judge_rollout
-from burnish.training.sampler_check import Agreement, default_bound
+from burnish.training.sampler_check import SamplerCheck, default_bound
 from burnish.training.sampling import sampling_params
 from burnish.training.stage import Run, Stage
 from burnish.training.step import Loss, Step, read_groups
@@ -47,17 +46,17 @@ logger = logging.getLogger(__name__)
 
 
 class OnlineStage(Stage):
-    """Sample, score, learn: each optimizer step takes its part of a rollout of P prompts with G completions each.
+    """Sample, score, train: optimizer steps take turns on a rollout of P prompts with G completions each.
 
     Args:
         args: the trainer's config.
-        tokenizer: of the model.
-        algorithm: what scored samples are worth, and the loss.
+        tokenizer: the model's tokenizer.
+        algorithm: computes advantages and the loss.
         reward_funcs: a `Rubric`, functions, or reward models.
-        reward_processing_classes: tokenizers of reward models; their own if None.
-        engine: samples completions; the native in-process engine if None.
-        ref_model: the reference of the KL term; if None, the model as it was given (adapters off, or a frozen copy).
-        compute_metrics: the groups of an evaluation, sampled and scored -> metrics by name.
+        reward_processing_classes: tokenizers of reward models; None for their own.
+        engine: samples completions; None for the native in-process engine.
+        ref_model: the reference of the KL term; None for the initial policy (adapters off, or a frozen copy).
+        compute_metrics: function from the sampled and scored groups of an evaluation to metrics by name.
     """
 
     columns = "a `prompt` column"
@@ -77,23 +76,23 @@ class OnlineStage(Stage):
         super().__init__(args, tokenizer)
         check_reference(ref_model)
         if ref_model is not None and not args.beta > 0:
-            raise ConfigError("beta = 0.0 reads no reference: remove ref_model, or set beta.")
+            raise ConfigError("beta = 0.0 does not use a reference: remove ref_model, or set beta.")
         self.algorithm = algorithm
         self.whole_groups = algorithm.whole_groups
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.reference: Reference | None = None
         self._engine, self._ref_model, self.compute_metrics = engine, ref_model, compute_metrics
         self._buffer: list[list[Group]] = []
-        """This rank's groups of the steps that the last rollout still feeds."""
+        """This rank's groups of the remaining steps of the last rollout."""
         self._rollouts = 0
-        self._verdict = UNJUDGED
-        """Of the rollout that feeds the present steps; unknown where a checkpoint holds the rest of one."""
+        self._assessment = UNKNOWN
+        """Assessment of the rollout that feeds the current steps; unknown after resuming in the middle of one."""
 
     def rollout_step(self) -> list[list[Group]]:
-        """Sample prompts, score the samples, and decide what each is worth.
+        """Sample completions, score them, and assign advantages.
 
         Returns:
-            This rank's groups of each optimizer step that learns from the rollout, with their streams.
+            This rank's groups of each optimizer step on the rollout, with their streams.
         """
         run, args, started, level = self.run, self.args, time.perf_counter(), self.sampler.source.level
         self.sampler.engine.sync(run.state.global_step)
@@ -105,20 +104,20 @@ class OnlineStage(Stage):
 
         started = time.perf_counter()
         steps = partition(groups, self.steps_per_pass, whole=self.whole_groups)
-        # The first step on fresh samples is on-policy: its old log-probabilities are its own.
+        # The first step on fresh samples is on-policy: its old log-probabilities are the current ones.
         later = [group for step in steps[1:] for group in step]
         later += [group for group in steps[0] if self.algorithm.needs_old_logprobs(group)]
         self.fill_logprobs(groups, old=groups if self.algorithm.passes > 1 else later)
         run.metrics.add_all(self.algorithm.assign_advantages(shards))
 
-        self._verdict = self._judge(shards, moved=self.sampler.source.level != level)
+        self._assessment = self._assess(shards, moved=self.sampler.source.level != level)
         self.transcripts.write(sampled, trained=shards, step=run.state.global_step + 1, tokenizer=self.tokenizer)
         self._rollouts += 1
         run.metrics.add("seconds/reference", time.perf_counter() - started)
         return steps * self.algorithm.passes
 
     def next_step(self, batches: Iterator[list[Any]], num_batches: int) -> Step | None:
-        """Take the next step of the rollout; sample anew when the last one is used up."""
+        """Return the next step of the rollout; collect a new one when it is used up."""
         if read_groups(batches, num_batches) is None:
             return None
         is_fresh = not self._buffer
@@ -126,16 +125,16 @@ class OnlineStage(Stage):
             self._buffer = self.rollout_step()
         groups = self._buffer.pop(0)
         step = self.algorithm.begin_step(groups, is_on_policy=is_fresh)
-        if step.verdict is not None:
+        if step.assessment is not None:
             return step
         steps = self.steps_per_pass * self.algorithm.passes
         is_repeated = steps - len(self._buffer) > self.steps_per_pass
-        # Later passes over the same samples are no more evidence.
-        is_known = self._verdict.kind != "alive" and is_repeated
-        return dataclasses.replace(step, verdict=UNJUDGED if is_known else self._verdict)
+        # Later passes over the same samples add no evidence.
+        is_known = self._assessment.kind != "learning" and is_repeated
+        return dataclasses.replace(step, assessment=UNKNOWN if is_known else self._assessment)
 
     def loss(self, model: torch.nn.Module, batch: PackedBatch, step: Step) -> Loss:
-        """Compute the algorithm's loss; on fresh samples, compare trainer and sampler first."""
+        """Compute the algorithm's loss; compare trainer and sampler on fresh samples first."""
         is_scored = batch.num_scored_tokens > 0
         needs_entropy = is_scored and self.algorithm.needs_entropy
         scores = score(model, batch, temperature=self.args.temperature, with_entropy=needs_entropy)
@@ -144,28 +143,28 @@ class OnlineStage(Stage):
         return self.algorithm.loss(scores, batch, step)
 
     def _compare(self, batch: PackedBatch, logprobs_N: torch.Tensor) -> None:
-        """Remember how far trainer and sampler are apart; first of all, check the reference."""
-        if (sampled_N := batch.token.get("policy_logprobs")) is None:  # replayed, all of them
+        """Record the mismatch of trainer and sampler; before the first update, check the reference too."""
+        if (sampled_N := batch.token.get("policy_logprobs")) is None:  # all samples are replayed
             return
         fresh_N = ~sampled_N.isnan()
-        self.agreement.add(logprobs_N[fresh_N], sampled_N[fresh_N])
+        self.sampler_check.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         if self.reference is not None and self.reference.is_initial_policy and self.run.is_untouched:
             bound = max(default_bound(self.run.model.dtype), self.args.logprob_check_bound or 0.0)
             check_untrained(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N], bound=bound)
 
     def before_update(self) -> None:
-        """Stop before the update when sampler and trainer disagree about fresh samples."""
+        """Check the mismatch of sampler and trainer on fresh samples, and end the algorithm's step."""
         run = self.run
-        run.metrics.add_all(self.agreement.flush(run.state.global_step, run.ranks.sum, run.ranks.max))
+        run.metrics.add_all(self.sampler_check.flush(run.state.global_step, run.ranks.sum, run.ranks.max))
         run.metrics.add_all(self.algorithm.end_step())
 
     @torch.no_grad()
     def fill_logprobs(self, groups: Sequence[Group], *, old: Sequence[Group]) -> None:
-        """Write what the loss and the advantages read: the streams `old_logprobs` and `ref_logprobs`.
+        """Write the streams `old_logprobs` and `ref_logprobs`, which the loss and the advantages use.
 
         Args:
-            groups: scored by the reference, where there is one.
-            old: scored by the policy as it is now, where no earlier policy has done so.
+            groups: groups to score with the reference, if there is one.
+            old: groups to score with the current policy, unless an earlier one has scored them.
         """
         model, fresh = self.run.model, [g for g in old if all("old_logprobs" not in c.token for c in g.completions)]
         with eval_mode(model):
@@ -178,14 +177,14 @@ class OnlineStage(Stage):
         for part in self.parts(groups):
             fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
 
-    def _judge(self, shards: Sequence[Shard], *, moved: bool) -> Verdict:
-        """Judge whether the rewards of a rollout carry a signal; `moved`: the curriculum has."""
+    def _assess(self, shards: Sequence[Shard], *, moved: bool) -> Assessment:
+        """Assess the rewards of a rollout; those of a curriculum that has just `moved` are not comparable."""
 
         def outcome(completion: Completion) -> Outcome:
-            rewards = self.algorithm.signals(completion)
+            rewards = self.algorithm.reward_components(completion)
             return Outcome(rewards, is_masked=rewards is not None and not self.algorithm.in_loss(completion))
 
-        verdict = judge_rollout(
+        assessment = assess_rollout(
             shards,
             rubric=self.rubric,
             outcome=outcome,
@@ -194,24 +193,26 @@ class OnlineStage(Stage):
             max_completion_length=self.args.max_completion_length,
             is_first=self._rollouts == 0,
         )
-        if verdict.kind != "constant_reward":
-            return verdict
-        return UNJUDGED if moved else only_said(verdict) if self.algorithm.learns_without_rewards() else verdict
+        if assessment.kind != "constant_reward":
+            return assessment
+        if moved:
+            return UNKNOWN
+        return dataclasses.replace(assessment, stops=not self.algorithm.learns_without_rewards())
 
     @property
     def steps_per_pass(self) -> int:
-        """Optimizer steps of one pass over a rollout."""
+        """Number of optimizer steps of one pass over a rollout."""
         args = self.args
         rollout = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
         return rollout // args.gradient_accumulation_steps
 
     @property
     def uses_dropout(self) -> bool:
-        """Never: samples are drawn without it."""
+        """Always False: samples are drawn without dropout."""
         return False
 
     def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
-        """Encode prompts, with the columns that rewards read."""
+        """Encode prompts, with the columns that rewards use."""
         groups = encode_rows(
             prompt_group,
             finite_rows(dataset, name),
@@ -226,7 +227,7 @@ class OnlineStage(Stage):
         return groups
 
     def training_set(self, dataset: Any) -> list[Group]:
-        """Encode the prompts to sample on, and put them in order."""
+        """Encode the training prompts and create their source."""
         args, prompts = self.args, self.encode(dataset, "train_dataset")
         if len(prompts) < prompts_per_rollout(args):
             raise DataError(
@@ -238,14 +239,14 @@ class OnlineStage(Stage):
         return prompts
 
     def train_dataloader(self, batch_size: int) -> DataLoader[Any]:
-        """Count the completions that pass through training in an epoch; the rollout decides what they are."""
+        """Return a dataloader of placeholders, one per completion of an epoch; rollouts supply the data."""
         numbers: Any = list(range(len(self._source.prompts) * self.args.num_generations * self.algorithm.passes))
-        # Every rank reads its own part, which it counts by and throws away.
+        # Each rank reads its shard to count steps and epochs; the values are discarded.
         shard = numbers[: len(numbers) // self.run.ranks.count]
         return DataLoader(shard, batch_size, sampler=SequentialSampler(shard), collate_fn=list, drop_last=True)
 
     def join(self, run: Run) -> None:
-        """Take the reference of the policy as it is now; make the engine, and what a rollout is checked and kept by."""
+        """Create the reference, sampler, transcripts and sampler check from the loaded policy."""
         super().join(run)
         args = self.args
         self.reference = Reference.of(run.model, self._ref_model) if args.beta > 0 else None
@@ -266,13 +267,13 @@ class OnlineStage(Stage):
         self.transcripts = TranscriptLog(args, **shared)
         self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
         bound = args.logprob_check_bound
-        self.agreement = Agreement(default_bound(run.model.dtype) if bound is None else bound)
+        self.sampler_check = SamplerCheck(default_bound(run.model.dtype) if bound is None else bound)
         if self.algorithm.corrects_sampling:
-            self.agreement.report_only()
+            self.sampler_check.report_only()
         self.algorithm.join(self)
 
     def check_sampled_lengths(self, model: Any) -> None:
-        """Refuse prompts whose completions may grow beyond a model's positions."""
+        """Refuse prompts whose completions may exceed a model's positions."""
         sets = {"train_dataset": self._source.prompts}
         sets |= {name.replace("eval", "eval_dataset", 1): groups for name, groups in self.run.eval_sets.items()}
         fix, more = "lower max_completion_length or max_prompt_length", self.args.max_completion_length
@@ -280,11 +281,11 @@ class OnlineStage(Stage):
             check_lengths(causal_lm(model), groups, name, fix, more=more)
 
     def callbacks(self) -> Sequence[TrainerCallback]:
-        """Return what cuts the transcripts back where a run starts."""
+        """Return the callback that truncates transcripts to the step at which a run starts."""
         return [RecordsCallback(self.transcripts.records, self.eval_transcripts.records)]
 
     def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
-        """Sample on held-out prompts; measure the loss, the mean reward and each criterion."""
+        """Sample on evaluation prompts; compute the loss, the mean reward and each criterion."""
         args, run, names = self.args, self.run, self.rubric.names
         number = args.num_generations_eval or args.num_generations
         positions = range(run.ranks.index, len(groups), run.ranks.count)
@@ -303,7 +304,7 @@ class OnlineStage(Stage):
         return with_logged({"loss": self._held_out_loss(shards), **metrics}, means_by_name(logged))
 
     def _held_out_loss(self, shards: Sequence[Shard]) -> float:
-        """Compute the loss of held-out samples at their own advantages; adaptive coefficients stay as they were."""
+        """Compute the loss of evaluation samples with their advantages; adaptive coefficients are left unchanged."""
         groups, model, state = [shard.group for shard in shards], self.run.model, self.algorithm.state_dict()
         try:
             self.fill_logprobs(groups, old=[group for group in groups if self.algorithm.needs_old_logprobs(group)])
@@ -315,52 +316,52 @@ class OnlineStage(Stage):
             self.algorithm.load_state_dict(state)
 
     def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
-        """Name the metrics of `evaluate`, unless a function of the user's adds some."""
+        """Name the metrics of `evaluate`; None if a function of the user's adds some."""
         if self.compute_metrics is not None or self.rubric.logs_metrics:
             return None
         criteria = (f"rewards/{name}/mean" for name in self.rubric.names)
         return ("loss", "reward", "completions/mean_length", *criteria)
 
     def save_state(self, folder: Path) -> None:
-        """Write what has been sampled, what is in flight, and what the algorithm has learned beside the policy."""
+        """Save the position in the data, the samples in flight, and the algorithm's state."""
         state = RolloutState(
             rollouts=self._rollouts,
             rounds=self.sampler.rounds,
-            place=self.sampler.source.position,
+            position=self.sampler.source.position,
             level=self.sampler.source.level,
             buffer=self._buffer,
             replay=self.sampler.replay.groups,
-            own=self.algorithm.state_dict(),
+            algorithm=self.algorithm.state_dict(),
         )
         state.save(folder, self.run.ranks.index)
         if self.run.ranks.is_first:
             self.algorithm.save_state(folder)
 
     def load_state(self, folder: Path, changed: Mapping[str, Any]) -> None:
-        """Continue with the samples in flight."""
+        """Restore the position in the data, the samples in flight, and the algorithm's state."""
         ranks, sampler = self.run.ranks, self.sampler
         state = RolloutState.load(folder, rank=ranks.index, world=ranks.count, prompts=sampler.source.prompts)
         self._rollouts, sampler.rounds = state.rollouts, state.rounds
-        sampler.source.position, sampler.source.level = state.place, state.level
+        sampler.source.position, sampler.source.level = state.position, state.level
         self._buffer, sampler.replay.groups = state.buffer, state.replay
-        self.algorithm.load_state_dict(state.own)
+        self.algorithm.load_state_dict(state.algorithm)
         self.algorithm.load_state(folder, changed)
 
     def save_beside(self, folder: Path) -> None:
-        """Write what the algorithm delivers beside the policy."""
+        """Save models delivered beside the policy."""
         self.algorithm.save_beside(folder)
 
     def reward_names(self) -> Sequence[str]:
-        """Name the criteria."""
+        """Return the names of the criteria."""
         return self.rubric.names
 
     def other_models(self) -> Mapping[str, torch.nn.Module]:
-        """Return a reference that is a model of its own, reward models, and models that train beside the policy."""
+        """Return a separate reference, reward models, and other models that train."""
         named = {f"reward {criterion.name}": criterion.function for criterion in self.rubric.criteria}
         rewards = {name: function.model for name, function in named.items() if isinstance(function, RewardModel)}
         reference = {} if self.reference is None else self.reference.given_models()
         return {**rewards, **reference, **self.algorithm.trained_models()}
 
     def other_trained_models(self) -> Mapping[str, torch.nn.Module]:
-        """Return models that train beside the policy."""
+        """Return the other models that train."""
         return self.algorithm.trained_models()

@@ -1,9 +1,10 @@
-"""Online DPO: preference pairs from the policy's own samples."""
+"""Online DPO: preference pairs of the policy's samples."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from burnish.objectives.aggregate import sequence_sums
 from burnish.objectives.preference import PREFERENCE_LOSSES, PreferenceOptions, pair_metrics, pairs_of
 from burnish.stages.algorithm import Algorithm
 from burnish.training.step import Loss, Step
-from burnish.types import Completion, Group, PackedBatch
+from burnish.types import Group, PackedBatch
 
 __all__ = ["OnlinePairs"]
 
 
 class OnlinePairs(Algorithm):
-    """Prefer the best of a prompt's completions to the worst, by a loss of the DPO family.
+    """Prefer the best completion of a prompt to the worst, with a loss of the DPO family.
 
     Args:
         args: `OnlineDPOConfig`.
@@ -36,9 +37,9 @@ class OnlinePairs(Algorithm):
         """Pair the best and the worst completion of every prompt whose rewards differ."""
         pairs: list[Group] = []
         for group in groups:
-            judged = [(reward, c) for c in group.completions if self.in_loss(c) and (reward := c.reward) is not None]
-            if judged:
-                best, worst = max(judged, key=_reward), min(judged, key=_reward)
+            scored = [(reward, c) for c in group.completions if self.in_loss(c) and (reward := c.reward) is not None]
+            if scored:
+                best, worst = max(scored, key=itemgetter(0)), min(scored, key=itemgetter(0))
                 if best[0] > worst[0]:
                     pairs.append(dataclasses.replace(group, completions=[best[1], worst[1]]))
         return Step(pairs, count=self.run.ranks.sum(float(len(pairs))), is_on_policy=is_on_policy)
@@ -56,7 +57,3 @@ class OnlinePairs(Algorithm):
         normalised = self.preference_loss.length_normalised
         value = self.preference_loss.compute(pairs, self.options).sum() / step.denominator
         return Loss(value, means=pair_metrics(pairs, self.options.beta, normalised=normalised))
-
-
-def _reward(judged: tuple[float, Completion]) -> float:
-    return judged[0]

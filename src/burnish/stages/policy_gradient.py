@@ -1,4 +1,4 @@
-"""Policy gradients on rollouts: one loss of named parts, for every row of the table of algorithms."""
+"""Policy gradients on rollouts: one loss of exchangeable parts for every row of the table of algorithms."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from burnish.types import Completion, Group, PackedBatch
 
 __all__ = ["PolicyGradient", "PolicyStep", "Record", "estimate"]
 
-_EQUAL_TEACHES_NOTHING = ("group", "leave_one_out", "group_batch", "mean_normalized")
-"""Estimators that are 0 where the rewards of a group are equal."""
+_GROUP_ESTIMATORS = ("group", "leave_one_out", "group_batch", "mean_normalized")
+"""Estimators whose advantages are 0 where the rewards of a group are equal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What advantages need to know of a completion.
+    """The inputs of a completion's advantage.
 
     Attributes:
-        reward: None where it failed.
-        num_tokens: its length.
-        criteria: values of single criteria.
-        penalties: what each token costs (beta times KL), or None.
+        reward: clipped reward; None where it failed.
+        num_tokens: number of tokens.
+        criteria: value of each criterion.
+        penalties: penalty of each token (beta times KL), or None.
     """
 
     reward: float | None
@@ -56,7 +56,7 @@ class Record:
 
     @property
     def total(self) -> float | None:
-        """The reward minus all penalties."""
+        """The reward minus the penalties of all tokens."""
         return None if self.reward is None else self.reward - sum(self.penalties or ())
 
 
@@ -65,9 +65,9 @@ class PolicyStep(Step):
     """A policy-gradient step.
 
     Attributes:
-        kl_coef: weight of the KL divergence in the loss; 0 where it is part of the reward.
-        entropy_coef: weight of the entropy bonus.
-        least_entropy: tokens with less entropy are left out of the loss.
+        kl_coef: coefficient of the KL in the loss; 0 where it is part of the reward.
+        entropy_coef: coefficient of the entropy bonus.
+        least_entropy: tokens with less entropy are excluded from the loss.
         num_tokens: tokens with an entropy bonus, over all ranks.
     """
 
@@ -78,7 +78,7 @@ class PolicyStep(Step):
 
 
 class PolicyGradient(Algorithm):
-    """GRPO and its relatives: advantages by an estimator of the table, the surrogate by a loss of the table.
+    """GRPO and its relatives: an advantage estimator and a surrogate loss, both rows of a table.
 
     Args:
         args: `GRPOConfig` or `RLOOConfig`.
@@ -96,30 +96,30 @@ class PolicyGradient(Algorithm):
 
     @property
     def passes(self) -> int:
-        """Times that each rollout is gone through."""
+        """Passes over each rollout."""
         return self.args.num_iterations
 
     @property
     def compared(self) -> str:
-        """What an estimator compares a reward with; one that was registered may compare with anything."""
+        """The baseline of the estimator; that of a registered one is taken to be the batch."""
         estimator = self.args.advantage_estimator
-        return "group" if estimator in _EQUAL_TEACHES_NOTHING else "batch"
+        return "group" if estimator in _GROUP_ESTIMATORS else "batch"
 
     @property
     def corrects_sampling(self) -> bool:
-        """Return whether samples are weighted by the policy's over the sampler's probabilities."""
+        """Whether samples are weighted by the ratio of policy and sampler probabilities."""
         return self.args.sampling_correction is not None
 
     def check_samples(self, completions: Sequence[Completion], engine: str) -> None:
         """Refuse samples without the log-probabilities that the correction needs."""
         if self.corrects_sampling and any(c.sampler_logprobs is None for c in completions):
             raise ConfigError(
-                f"sampling_correction = {self.args.sampling_correction!r}: {engine} gives no sampler_logprobs, which "
-                "the correction needs; use an engine that does, or remove it."
+                f"sampling_correction = {self.args.sampling_correction!r}: {engine} returns no sampler_logprobs, "
+                "which the correction needs; use an engine that does, or remove the field."
             )
 
-    def signals(self, completion: Completion) -> tuple[float, ...] | None:
-        """Return the reward within its range, or its criteria where each is normalised by itself."""
+    def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
+        """Return the clipped reward, or the criteria where each is normalised separately."""
         reward = self.clipped_reward(completion)
         if reward is None:
             return None
@@ -133,13 +133,13 @@ class PolicyGradient(Algorithm):
         return self.args.multi_objective_aggregation == "normalize_then_sum"
 
     def clipped_reward(self, completion: Completion) -> float | None:
-        """Return the completion's reward within `reward_clip_range`, or None where it failed."""
+        """Return the reward clipped to `reward_clip_range`, or None where it failed."""
         reward, clip = completion.reward, self.args.reward_clip_range
         return reward if reward is None or clip is None else min(max(reward, clip[0]), clip[1])
 
     def learns_without_rewards(self) -> bool:
-        """Return whether an entropy bonus, a reference that is another model, or a registered estimator teaches."""
-        return self._is_pulled or self.args.advantage_estimator not in (*_EQUAL_TEACHES_NOTHING, "batch")
+        """Return whether an entropy bonus, the KL to another model or a registered estimator has a gradient."""
+        return self._is_pulled or self.args.advantage_estimator not in (*_GROUP_ESTIMATORS, "batch")
 
     @property
     def _is_pulled(self) -> bool:
@@ -148,12 +148,12 @@ class PolicyGradient(Algorithm):
         return self.entropy_bonus.coefficient != 0 or pulls
 
     def needs_old_logprobs(self, group: Group) -> bool:
-        """Return whether a divergence that is not part of the loss cannot take the sampler's word for the policy's."""
+        """Return whether a KL outside the loss cannot use the sampler's log-probabilities for the policy's."""
         wanted = self.stage.reference is not None and (self.kl.is_in_reward or self.args.kl_target is not None)
         return wanted and (self.corrects_sampling or any(c.policy_logprobs is None for c in group.completions))
 
     def assign_advantages(self, shards: Sequence[Shard]) -> Mapping[str, float]:
-        """Estimate an advantage of each completion, or of each token, from the rewards of all ranks."""
+        """Estimate the advantage of each completion, or of each token, from the rewards of all ranks."""
         metrics = self.begin_rollout(shards)
         table = gather_by_prompt(shards, self.record, self.run.ranks.gathered)
         rows = dict(zip(table, self.estimate(list(table.values())), strict=True))
@@ -167,13 +167,13 @@ class PolicyGradient(Algorithm):
         return metrics
 
     def begin_rollout(self, shards: Sequence[Shard]) -> dict[str, float]:
-        """Measure the divergence from the reference; an adaptive weight follows it from the next rollout on."""
+        """Compute the KL from the reference; an adaptive coefficient follows it from the next rollout on."""
         if self.stage.reference is None:
             return {}
         return self.kl.begin_rollout([c for shard in shards for c in shard.group.completions], self.run.ranks)
 
     def record(self, completion: Completion) -> Record:
-        """Collect what advantages are made of."""
+        """Collect the inputs of a completion's advantage."""
         criteria = {} if completion.score is None else completion.score.criteria
         kl = completion.token.get("kl") if self.kl.is_in_reward else None
         penalties = None if kl is None else [self.kl.coefficient * value for value in kl]
@@ -181,7 +181,7 @@ class PolicyGradient(Algorithm):
         return Record(self.clipped_reward(completion), len(completion.token_ids), values, penalties)
 
     def estimate(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
-        """Estimate by the configured row of `burnish.objectives.advantages.ADVANTAGES`."""
+        """Estimate advantages with the configured row of `burnish.objectives.advantages.ADVANTAGES`."""
         args, rubric = self.args, self.stage.rubric
         return estimate(
             table,
@@ -197,7 +197,7 @@ class PolicyGradient(Algorithm):
         return [group for group in kept if group.completions]
 
     def step(self, groups: Sequence[Group], *, is_on_policy: bool = False) -> PolicyStep:
-        """Keep groups with a gradient; what couples all tokens of the step is found in a pass without one."""
+        """Select groups with a gradient; quantities that couple all tokens come from a pass without one."""
         kept, ranks, bonus = self.kept(groups), self.run.ranks, self.entropy_bonus
         least_entropy, num_tokens = -math.inf, 1.0
         if bonus.is_on:
@@ -224,7 +224,7 @@ class PolicyGradient(Algorithm):
     def _count(self, groups: Sequence[Group], kept: Sequence[Group]) -> float:
         """Count scored tokens, sequences, or sequences times the length limit, by the loss's reduction.
 
-        Completions without a reward count nowhere; truncated ones that are masked count as sequences, as in TRL.
+        Completions without a reward are not counted; truncated ones that are masked count as sequences, as in TRL.
         """
         sequences = sum(c.reward is not None for group in groups for c in group.completions)
         match self.policy_loss.reduction:
@@ -237,7 +237,7 @@ class PolicyGradient(Algorithm):
 
     @torch.no_grad()
     def _entropies(self, groups: Sequence[Group]) -> list[float]:
-        """Compute the entropy at every token in the loss: a quantile couples all tokens of a step."""
+        """Compute the entropy of every token in the loss, for a quantile over all tokens of the step."""
         found: list[float] = []
         with eval_mode(self.run.model):
             for part in self.stage.parts(groups):
@@ -248,30 +248,30 @@ class PolicyGradient(Algorithm):
         return found
 
     def loss(self, scores: Scores, batch: PackedBatch, step: Step) -> Loss:
-        """Compute the surrogate plus KL minus entropy bonus."""
+        """Compute the surrogate loss plus the KL minus the entropy bonus."""
         assert isinstance(step, PolicyStep)
         logprobs_N, entropy_N = scores.logprobs, scores.entropy
         if entropy_N is None:  # nothing is scored
             return Loss(logprobs_N.sum(), sums={"policy_loss": 0.0})
         args, loss, advantages_N = self.args, self.policy_loss, _advantages(batch)
-        place: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
+        layout: dict[str, Any] = {"sequence_index_N": batch.sequence_index, "num_sequences": batch.num_sequences}
         old_N = _old_logprobs(batch, logprobs_N)
-        ratios_N = log_ratio(logprobs_N, old_N, level=args.importance_sampling_level, **place)
+        ratios_N = log_ratio(logprobs_N, old_N, level=args.importance_sampling_level, **layout)
         correction_N = self._correction(batch, old_N)
-        weights_N = sequence_log_weight(logprobs_N, old_N, correction_N if loss.takes_correction else None, **place)
+        weights_N = sequence_log_weight(logprobs_N, old_N, correction_N if loss.takes_correction else None, **layout)
         terms = PolicyTerms(ratios_N, advantages_N, logprobs_N, weights_N)
         losses_N, clipped_N = loss.compute(terms, self.options)
         if losses_N.shape != logprobs_N.shape:
             raise CheckFailed(
                 f"loss_type = {args.loss_type!r} returned shape {tuple(losses_N.shape)} for {len(logprobs_N)} tokens: "
-                "return one loss for each token, not reduced."
+                "return one loss per token, without reduction."
             )
         kept_N = (entropy_N.detach() >= step.least_entropy).to(losses_N.dtype)
         on_policy_N = self._on_policy(batch, logprobs_N, old_N)
         losses_N = losses_N * kept_N * (1.0 if on_policy_N is None else on_policy_N)
         if correction_N is not None and not loss.takes_correction:
             losses_N = losses_N * correction_N
-        by: dict[str, Any] = {"reduction": loss.reduction, "denominator": step.denominator, **place}
+        by: dict[str, Any] = {"reduction": loss.reduction, "denominator": step.denominator, **layout}
         surrogate = float(aggregate(losses_N.detach(), **by))
         means: dict[str, torch.Tensor] = {
             "entropy": entropy_N,
@@ -279,7 +279,7 @@ class PolicyGradient(Algorithm):
             "clip_ratio/low_mean": (clipped_N & (advantages_N < 0)).float(),
             "clip_ratio/region_mean": clipped_N.float(),
         }
-        means |= {name: sequence_means(of(terms, self.options), **place) for name, of in loss.metrics.items()}
+        means |= {name: sequence_means(of(terms, self.options), **layout) for name, of in loss.metrics.items()}
         if correction_N is not None:
             means |= {
                 "sampling/correction/mean": correction_N,
@@ -301,7 +301,7 @@ class PolicyGradient(Algorithm):
         return Loss(value, means=means, sums={"policy_loss": surrogate})
 
     def _correction(self, batch: PackedBatch, old_N: torch.Tensor) -> torch.Tensor | None:
-        """Weigh samples by the policy's over the sampler's probabilities."""
+        """Compute the [N] importance weights of policy over sampler, if configured."""
         args = self.args
         if args.sampling_correction is None:
             return None
@@ -316,7 +316,7 @@ class PolicyGradient(Algorithm):
         )
 
     def _on_policy(self, batch: PackedBatch, logprobs_N: torch.Tensor, old_N: torch.Tensor) -> torch.Tensor | None:
-        """Mask sequences that the policy has moved off since they were sampled."""
+        """Compute the [N] mask of sequences that are still on-policy, if configured."""
         if self.args.off_policy_mask_threshold is None:
             return None
         sampled_N = batch.token.get("policy_logprobs", old_N)
@@ -330,15 +330,15 @@ class PolicyGradient(Algorithm):
         )
 
     def end_step(self) -> Mapping[str, float]:
-        """Let the entropy bonus follow the entropy of the step."""
+        """Adapt the entropy bonus to the entropy of the step."""
         return self.entropy_bonus.end_step(self.run.ranks.sum)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of the KL divergence and of the entropy bonus."""
+        """Return the coefficients of the KL and the entropy bonus."""
         return {**self.kl.state_dict(), "entropy_bonus": self.entropy_bonus.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore weights that are adaptive; one that is fixed is the configuration's."""
+        """Restore adaptive coefficients; fixed ones come from the configuration."""
         self.entropy_bonus.load_state_dict(state.get("entropy_bonus", {}))
         self.kl.load_state_dict(state)
 
@@ -346,14 +346,14 @@ class PolicyGradient(Algorithm):
 def estimate(
     table: Sequence[Sequence[Record]], estimator: str, *, weights: Sequence[float], scale: Any, by_criterion: bool
 ) -> Sequence[Sequence[float | list[float]]]:
-    """Estimate P rows of G advantages of completions, or of lists of advantages of tokens, from the records of all.
+    """Estimate P rows of G advantages, each a number per completion or a list per token.
 
     Args:
         table: P rows of G records.
         estimator: a row of `burnish.objectives.advantages.ADVANTAGES`.
-        weights: of the criteria.
-        scale: what differences of rewards are divided by.
-        by_criterion: normalise each criterion by itself.
+        weights: weight of each criterion.
+        scale: the standard deviation to divide by: "group", "batch" or "none".
+        by_criterion: normalise each criterion separately.
     """
     if estimator == "batch" and any(r.penalties for row in table for r in row):
         penalties = [[r.penalties or [] for r in row] for row in table]
@@ -375,13 +375,13 @@ def _has_advantage(completion: Completion) -> bool:
 
 
 def _advantages(batch: PackedBatch) -> torch.Tensor:
-    """[N] advantages, of tokens or of their sequences."""
+    """Return the [N] advantages of tokens, or of the sequence of each."""
     if "advantages" in batch.token:
         return batch.token["advantages"]
     return batch.sequence["advantages"][batch.sequence_index]
 
 
 def _old_logprobs(batch: PackedBatch, logprobs_N: torch.Tensor) -> torch.Tensor:
-    """[N] log-probabilities before the first update; those of fresh samples are the current ones."""
+    """Return the [N] log-probabilities before the first update; for fresh samples, the current ones."""
     old_N = batch.token.get("old_logprobs")
     return logprobs_N.detach() if old_N is None else torch.where(old_N.isnan(), logprobs_N.detach(), old_N)

@@ -1,4 +1,4 @@
-"""Reward modelling: pairs, ranked lists and judged steps."""
+"""Reward modelling on pairs, ranked lists and labelled steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from burnish.data import EncodeStats, encode_rows, errors_of, finite_rows, reward_group, reward_kind
 from burnish.errors import ConfigError, DataError
-from burnish.model.classifier import group_places, load_reward_model, pack_reads, prepare_for_rewards, reward_scores
+from burnish.model.classifier import group_ranges, load_reward_model, pack_reads, prepare_for_rewards, reward_scores
 from burnish.model.scoring import causal_lm
 from burnish.objectives.reward_modelling import (
     bradley_terry,
@@ -33,14 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 class RewardStage(Stage):
-    """Learn scores from comparisons or from judged steps: a sequence classifier with one label.
+    """Train a sequence classifier with one label on comparisons or labelled steps.
 
     Args:
         args: `RewardConfig`.
-        tokenizer: of the model; it gets the configured padding token.
+        tokenizer: the model's tokenizer; its pad token is set to `pad_token`.
     """
 
-    columns = "chosen and rejected, or with prompt and completions"
+    columns = "`chosen` and `rejected`, or `prompt` and `completions`"
     whole_groups = True
 
     def __init__(self, args: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -52,25 +52,25 @@ class RewardStage(Stage):
             tokenizer.pad_token = pad
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
             logger.warning(
-                "pad_token is EOS (%r): transformers reads a score at the last token that is no padding, so scores are "
-                "read before EOS. Set pad_token to another token to read them at EOS.",
+                "pad_token is EOS (%r): transformers reads the score of the last token that is not padding, so "
+                "scores are read before EOS. Set pad_token to another token to read them at EOS.",
                 tokenizer.pad_token,
             )
 
     def load(self, model: Any) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
-        """Load a sequence classifier, and name the padding token in its configuration."""
+        """Load a sequence classifier, and set the pad token in its configuration."""
         args = self.args
         loaded, exact = load_reward_model(model, bf16=args.bf16, seed=args.seed, init_kwargs=args.model_init_kwargs)
         causal_lm(loaded).config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return loaded, exact
 
     def prepare(self, model: torch.nn.Module) -> None:
-        """Read scores on packed rows."""
+        """Prepare the forward for scores of packed rows."""
         refuse_router_loss(model)
         prepare_for_rewards(model)
 
     def encode(self, dataset: Any, name: str, stats: EncodeStats | None = None) -> list[Group]:
-        """Encode rows of one kind; those that are too long are left out, and counted."""
+        """Encode rows of one kind; drop those that are too long, with a warning."""
         rows, limit = list(finite_rows(dataset, name)), self.args.max_length
         with errors_of(name):
             _check_one_kind(rows, centred=bool(self.args.center_rewards_coefficient))
@@ -92,7 +92,7 @@ class RewardStage(Stage):
             stats.num_dropped_rows += len(groups) - len(kept)
         if len(kept) < len(groups):
             logger.warning(
-                "%s: %d of %d rows are longer than max_length = %s and left out.",
+                "%s: %d of %d rows are longer than max_length = %s and dropped.",
                 name, len(groups) - len(kept), len(groups), limit,
             )  # fmt: skip
         if not kept:
@@ -100,14 +100,14 @@ class RewardStage(Stage):
         return kept
 
     def next_step(self, batches: Iterator[list[Group]], num_batches: int) -> Step | None:
-        """Take the next rows; the terms of the loss are pairs, lists or steps."""
+        """Return the next rows; the terms of the loss are pairs, lists or steps."""
         if (groups := read_groups(batches, num_batches)) is None:
             return None
         self.run.num_tokens += sum(group.num_tokens for group in groups)
         return Step(groups, count=self.run.ranks.sum(float(sum(len(_labels(group)) or 1 for group in groups))))
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
-        """Pack what is read for scores, with `labels` [N] of steps and `margins` [S] of completions."""
+        """Pack groups for scoring, with `labels` [N] of steps and `margins` [S] of completions."""
         batch = pack_reads(groups)
         if labels := [float(label) for group in groups for label in _labels(group)]:
             batch.token["labels"] = torch.tensor(labels)
@@ -116,23 +116,23 @@ class RewardStage(Stage):
         return batch
 
     def loss(self, model: torch.nn.Module, batch: PackedBatch, step: Step) -> Loss:
-        """Compute the mean loss of pairs, lists or steps."""
+        """Compute the mean loss over pairs, lists or steps."""
         scores_N = reward_scores(model, batch)
         self._stats.add(scores_N, batch)
         return Loss(self._losses(scores_N, batch).sum() / step.denominator)
 
     def _losses(self, scores_N: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Compute one loss for each step, or each pair or list."""
+        """Compute the loss of each step, pair or list."""
         if not scores_N.numel():
             return scores_N
         if "labels" in batch.token:
             return step_cross_entropy(scores_N, batch.token["labels"])
         coefficient = self.args.center_rewards_coefficient or 0.0
         losses: list[torch.Tensor] = []
-        for places_PG in comparisons(batch):
-            scores_PG = scores_N[places_PG]
+        for index_PG in comparisons(batch):
+            scores_PG = scores_N[index_PG]
             if scores_PG.shape[1] == 2:
-                margin_P = batch.sequence["margins"][places_PG[:, 0]]
+                margin_P = batch.sequence["margins"][index_PG[:, 0]]
                 likelihood_P = bradley_terry(scores_PG[:, 0], scores_PG[:, 1], margin_P)
             else:
                 likelihood_P = plackett_luce(scores_PG)
@@ -140,7 +140,7 @@ class RewardStage(Stage):
         return torch.cat(losses)
 
     def step_metrics(self) -> dict[str, float]:
-        """Add the metrics of all completions trained on since the last log."""
+        """Add the metrics of the scores since the last log."""
         metrics = super().step_metrics() | self._stats.summary(self.run.ranks)
         self._stats = RewardStats()
         return metrics
@@ -154,7 +154,7 @@ class RewardStage(Stage):
         self._stats.load_state_dict(state["scores"])
 
     def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
-        """Measure the loss and how often, and how surely, scores are right."""
+        """Compute the loss, accuracy, margin and calibration."""
         stats, loss, terms, ranks = RewardStats(), 0.0, 0, self.run.ranks
         for part in self.held_out_parts(groups):
             batch = self.pack(part).to(self.args.device)
@@ -176,15 +176,15 @@ class RewardStage(Stage):
 
 
 def comparisons(batch: PackedBatch) -> list[torch.Tensor]:
-    """The completions of each pair or list, as [P, G] places among the scores, one tensor for each G."""
+    """Return the score indices of each pair or list as [P, G] tensors, one for each G."""
     by_size: dict[int, list[list[int]]] = {}
-    for places in group_places(batch):
-        by_size.setdefault(len(places), []).append(list(places))
+    for indices in group_ranges(batch):
+        by_size.setdefault(len(indices), []).append(list(indices))
     return [torch.tensor(rows, device=batch.input_ids.device) for _, rows in sorted(by_size.items())]
 
 
 class RewardStats:
-    """What a set of scores says: how high they are, how often they are right, how well they are calibrated."""
+    """Statistics of a set of scores: range, accuracy, margin and calibration."""
 
     def __init__(self) -> None:
         self._scores: list[torch.Tensor] = []
@@ -193,7 +193,7 @@ class RewardStats:
         self._steps = False
 
     def add(self, scores_N: torch.Tensor, batch: PackedBatch) -> None:
-        """Scores of one batch; a list counts with all of its pairs."""
+        """Add the scores of a batch; a list counts as all of its pairs."""
         scores_N = scores_N.detach()
         if not scores_N.numel():
             return
@@ -203,19 +203,19 @@ class RewardStats:
             self._ahead.append(self._scores[-1])
             self._outcomes.append(batch.token["labels"].double().cpu())
             return
-        for places_PG in comparisons(batch):
-            better, worse = torch.triu_indices(places_PG.shape[1], places_PG.shape[1], 1)
-            scores_PG = scores_N[places_PG].double().cpu()
+        for index_PG in comparisons(batch):
+            better, worse = torch.triu_indices(index_PG.shape[1], index_PG.shape[1], 1)
+            scores_PG = scores_N[index_PG].double().cpu()
             self._ahead.append((scores_PG[:, better] - scores_PG[:, worse]).flatten())
             self._outcomes.append(torch.ones_like(self._ahead[-1]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything added so far, as JSON."""
+        """Return the scores added so far, as JSON."""
         scores, ahead, outcomes = (values.tolist() for values in self._all())
         return {"scores": scores, "ahead": ahead, "outcomes": outcomes, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         names = ("scores", "ahead", "outcomes")
         own = (torch.tensor(state[name], dtype=torch.float64) for name in names)
         self._scores, self._ahead, self._outcomes = ([values] for values in own)
@@ -227,7 +227,7 @@ class RewardStats:
         return scores, ahead, outcomes
 
     def summary(self, ranks: Ranks) -> dict[str, float]:
-        """TRL's metrics over all ranks: a pair is right where the better completion has the higher score."""
+        """Return TRL's metrics over all ranks; a pair is correct if the better completion has the higher score."""
         scores_N, ahead_M, outcomes_M = self._all()
         count, pairs = (max(ranks.sum(float(x.numel())), 1.0) for x in (scores_N, ahead_M))
         least = -float(scores_N.min()) if len(scores_N) else float("-inf")
@@ -242,17 +242,17 @@ class RewardStats:
         return metrics if self._of_steps(ranks) else {**metrics, "margin": margin}
 
     def _of_steps(self, ranks: Ranks) -> bool:
-        """Whether any rank has seen steps: one without rows must take part in the same sums."""
+        """Return whether any rank has steps: one without rows must take part in the same sums."""
         return ranks.max(float(self._steps)) > 0
 
     def calibration(self, ranks: Ranks) -> dict[str, float]:
-        """Expected calibration error with 10 bins and Brier score of sigma(ahead), over all ranks."""
+        """Return the expected calibration error (10 bins) and Brier score of sigmoid(difference) over all ranks."""
         _, ahead_M, outcomes_M = self._all()
         probability_M = ahead_M.sigmoid()
         brier = ranks.sum(float(((probability_M - outcomes_M) ** 2).sum()))
         pairs = max(ranks.sum(float(ahead_M.numel())), 1.0)
         if not self._of_steps(ranks):
-            # In one order every outcome is 1, and the error would be one minus the mean probability.
+            # With the better one always first every outcome is 1, and the error would be 1 minus the mean probability.
             probability_M = torch.cat((probability_M, (-ahead_M).sigmoid()))
             outcomes_M = torch.cat((outcomes_M, 1 - outcomes_M))
         own = calibration_bins(probability_M, outcomes_M).flatten().tolist()
@@ -261,7 +261,7 @@ class RewardStats:
 
 
 def _check_one_kind(rows: list[Any], *, centred: bool) -> None:
-    """One kind of row in a data set, and a margin in all rows or in none."""
+    """Refuse rows of different kinds, and margins in some rows only."""
     kinds = [reward_kind(row, index) for index, row in enumerate(rows)]
     other = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if other is not None:
@@ -276,9 +276,9 @@ def _check_one_kind(rows: list[Any], *, centred: bool) -> None:
         )
     with_margin = [row.get("margin") is not None for row in rows]
     if any(with_margin) and not all(with_margin):
-        raise DataError(f"row {with_margin.index(False)} has no margin and others do: give all one, 0 for none.")
+        raise DataError(f"row {with_margin.index(False)} has no margin and others do: give every row one, 0 for none.")
 
 
 def _labels(group: Group) -> list[bool]:
-    """The labels of steps, which are one completion."""
+    """Return the labels of a group's steps, which form one completion."""
     return group.row.get("labels") or [] if len(group.completions) == 1 else []

@@ -1,4 +1,4 @@
-"""Prompts to scored samples: rounds of sampling, refills and replay."""
+"""Sample and score completions of prompts, in rounds, with refills and replay."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 def prompts_per_rollout(args: Any) -> int:
-    """Return P: one rollout feeds `steps_per_generation` micro-batches of every rank, with G completions a prompt."""
+    """Return P, the prompts of `steps_per_generation` micro-batches of every rank with G completions a prompt."""
     micro_batches = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
     return args.per_device_train_batch_size * args.world_size * micro_batches // args.num_generations
 
 
 class Sampler:
-    """Samples the next prompts of a source and scores the samples.
+    """Sample completions of the next prompts of a source, and score them.
 
     Args:
-        stage: has the rubric, the algorithm that checks the samples, and the run that gets the metrics.
+        stage: provides the rubric, the algorithm that checks the samples, and the run that collects metrics.
         source: order of the prompts.
-        engine: samples.
-        params: how to sample.
+        engine: generates completions.
+        params: sampling parameters.
     """
 
     def __init__(self, stage: OnlineStage, *, source: PromptSource, engine: Engine, params: SamplingParams) -> None:
@@ -48,13 +48,13 @@ class Sampler:
         self.params = params
         self.replay = Replay(stage.args.replay_size)
         self.rounds = 0
-        """Rounds of sampling so far, of which a rollout may have several: part of the key of every random number."""
+        """Rounds of sampling so far, of which a rollout may have several; part of the key of every random number."""
 
     def sample(self) -> tuple[list[Shard], list[Shard]]:
-        """Sample and score the groups of one rollout, with refills for groups that teach nothing.
+        """Sample and score the groups of one rollout, with refills for groups without reward variance.
 
         Returns:
-            This rank's part of P groups, and of everything that was sampled for them.
+            This rank's shards of the P groups, and of everything that was sampled for them.
         """
         args, ranks, wanted = self._args, self._run.ranks, prompts_per_rollout(self._args)
         if not (args.dynamic_sampling or args.replay_size):
@@ -107,8 +107,8 @@ class Sampler:
         return shards
 
     def generate(self, shards: Sequence[Shard], *, seed: int, step: int) -> None:
-        """Sample the completions of shards; (seed, step, place, number) keys their random numbers."""
-        # Keyed by place: a prompt may come twice in a round, at the end of one epoch and the start of the next.
+        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample)."""
+        # Keyed by position: a prompt may come twice in a round, at the end of one epoch and the start of the next.
         requests = [
             Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.position, first_sample=s.first)
             for s in shards
@@ -119,7 +119,7 @@ class Sampler:
             shard.group.completions = completions
 
     def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
-        """Score the completions of groups; returns what reward functions log, of all ranks."""
+        """Score the completions of groups; return the metrics logged by reward functions on all ranks."""
         logged: list[tuple[str, float]] = []
         self._stage.rubric.score(
             groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
@@ -131,8 +131,8 @@ class Sampler:
         engine = type(self.engine).__name__
         if self.rounds == 0 and any(c.policy_logprobs is None for c in completions):
             logger.warning(
-                "%s gives no policy_logprobs: nothing checks that it samples from the weights that are trained, at "
-                "the temperature that the loss assumes. Let the engine fill Completion.policy_logprobs.",
+                "%s returns no policy_logprobs, so nothing checks that it samples with the trained weights at the "
+                "temperature that the loss assumes. Let the engine fill Completion.policy_logprobs.",
                 engine,
             )
         self._stage.algorithm.check_samples(completions, engine)
@@ -141,11 +141,13 @@ class Sampler:
         clipped = self._run.metrics.add_completions(groups, self._stage.rubric.names)
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
-            logger.warning("%d completions leave the loss: %s", len(failed), "; ".join(failed[0].errors.values()))
+            logger.warning(
+                "%d completions are excluded from the loss: %s", len(failed), "; ".join(failed[0].errors.values())
+            )
         if clipped > 0.5 and self.rounds == 1:
             logger.warning(
-                "%.0f%% of the completions hit max_completion_length = %d: rewards that look at the end will miss. "
-                "Raise it, or shorten what the prompt asks for.",
+                "%.0f%% of the completions hit max_completion_length = %d: rewards that read the end will miss it. "
+                "Raise it, or ask for shorter answers.",
                 100 * clipped,
                 self._args.max_completion_length,
             )

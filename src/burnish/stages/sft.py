@@ -27,12 +27,12 @@ __all__ = ["SFTStage"]
 
 
 class SFTStage(Stage):
-    """Learn the scored tokens of conversations, or of plain text; the loss is a mean over those of the whole step.
+    """Train on the scored tokens of conversations or plain text; the loss is their mean over the whole step.
 
     Args:
         args: `SFTConfig`.
-        tokenizer: of the model.
-        formatting_func: turns a row into one plain text, which is then a language modelling row.
+        tokenizer: the model's tokenizer.
+        formatting_func: turns a row into plain text, which is then trained on in full.
     """
 
     columns = "`text`, `messages`, or `prompt` and `completion`"
@@ -50,11 +50,11 @@ class SFTStage(Stage):
 
     @property
     def uses_dropout(self) -> bool:
-        """Always."""
+        """Always True: `disable_dropout` does not apply to SFT."""
         return True
 
     def training_set(self, dataset: Any) -> list[Group] | GroupStream:
-        """Encode rows; those without a length are encoded as they come."""
+        """Encode the training rows; those without a length are encoded as they are read."""
         rows = as_rows(dataset, "train_dataset")
         if isinstance(rows, Sized):
             return self.encode(rows, "train_dataset")
@@ -87,20 +87,20 @@ class SFTStage(Stage):
         return sft_groups(row, processing_class, **options)
 
     def join(self, run: Run) -> None:
-        """Know what a model that guesses loses."""
+        """Set the loss of a uniform distribution, and the shard of a stream that this rank reads."""
         super().join(run)
-        run.liveness.uniform_loss = math.log(causal_lm(run.model).config.get_text_config().vocab_size)
+        run.learning_monitor.uniform_loss = math.log(causal_lm(run.model).config.get_text_config().vocab_size)
         if self._stream is not None:
             self._stream.rank, self._stream.world = run.ranks.index, run.ranks.count
 
     def train_dataloader(self, batch_size: int) -> DataLoader[Any] | None:
-        """Let each process read its own share of a stream."""
+        """Return a dataloader of this rank's shard of a stream; None for a data set with a length."""
         if self._stream is None:
             return None
         return DataLoader(self._stream, batch_size=batch_size, collate_fn=cast(Any, collate))
 
     def next_step(self, batches: Iterator[list[Group]], num_batches: int) -> Step | None:
-        """Take the next rows; a stream that ends on one rank ends on all."""
+        """Return the next rows; a stream that ends on one rank ends on all."""
         ranks, groups = self.run.ranks, read_groups(batches, num_batches)
         if self._stream is not None and ranks.max(float(groups is None)):
             return None
@@ -110,12 +110,12 @@ class SFTStage(Stage):
         return Step(groups, count=ranks.sum(float(sum(map(scored_tokens, groups)))))
 
     def end_training(self) -> None:
-        """Say what was skipped of a data set without a length."""
+        """Report the rows that were skipped in a stream."""
         if self._stream is not None:
             self._stream.report()
 
     def loss(self, model: torch.nn.Module, batch: PackedBatch, step: Step) -> Loss:
-        """Compute the mean over scored tokens of the configured loss."""
+        """Compute the configured loss, averaged over scored tokens."""
         alpha = self.args.neftune_noise_alpha if model.training else None
         with nullcontext() if alpha is None else noisy_embeddings(model, batch, alpha):
             scores = score(model, batch, with_entropy=True)
@@ -130,12 +130,12 @@ class SFTStage(Stage):
         return Loss(
             value,
             means={"entropy": scores.entropy, "mean_token_accuracy": scores.correct.float()},
-            # dft weighs tokens that are lost with 0, so its own loss would hide that they are.
+            # dft weighs improbable tokens with 0, so its own loss would hide a divergence.
             watched=-scores.logprobs.detach().sum() / step.denominator,
         )
 
     def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
-        """Average the loss, the entropy and the accuracy over all scored tokens."""
+        """Compute the loss, entropy and accuracy, averaged over all scored tokens."""
         sums, tokens, ranks = {"loss": 0.0, "entropy": 0.0, "mean_token_accuracy": 0.0}, 0, self.run.ranks
         for part in self.held_out_parts(groups):
             scores = score(self.run.model, self.pack(part).to(self.args.device), with_entropy=True)

@@ -1,1 +1,1 @@
-"""What every trainer shares: steps, checkpoints, checks, metrics."""
+"""Parts shared by all trainers: the learner, steps, checkpoints, checks, metrics."""

@@ -1,4 +1,4 @@
-"""Arguments of TRL's trainers: what a constructor of ours takes, passes on, or refuses with what to do instead."""
+"""Check the arguments of trainers, and refuse those of TRL that are not supported with what to do instead."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["check_constructor", "check_parts", "refuse_arguments", "resolve_args
 
 
 def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that a trainer's constructor does not have, with where they live now.
+    """Refuse arguments that a trainer's constructor does not have, naming where they belong.
 
     Raises:
-        ConfigError: an unknown, missing or doubled argument.
+        ConfigError: an argument is unknown, missing or given twice.
     """
     signature = inspect.signature(trainer.__init__)
     parameters = signature.parameters
@@ -43,7 +43,7 @@ def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping
         if name in REFUSED_ARGUMENTS:
             raise ConfigError(f"{what}; {REFUSED_ARGUMENTS[name]}.")
         if stages := stages_with(name):
-            raise ConfigError(f"{what}, and args no such field; it is one of {', '.join(stages)}.")
+            raise ConfigError(f"{what}, and args has no such field; it is a field of {', '.join(stages)}.")
         raise ConfigError(f"{what}; {did_you_mean(name, list(parameters)[1:])}.")
     try:
         signature.bind(None, *args, **kwargs)
@@ -52,16 +52,16 @@ def check_constructor(trainer: type[Any], args: tuple[Any, ...], kwargs: Mapping
 
 
 def resolve_args(args: Any, config_class: type[Any], model: Any, quantization_config: Any = None) -> Any:
-    """Return the arguments given, or the defaults of the trainer's own config, with the quantisation in them.
+    """Return the given config, or the trainer's default one, with the quantisation added.
 
     Args:
-        args: as the trainer was given them, or None.
-        config_class: of the trainer.
-        model: as the trainer was given it.
-        quantization_config: becomes a key of `model_init_kwargs`.
+        args: the trainer's `args`, or None.
+        config_class: the trainer's config class.
+        model: the trainer's `model`.
+        quantization_config: added to `model_init_kwargs`.
 
     Raises:
-        ConfigError: arguments of another class; a quantisation given twice, or beside a model in memory.
+        ConfigError: `args` is of another class; the quantisation is given twice, or with a model in memory.
     """
     if args is None:
         args = config_class()
@@ -84,18 +84,18 @@ def resolve_args(args: Any, config_class: type[Any], model: Any, quantization_co
 
 
 def refuse_arguments(**given: Any) -> None:
-    """Refuse arguments that TRL's trainers have and that have no place here; None is no argument.
+    """Refuse arguments of TRL's trainers that are not supported; None counts as not given.
 
     Raises:
-        ConfigError: one that was given.
+        ConfigError: one of them is given.
     """
     for name, value in given.items():
         if value is None:
             continue
         if name == "data_collator" and not isinstance(value, Callable):
             raise ConfigError(
-                f"data_collator = {type(value).__name__}: by position it stands before train_dataset, as in TRL; pass "
-                "the rows as train_dataset=..."
+                f"data_collator = {type(value).__name__}: it comes before train_dataset by position, as in TRL; pass "
+                "rows as train_dataset=..."
             )
         raise ConfigError(f"{name} = {_short(value)}: {REFUSED_ARGUMENTS[name]}.")
 
@@ -111,22 +111,20 @@ def check_parts(
     """Refuse parts of the wrong kind before any weight is read.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: with the name of the argument.
     """
     if peft_config is not None and not hasattr(peft_config, "peft_type"):
-        raise ConfigError(
-            f"peft_config = {_short(peft_config)}: pass a configuration of peft, such as LoraConfig(r=16)."
-        )
+        raise ConfigError(f"peft_config = {_short(peft_config)}: pass a peft config, such as LoraConfig(r=16).")
     if peft_config is not None:
         refuse_outside_weights(peft_config.peft_type, "peft_config")
     for callback in callbacks or ():
         kind: Any = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
-            raise ConfigError(f"callbacks: {_short(callback)} is no transformers.TrainerCallback; derive it from one.")
+            raise ConfigError(f"callbacks: {_short(callback)} is not a transformers.TrainerCallback; subclass it.")
     if not isinstance(optimizers, tuple) or len(cast("tuple[Any, ...]", optimizers)) != 2:
         raise ConfigError(
-            f"optimizers = {_short(optimizers)}: pass an optimizer and a scheduler, (optimizer, None) for the "
-            "configured scheduler; args.optim names one of transformers' own."
+            f"optimizers = {_short(optimizers)}: pass (optimizer, scheduler), or (optimizer, None) for the "
+            "configured scheduler; args.optim selects one of transformers by name."
         )
     if optimizer_cls_and_kwargs is not None and optimizers[0] is not None:
         raise ConfigError("optimizers and optimizer_cls_and_kwargs both name an optimizer: pass one of them.")
@@ -134,7 +132,7 @@ def check_parts(
     best = str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
     if best and args.metric_for_best_model is None:
         raise ConfigError(
-            "save_strategy = 'best' with metric_for_best_model = None: name the metric to follow, such as 'loss'."
+            "save_strategy = 'best' with metric_for_best_model = None: name the metric to track, such as 'loss'."
         )
     if eval_dataset is None and strategy != "no":
         raise ConfigError(f"eval_strategy = {strategy!r} without eval_dataset: pass held-out rows, or remove it.")

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: live progress with an ETA, and metrics as JSON lines."""
+"""Callbacks that show live progress and record metrics as JSON lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from burnish.progress import Progress, format_seconds, say
 from burnish.runs.files import write_json
 from burnish.runs.records import StepRecords
 from burnish.training.environment import environment, warn_of_untested
-from burnish.training.plan import describe_plan
+from burnish.training.run_length import describe_run_length
 
 __all__ = ["EngineProgress", "MetricsCallback", "ProgressCallback", "RecordsCallback"]
 
@@ -23,7 +23,7 @@ _SHOWN = (
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows how far a run is, with the latest metrics; they stay as its last line."""
+    """Show progress with the latest metrics, which stay as the last line."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -32,26 +32,26 @@ class ProgressCallback(TrainerCallback):
         self._started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say what will be done; start the clock."""
+        """Describe the length of the run and start the progress bar."""
         if state.is_world_process_zero:
-            say(describe_plan(args, first_step=state.global_step, max_steps=state.max_steps))
+            say(describe_run_length(args, first_step=state.global_step, max_steps=state.max_steps))
             self._started, self._metrics = time.monotonic(), {}
             self._progress = Progress(self.stage, state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
+        """Advance the progress bar."""
         if self._progress is not None:
             self._progress.update(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the metrics people watch."""
+        """Show the main metrics."""
         logged = {name: logs[name] for name in _SHOWN if name in logs} if logs else {}
         self._metrics |= logged
         if self._progress is not None and logged:
             self._progress.update(state.global_step, _line(logged), now=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave a line of the last metrics."""
+        """Close the progress bar and print the last metrics."""
         if self._progress is not None:
             self._progress.stop()
             elapsed = format_seconds(time.monotonic() - self._started)
@@ -64,22 +64,22 @@ def _line(metrics: Mapping[str, float]) -> str:
 
 
 class RecordsCallback(TrainerCallback):
-    """Drops what an earlier run recorded after the step at which this one starts."""
+    """Drop records of an earlier run after the step at which this one starts."""
 
     def __init__(self, *files: StepRecords) -> None:
         self.files = files
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut the records back to the checkpoint, or to nothing."""
+        """Truncate the records to the checkpoint's step, or empty them."""
         if state.is_world_process_zero:
             for records in self.files:
                 records.start_at(state.global_step)
 
 
 class MetricsCallback(RecordsCallback):
-    """Appends every log to `metrics.jsonl`; a run that starts or resumes first drops the records after its step.
+    """Append every log to `metrics.jsonl`, and write versions and hardware to `environment.json` beside it.
 
-    Versions and hardware of the run go beside it, into `environment.json`.
+    A run that starts or resumes drops the records after its step first.
     """
 
     def __init__(self, args: Any) -> None:
@@ -88,7 +88,7 @@ class MetricsCallback(RecordsCallback):
         self._resumes = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Cut the records back to the checkpoint, or to nothing."""
+        """Truncate the records to the checkpoint's step, or empty them."""
         super().on_train_begin(args, state, control, **kwargs)
         self._resumes = state.global_step > 0
         if state.is_world_process_zero:
@@ -97,11 +97,11 @@ class MetricsCallback(RecordsCallback):
             write_json(self.records.file.with_name("environment.json"), environment())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record from here on: `eval_on_start` evaluates again in a resumed run."""
+        """Start recording: in a resumed run `eval_on_start` repeats an evaluation that is already recorded."""
         self._resumes = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log what a run shorter than `logging_steps`, or its last steps, would leave unsaid."""
+        """Log the last steps too, where `logging_steps` would skip them."""
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True
 
@@ -111,12 +111,12 @@ class MetricsCallback(RecordsCallback):
             self.records.append([{"step": state.global_step, "time": time.time(), **logs}])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record evaluations after a run that had no step left."""
+        """Record later evaluations even if no step was left to take."""
         self._resumes = False
 
 
 class EngineProgress:
-    """An engine that shows how far each `generate` is, with the time left; a context manager."""
+    """Wrap an engine to show the progress of each `generate`; a context manager."""
 
     def __init__(self, engine: Any, title: str, total: int) -> None:
         self._engine = engine
@@ -129,7 +129,7 @@ class EngineProgress:
         self._progress.stop()
 
     def generate(self, requests: Any, *, seed: int, step: int) -> Any:
-        """As the engine does."""
+        """Generate with the engine, and show progress."""
 
         def show(finished: int, total: int, tokens: int) -> None:
             self._progress.update(finished, f"{tokens} tokens")
@@ -137,9 +137,9 @@ class EngineProgress:
         return self._engine.generate(requests, seed=seed, step=step, on_progress=show)
 
     def sync(self, version: int) -> None:
-        """As the engine does."""
+        """Sync the engine."""
         self._engine.sync(version)
 
     def close(self) -> None:
-        """As the engine does."""
+        """Close the engine."""
         self._engine.close()

@@ -1,4 +1,4 @@
-"""The model card: a README.md with the hub's metadata that says how a model was trained; a user's own is kept."""
+"""Model cards: a README.md with the hub's metadata and the training settings; a user's card is kept."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ _ALWAYS = (
 )  # fmt: skip
 
 _NEVER = frozenset({"chat_template", "model_init_kwargs", "optim_args"})
-"""Settings that may hold paths or secrets of the machine."""
+"""Settings that may hold paths or secrets."""
 
 _NO_METRICS = re.compile(r"epoch|step|num_tokens|total_flos|.*_runtime|.*_per_second|seconds/.*")
 
 
 class CardWriter:
-    """Writes the card of one trainer's model; what was told once stays in later cards.
+    """Write the model card of a trainer.
 
     Args:
-        trainer: whose model it is.
+        trainer: the trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._name: str | None = None
         self._datasets: list[str] = []
-        self._tags = _tags(trainer.args)
-        # A model in a wrapper of the user's may have no tags.
+        algorithm = getattr(trainer.args, "algorithm", None)
+        names = dict.fromkeys((trainer.args.kind, algorithm or trainer.args.kind))
+        self._tags = ["burnish", *(name.replace("_", "-") for name in names)]
+        # A user's own wrapper of a model may not have tags.
         if callable(add := getattr(trainer.model, "add_model_tags", None)):
             add(list(self._tags))
 
     def tell(
         self, *, model_name: str | None, dataset_name: str | Sequence[str] | None, tags: str | Sequence[str] | None
     ) -> None:
-        """Remember a name, data sets and more tags for the cards from here on."""
+        """Set the name, data sets and further tags of all later cards."""
         self._name = self._name if model_name is None else model_name
         if dataset_name is not None:
             self._datasets = [dataset_name] if isinstance(dataset_name, str) else list(dataset_name)
@@ -94,7 +96,7 @@ class CardWriter:
 
 @contextmanager
 def keeping_card(folder: Path) -> Generator[None]:
-    """Save a model inside; its folder's card stays as it is, for peft would merge its template into it.
+    """Save a model inside and keep its folder's card, into which peft would merge its template.
 
     Raises:
         FileError: the card cannot be restored.
@@ -119,18 +121,12 @@ def _is_own(file: Path) -> bool:
     return signature == _signature(text)
 
 
-def _tags(args: Any) -> list[str]:
-    algorithm = getattr(args, "algorithm", None)
-    named = [args.kind, *([] if algorithm in (None, args.kind) else [algorithm])]
-    return ["burnish", *(name.replace("_", "-") for name in named)]
-
-
 def _is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
 def _licence_of(base: str) -> str | None:
-    """The licence in the card of a base model that lies on this machine."""
+    """Return the licence in the card of a local base model."""
     file = Path(base) / CARD
     if not base or not file.is_file():
         return None
@@ -152,12 +148,15 @@ def _body(trainer: Any, name: str, base: str, datasets: Sequence[str]) -> str:
     if algorithm is not None:
         lines.append(f"Algorithm: `{args.algorithm}`{_cited(algorithm.paper)}: {algorithm.summary}.")
     adapters = cast("Mapping[str, Any]", getattr(trainer.model, "peft_config", None) or {})
-    lines += [f"Adapters: {_adapter(config)}." for config in adapters.values()]
+    for config in adapters.values():
+        rank = f", rank {config.r}" if hasattr(config, "r") else ""
+        lines.append(f"Adapters: {getattr(config.peft_type, 'value', config.peft_type)}{rank}.")
     lines.append(f"{state.global_step:,} optimizer steps.")
-    metrics = _metrics(state.log_history)
-    parts = [("Settings", "setting", _settings(args)), ("Final metrics", "metric", metrics)]
-    for title, header, rows in parts:
-        lines += ["", f"## {title}", "", *_table(header, rows)] if rows else []
+    tables = (("Settings", "setting", _settings(args)), ("Final metrics", "metric", _metrics(state.log_history)))
+    for title, header, rows in tables:
+        if rows:
+            lines += ["", f"## {title}", "", f"| {header} | value |", "| --- | --- |"]
+            lines += [f"| `{name}` | {value} |" for name, value in rows.items()]
     versions = environment()["versions"]
     lines += ["", "## Versions", "", ", ".join(f"{package} {version}" for package, version in versions.items()), ""]
     return "\n".join(lines)
@@ -171,13 +170,8 @@ def _cited(paper: str) -> str:
     return f" ([arXiv:{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
 
 
-def _adapter(config: Any) -> str:
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    return f"{kind}, rank {config.r}" if hasattr(config, "r") else str(kind)
-
-
 def _settings(args: Any) -> dict[str, Any]:
-    """The settings that another run would need: a few always, others where they are not the default."""
+    """Return the settings that reproduce the run: a few always, others if they are not the default."""
     fields: Mapping[str, Any] = args.__dataclass_fields__
     length = "max_steps" if args.max_steps > 0 else "num_train_epochs"
     found = {name: getattr(args, name) for name in (length, *_ALWAYS)}
@@ -191,12 +185,8 @@ def _settings(args: Any) -> dict[str, Any]:
 
 
 def _metrics(history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The metrics of the last log of training and of the last evaluation."""
+    """Return the metrics of the last training log and the last evaluation."""
     trained = [log for log in history if "loss" in log]
     evaluated = [log for log in history if any(name.startswith("eval_") for name in log)]
     last = {name: value for logs in (trained, evaluated) if logs for name, value in logs[-1].items()}
     return {name: f"{value:.4g}" for name, value in last.items() if not _NO_METRICS.fullmatch(name)}
-
-
-def _table(header: str, rows: Mapping[str, Any]) -> list[str]:
-    return [f"| {header} | value |", "| --- | --- |", *(f"| `{name}` | {value} |" for name, value in rows.items())]

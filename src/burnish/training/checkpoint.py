@@ -1,4 +1,4 @@
-"""How a run starts, what it may change when it resumes, and how the changes take effect."""
+"""Start, save and resume runs, and apply settings that changed before a resume."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _OWN = "trainer.json"
-"""What a checkpoint holds of every trainer's own."""
+"""File of a trainer's own state in a checkpoint."""
 
 _DISK = ("PytorchStreamWriter", "open file")
-"""What torch says of a file that it cannot write."""
+"""Parts of torch's messages about a file that it cannot write."""
 
 _SCHEDULE = frozenset(
     {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs"}
 )
 _HYPERPARAMETERS = {"weight_decay": "weight_decay", "adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
-"""Fields of optimizers -> their key in a parameter group."""
+"""Config field -> key in an optimizer's parameter group."""
 
 
 class RunCheckpoints:
-    """The checkpoints of one trainer's run: what it is, where it starts, how it saves and goes on.
+    """Manage the checkpoints of a run: find the one to start from, save, and restore.
 
     Args:
-        trainer: whose run it is.
-        model: its model as it was given, before it gets new adapters.
+        trainer: the trainer of the run.
+        model: its model before new adapters are added.
     """
 
     def __init__(self, trainer: Any, model: torch.nn.Module) -> None:
@@ -77,10 +77,10 @@ class RunCheckpoints:
         self._base = model_digest(model)
         self._run: dict[str, Any] = {}
         self.changed: Mapping[str, tuple[Any, Any]] = {}
-        """Settings that differ from those of the checkpoint that is resumed, as (before, now)."""
+        """Settings that differ from the resumed checkpoint's, as (before, now)."""
 
     def begin(self, asked: str | bool | None) -> Path | None:
-        """Return the checkpoint to start from, None for a new run; `asked` is what `train` was called with.
+        """Return the checkpoint to start from, or None for a new run; `asked` is the argument of `train`.
 
         Raises:
             ConfigError: there is no such checkpoint, it is of another run, or a new run would mix with an earlier one.
@@ -94,7 +94,7 @@ class RunCheckpoints:
                 f"resume_from_checkpoint = True: output_dir = {args.output_dir!r} has no checkpoint; name one, or "
                 "remove it to start anew."
             )
-        if not self._run:  # of the weights as they were given, whatever an earlier call has made of them
+        if not self._run:  # describe the initial weights, not those that an earlier train() left
             self._run = describe_run(
                 args,
                 model=trainer.model,
@@ -114,10 +114,10 @@ class RunCheckpoints:
         return checkpoint
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint beside the finished ones, then move it among them, then delete old ones.
+        """Write a draft checkpoint, publish it among the finished ones, and delete old ones.
 
         Args:
-            folder: of the run.
+            folder: the run's folder.
 
         Raises:
             FileError: it cannot be written.
@@ -157,16 +157,16 @@ class RunCheckpoints:
             trainer.accelerator.wait_for_everyone()
 
     def saving_result(self, folder: Path) -> AbstractContextManager[None]:
-        """Save the trained model inside; a later run that overwrites this one knows its files."""
+        """Save the trained model inside and record its files, so that overwrite_output_dir can delete them."""
         own = self._trainer.args.should_save and folder.resolve() == Path(self._trainer.args.output_dir).resolve()
         return noting_files(folder) if own else contextlib.nullcontext()
 
     def load(self, checkpoint: Path, read: Callable[[], None]) -> None:
-        """Restore optimizer, schedule and the trainer's own state; changed settings win over what is restored.
+        """Restore optimizer, schedule and the trainer's state; changed settings take precedence.
 
         Args:
-            checkpoint: to read.
-            read: lets transformers restore optimizer and scheduler.
+            checkpoint: the checkpoint's folder.
+            read: restores optimizer and scheduler by transformers.
 
         Raises:
             ConfigError: the files are damaged, or of another configuration.
@@ -190,7 +190,7 @@ class RunCheckpoints:
 
 
 def _read_step(checkpoint: Path) -> int:
-    """Return the step of a checkpoint whose state is one that transformers can go on from.
+    """Read the step of a checkpoint, and check that transformers can resume from its state.
 
     Raises:
         TypeError: a field is unknown, or of another type.
@@ -216,10 +216,10 @@ _STATE_TYPES: dict[str, Any] = {
 
 
 def _check_masters(checkpoint: Path, masters: bool) -> None:
-    """Refuse an optimizer of another number format: torch ignores masters that it does not know.
+    """Refuse an optimizer state with masters for a run without, or the reverse: torch would ignore them.
 
     Raises:
-        ConfigError: the checkpoint has masters and the run none, or the other way round.
+        ConfigError: only one of checkpoint and run has fp32 masters.
     """
     saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     if ("masters" in saved) != masters:
@@ -231,12 +231,12 @@ def _check_masters(checkpoint: Path, masters: bool) -> None:
 
 
 def _source(model: Any) -> str:
-    """Where a model was read from; of adapters on a base, the adapters' folder is not known."""
+    """Return where a model was read from; the folder of adapters on a base is not known."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def _export(part: ExportableState, states: dict[str, Any]) -> None:
-    """Put the state of a callback where transformers looks for it: by class, in a list where there are several."""
+    """Store the state of a callback as transformers does: by class, in a list if there are several."""
     name = type(part).__name__
     if isinstance(states.get(name), list):
         states[name].append(part.state())
@@ -245,7 +245,7 @@ def _export(part: ExportableState, states: dict[str, Any]) -> None:
 
 
 def _check_random_state(checkpoint: Path, args: Any) -> None:
-    """Read the state of the generators, which transformers reads again once the first batch is there."""
+    """Check the state of the random generators, which transformers only restores after the first batch."""
     name = "rng_state.pth" if args.world_size <= 1 else f"rng_state_{args.process_index}.pth"
     if (file := checkpoint / name).is_file():
         with safe_globals():
@@ -256,21 +256,24 @@ def _check_random_state(checkpoint: Path, args: Any) -> None:
 
 
 def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: bool = False) -> Path | None:
-    """Return the checkpoint that a run starts from; None for a new run, whose folder holds no other run.
+    """Return the checkpoint that a run starts from, or None for a new run, in a folder without another.
 
     Args:
         args: the trainer's config.
-        resume: a checkpoint; True (in words too) for the latest usable one; None or False for a new run.
-        model: where the model was read from, which `overwrite_output_dir` must not delete.
-        check_only: write and delete nothing yet.
+        resume: a checkpoint; True (or "true") for the latest usable one; None or False for a new run.
+        model: path of the model, which `overwrite_output_dir` must not delete.
+        check_only: write and delete nothing.
 
     Raises:
         ConfigError: the checkpoint cannot be resumed, or the folder holds another run.
         FileError: the folder cannot be written.
     """
     folder, overwrite = Path(args.output_dir), bool(args.overwrite_output_dir)
-    if overwrite:
-        _spare(folder, model)
+    if overwrite and model and Path(model).exists() and Path(model).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"overwrite_output_dir = True: output_dir = {str(folder)!r} holds the model to start from, {model}; give "
+            "another output_dir."
+        )
     if resume is None or str(resume).lower() == "false":
         if not overwrite:
             check_unused(folder)
@@ -296,22 +299,14 @@ def start(args: Any, resume: str | bool | None, *, model: str = "", check_only: 
     return checkpoint
 
 
-def _spare(folder: Path, model: str) -> None:
-    if model and Path(model).exists() and Path(model).resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            f"overwrite_output_dir = True: output_dir = {str(folder)!r} holds the model to start from, {model}; give "
-            "another output_dir."
-        )
-
-
 @contextlib.contextmanager
 def applying(trainer: Any, changed: Mapping[str, tuple[Any, Any]], *, total_before: int | None) -> Generator[None]:
-    """Let changed settings of optimizer and schedule win over the state that is loaded inside.
+    """Load optimizer and scheduler inside; changed settings take precedence over the loaded state.
 
     Args:
-        trainer: with its new optimizer and scheduler.
+        trainer: trainer with a new optimizer and scheduler.
         changed: field -> (before, now).
-        total_before: steps of the run that wrote the checkpoint, which its schedule was laid out for.
+        total_before: total steps of the run that wrote the checkpoint, over which its schedule was laid out.
     """
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     moved = bool(_SCHEDULE & set(changed)) or total_before not in (None, trainer.state.max_steps)
@@ -321,7 +316,7 @@ def applying(trainer: Any, changed: Mapping[str, tuple[Any, Any]], *, total_befo
     state: dict[str, Any] | None = None
     if moved and own and trainer._created_lr_scheduler:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # steps of the scheduler before any of the optimizer
+            warnings.simplefilter("ignore", UserWarning)  # the scheduler steps before the optimizer
             for _ in range(trainer.state.global_step):
                 scheduler.step()  # pyright: ignore[reportCallIssue]
         state = scheduler.state_dict()
@@ -330,12 +325,16 @@ def applying(trainer: Any, changed: Mapping[str, tuple[Any, Any]], *, total_befo
     if state is not None:
         scheduler.load_state_dict(state)
     elif "learning_rate" in changed:
-        _scale(optimizer, changed["learning_rate"])
+        # A schedule that follows a metric cannot be replayed, so the loaded learning rates are scaled.
+        before, now = changed["learning_rate"]
+        for group in optimizer.param_groups:
+            for key in {"lr", "initial_lr"} & group.keys():
+                group[key] *= now / before if before else 1.0
 
 
 @contextlib.contextmanager
 def keeping_hyperparameters(optimizer: Any, changed: Mapping[str, tuple[Any, Any]], *keys: str) -> Generator[None]:
-    """Load an optimizer's state inside; afterwards it has the changed hyperparameters and `keys` that it has now."""
+    """Load an optimizer's state inside, and keep the changed hyperparameters and `keys` of its parameter groups."""
     now = [dict(group) for group in optimizer.param_groups]
     wanted = {*keys, *(key for name, key in _HYPERPARAMETERS.items() if name in changed)}
     yield
@@ -343,19 +342,9 @@ def keeping_hyperparameters(optimizer: Any, changed: Mapping[str, tuple[Any, Any
         group.update({key: own[key] for key in wanted & own.keys()})
 
 
-def _scale(optimizer: Any, change: tuple[float, float]) -> None:
-    """Scale learning rates that only the loaded state knows, as those that follow a metric."""
-    for group in optimizer.param_groups:
-        for key in {"lr", "initial_lr"} & group.keys():
-            group[key] *= change[1] / change[0] if change[0] else 1.0
-
-
 @contextlib.contextmanager
 def keeping_dtypes(model: torch.nn.Module) -> Generator[None]:
-    """Load weights inside; afterwards each has the dtype that it has now.
-
-    peft reads adapters into fp32, whatever they compute in; what masters have beside is in the optimizer's state.
-    """
+    """Load weights inside and keep their dtypes: peft reads adapters into fp32, whatever they compute in."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     yield
     for name, parameter in model.named_parameters():
@@ -365,7 +354,7 @@ def keeping_dtypes(model: torch.nn.Module) -> Generator[None]:
 
 @contextlib.contextmanager
 def reading(checkpoint: str | Path) -> Generator[None]:
-    """Turn what a library raises over a file of a checkpoint into an error that names it.
+    """Turn errors of libraries about a file of a checkpoint into one that names the checkpoint.
 
     Raises:
         ConfigError: the files are damaged, or of another configuration.
@@ -390,10 +379,10 @@ def _unreadable(checkpoint: str | Path, error: Exception) -> ConfigError:
 
 @contextlib.contextmanager
 def writing_checkpoint(folder: str | Path, what: str = "a checkpoint") -> Generator[None]:
-    """Turn a full disk, as torch and safetensors report it, into a `FileError`.
+    """Turn a full disk, as reported by torch and safetensors, into a `FileError`.
 
     Raises:
-        FileError: the checkpoint, or whatever else is written there, cannot be.
+        FileError: `what` cannot be written.
     """
     try:
         yield
@@ -409,13 +398,13 @@ def writing_checkpoint(folder: str | Path, what: str = "a checkpoint") -> Genera
 
 
 def check_weights(model: torch.nn.Module, checkpoint: Path) -> None:
-    """Refuse weights of another model, which transformers mentions in the log and leaves out.
+    """Refuse weights of another model, which transformers would only log and skip.
 
     Raises:
-        ConfigError: naming one of them.
+        ConfigError: with the name of one of them.
     """
     files = sorted(checkpoint.glob("model*.safetensors"))
-    if not files:  # of adapters, or sharded over ranks
+    if not files:  # adapters, or sharded over ranks
         return
     saved: set[str] = set()
     for file in files:

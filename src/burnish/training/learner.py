@@ -1,4 +1,4 @@
-"""The one subclass of `transformers.Trainer`: steps of a stage in, packed micro-batches and exact denominators out."""
+"""The subclass of `transformers.Trainer` that trains by a stage, with packed micro-batches and exact denominators."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from burnish.training.callbacks import MetricsCallback, ProgressCallback
 from burnish.training.cards import CardWriter, keeping_card
 from burnish.training.checkpoint import RunCheckpoints, check_weights, keeping_dtypes, reading, writing_checkpoint
 from burnish.training.checks import check_loaded, check_run, use_non_reentrant_checkpointing
-from burnish.training.handover import handed_over
-from burnish.training.held_out import (
-    check_best_metric,
-    check_steering_metric,
+from burnish.training.evaluation_sets import (
+    check_tracked_metric,
+    check_tracked_metric_name,
     encode_sets,
+    evaluation_set,
+    named_row_sets,
     named_sets,
-    own_set,
-    sets_of_rows,
 )
-from burnish.training.liveness import Liveness
+from burnish.training.learning_signal import LearningMonitor
 from burnish.training.log_state import LogState
 from burnish.training.metrics import StepMetrics
+from burnish.training.model_state import restoring_model_state
 from burnish.training.optimizers import check_optimizer, masters_by_config
 from burnish.training.processes import claimed_folder
 from burnish.training.ranks import Ranks
@@ -56,7 +56,7 @@ S = TypeVar("S", bound=Stage)
 
 
 class Learner(Trainer, Generic[S]):
-    """A `transformers.Trainer` that learns by a stage.
+    """A `transformers.Trainer` that trains by a stage.
 
     For each optimizer step it asks the stage for a `Step`, packs its groups into exactly as many micro-batches as
     transformers counts, splits those by `token_budget`, and keeps the gradient independent of either split.
@@ -64,14 +64,14 @@ class Learner(Trainer, Generic[S]):
 
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
-        stage: what to learn.
+        stage: provides the steps and their loss.
         args: the stage's config.
         train_dataset, eval_dataset: rows that the stage encodes.
         peft_config: train these adapters instead of the weights.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ConfigError, DataError, ModelError: before any weight is loaded where that can be known.
+        ConfigError, DataError, ModelError: before any weight is loaded where possible.
     """
 
     args: Any
@@ -79,13 +79,13 @@ class Learner(Trainer, Generic[S]):
     stage: S
 
     is_untrained = True
-    """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
+    """True until the first update; `state.global_step` starts at 0 with every train()."""
 
     num_tokens = 0
-    """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
+    """Tokens that this process has trained on; in a resumed run, the first process adds those of the checkpoint."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Check the names of the arguments, which Python would refuse without saying what to do."""
+        """Check the names of the arguments, which Python would refuse without naming the fix."""
         check_constructor(cls, args, kwargs)
         return super().__new__(cls)
 
@@ -137,8 +137,8 @@ class Learner(Trainer, Generic[S]):
         )
         self.ranks = Ranks(self.accelerator)
         self.metrics = StepMetrics()
-        self.liveness = Liveness(args.max_dead_steps)
-        # The loss is divided by a global count here; both names are needed, since old versions read only the second.
+        self.learning_monitor = LearningMonitor(args.max_dead_steps)
+        # The loss is divided by a global count here; transformers 5.17 only has the second name.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.neftune_noise_alpha = None  # transformers would scale the noise by the length of the whole packed row
@@ -148,7 +148,7 @@ class Learner(Trainer, Generic[S]):
             self.add_callback(callback)
 
     def _observe(self) -> None:
-        """Replace the callbacks that show progress, and add those that record the run."""
+        """Replace the progress callbacks, and add those that record the run."""
         for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
             self.remove_callback(shown)
         if self.args.progress and not self.args.disable_tqdm:
@@ -161,7 +161,7 @@ class Learner(Trainer, Generic[S]):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, as older versions of transformers call it."""
+        """The tokenizer, by its name in older versions of transformers."""
         return self.stage.tokenizer
 
     @property
@@ -171,36 +171,36 @@ class Learner(Trainer, Generic[S]):
 
     @property
     def lr_factor(self) -> float:
-        """The learning rate of this step over the peak learning rate."""
+        """Learning rate of this step over the peak learning rate."""
         peak, scheduler = self.args.learning_rate, cast(Any, self.lr_scheduler)
         return float(scheduler.get_last_lr()[0]) / peak if scheduler is not None and peak else 1.0
 
     @property
     def eval_sets(self) -> Mapping[str, list[Group]]:
-        """The held-out sets by the prefix of their metrics."""
+        """Evaluation sets by the prefix of their metrics."""
         return named_sets(self.eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint where one is named here or in the configuration.
+        """Train, from a checkpoint if one is given here or in the configuration.
 
         Raises:
             ConfigError: there is no such checkpoint, it is of another run, or a new run would mix with an earlier one.
             FileError: another run writes to `output_dir`.
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
-        check_best_metric(self)
-        handing_over = handed_over(self.model, lambda: self.master_weights, dropout=self.stage.uses_dropout)
-        with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
+        check_tracked_metric_name(self)
+        restoring = restoring_model_state(self.model, lambda: self.master_weights, dropout=self.stage.uses_dropout)
+        with claimed_folder(self), restoring, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
             self.status.begin("preparing to train")
             self.stage.begin_training()
             result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
-            self.liveness.end_run()
+            self.learning_monitor.end_run()
             self.stage.end_training()
             return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Take no step beyond the limit, at which transformers looks after a step only."""
+        """Take no step beyond `max_steps`, which transformers only checks after a step."""
         if self.state.global_step >= self.state.max_steps:
             logger.warning("step %d of max_steps = %d: no step is left", self.state.global_step, self.state.max_steps)
             self.control.should_training_stop = True
@@ -208,7 +208,7 @@ class Learner(Trainer, Generic[S]):
         super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the stage's own batches where it has some."""
+        """Return the stage's dataloader, if it has one."""
         own = self.stage.train_dataloader(self._train_batch_size)
         return super().get_train_dataloader() if own is None else own
 
@@ -220,7 +220,7 @@ class Learner(Trainer, Generic[S]):
         if step is None:
             return [], None
         has_work = self.ranks.max(len(step.groups)) > 0
-        self.liveness.begin_step(step.count, has_work=has_work, verdict=step.verdict)
+        self.learning_monitor.begin_step(step.count, has_work=has_work, assessment=step.assessment)
         batches = [
             self._micro_batch(groups, step)
             for groups in partition(step.groups, num_batches, whole=self.stage.whole_groups)
@@ -230,7 +230,7 @@ class Learner(Trainer, Generic[S]):
     def _micro_batch(self, groups: list[Group], step: Step) -> MicroBatch:
         parts = self.stage.parts(groups)
         count = int(self.ranks.max(len(parts)))
-        # Ranks must run the same number of forwards, and a step without work still takes its optimizer step.
+        # Ranks must run the same number of forwards, and a step without work still runs the optimizer.
         filler = [zero_weight_group(int(self.tokenizer.pad_token_id or 0))]
         parts += [filler] * (max(count, 1) - len(parts))
         return MicroBatch(step, [self.stage.pack(part) for part in parts])
@@ -242,7 +242,7 @@ class Learner(Trainer, Generic[S]):
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
-        # Gradients are averaged over ranks that see different data, and the loss is a sum over them.
+        # DDP averages gradients over the ranks, while the loss is a sum over them.
         scale = self.accelerator.num_processes // self.get_tp_size()
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(inputs.parts):
@@ -255,19 +255,19 @@ class Learner(Trainer, Generic[S]):
                 self.accelerator.backward(value)
             self.metrics.add_loss(loss, step=self.state.global_step, scale=scale)
             if loss.watched is not None:
-                self.liveness.watch(loss.watched * scale)
+                self.learning_monitor.watch(loss.watched * scale)
             total += value.detach()
-        self.liveness.add_loss(total)
+        self.learning_monitor.add_loss(total)
         return total
 
     @property
     def master_weights(self) -> MasterWeights | None:
-        """The optimizer that owns fp32 masters, where this run has one."""
+        """The optimizer that owns fp32 masters, if the run has one."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MasterWeights) else None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the configured optimizer, over fp32 masters where trained weights are bf16."""
+        """Create the configured optimizer, over fp32 masters if trained weights are bf16."""
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
         given = cast("torch.optim.Optimizer | None", self.optimizer)
@@ -285,7 +285,7 @@ class Learner(Trainer, Generic[S]):
         return self.optimizer
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Clip the gradients of masters and check the step; transformers calls it once, before the optimizer's step."""
+        """Clip the gradients of masters and check the step; called once per step, before the optimizer."""
         self.stage.before_update()
         if (masters := self.master_weights) is not None:
             if self.ranks.count > 1:
@@ -297,42 +297,43 @@ class Learner(Trainer, Generic[S]):
                 f"step {self.state.global_step}: the gradient norm is {float(norm)}; the step is not taken. Look for "
                 "NaN rewards or logits; a lower learning_rate or a longer warm-up helps where the loss diverged."
             )
-        verdict = self.liveness.judge_step(float(norm), lambda loss: self.ranks.sum(loss) / self.ranks.count)
-        self.liveness.end_step(self.state.global_step + 1, verdict)
+        monitor = self.learning_monitor
+        assessment = monitor.assess_step(float(norm), lambda loss: self.ranks.sum(loss) / self.ranks.count)
+        monitor.end_step(self.state.global_step + 1, assessment)
         self.is_untrained = False
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
+        """Add the metrics since the last training log, and `num_tokens`, the tokens trained on so far."""
         if "loss" in logs:
             logs = {**logs, **self.stage.step_metrics(), "num_tokens": self.total_tokens()}
         super().log(logs, start_time)
 
     def total_tokens(self) -> float:
-        """Count the tokens trained on so far by all ranks, each prompt once for its group."""
+        """Return the tokens trained on by all ranks so far, each prompt counted once per group."""
         return self.ranks.sum(float(self.num_tokens))
 
     def held_out(self, given: Any = None) -> list[Group]:
-        """Return the trainer's own held-out set (None, or its name), or the groups of other rows.
+        """Return an evaluation set of the trainer (None, or its name), or encode other rows.
 
         Raises:
-            DataError: there is nothing to evaluate on.
+            DataError: there is no evaluation set.
         """
-        own = own_set(self.eval_dataset, given)
+        own = evaluation_set(self.eval_dataset, given)
         return self.stage.encode(given, "eval_dataset") if own is None else own
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the loss and the stage's metrics on held-out rows; of several sets, each by its name.
+        """Compute the loss and the stage's metrics on evaluation rows; with several sets, each under its name.
 
         Raises:
-            DataError: there is nothing to evaluate on.
-            ConfigError: the metric that the run follows is missing.
+            DataError: there is no evaluation set.
+            ConfigError: `metric_for_best_model` is missing.
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         prefix = metric_key_prefix
-        if (sets := sets_of_rows(given)) is not None:
+        if (sets := named_row_sets(given)) is not None:
             parts = [self.evaluate(rows, ignore_keys, f"{prefix}_{name}") for name, rows in sets.items()]
             metrics = {name: value for part in parts for name, value in part.items()}
         else:
@@ -345,22 +346,22 @@ class Learner(Trainer, Generic[S]):
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and eval_dataset is None:
-            check_steering_metric(self, metrics)
+            check_tracked_metric(self, metrics)
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: predictions would be logits of padded rows.
 
         Raises:
-            ConfigError: always, with what to call instead.
+            ConfigError: always, naming what to call instead.
         """
         raise ConfigError(
-            "predict(): logits of padded rows do not exist here. Metrics come from evaluate(rows, "
+            "predict(): not supported, as rows are never padded. Metrics come from evaluate(rows, "
             "metric_key_prefix='test'), texts from `burnish eval` or burnish.rollout, scores from burnish.RewardModel."
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and what the stage delivers beside it; checkpoints begin with the model, too.
+        """Save the model and the models delivered beside it; for a checkpoint, the model only.
 
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
@@ -388,23 +389,23 @@ class Learner(Trainer, Generic[S]):
         dataset_name: str | Sequence[str] | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
-        """Write the model card into `output_dir`, and what is told here into every later one; see `CardWriter`."""
+        """Write the model card into `output_dir`; later cards keep these arguments."""
         self._card.tell(model_name=model_name, dataset_name=dataset_name, tags=tags)
         with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
             self._card.write(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint beside the finished ones, and rename it once it is whole."""
+        """Write a checkpoint as a draft, and rename it once it is complete."""
         self.checkpoints.save(Path(self._get_output_dir(trial=trial)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore the stage's state too; settings that changed win over what is restored."""
+        """Restore the stage's state too; changed settings take precedence."""
         if checkpoint is not None:
             load = super()._load_optimizer_and_scheduler
             self.checkpoints.load(Path(checkpoint), lambda: load(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Refuse weights of another model, keep the dtypes of this one, and name a checkpoint that is damaged."""
+        """Refuse weights of another model, keep dtypes, and name a damaged checkpoint."""
         with reading(resume_from_checkpoint), keeping_dtypes(self.model):
             check_weights(self.model, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the samples of one rank: with the seed, all that decides what comes next."""
+"""The state of sampling in a checkpoint, per rank: with the seed, it determines all further samples."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ __all__ = ["RolloutState"]
 
 @dataclass(frozen=True, slots=True)
 class RolloutState:
-    """Where an online trainer stands.
+    """Progress of an online stage.
 
     Attributes:
         rollouts: rollouts so far.
         rounds: rounds of sampling so far.
-        place: prompts handed out.
-        level: of the curriculum.
-        buffer: groups of the optimizer steps that the last rollout still feeds.
-        replay: remembered groups by place.
-        own: numbers of the algorithm's.
+        position: prompts consumed so far.
+        level: level of the curriculum.
+        buffer: groups of the remaining optimizer steps of the last rollout.
+        replay: groups in the replay buffer, by position.
+        algorithm: state of the algorithm.
     """
 
     rollouts: int
     rounds: int
-    place: int
+    position: int
     level: float
     buffer: list[list[Group]]
     replay: dict[int, Group]
-    own: dict[str, Any]
+    algorithm: dict[str, Any]
 
     def save(self, folder: Path, rank: int) -> None:
-        """Write this rank's file; rows stay in the data set, which need not be JSON."""
+        """Write this rank's file, without the columns of rows, which need not be JSON."""
         state = dataclasses.asdict(dataclasses.replace(self, buffer=[], replay={}))
         state["buffer"] = [[_group_to_dict(group) for group in groups] for groups in self.buffer]
-        state["replay"] = {place: _group_to_dict(group) for place, group in self.replay.items()}
+        state["replay"] = {position: _group_to_dict(group) for position, group in self.replay.items()}
         write_json(_file(folder, rank), state, indent=None)
 
     @classmethod
     def load(cls, folder: Path, *, rank: int, world: int, prompts: Sequence[Group]) -> RolloutState:
-        """Read it back; another number of processes shares what no sample is in flight of.
+        """Read this rank's file; another number of ranks can resume only if no samples are in flight.
 
         Args:
-            folder: of the checkpoint.
-            rank: this process.
-            world: processes.
-            prompts: the data set, whose rows the samples belong to.
+            folder: the checkpoint.
+            rank: index of this process.
+            world: number of processes.
+            prompts: the training prompts, whose rows the samples belong to.
 
         Raises:
-            ConfigError: samples are in flight on other processes, or of other prompts.
+            ConfigError: samples are in flight on another number of processes, or of other prompts.
         """
         files = sorted(folder.glob("rollout_*.json"))
         states: list[dict[str, Any]] = [read_json(file) for file in files]
@@ -67,7 +67,7 @@ class RolloutState:
         state = states[0] if len(files) != world else read_json(_file(folder, rank))
         rows = {prompt.index: prompt.row for prompt in prompts}
         state["buffer"] = [[_group_from_dict(group, rows) for group in groups] for groups in state["buffer"]]
-        state["replay"] = {int(place): _group_from_dict(group, rows) for place, group in state["replay"].items()}
+        state["replay"] = {int(position): _group_from_dict(group, rows) for position, group in state["replay"].items()}
         return cls(**state)
 
 

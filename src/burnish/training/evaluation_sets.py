@@ -1,4 +1,4 @@
-"""Held-out data sets: one or several by name, the metrics of each, and what a run may be steered by."""
+"""Evaluation sets, one or several by name, and the metric that a run tracks on them."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from burnish.types import Group
 
 __all__ = [
     "TIMINGS",
-    "check_best_metric",
-    "check_steering_metric",
+    "check_tracked_metric",
+    "check_tracked_metric_name",
     "encode_sets",
+    "evaluation_set",
+    "named_row_sets",
     "named_sets",
-    "own_set",
-    "sets_of_rows",
 ]
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
-"""Metrics that transformers adds to those of an evaluation."""
+"""Metrics that transformers adds to every evaluation."""
 
 
 def encode_sets(dataset: Any, encode: Callable[[Any, str], list[Group]]) -> list[Group] | dict[str, list[Group]] | None:
-    """Groups of an `eval_dataset`: of one data set, or of each in a dictionary of data sets by name.
+    """Encode an `eval_dataset`: one data set, or each of a dictionary of data sets by name.
 
     Raises:
-        DataError: a dictionary without any set, or a set without a row.
+        DataError: an empty dictionary, or an empty set.
     """
     if dataset is None:
         return None
-    if (sets := sets_of_rows(dataset)) is None:
+    if (sets := named_row_sets(dataset)) is None:
         return encode(dataset, "eval_dataset")
     if not sets:
         raise DataError("eval_dataset = {}: pass held-out rows by name, such as {'math': rows}, or None.")
     return {str(name): encode(rows, f"eval_dataset[{name!r}]") for name, rows in sets.items()}
 
 
-def sets_of_rows(dataset: Any) -> Mapping[Any, Any] | None:
-    """The mapping itself where it holds data sets by name, rather than a source specification or columns."""
+def named_row_sets(dataset: Any) -> Mapping[Any, Any] | None:
+    """Return a mapping of data sets by name as it is; None for rows, columns or a source specification."""
     if not isinstance(dataset, Mapping):
         return None
     sets = cast("Mapping[Any, Any]", dataset)
@@ -56,7 +56,7 @@ def _holds_rows(value: Any) -> bool:
 
 
 def named_sets(dataset: Any, prefix: str = "eval") -> dict[str, list[Group]]:
-    """Encoded data sets by the prefix of their metrics: `eval`, or `eval_NAME` for each of several."""
+    """Key encoded data sets by the prefix of their metrics: `eval`, or `eval_NAME` for each of several."""
     if dataset is None:
         return {}
     if isinstance(dataset, Mapping):
@@ -64,11 +64,11 @@ def named_sets(dataset: Any, prefix: str = "eval") -> dict[str, list[Group]]:
     return {prefix: cast("list[Group]", dataset)}
 
 
-def own_set(dataset: Any, given: Any) -> list[Group] | None:
-    """The trainer's own data set that `given` means (None, a name, or the set itself); None for other rows.
+def evaluation_set(dataset: Any, given: Any) -> list[Group] | None:
+    """Find the trainer's evaluation set by None (the only one), its name, or itself; return None for other rows.
 
     Raises:
-        DataError: there is nothing to evaluate on, or no set of that name.
+        DataError: there is no evaluation set, or none of that name.
     """
     sets = named_sets(dataset)
     if given is None:
@@ -78,23 +78,23 @@ def own_set(dataset: Any, given: Any) -> list[Group] | None:
     if isinstance(given, str):
         if f"eval_{given}" not in sets:
             names = ", ".join(repr(name.removeprefix("eval_")) for name in sets if name != "eval") or "none"
-            raise DataError(f"eval_dataset = {given!r}: no held-out set of that name; the trainer has {names}.")
+            raise DataError(f"eval_dataset = {given!r}: not an evaluation set of this trainer, which has {names}.")
         return sets[f"eval_{given}"]
     return next((groups for groups in sets.values() if groups is given), None)
 
 
-def check_best_metric(trainer: Any) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation yields, and what waits for evaluations that never come.
+def check_tracked_metric_name(trainer: Any) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation returns, or to track one without evaluations.
 
     Raises:
-        ConfigError: naming the metrics that there are, or the field that is missing.
+        ConfigError: with the known metrics, or the missing field.
     """
     args = trainer.args
     wanted = args.metric_for_best_model
-    if (follower := _follower(trainer)) is None or trainer.eval_dataset is None:
+    if (tracker := _tracker(trainer)) is None or trainer.eval_dataset is None:
         return
     if wanted is None:
-        raise ConfigError(f"{follower} with metric_for_best_model = None: name the metric to follow, such as 'loss'.")
+        raise ConfigError(f"{tracker} with metric_for_best_model = None: name the metric to track, such as 'loss'.")
     sets = named_sets(trainer.eval_dataset)
     names = {prefix: trainer.stage.evaluation_names(groups) for prefix, groups in sets.items()}
     if any(found is None for found in names.values()):
@@ -103,20 +103,20 @@ def check_best_metric(trainer: Any) -> None:
     if _full_name(wanted) not in known:
         shown = ", ".join(name for name in known if not name.endswith(TIMINGS))
         raise ConfigError(
-            f"metric_for_best_model = {wanted!r}: no evaluation of this run yields it; use one of {shown}."
+            f"metric_for_best_model = {wanted!r}: no evaluation of this run returns it; use one of {shown}."
         )
 
 
-def check_steering_metric(trainer: Any, metrics: Mapping[str, float]) -> None:
-    """Refuse an evaluation during training without the metric that the run follows, functions of the user's included.
+def check_tracked_metric(trainer: Any, metrics: Mapping[str, float]) -> None:
+    """Refuse an evaluation during training that lacks the metric to track, which `compute_metrics` may return.
 
     Raises:
-        ConfigError: naming the metrics that there are.
+        ConfigError: with the metrics it has.
     """
     wanted = trainer.args.metric_for_best_model
-    if wanted is not None and _follower(trainer) is not None and _full_name(wanted) not in metrics:
+    if wanted is not None and _tracker(trainer) is not None and _full_name(wanted) not in metrics:
         raise ConfigError(
-            f"metric_for_best_model = {wanted!r}: the evaluation at step {trainer.state.global_step} did not yield it; "
+            f"metric_for_best_model = {wanted!r}: the evaluation at step {trainer.state.global_step} lacks it; "
             f"let compute_metrics return it, or use one of {', '.join(sorted(metrics))}."
         )
 
@@ -125,11 +125,11 @@ def _full_name(wanted: str) -> str:
     return wanted if wanted.startswith("eval_") else f"eval_{wanted}"
 
 
-def _follower(trainer: Any) -> str | None:
-    """What follows the metric of a run's evaluations, in words; None where nothing does.
+def _tracker(trainer: Any) -> str | None:
+    """Name the setting that tracks a metric of the evaluations, or None.
 
     Raises:
-        ConfigError: it would wait for ever.
+        ConfigError: there will be no evaluation.
     """
     args = trainer.args
     stopping = any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
@@ -140,10 +140,10 @@ def _follower(trainer: Any) -> str | None:
         or _word(args.lr_scheduler_type) == "reduce_lr_on_plateau",
         "EarlyStoppingCallback": stopping,
     }
-    followers = [name for name, is_there in found.items() if is_there]
-    if _word(args.eval_strategy) == "no" and followers[-1:] and followers != ["load_best_model_at_end = True"]:
-        raise ConfigError(f"{followers[-1]} with eval_strategy = 'no': there is nothing to follow; set eval_strategy.")
-    return followers[0] if followers else None
+    trackers = [name for name, is_there in found.items() if is_there]
+    if _word(args.eval_strategy) == "no" and trackers[-1:] and trackers != ["load_best_model_at_end = True"]:
+        raise ConfigError(f"{trackers[-1]} with eval_strategy = 'no': there is no metric to track; set eval_strategy.")
+    return trackers[0] if trackers else None
 
 
 def _word(value: Any) -> str:

@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback
 import burnish
 import tiny
 from burnish import ConfigError, DataError
-from burnish.training.held_out import TIMINGS
+from burnish.training.evaluation_sets import TIMINGS
 from test_preference_trainer import LABELLED, PAIRS
 from test_trainers import PROMPTS, TEXTS, digits, settings
 
@@ -54,7 +54,7 @@ def test_sets_by_name_have_metrics_by_name(stage: str, tmp_path: Path) -> None:
         f"eval_other_{name}" for name in trainer.stage.evaluation_names(trainer.stage.encode(rows[8:12], "other"))
     }
     assert trainer.evaluate("rest").keys() >= {"eval_loss"}
-    with pytest.raises(DataError, match="no held-out set of that name; the trainer has 'first', 'rest'"):
+    with pytest.raises(DataError, match="not an evaluation set of this trainer, which has 'first', 'rest'"):
         trainer.evaluate("zzz")
 
 
@@ -147,7 +147,7 @@ def test_exactly_the_metrics_of_an_evaluation_are_known_before_it(
         ({"save_strategy": "best"}, r"^save_strategy = 'best' with metric_for_best_model = None: name the metric"),
         (
             {"callbacks": [EarlyStoppingCallback()], "metric_for_best_model": "loss", "eval_strategy": "no"},
-            r"^EarlyStoppingCallback with eval_strategy = 'no': there is nothing to follow; set eval_strategy",
+            r"^EarlyStoppingCallback with eval_strategy = 'no': there is no metric to track; set eval_strategy",
         ),
         (
             {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "no"},

@@ -1,4 +1,4 @@
-"""What a run is about to do, in one line: a bare command takes the default of every field."""
+"""Describe in one line how long a run will be, since a bare command takes the default of every field."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from burnish.config.online_fields import micro_batches_per_rollout
 
-__all__ = ["describe_plan"]
+__all__ = ["describe_run_length"]
 
 _SEQUENCES_PER_ROW = {"dpo": 2, "reward": 2}
 
 
-def describe_plan(args: Any, *, first_step: int, max_steps: int) -> str:
-    """Say how many steps a run takes, what each of them reads or samples, and how many tokens that is at most.
+def describe_run_length(args: Any, *, first_step: int, max_steps: int) -> str:
+    """Describe the steps of a run, the rows or completions of each, and the largest number of tokens in all.
 
     Args:
         args: the trainer's config.
-        first_step: steps taken already, by the run that is resumed.
-        max_steps: step at which it ends.
+        first_step: steps already taken by the run that is resumed.
+        max_steps: step at which the run ends.
     """
     steps = max(max_steps - first_step, 0)
     taken = f"{steps} steps" if first_step == 0 else f"{steps} steps, {first_step + 1} to {max_steps}"

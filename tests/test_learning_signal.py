@@ -1,7 +1,8 @@
-"""Runs that teach nothing are named and stopped; runs that may learn, or are done, are left alone."""
+"""Runs without a learning signal are named and stopped; runs that may learn, or are complete, continue."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -12,15 +13,14 @@ import pytest
 import tiny
 from burnish import CheckFailed, Criterion, Rubric
 from burnish.rewards import exact_answer, numeric_answer
-from burnish.training.liveness import (
-    UNJUDGED,
-    Liveness,
+from burnish.training.learning_signal import (
+    UNKNOWN,
+    Assessment,
+    LearningMonitor,
     Outcome,
-    Verdict,
-    judge_gradient,
-    judge_loss,
-    judge_rewards,
-    only_said,
+    assess_gradient,
+    assess_loss,
+    assess_rewards,
 )
 from test_finite import TRAINERS, make
 
@@ -48,7 +48,7 @@ def run(kind: str, folder: Path, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("kind", sorted(TRAINERS))
 def test_destroyed_weights_stop_every_stage(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(CheckFailed, match=r"step \d+: [34] optimizer steps in a row taught nothing: .*learning_rate"):
+    with pytest.raises(CheckFailed, match=r"step \d+: [34] optimizer steps .* no learning signal: .*learning_rate"):
         # Logits of 1e6 differ between sampler and trainer by more than rounding, which stops the run earlier.
         run(kind, tmp_path, learning_rate=1e3, **({"logprob_check_bound": 1e9} if kind in ONLINE else {}))
 
@@ -60,18 +60,18 @@ def test_destroyed_weights_stop_every_stage(tmp_path: Path, kind: str) -> None:
         (constant, {}, "no reward differs from those it is compared with: all 8 are 0"),
         (nothing, {}, "none of 8 completions has a reward"),
         (None, {"mask_truncated_completions": True, "max_completion_length": 1, "learning_rate": 0.0},
-         "completions are cut at max_completion_length = 1 and masked"),
+         "completions are truncated at max_completion_length = 1 and masked"),
     ],
 )  # fmt: skip
 def test_rewards_without_a_signal_are_named_at_once_and_stop_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, reward: Any, changes: dict[str, Any], problem: str
 ) -> None:
     rewards = {} if reward is None else {"reward_funcs": reward}
-    with pytest.raises(CheckFailed, match=rf"3 optimizer steps in a row taught nothing: .*{problem}"):
+    with pytest.raises(CheckFailed, match=rf"3 optimizer steps in a row had no learning signal: .*{problem}"):
         run(kind, tmp_path, **rewards, **changes)
-    said = [message for message in caplog.messages if "teaches nothing" in message]
+    said = [message for message in caplog.messages if "has no learning signal" in message]
     assert len(said) == 1
-    assert said[0].startswith("step 1 teaches nothing")
+    assert said[0].startswith("step 1 has no learning signal")
     assert "after 3 such steps in a row (max_dead_steps)" in said[0]
 
 
@@ -89,7 +89,7 @@ def test_the_field_switches_it_off_and_short_runs_end_with_a_word(
 ) -> None:
     trainer = run("grpo", tmp_path, reward_funcs=constant, max_dead_steps=limit)
     assert trainer.state.global_step == 12
-    assert "none of the run's 12 steps taught anything" in caplog.messages[-1]
+    assert "none of the run's 12 steps had a learning signal" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize(
@@ -109,29 +109,29 @@ def test_runs_that_learn_something_else_go_on(tmp_path: Path, kind: str, changes
     assert run(kind, tmp_path, **{"reward_funcs": constant, **changes}).state.global_step == 12
 
 
-def solved() -> Verdict:
-    return judge_rewards([[Outcome((1.0,))] * 4], max_completion_length=8)
+def solved() -> Assessment:
+    return assess_rewards([[Outcome((1.0,))] * 4], max_completion_length=8)
 
 
-def failed(reward: float = 0.0) -> Verdict:
-    return judge_rewards([[Outcome((reward,))] * 4], max_completion_length=8)
+def failed(reward: float = 0.0) -> Assessment:
+    return assess_rewards([[Outcome((reward,))] * 4], max_completion_length=8)
 
 
-LEARNING = judge_rewards([[Outcome((1.0,)), Outcome((0.0,))]], max_completion_length=8)
+LEARNING = assess_rewards([[Outcome((1.0,)), Outcome((0.0,))]], max_completion_length=8)
 
 
-def steps_until_stopped(verdicts: list[Verdict], limit: int = 20) -> int | None:
-    liveness = Liveness(limit)
-    for step, verdict in enumerate(verdicts, 1):
+def steps_until_stopped(assessments: list[Assessment], limit: int = 20) -> int | None:
+    learning_monitor = LearningMonitor(limit)
+    for step, assessment in enumerate(assessments, 1):
         try:
-            liveness.end_step(step, verdict)
+            learning_monitor.end_step(step, assessment)
         except CheckFailed:
             return step
     return None
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "stopped"),
+    ("assessments", "stopped"),
     [
         ([failed()] * 30, 20),
         ([solved()] * 30, 20),  # from the start: there is nothing to learn
@@ -141,46 +141,46 @@ def steps_until_stopped(verdicts: list[Verdict], limit: int = 20) -> int | None:
         ([*[LEARNING] * 50, *[solved(), failed()] * 30], None),  # some prompts always, some never solved
         ([*[LEARNING] * 5, *[solved(), failed()] * 30], 25),  # too early for that
         ([*[failed()] * 19, LEARNING] * 5, None),
-        ([*[failed()] * 19, UNJUDGED] * 5, 21),
-        ([only_said(failed())] * 50, None),
-        ([*[LEARNING] * 50, *[judge_rewards([[Outcome(None)]], max_completion_length=8)] * 30], 70),
-        ([*[Verdict()] * 50, *[judge_gradient(0.0, loss_left=1.0)] * 30], 70),
-        ([*[Verdict()] * 50, *[judge_gradient(0.0, loss_left=0.0)] * 30], None),  # nothing is left to learn
-        ([Verdict(), *[judge_gradient(0.0, loss_left=0.0)] * 30], 21),  # saturated by a single step
-        ([*[judge_loss(11.0, 2.0, uniform=10.8)] * 30], 20),
-        ([*[judge_loss(10.9, 10.8, uniform=10.8)] * 30], None),  # from scratch, in its warm-up
+        ([*[failed()] * 19, UNKNOWN] * 5, 21),
+        ([dataclasses.replace(failed(), stops=False)] * 50, None),
+        ([*[LEARNING] * 50, *[assess_rewards([[Outcome(None)]], max_completion_length=8)] * 30], 70),
+        ([*[Assessment()] * 50, *[assess_gradient(0.0, loss_left=1.0)] * 30], 70),
+        ([*[Assessment()] * 50, *[assess_gradient(0.0, loss_left=0.0)] * 30], None),  # nothing is left to learn
+        ([Assessment(), *[assess_gradient(0.0, loss_left=0.0)] * 30], 21),  # saturated by a single step
+        ([*[assess_loss(11.0, 2.0, uniform=10.8)] * 30], 20),
+        ([*[assess_loss(10.9, 10.8, uniform=10.8)] * 30], None),  # from scratch, in its warm-up
     ],
 )
-def test_the_rule(verdicts: list[Verdict], stopped: int | None) -> None:
-    assert steps_until_stopped(verdicts) == stopped
-    assert steps_until_stopped(verdicts, limit=0) is None
+def test_the_rule(assessments: list[Assessment], stopped: int | None) -> None:
+    assert steps_until_stopped(assessments) == stopped
+    assert steps_until_stopped(assessments, limit=0) is None
 
 
 @pytest.mark.parametrize(
     ("compared", "groups", "kind"),
     [
-        ("group", [[(0.0,), (1.0,)], [(1.0,), (1.0,)]], "alive"),
+        ("group", [[(0.0,), (1.0,)], [(1.0,), (1.0,)]], "learning"),
         ("group", [[(0.0,), (0.0,)], [(1.0,), (1.0,)]], "constant_reward"),
-        ("batch", [[(0.0,), (0.0,)], [(1.0,), (1.0,)]], "alive"),
+        ("batch", [[(0.0,), (0.0,)], [(1.0,), (1.0,)]], "learning"),
         ("batch", [[(1.0,)], [(1.0,)]], "constant_reward"),
-        ("group", [[(0.0, 1.0), (1.0, 0.0)]], "alive"),  # criteria that cancel, each normalised by itself
+        ("group", [[(0.0, 1.0), (1.0, 0.0)]], "learning"),  # criteria that cancel, each normalised by itself
         ("group", [[None, (1.0,)], [(1.0,), (1.0,)]], "constant_reward"),
         ("group", [[None, None]], "no_reward"),
     ],
 )
 def test_what_a_reward_is_compared_with(compared: str, groups: list[list[Any]], kind: str) -> None:
     outcomes = [[Outcome(rewards) for rewards in group] for group in groups]
-    assert judge_rewards(outcomes, compared=compared, max_completion_length=8).kind == kind
+    assert assess_rewards(outcomes, compared=compared, max_completion_length=8).kind == kind
 
 
 def test_a_single_dull_batch_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
-    liveness = Liveness(20)
+    learning_monitor = LearningMonitor(20)
     with caplog.at_level(logging.WARNING):
-        for step, verdict in enumerate([LEARNING, failed(), LEARNING, *[failed()] * 4, LEARNING], 1):
-            liveness.end_step(step, verdict)
+        for step, assessment in enumerate([LEARNING, failed(), LEARNING, *[failed()] * 4, LEARNING], 1):
+            learning_monitor.end_step(step, assessment)
         assert caplog.messages == []
         for step in range(9, 20):
-            liveness.end_step(step, failed())
+            learning_monitor.end_step(step, failed())
     assert len(caplog.messages) == 1
 
 

@@ -1,4 +1,4 @@
-"""Hand a model over to the next trainer: after training only its weights differ, however training ended."""
+"""Leave a model after training as it was before, but for its weights, so that another trainer can take it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from burnish.model.dropout import without_dropout
 from burnish.model.masters import MasterWeights
 from burnish.model.scoring import causal_lm
 
-__all__ = ["handed_over"]
+__all__ = ["restoring_model_state"]
 
 
 @contextmanager
-def handed_over(model: Any, masters: Callable[[], MasterWeights | None], *, dropout: bool) -> Generator[None]:
-    """Train a model inside; afterwards it has its own dropout, no hooks, no gradients and its own checkpointing.
+def restoring_model_state(model: Any, masters: Callable[[], MasterWeights | None], *, dropout: bool) -> Generator[None]:
+    """Train a model inside; however that ends, restore its dropout and checkpointing and drop hooks and gradients.
 
     Args:
-        model: what is trained, adapters included.
-        masters: the optimizer that owns fp32 masters of its weights, if there is one by then.
-        dropout: whether dropout stays on meanwhile.
+        model: the trained model, adapters included.
+        masters: returns the optimizer that owns fp32 masters of its weights, if there is one by then.
+        dropout: whether dropout stays on during training.
     """
     checkpointing = _checkpoints(model)
     with nullcontext() if dropout else without_dropout(model):
@@ -33,13 +33,10 @@ def handed_over(model: Any, masters: Callable[[], MasterWeights | None], *, drop
                 owner.release()
             model.zero_grad(set_to_none=True)
             if _checkpoints(model) and not checkpointing:
-                _stop_checkpointing(causal_lm(model))
+                lm: Any = causal_lm(model)
+                # transformers 5.17 has the second name only.
+                (getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable)()
 
 
 def _checkpoints(model: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-
-
-def _stop_checkpointing(lm: Any) -> None:
-    # transformers 5.17 knows the second name only.
-    (getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable)()

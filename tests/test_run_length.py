@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import burnish
-from burnish.training.plan import describe_plan
+from burnish.training.run_length import describe_run_length
 from test_trainers import grpo, recorded, settings, sft
 
 
@@ -36,7 +36,7 @@ from test_trainers import grpo, recorded, settings, sft
 def test_every_stage_counts_by_hand(tmp_path: Path, stage: str, changes: dict[str, Any], expected: str) -> None:
     config = getattr(burnish, f"{stage}Config")
     args = config(**settings(tmp_path, **{"per_device_train_batch_size": 8, **changes}))
-    assert describe_plan(args, first_step=0, max_steps=10) == expected
+    assert describe_run_length(args, first_step=0, max_steps=10) == expected
 
 
 def test_a_run_says_what_it_will_do_before_its_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
