@@ -290,7 +290,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
         ({"loss_type": []}, r"loss_type = \[\]"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
         ({"loss_type": "exo_pair"}, "label_smoothing = 0.0 with loss_type exo_pair"),
-        ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "reads no reference"),
+        ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "does not use a reference"),
         ({"loss_type": "aot", "f_divergence_type": "forward_kl"}, "that loss is defined on log-ratios"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "set one of them"),
         ({"label_smoothing": 0.5}, r"label_smoothing = 0.5: use a number in \[0, 0.5\)"),
