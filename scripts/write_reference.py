@@ -123,18 +123,18 @@ def page() -> str:
         "",
         "A file of one stage has its fields in `[training]`; a pipeline has one table for each of its stages:",
         f"{', '.join(f'`[{name}]`' for name in PIPELINE_STAGES)}. Both have `model` (a folder, a .gguf file, a hub name "
-        "or an installed package) and the tables below; a pipeline has `output_dir` too.",
+        "or an installed package) and the tables below; a pipeline also has `output_dir`.",
         "",
         "## Stages",
         "",
         *stage_fields(),
-        "### Of transformers.TrainingArguments",
+        "### From transformers.TrainingArguments",
         "",
         *inherited_fields(),
         "## [data]",
         "",
         "`train`, `eval` and, in a pipeline, `sft` are sources: a path, or a table with one of `path`, `source` and "
-        "`mix`. `system_prompt` and `prompt_template` stand for every source that has none. See [data](data.md).",
+        "`mix`. `system_prompt` and `prompt_template` apply to every source that does not set them. See [data](data.md).",
         "",
         *table(
             "a source with, takes",

@@ -45,17 +45,17 @@ def fate_of_field(kind: str, name: str) -> tuple[str, str]:
     from burnish.config.stages import met_fields, refused_fields
 
     if name in met_fields(kind):
-        return "met", "accepted, with a line in the log: it is done anyway or changes nothing"
+        return "met", "accepted with a log line: it is done anyway or has no effect"
     if (reason := refused_fields(kind).get(name)) is not None:
         return "refused", f"an error: {reason}"
     if name in known_fields(kind):
         return "works", "works"
     if name in translated_names(kind):
-        return "works", "works: rewritten to the field that says it here"
+        return "works", "works: translated to the corresponding field"
     there = elsewhere(kind)[name]
     if there.met:
-        return "met", f"accepted, with a line in the log: {there.fix.removesuffix('; remove the field')}"
-    return "refused", f"an error, but for its default: {there.fix}"
+        return "met", f"accepted with a log line: {there.fix.removesuffix('; remove the field')}"
+    return "refused", f"an error unless it has its default: {there.fix}"
 
 
 def fate_of_argument(trainer: str, name: str) -> tuple[str, str]:
@@ -76,9 +76,9 @@ def page(stored: dict[str, Any]) -> str:
     lines = [
         f"# Every field and argument of TRL {stored['version']}",
         "",
-        "Written by `scripts/write_trl_page.py` from both packages. A field of a config *works*, is *accepted* where what it",
-        "asks for is done anyway, or is an *error* that says what to do. Fields that both inherit from",
-        "`transformers.TrainingArguments` are in the [reference](reference.md); what differs in meaning is in [trl](trl.md).",
+        "Written by `scripts/write_trl_page.py` from both packages. A field of a config *works*, is *accepted* because its",
+        "intent is met anyway, or is an *error* that names the fix. Fields inherited from `transformers.TrainingArguments` are",
+        "in the [reference](reference.md), differences in meaning in [trl](trl.md).",
         "",
     ]
     counts: Counter[str] = Counter()
@@ -94,8 +94,8 @@ def page(stored: dict[str, Any]) -> str:
         tables.append("")
     total = sum(counts.values())
     lines += [
-        f"Of {total} fields and arguments, {counts['works']} work, {counts['met']} are accepted since their intent is met, "
-        f"and {counts['refused']} are errors with the fix.",
+        f"Of {total} fields and arguments, {counts['works']} work, {counts['met']} are accepted because their intent is met, "
+        f"and {counts['refused']} are errors that name the fix.",
         "",
     ]
     return "\n".join([*lines, *tables]).rstrip() + "\n"

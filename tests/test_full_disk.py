@@ -85,10 +85,10 @@ def test_a_model_that_does_not_fit_on_the_disk(tmp_path: Path, stage: str) -> No
     ("command", "table", "fragment"),
     [
         ("sft", '[training]\noutput_dir = "file/out"\n', "[training] output_dir = 'file/out': file is a file"),
-        ("sft", '[training]\noutput_dir = "file"\n', "that is a file; name a folder"),
+        ("sft", '[training]\noutput_dir = "file"\n', "it is a file; name a folder"),
         ("eval", '[evaluation]\noutput = "file/out.json"\n', "[evaluation] output = 'file/out.json': file is a file"),
-        ("eval", '[evaluation]\noutput = "."\n', "that is a folder; name a file"),
-        ("pairs", '[pairs]\noutput_dir = "file"\n', "[pairs] output_dir = 'file': that is a file"),
+        ("eval", '[evaluation]\noutput = "."\n', "it is a folder; name a file"),
+        ("pairs", '[pairs]\noutput_dir = "file"\n', "[pairs] output_dir = 'file': it is a file"),
         ("pipeline", '[report]\npath = "file/x.html"\n[sft]\n', "[report] path = 'file/x.html': file is a file"),
     ],
 )

@@ -281,7 +281,7 @@ def tokenizer(**changes: Any) -> Any:
         ("reward", None, {"config": {"pad_token": "<|nope|>"}}, "pad_token = '<|nope|>': not in the vocabulary"),
         (EVERY, None, {"eval_dataset": []}, "eval_dataset: there are no rows"),
         (EVERY, None, {"config": {"eval_strategy": "steps", "eval_steps": 1}}, "without eval_dataset: pass held-out"),
-        (PAIRED, None, {"config": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}}, "no whole batch"),
+        (PAIRED, None, {"config": {"dataloader_drop_last": True, "per_device_train_batch_size": 8}}, "not a full"),
         (EVERY, None, {"peft_config": "lora"}, "peft_config = 'lora': pass a peft config"),
         (EVERY, None, {"peft_config": {"r": 4}}, "pass a peft config"),
         (EVERY, None, {"callbacks": ["x"]}, "callbacks: 'x' is not a transformers.TrainerCallback"),
@@ -290,7 +290,7 @@ def tokenizer(**changes: Any) -> Any:
         ("dpo kto", None, {"ref_model": 5}, "ref_model = 5"),
         ("grpo", None, {"ref_model": 5, "config": {"beta": 0.1}}, "ref_model = 5"),
         ("grpo", None, {"ref_model": tiny.model(), "config": {"beta": 0.0}}, "beta = 0.0 does not use a reference"),
-        ("dpo", None, {"ref_model": tiny.model(), "config": {"loss_type": "simpo"}}, "no reference: remove ref_model"),
+        ("dpo", None, {"ref_model": tiny.model(), "config": {"loss_type": "simpo"}}, "a reference: remove ref_model"),
         *(
             ("online_dpo grpo", [{"prompt": "1", name: "x"}] * 4, {}, f"train_dataset: row 0 has a column {name!r}")
             for name in ("prompts", "completions", "completion_ids", "trainer_state")
@@ -352,7 +352,7 @@ def lora(**fields: Any) -> Any:
             "dpo",
             tiny.model,
             {"config": {"sync_ref_model": True}, "peft_config": lora(target_modules=["q_proj"])},
-            "adapters switched off cannot move",
+            "adapters that are switched off cannot be synced",
         ),
         (EVERY, tiny.model, {"config": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "with a model in memory"),
     ),
@@ -505,12 +505,12 @@ ANY = ("SFT", "Reward", "DPO", "KTO", "OnlineDPO", "GRPO")
         ("max_steps", 1.5, "expected int, got float"),
         ("per_device_train_batch_size", -1, "use at least 1"),
         ("per_device_train_batch_size", True, "expected int, got bool"),
-        ("gradient_accumulation_steps", 0, "use at least 1 micro-batch a step"),
+        ("gradient_accumulation_steps", 0, "gradient_accumulation_steps = 0: use at least 1"),
         ("weight_decay", NAN, "weight_decay = nan"),
         ("weight_decay", -0.1, "use a number of at least 0"),
         ("adam_beta1", 1.0, "use a number in [0, 1)"),
         ("max_grad_norm", NAN, "max_grad_norm = nan"),
-        ("max_grad_norm", -1.0, "0 clips none"),
+        ("max_grad_norm", -1.0, "0 disables clipping"),
         ("warmup_steps", NAN, "warmup_steps = nan"),
         ("logging_steps", 0, "use a number of steps above 0"),
         ("seed", "x", "seed = 'x': expected int, got str"),
@@ -521,9 +521,9 @@ ANY = ("SFT", "Reward", "DPO", "KTO", "OnlineDPO", "GRPO")
         ("optim", "adam", "optim = 'adam': use one of adamw_torch"),
         ("eval_strategy", "sometimes", "eval_strategy = 'sometimes': use one of no, steps, epoch"),
         ("token_budget", 0, "token_budget = 0: use a number of tokens"),
-        ("output_dir", __file__, "that is a file; name a folder"),
+        ("output_dir", __file__, "it is a file; name a folder"),
         ("nonsense", 1, "nonsense = 1: unknown field"),
-        ("fp16", True, "losses are not scaled for fp16"),
+        ("fp16", True, "fp16 loss scaling is not supported; set bf16"),
     ],
 )
 @pytest.mark.parametrize("config", ANY)
@@ -536,7 +536,7 @@ def test_a_bad_value_in_python(tmp_path: Path, config: str, field: str, value: A
 @pytest.mark.parametrize(
     ("config", "fields", "fragment"),
     [
-        ("DPO", {"loss_type": "dpo"}, "loss_type = 'dpo': use one or several of sigmoid"),
+        ("DPO", {"loss_type": "dpo"}, "loss_type = 'dpo': use one of sigmoid, sigmoid_norm"),
         ("DPO", {"loss_type": []}, "loss_type = []"),
         ("DPO", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
         (
@@ -554,7 +554,7 @@ def test_a_bad_value_in_python(tmp_path: Path, config: str, field: str, value: A
         ("SFT", {"assistant_only_loss": "yes"}, "expected bool, got str"),
         ("SFT", {"chat_template": 5}, "expected str | None, got int"),
         ("SFT", {"model_init_kwargs": ["x"]}, "expected dict[str, Any] | None, got list"),
-        ("GRPO", {"num_generations": 3, "per_device_train_batch_size": 4}, "holds no whole number of groups"),
+        ("GRPO", {"num_generations": 3, "per_device_train_batch_size": 4}, "is not a whole number of groups"),
         ("GRPO", {"num_generations": 1}, "a group is compared with itself: use at least 2"),
         ("OnlineDPO", {"num_generations": 3, "per_device_train_batch_size": 4}, "use a multiple of 3"),
     ],
@@ -634,7 +634,7 @@ RUBRIC = '[[rubric]]\nkind = "exact"\n'
         ("pairs", "[pairs]\ntemperature = nan\n", "[pairs] temperature = nan"),
         ("pairs", '[pairs]\nmax_completion_length = "x"\n', "expected int, got str"),
         ("pairs", "[pairs]\nnope = 1\n", "[pairs] nope = 1: unknown field"),
-        ("pairs", "[training]\nseed = 1\n", "[training] has no place in `burnish pairs`"),
+        ("pairs", "[training]\nseed = 1\n", "`burnish pairs` does not use [training]; remove it"),
         ("eval", "[evaluation]\nnum_samples = 0\n", "[evaluation] num_samples = 0: use at least 1"),
         ("eval", "[evaluation]\ntemperature = nan\n", "[evaluation] temperature = nan"),
     ],

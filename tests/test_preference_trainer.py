@@ -185,7 +185,7 @@ def test_the_reference_is_computed_once_and_cached_on_disk(
     cached.train()
     assert sum(asked) == len(PAIRS)
     assert cached.stage.reference is not None
-    assert cached.stage.reference.model is None, "its weights have left memory"
+    assert cached.stage.reference.model is None, "its weights have been freed"
     assert_same(weights(plain), weights(cached), 0.0)
     asked.clear()
     again = dpo(tmp_path / "b", max_steps=5, precompute_ref_log_probs=True)
@@ -290,7 +290,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
         ({"loss_type": []}, r"loss_type = \[\]"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
         ({"loss_type": "exo_pair"}, "label_smoothing = 0.0 with loss_type exo_pair"),
-        ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "reads no reference"),
+        ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "does not use a reference"),
         ({"loss_type": "aot", "f_divergence_type": "forward_kl"}, "that loss is defined on log-ratios"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "set one of them"),
         ({"label_smoothing": 0.5}, r"label_smoothing = 0.5: use a number in \[0, 0.5\)"),

@@ -273,7 +273,7 @@ def test_last_stage_without_evaluation_is_a_note(run_dir: Path) -> None:
         ("nowhere", None, 1, DataError, ("run_dir", "nowhere", "does not exist", "metrics.jsonl")),
         ("file", None, 1, DataError, ("run_dir", "is a file", "output directory")),
         (".", None, -1, ConfigError, ("max_transcripts = -1", "0 (embed none)")),
-        (".", ".", 1, ConfigError, ("output", "that is a folder", "name a file")),
+        (".", ".", 1, ConfigError, ("output", "it is a folder", "name a file")),
     ],
 )
 def test_user_errors_name_field_value_and_fix(

@@ -126,17 +126,17 @@ def test_defaults_pass_their_own_check(fields: CommonFields):
         ({"epsilon_high": 5.0}, r"^epsilon_high = 5\.0: "),
         ({"loss_type": "luspo"}, r"use sequence"),
         ({"kl_estimator": "k4"}, r"^kl_estimator = 'k4': "),
-        ({"kl_estimator": "k1", "use_bias_correction_kl": False}, r"the gradient of k1 alone is 0"),
+        ({"kl_estimator": "k1", "use_bias_correction_kl": False}, r"the mean gradient of k1 alone is 0; use k2"),
         ({"kl_in": "reward", "use_bias_correction_kl": True}, r"^use_bias_correction_kl"),
-        ({"kl_target": 5.0}, r"^kl_target with beta = 0"),
+        ({"kl_target": 5.0}, r"^kl_target = 5\.0 with beta = 0: set the initial value of beta"),
         ({"loss_type": "vespo", "delta": 2.0}, r"^delta = 2\.0 with loss_type vespo"),
         (
             {"loss_type": "vespo", "importance_sampling_level": "sequence"},
-            r"^importance_sampling_level = 'sequence' with loss_type vespo: .* use token",
+            r"^importance_sampling_level = 'sequence' with loss_type vespo, .*: use token",
         ),
         (
             {"loss_type": "vespo", "sampling_correction": "sequence_mask"},
-            r"^sampling_correction = 'sequence_mask' with loss_type vespo: .* use token_truncate or token_mask",
+            r"^sampling_correction = 'sequence_mask' with loss_type vespo, .*: use token_truncate or token_mask",
         ),
         ({"vespo_lambda_pos": 0.0}, r"^vespo_lambda_pos = 0\.0: use a number above 0"),
         ({"use_adaptive_entropy": True, "entropy_coef": 2.0}, r"^entropy_coef = 2\.0 with use_adaptive_entropy"),
@@ -186,7 +186,10 @@ def test_bad_grpo_values(changes: dict[str, Any], message: str):
             r"^truncation_mode = 'keep_middle': use keep_start, keep_end, drop or split",
         ),
         ({"max_length": 1}, r"^max_length = 1: "),
-        ({"assistant_only_loss": True, "completion_only_loss": True}, r"set one of them"),
+        (
+            {"assistant_only_loss": True, "completion_only_loss": True},
+            r"True: they select different tokens; set one, assistant_only_loss",
+        ),
     ],
 )
 def test_bad_sft_values(changes: dict[str, Any], message: str):
@@ -247,7 +250,9 @@ def test_noise_on_embeddings_is_for_sft_only():
     with pytest.raises(ConfigError, match=r"neftune_noise_alpha = 0\.0: use a number above 0"):
         check_fields("sft", {"neftune_noise_alpha": 0.0})
     for kind in ("reward", "dpo", "kto", "grpo"):
-        with pytest.raises(ConfigError, match=r"neftune_noise_alpha = 5\.0: .* supervised fine-tuning only"):
+        with pytest.raises(
+            ConfigError, match=r"neftune_noise_alpha = 5\.0: only supervised fine-tuning supports .*; remove the field"
+        ):
             check_fields(kind, {"neftune_noise_alpha": 5.0})
 
 

@@ -183,12 +183,12 @@ def test_command_lines_for_trl_are_understood(config: Any, tmp_path: Path) -> No
         ("--max_length -3", r"^max_length = -3"),
         ("--packing_strategy wrapped", r"^packing_strategy = 'wrapped': .* truncation_mode"),
         ("--max_seq_length 512", r"its name is max_length"),
-        ("--config", r"^--config: names no file"),
+        ("--config", r"^--config: without a file; write --config FILE"),
         ("--config nowhere.yaml", r"nowhere.yaml: cannot be read"),
         ("--lora_r 0.5", r"--lora_r.*invalid int value"),
         ("--dtype float8", r"^dtype = 'float8': use one of auto"),
         ("--load_in_4bit --load_in_8bit", r"are both set"),
-        ("--test_split_size 1.5", r"^test_split_size = 1.5: use a share"),
+        ("--test_split_size 1.5", r"^test_split_size = 1.5: use a fraction"),
         ("stray", r"^stray: unknown in the command line"),
     ],
 )
@@ -223,7 +223,7 @@ def test_names_of_a_file_that_nothing_knows(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(ConfigError, match=r"^--learning_rat: unknown in .*config.yaml, did you mean learning_rate"):
         TrlParser(FOUR).parse_args_and_config(words)
     assert len(TrlParser(FOUR).parse_args_and_config(words[:2], fail_with_unknown_args=False)) == 4
-    assert "passed over: --learning_rat: unknown in" in capsys.readouterr().err
+    assert "ignored: --learning_rat: unknown in" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--verbos: unknown in the command line"):
         TrlParser(FOUR).parse_args_and_config(words, fail_with_unknown_args=False)
     left = ["--learning_rat", "1.0", "--num_processes", "2"]
@@ -235,7 +235,7 @@ def test_names_of_a_file_that_nothing_knows(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "holds list where tables are expected"),
+        ("[1, 2]", "contains list instead of tables"),
         ("env: 3", "env = 3: use a table"),
         ("a: 1\na: 2", "'a' is given twice"),
         ("lora_r: [1]", r"\[ModelConfig\] lora_r = \[1\]: expected int"),
@@ -244,8 +244,8 @@ def test_names_of_a_file_that_nothing_knows(tmp_path: Path, capsys: pytest.Captu
         ("datasets: [{pat: x}]", r"datasets\[0\].pat is unknown"),
         ("datasets: [{split: x}]", r"path is missing"),
         ("datasets: [{path: 3}]", r"path = 3: expected str"),
-        ("datasets: [{path: a, fraction: 0.5}, {path: b}]", "fraction = .*give one to every data set"),
-        ("datasets: [{path: a, fraction: -1}]", "fraction = -1.0: use a share above 0"),
+        ("datasets: [{path: a, fraction: 0.5}, {path: b}]", "fraction = .*set it for every data set"),
+        ("datasets: [{path: a, fraction: -1}]", "fraction = -1.0: use a finite number above 0"),
         ("streaming: true\ntest_split_size: 0.5", "streaming = true with test_split_size"),
         ("datasets: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
@@ -403,8 +403,8 @@ def test_fractions_use_no_row_twice(tmp_path: Path) -> None:
     [
         ({"path": "nowhere.jsonl"}, r"datasets\[0\].path = 'nowhere.jsonl': cannot be loaded"),
         ({"path": "FILE", "split": "validation"}, "cannot be loaded .*validation"),
-        ({"path": "FILE", "columns": ["text", "label"]}, "there is no 'label' among text"),
-        ({"path": "SAVED", "split": "best"}, "split = 'best': it has train"),
+        ({"path": "FILE", "columns": ["text", "label"]}, "no column 'label'; use some of text"),
+        ({"path": "SAVED", "split": "best"}, "split = 'best': use one of train"),
     ],
 )
 def test_a_data_set_that_is_not_there(spec: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_pipeline_says_at_which_step_it_ended(file: Path, monkeypatch: pytest.
     assert main(command) == 2
     text = page(folder)
     assert "pipeline: failed at stage 2 of 2, its step 4 of 4 while training grpo (FileError: " in text
-    assert "Repeat the command to go on" in text
+    assert "Repeat the command to continue" in text
     blocked.rmdir()
     assert main(command) == 0
     assert status(folder).state == status(folder / "grpo").state == "finished"

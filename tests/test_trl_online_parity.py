@@ -1,6 +1,6 @@
 """Our online losses, advantages and updates equal TRL's on one rollout. Slow: TRL runs in its own environment.
 
-`python tests/test_trl_online_parity.py` prints the tables of docs/algorithms.md.
+`python tests/test_trl_online_parity.py` prints the tables of docs/algorithms_measured.md.
 """
 
 from __future__ import annotations
@@ -500,7 +500,7 @@ def test_trl_s_dapo_divides_a_part_of_a_rollout_by_the_mean_part(tmp_path: Path,
 
 
 def main() -> None:
-    """The tables of docs/algorithms.md."""
+    """Print the tables of docs/algorithms_measured.md."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         theirs = by_trl(all_cases(), folder)

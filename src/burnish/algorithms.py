@@ -37,13 +37,13 @@ def register(
         name: of the row, and of the estimator and the loss where they are given.
         summary: what defines it, in a line.
         advantage: the rewards of a batch over all ranks -> P rows of G advantages; None: as `fields` say.
-        loss: terms and numbers -> [N] losses of tokens, not reduced; None: as `fields` say.
-        reduction: how they become one number; every denominator is global.
+        loss: function from terms and options to [N] losses of tokens, not reduced; None: as in `fields`.
+        reduction: reduction of the losses, with a global denominator.
         paper: arXiv number.
         fields: configuration fields that the algorithm starts from.
 
     Raises:
-        ConfigError: a name that is taken, or no field of GRPOConfig.
+        ConfigError: the name is taken, or a field is not one of GRPOConfig.
     """
     if name in ALGORITHMS or (advantage and name in ADVANTAGES) or (loss and name in POLICY_LOSSES):
         raise ConfigError(f"name = {name!r}: the table has it already; choose another name.")

@@ -92,7 +92,7 @@ class Interrupted(BurnishError):
 
 
 class CheckFailed(BurnishError, RuntimeError):
-    """A run-time check against silent failure fired (sampler and trainer apart, NaN, stale weights...)."""
+    """A run-time check against silent failure fired (sampler and trainer mismatch, NaN, stale weights...)."""
 
 
 def show(value: Any, limit: int = 200) -> str:
@@ -107,7 +107,7 @@ def show(value: Any, limit: int = 200) -> str:
 
 
 def contained(error: BaseException, kind: type[BurnishError] = BurnishError) -> Exception:
-    """Make an error of what would end the process with the status of its choice, such as `sys.exit()`."""
+    """Convert an exception that would end the process, such as `SystemExit`, into an ordinary error."""
     if isinstance(error, Exception):
         return error
     return kind(f"it raised {type(error).__name__}({error}), which would end the program").with_traceback(
@@ -117,7 +117,7 @@ def contained(error: BaseException, kind: type[BurnishError] = BurnishError) -> 
 
 @contextmanager
 def user_code(what: str) -> Generator[None]:
-    """Let a function of the user's fail, and not end the run as if it were finished.
+    """Run a function of the user's that may fail but must not end the run.
 
     Args:
         what: its name, for the message.

@@ -1,4 +1,4 @@
-"""What a run says while it works: remarks, phases and counted work, in a terminal, a notebook or a log."""
+"""Report messages, phases and progress in a terminal, a notebook or a log."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def format_seconds(seconds: float) -> str:
 
 @contextmanager
 def phase(title: str) -> Generator[None]:
-    """Say how long a block took, `loading MODEL ... 12 s`; a terminal shows it while it runs."""
+    """Report how long a block took, `loading MODEL ... 12 s`; a terminal shows it while it runs."""
     console = _live_console()
     started = time.monotonic()
     with nullcontext() if console is None else console.status(f"{title} ..."):
@@ -103,12 +103,12 @@ class Progress:
 
 
 def _is_main() -> bool:
-    """Whether this is the rank that speaks."""
+    """Return whether this rank writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _live_console() -> Any:
-    """A console that can redraw a line; None in logs, in notebooks without widgets and on other ranks."""
+    """Return a console that can redraw lines; None in logs, notebooks without widgets and on other ranks."""
     if not _is_main() or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
         return None
     from rich.console import Console

@@ -9,7 +9,7 @@ P       prompts (groups)
 G       completions of one group
 S       sequences: completions, counted over all groups of a batch
 T       tokens of one packed row (prompt tokens once per group, then completions)
-N       scored tokens: those with a log-probability and a place in the loss
+N       scored tokens: those with a log-probability that are in the loss
 V       vocabulary
 H       hidden size
 ======  =========================================================================
@@ -43,10 +43,10 @@ class StopReason(StrEnum):
 
 @dataclass(slots=True)
 class Score:
-    """What a rubric says of one completion.
+    """A rubric's score of one completion.
 
     Attributes:
-        total: weighted sum of the criteria, or None where one failed: the completion then leaves the loss.
+        total: weighted sum of the criteria, or None where one failed: the completion is then excluded from the loss.
         criteria: value of each criterion by name; None where it failed or abstained.
         errors: message of each failure by criterion name.
         answers: answer that each criterion read from the text, by criterion name; absent where it found none.
@@ -94,12 +94,12 @@ class Completion:
 
     @property
     def reward(self) -> float | None:
-        """What the rubric gives in all; None before it has seen the completion, and where a criterion failed."""
+        """Total of the score; None before scoring, and where a criterion failed."""
         return None if self.score is None else self.score.total
 
     @property
     def num_scored_tokens(self) -> int:
-        """Number of tokens with a place in the loss."""
+        """Number of tokens in the loss."""
         return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
 
 
@@ -143,8 +143,8 @@ class PackedBatch(Mapping[str, Any]):
         input_ids: [1, T] tokens of the row.
         position_ids: [1, T] position of each token in its own sequence; every completion starts at its prompt's length.
         spans: where the groups lie in the row: what prefix attention needs to know.
-        score_index: [N] place in the row of the token that predicts each scored token (the last prompt token predicts
-            the first token of every completion of its group, so places repeat).
+        score_index: [N] position in the row of the token that predicts each scored token (the last prompt token
+            predicts the first token of every completion of its group, so positions repeat).
         target_ids: [N] the scored tokens.
         sequence_index: [N] the sequence (0 .. S-1) that each scored token belongs to, ascending.
         num_sequences: S.

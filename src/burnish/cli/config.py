@@ -1,4 +1,4 @@
-"""Run files: TOML or YAML plus overrides, checked in full before anything heavy is imported."""
+"""Read run files, TOML or YAML plus overrides, and check them in full before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 FileKind: TypeAlias = Kind
-"""A command that takes a run file of one stage: a stage, eval or pairs."""
+"""A command whose run file describes one stage: a stage, eval or pairs."""
 
 
 def _check_path(value: str | None, where: str, problem_of: Callable[[str], str | None]) -> None:
@@ -44,22 +44,20 @@ def _check_path(value: str | None, where: str, problem_of: Callable[[str], str |
 
 @dataclass(frozen=True)
 class DataSection:
-    """`[data]`: where rows come from; sources are as `burnish.data.load_rows` takes them.
+    """The sources of `[data]`, in the form that `burnish.data.load_rows` takes.
 
-    `system_prompt` and `prompt_template` of the table are already part of each source that has none of its own.
+    The table's `system_prompt` and `prompt_template` are merged into each source that does not set them.
     """
 
     train: dict[str, Any] | None = None
-    """Rows to train on."""
     eval: dict[str, Any] | None = None
-    """Rows to evaluate on."""
     sft: dict[str, Any] | None = None
-    """Pipelines only: rows of the supervised stage; None means `train`."""
+    """Rows of a pipeline's supervised stage; None means `train`."""
 
 
 @dataclass(frozen=True)
 class RunFile:
-    """A checked file of one stage. `training` holds keyword arguments of the stage's config."""
+    """A checked run file of one stage; `training` holds keyword arguments of the stage's config."""
 
     path: Path
     kind: FileKind
@@ -72,12 +70,12 @@ class RunFile:
     evaluation: EvaluationSection | None = None
     pairs: PairsSection | None = None
     document: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The file as written, with the overrides: what a run records."""
+    """The file as written with the overrides applied, for the records of the run."""
 
 
 @dataclass(frozen=True)
 class PipelineFile:
-    """A checked file of several stages: those of `PIPELINE_STAGES` that it has; evaluation after each, then report."""
+    """A checked run file of several stages, with an evaluation after each and a report at the end."""
 
     path: Path
     model: str
@@ -85,18 +83,18 @@ class PipelineFile:
     rubric: Rubric
     evaluation: EvaluationSection
     output_dir: str
-    """Folder of the run; every stage has its own folder in it."""
+    """Folder of the run, with a subfolder for each stage."""
     model_init: dict[str, Any] = field(default_factory=dict[str, Any])
     peft: dict[str, Any] | None = None
     stages: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The stages that the file has, in order, each with its settings."""
+    """Stage -> settings, in the order of `PIPELINE_STAGES`."""
     report: ReportSection = field(default_factory=ReportSection)
     document: dict[str, Any] = field(default_factory=dict[str, Any])
-    """The file as written, with the overrides: what a run records."""
+    """The file as written with the overrides applied, for the records of the run."""
 
     @property
     def pairs(self) -> PairsSection | None:
-        """The settings of `[pairs]`."""
+        """Settings of `[pairs]`."""
         return self.stages.get("pairs")
 
 
@@ -118,26 +116,24 @@ _PIPELINE_TABLES = (
 
 
 def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) -> RunFile:
-    """Read and check the file of one stage.
+    """Read and check a run file of one stage.
 
     Args:
         path: a .toml, .yaml or .yml file.
         overrides: command-line words, `--training.learning_rate=1e-6` or `--training.learning_rate 1e-6`.
-        kind: the command it is for.
+        kind: the command that the file is for.
 
     Raises:
-        ConfigError: anything unknown, ill-typed, out of range, contradictory or missing, with the fix.
+        ConfigError: an unknown, missing, ill-typed, out-of-range or contradictory entry, with the fix.
     """
     document = apply_overrides(read_file(path), overrides)
     _refuse_pipeline(document, path, kind)
     tables = check_mapping(_infos(_TABLES), document, str(path))
     trains = kind in STAGES
     if not trains and "training" in tables:
-        raise ConfigError(
-            f"{path}: [training] has no place in `burnish {kind}`; remove it, or run the stage's command."
-        )
+        raise ConfigError(f"{path}: `burnish {kind}` does not use [training]; remove it, or run the stage's command.")
     if kind != "pairs" and "pairs" in tables:
-        raise ConfigError(f"{path}: [pairs] has no place in `burnish {kind}`; remove it, or run `burnish pairs`.")
+        raise ConfigError(f"{path}: `burnish {kind}` does not use [pairs]; remove it, or run `burnish pairs`.")
     run = RunFile(
         path=Path(path),
         kind=kind,
@@ -149,25 +145,25 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
     if kind == "eval" and run.evaluation is None:
         run = dataclasses.replace(run, evaluation=EvaluationSection())
     given = {"data.train": run.data.train, "data.eval": run.data.eval, "rubric": run.rubric}
-    needed = {"data.eval" if kind == "eval" else "data.train", *(("data.eval", "rubric") if run.evaluation else ())}
-    needed |= {"rubric"} if not trains or STAGES[kind].online else set()
-    _need({name: given[name] for name in sorted(needed)}, path)
+    required = {"data.eval" if kind == "eval" else "data.train", *(("data.eval", "rubric") if run.evaluation else ())}
+    required |= {"rubric"} if not trains or STAGES[kind].online else set()
+    _require({name: given[name] for name in sorted(required)}, path)
     _check_solved(run.evaluation, run.rubric)
-    _check_places(run.training, "training")
+    _refuse_moved(run.training, "training")
     _check_path(run.training.get("output_dir"), "[training] output_dir", partial(folder_problem, writable=True))
     if trains:
         _check_quantised(run)
     checkpoint = run.training.get("resume_from_checkpoint")
     if isinstance(checkpoint, str) and checkpoint.lower() != "true" and not is_folder(checkpoint):
         raise ConfigError(
-            f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name a checkpoint "
+            f"[training] resume_from_checkpoint = {show(checkpoint)}: no such folder; name the folder of a checkpoint "
             f"({missing(checkpoint)})."
         )
     return run
 
 
 def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFile:
-    """Read and check the file of a pipeline; arguments and errors are those of `load_run_file`."""
+    """Read and check the run file of a pipeline; arguments and errors are those of `load_run_file`."""
     document = apply_overrides(read_file(path), overrides)
     _refuse_single_stage(document, path)
     tables = check_mapping(_infos(_PIPELINE_TABLES), document, str(path))
@@ -176,8 +172,8 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     ):
         if name in tables.get(kind, {}):
             raise ConfigError(
-                f"[{kind}] {name} = {tables[kind][name]!r}: stages live in the pipeline's folder and continue there by "
-                "themselves; set output_dir at the top of the file instead."
+                f"[{kind}] {name} = {tables[kind][name]!r}: a pipeline places and resumes its stages itself; set "
+                "output_dir at the top of the file instead."
             )
     stages: dict[str, Any] = {
         kind: section(PairsSection, tables[kind]) if kind == "pairs" else check_fields(kind, tables[kind], kind)
@@ -188,10 +184,10 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     shared = _shared(tables, path, pipeline=True)
     data: DataSection = shared["data"]
     shared["evaluation"] = shared["evaluation"] or EvaluationSection()
-    needed: dict[str, Any] = {"data.eval": data.eval, "rubric": shared["rubric"]}
+    required: dict[str, Any] = {"data.eval": data.eval, "rubric": shared["rubric"]}
     if set(stages) - {"sft", *FROM_PAIRS} or data.sft is None:
-        needed["data.train"] = data.train
-    _need(needed, path)
+        required["data.train"] = data.train
+    _require(required, path)
     run = PipelineFile(
         path=Path(path),
         output_dir=tables.get("output_dir", str(Path("outputs", Path(path).stem))),
@@ -205,7 +201,7 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     _check_quantised(run)
     for kind, stage in stages.items():
         if kind != "pairs":
-            _check_places(stage, kind)
+            _refuse_moved(stage, kind)
     return run
 
 
@@ -216,7 +212,7 @@ def _refuse_pipeline(document: Mapping[str, Any], path: str | Path, kind: FileKi
     if tables or (isinstance(data, Mapping) and "sft" in data):
         raise ConfigError(
             f"{path}: {', '.join(tables) or 'data.sft'} belongs to the file of a pipeline: run `burnish pipeline "
-            f"{path}`, or give `burnish {kind}` a file whose fields stand in [training]."
+            f"{path}`, or put the fields of `burnish {kind}` in [training]."
         )
 
 
@@ -227,27 +223,27 @@ def _refuse_single_stage(document: Mapping[str, Any], path: str | Path) -> None:
     names = list(cast("Mapping[str, Any]", given)) if isinstance(given, Mapping) else []
     fits = [kind for kind in PIPELINE_STAGES if kind != "pairs" and all(kind in stages_with(name) for name in names)]
     raise ConfigError(
-        f"{path}: [training] belongs to the file of one stage: run `burnish STAGE {path}` with the stage that it "
-        f"was written for ({', '.join(fits) or 'see `burnish --help`'}), or name the table after the stage."
+        f"{path}: [training] belongs to the file of one stage: run `burnish STAGE {path}` with the stage it is for "
+        f"({', '.join(fits) or 'see `burnish --help`'}), or name the table after the stage."
     )
 
 
 def _check_order(stages: Mapping[str, Any], path: str | Path) -> None:
     if not stages:
         names = ", ".join(f"[{name}]" for name in PIPELINE_STAGES)
-        raise ConfigError(f"{path}: no stage; add the table of at least one of {names}, it may be empty.")
+        raise ConfigError(f"{path}: no stage; add at least one of {names}, which may be empty.")
     for kind in FROM_PAIRS:
         if kind in stages and "pairs" not in stages:
             raise ConfigError(
-                f"{path}: [{kind}] without [pairs], which makes its rows; add [pairs], or run `burnish {kind}` on rows "
-                "of your own."
+                f"{path}: [{kind}] without [pairs], which samples its rows; add [pairs], or run `burnish {kind}` on "
+                "your own rows."
             )
 
 
 def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> dict[str, Any]:
-    """The tables that both kinds of file have, checked."""
+    """Check the tables that both kinds of file have."""
     if "model" not in tables:
-        raise ConfigError(f"{path}: model is missing; give a folder, a .gguf file, a hub name or a package's name.")
+        raise ConfigError(f"{path}: model is missing; give a {_MODEL_SOURCES}.")
     evaluation = tables.get("evaluation")
     return {
         "model": _model(tables["model"]),
@@ -259,20 +255,23 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     }
 
 
+_MODEL_SOURCES = "folder, a .gguf file, a hub name or the name of an installed package"
+
+
 def _model(value: str | dict[str, Any]) -> str:
     if isinstance(value, str):
         _check_path(value, "model", path_problem)
         return value
     table = check_mapping(_infos({"path": str, "gguf_file": str}), value, "model")
     if "path" not in table:
-        raise ConfigError("[model] path is missing; give a folder, a .gguf file, a hub name or a package's name.")
+        raise ConfigError(f"[model] path is missing; give a {_MODEL_SOURCES}.")
     for name in table:
         _check_path(table[name], f"[model] {name}", path_problem)
     return str(Path(table["path"], table["gguf_file"])) if "gguf_file" in table else table["path"]
 
 
 def _check_quantised(run: RunFile | PipelineFile) -> None:
-    """Quantised weights train through adapters: those of [peft], or the model's own."""
+    """Refuse quantised weights without adapters, from [peft] or saved with the model."""
     adapters = is_file(expanded(run.model) / "adapter_config.json")
     if "quantization_config" in run.model_init and run.peft is None and not adapters:
         raise ConfigError(
@@ -292,7 +291,7 @@ def _data(table: Mapping[str, Any], *, pipeline: bool) -> DataSection:
     return DataSection(**sections)
 
 
-def _need(values: Mapping[str, Any], path: str | Path) -> None:
+def _require(values: Mapping[str, Any], path: str | Path) -> None:
     for name, given in values.items():
         if given is None:
             value = '[{ kind = "exact" }]' if name == "rubric" else '{ path = "rows.jsonl" }'
@@ -304,20 +303,20 @@ def _check_solved(evaluation: EvaluationSection | None, rubric: Rubric | None) -
         return
     names = ", ".join(rubric.names)
     if evaluation.solved is None and len(rubric.names) > 1:
-        raise ConfigError(f"[evaluation] solved is missing; name the criterion that decides: one of {names}.")
+        raise ConfigError(f"[evaluation] solved is missing; name the deciding criterion: one of {names}.")
     if evaluation.solved is not None and evaluation.solved not in rubric.names:
         raise ConfigError(f"[evaluation] solved = {evaluation.solved!r}: no such criterion; use one of {names}.")
 
 
-_HAS_A_TABLE = {
-    "model_init_kwargs": "a file has [model_init] for them; move them there",
-    "reward_weights": "in a file each [[rubric]] table has its own weight; set it there and remove the field",
+_MOVED = {
+    "model_init_kwargs": "a run file has the table [model_init] for them; move them there",
+    "reward_weights": "in a run file each [[rubric]] table has its own weight; set it there and remove the field",
 }
-"""Fields of a config that a file says elsewhere: one of two places would be ignored."""
+"""Config fields that a run file sets in another table, which would otherwise be set twice."""
 
 
-def _check_places(training: Mapping[str, Any], where: str) -> None:
-    for name, fix in _HAS_A_TABLE.items():
+def _refuse_moved(training: Mapping[str, Any], where: str) -> None:
+    for name, fix in _MOVED.items():
         if name in training:
             raise ConfigError(f"[{where}] {name} = {training[name]!r}: {fix}.")
 

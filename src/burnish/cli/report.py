@@ -10,5 +10,5 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report and print where it is."""
+    """Write the report and print its path."""
     print(write_report(args.run_dir, args.output, max_transcripts=args.max_transcripts))

@@ -1,4 +1,4 @@
-"""What each step of a pipeline was made from: a step is reused only where all of that is the same."""
+"""Record the inputs of each step of a pipeline, and reuse a step only if all of them are unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLOCKS = 64
 
 
 class StepInputs:
-    """Digests of the inputs of every step that a folder holds, by the step's file or folder."""
+    """Digests of the inputs of every step in a folder, keyed by the step's file or folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,30 +31,35 @@ class StepInputs:
         self._made: dict[str, dict[str, str]] = read_json(self._file, {})
 
     def check(self, step: str, inputs: Mapping[str, Any]) -> None:
-        """Refuse to reuse, or to go on with, a step that was made from something else.
+        """Refuse to reuse or continue a step that was made from other inputs.
 
         Args:
-            step: its file or folder, relative.
-            inputs: what it is made from, by the table of the configuration that says so.
+            step: relative path of the step's file or folder.
+            inputs: table of the configuration -> the input that it describes.
 
         Raises:
-            ConfigError: naming what has changed.
+            ConfigError: inputs have changed; the message names their tables.
         """
         before = self._made.get(step)
-        if before is None or not _exists(self.folder / step):
+        path = self.folder / step
+        # A folder with nothing but the lock and the status has no results to protect.
+        has_results = path.is_file() or any(
+            file.is_file() and file.name not in (LOCK, STATUS) for file in path.rglob("*")
+        )
+        if before is None or not has_results:
             return
         changed = sorted(name for name, value in inputs.items() if before.get(name) != _digest(value))
         if changed:
             raise ConfigError(
                 f"output_dir = {str(self.folder)!r} holds a run with another [{'], ['.join(changed)}], from which "
-                f"{step} was made: give another output_dir, or delete {self.folder / step} to make it anew."
+                f"{step} was made: set another output_dir, or delete {path} to make it again."
             )
 
     def begin(self, step: str, inputs: Mapping[str, Any]) -> None:
-        """Check a step, and write down what it is made from.
+        """Check a step and record its inputs.
 
         Raises:
-            ConfigError: it is there, and was made from something else.
+            ConfigError: the step exists and was made from other inputs.
         """
         self.check(step, inputs)
         self._made[step] = {name: _digest(value) for name, value in inputs.items()}
@@ -62,7 +67,7 @@ class StepInputs:
 
 
 def model_identity(model: str) -> Any:
-    """A model by the content of its files (blocks of those with weights), or by name where it is no local folder."""
+    """Identify a local model by the content of its files, sampled in blocks, and any other model by its name."""
     path = Path(model).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     found = [
@@ -74,7 +79,7 @@ def model_identity(model: str) -> Any:
 
 
 def _content(file: Path) -> str:
-    """A hash of the size and of blocks from the first to the last byte: training moves every weight."""
+    """Hash the size of a file and evenly spaced blocks of it, which suffices as training moves every weight."""
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
@@ -85,11 +90,6 @@ def _content(file: Path) -> str:
                 stream.seek(number * (size - _BLOCK_BYTES) // (_BLOCKS - 1))
                 digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def _exists(path: Path) -> bool:
-    """Whether a step has left anything: a folder without files has nothing to protect."""
-    return path.is_file() or any(file.is_file() and file.name not in (LOCK, STATUS) for file in path.rglob("*"))
 
 
 def _digest(value: Any) -> str:

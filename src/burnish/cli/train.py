@@ -1,4 +1,4 @@
-"""`burnish sft FILE` and the other commands that train one stage."""
+"""`burnish STAGE FILE`: train one stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the file, read the rows, train, save."""
+    """Check the run file, read the rows, train and save."""
     file = load_run_file(args.file, args.overrides, args.command)
     assert file.data.train is not None
     rows = load_rows(file.data.train, "data.train")

@@ -1,7 +1,7 @@
-"""Names, types, defaults and rules of every configuration field, without torch.
+"""Names, types, bounds, defaults and help of every configuration field, torch-free.
 
-The trainers' configs inherit their own fields from here, files and overrides are checked against the same tables, and
-`burnish grpo --help` prints them: a field is written down once.
+A field is declared once: trainers' configs inherit it, run files and overrides are checked against it, and `--help` of
+a stage's command prints it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The rows of the algorithm table, without torch: an algorithm is a set of values of configuration fields.
+"""The algorithm table, torch-free: an algorithm is a set of values of configuration fields.
 
-Parts have names (`advantage_estimator`, `loss_type`, `importance_sampling_level`, `kl_in` ...) that each resolve in a
-table of pure functions. A row says which parts make an algorithm what it is, and which numbers its paper starts from.
+Each part of an algorithm (`advantage_estimator`, `loss_type`, `importance_sampling_level`, `kl_in` ...) names a pure
+function. A row sets the parts that define the algorithm and the hyperparameters of its paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,14 +21,14 @@ LOSS_NAMES = Names("objectives/policy.py", "POLICY_LOSSES")
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """A row of the table.
+    """A row of the algorithm table.
 
     Attributes:
-        summary: what defines it, in a line.
-        paper: arXiv number.
-        parts: field -> value that makes it this algorithm; a config that sets another value is refused.
-        defaults: field -> value to start from; a config may set another.
-        stage: the trainer that runs it.
+        summary: definition in one line.
+        paper: arXiv id.
+        parts: field -> value that defines the algorithm; a config with another value is refused.
+        defaults: field -> default value, which a config may override.
+        stage: stage that runs it.
     """
 
     summary: str
@@ -59,7 +59,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         parts={**_GROUP, "loss_type": "dr_grpo", "scale_rewards": "none"},
     ),
     "dapo": Algorithm(
-        "clip-higher, groups without spread replaced by new ones, mean over all tokens, soft overlong punishment",
+        "clip-higher, groups without reward variance resampled, mean over all tokens, soft overlong penalty",
         "2503.14476",
         parts={**_GROUP, "loss_type": "dapo", "dynamic_sampling": True},
         defaults={"epsilon": 0.2, "epsilon_high": 0.28, "overlong_buffer": 0.2},
@@ -71,7 +71,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults={"epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "gspo_token": Algorithm(
-        "gspo's ratio with each token's own gradient, so that advantages may differ by token",
+        "gspo's ratio with a gradient per token, so advantages may differ by token",
         "2507.18071",
         parts={**_GSPO, "importance_sampling_level": "sequence_token"},
         defaults={"epsilon": 3e-4, "epsilon_high": 4e-4},
@@ -83,18 +83,18 @@ ALGORITHMS: dict[str, Algorithm] = {
         defaults={"epsilon": 2e-3, "epsilon_high": 2.5e-3},
     ),
     "cispo": Algorithm(
-        "the ratio, clipped and without gradient, weighs the log-likelihood: no token loses its gradient",
+        "log-likelihood weighted by the clipped ratio without its gradient, so no token loses its gradient",
         "2506.13585",
         parts={**_GROUP, "loss_type": "cispo"},
         defaults={"epsilon_high": 5.0},
     ),
     "sapo": Algorithm(
-        "a sigmoid gate of the ratio instead of a clip, steeper where the advantage is negative",
+        "a sigmoid gate of the ratio instead of a clip, steeper at negative advantages",
         "2511.20347",
         parts={**_GROUP, "loss_type": "sapo"},
     ),
     "vespo": Algorithm(
-        "a soft weight of the ratio of the whole sequence, without gradient, instead of a clip",
+        "log-likelihood weighted by a soft function of the sequence ratio, without gradient, instead of a clip",
         "2602.10693",
         parts={**_GROUP, "loss_type": "vespo"},
     ),
@@ -144,25 +144,28 @@ ALGORITHMS: dict[str, Algorithm] = {
         },
     ),
     "ppo": Algorithm(
-        "advantages of tokens from a critic (GAE), token ratio and clip, k1 in each token's reward",
+        "token advantages from a critic (GAE), token ratio and clip, k1 in each token's reward",
         "1707.06347",
         parts={"importance_sampling_level": "token"},
         stage="ppo",
     ),
 }
-"""Name -> row; `burnish.algorithms.register` adds to it. PPO has a trainer of its own, for its critic."""
+"""Name -> row; `burnish.algorithms.register` adds rows."""
 
 
 def apply_algorithm(kind: str, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The values of all fields of a config after its `algorithm` has had its say.
+    """Apply a config's `algorithm` to its fields.
 
     Args:
-        kind: the stage that the config is of.
-        values: field -> value, all fields.
-        given: names of the fields that somebody set.
+        kind: stage of the config.
+        values: field -> value, for all fields.
+        given: names of the fields that were set explicitly.
+
+    Returns:
+        Field -> value, with the parts of the algorithm and its defaults for fields that were not set.
 
     Raises:
-        ConfigError: an unknown algorithm, or a field set to what the algorithm is not.
+        ConfigError: an unknown algorithm, or a field with a value that contradicts it.
     """
     name = values.get("algorithm")
     if name is None:
@@ -173,15 +176,10 @@ def apply_algorithm(kind: str, values: Mapping[str, Any], given: Collection[str]
     if row.stage != ("ppo" if kind == "ppo" else "grpo"):
         trainer = {"ppo": "PPOTrainer", "grpo": "GRPOTrainer"}[row.stage]
         raise ConfigError(f"algorithm = {name!r}: {trainer} runs it (`burnish {row.stage}`), not this trainer.")
-    for problem in _contradictions(name, row, values, given):
-        raise ConfigError(problem)
-    return {**values, **{k: v for k, v in row.defaults.items() if k not in given}, **row.parts}
-
-
-def _contradictions(name: str, row: Algorithm, values: Mapping[str, Any], given: Collection[str]) -> Iterator[str]:
     for part, wanted in row.parts.items():
         if part in given and values[part] != wanted:
-            yield (
-                f"{part} = {values[part]!r} with algorithm = {name!r}, which is {part} = {wanted!r}: remove one of "
+            raise ConfigError(
+                f"{part} = {values[part]!r} with algorithm = {name!r}, which sets {part} = {wanted!r}: remove one of "
                 "the two."
             )
+    return {**values, **{k: v for k, v in row.defaults.items() if k not in given}, **row.parts}

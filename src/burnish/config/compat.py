@@ -1,7 +1,7 @@
-"""What TRL has by another name, in another place, or not at all: fields of configs, arguments of trainers, and imports.
+"""TRL's names that have another name or no counterpart here: fields of configs, arguments of trainers, and imports.
 
-Only names that mean nothing here are looked up: what is met anyway is accepted with a line in the log, what can be said
-otherwise is rewritten, and anything else is an error with the fix.
+Only names unknown to burnish are looked up. A field whose intent is met anyway is accepted with a log line, one with a
+counterpart is translated, and any other raises an error with the fix.
 """
 
 from __future__ import annotations
@@ -21,217 +21,168 @@ __all__ = [
 
 
 class Elsewhere(NamedTuple):
-    """A field that is not there.
+    """A field of TRL's that burnish does not have.
 
     Attributes:
-        neutral: the value that changes nothing here; a field that holds it is dropped.
+        neutral: values without an effect here; a field with one of them is dropped.
         fix: why the field does not exist, and what to do.
-        met: types of values whose intent is met whatever they are: such a field is dropped, and named in the log.
+        met: types whose values all have their intent met; such a field is dropped and named in the log.
     """
 
-    neutral: Any
+    neutral: tuple[Any, ...]
     fix: str
     met: tuple[type, ...] = ()
 
 
-_OFF = (None, False)
+def _fields(fix: str, **fields: tuple[Any, ...]) -> dict[str, Elsewhere]:
+    """Build the entries of fields with one fix, from field=(*neutral values, *types in `met`)."""
+    types = {name: tuple(value for value in values if isinstance(value, type)) for name, values in fields.items()}
+    return {
+        name: Elsewhere(values[: len(values) - len(types[name])], fix, types[name]) for name, values in fields.items()
+    }
 
-_PACKED = "rows are packed without padding and do not see each other, whatever their lengths; remove the field"
-_IN_PROCESS = "completions are sampled in process, from the weights being trained; remove the field"
-_ONE_CACHE = "the sampler keeps one cache of its own, each prompt in it once; remove the field"
-_PRINTED = "set log_completions and read the transcripts with `burnish report`"
-_NOT_THERE = "this loss or correction does not exist here; remove the field"
-_CORRECTION = "set sampling_correction, sampling_correction_max and sampling_correction_min, for every engine"
-_ADAPTERS = "with adapters the reference is the same model with them switched off; remove the field"
+
+_SHUFFLED = _fields("set train_sampling_strategy to random or sequential", shuffle_dataset=(None, False))
+_PACKED = "rows are packed without padding and do not attend to each other; remove the field"
 _BLOCKS = (
-    "a batch counts rows here, not blocks of max_length tokens, and rows are packed without padding anyway; remove the "
+    "batches count rows, not blocks of max_length tokens, and rows are packed without padding anyway; remove the "
     "field and set per_device_train_batch_size to the rows of a step"
 )
-_SPLIT = "rows are packed whole; set truncation_mode to split for texts that become several rows"
+_PAD_TOKEN = _fields("rows are not padded; pass a processing_class that has the pad_token", pad_token=(None,))
 
-_COMMON: dict[str, Elsewhere] = {
-    "activation_offloading": Elsewhere(
-        False, "set gradient_checkpointing = true, which keeps less than it offloads", (bool,)
-    ),
-    "cast_lm_head_to_fp32": Elsewhere(
-        False, "log-probabilities are computed in fp32 anyway; remove the field", (bool,)
-    ),
-    "dataset_batch_size": Elsewhere(None, "rows are encoded one by one; remove the field", (int,)),
-    "dataset_kwargs": Elsewhere(None, "burnish reads rows as they are; describe them in [data], or prepare them"),
-    "dataset_num_proc": Elsewhere(None, "rows are encoded in one process; remove the field", (int,)),
-    "ds3_gather_for_generation": Elsewhere(True, "sharded training is not supported yet; remove the field", (bool,)),
-    "max_seq_length": Elsewhere(None, "its name is max_length"),
-    "packing": Elsewhere(False, _BLOCKS, (bool,)),
-    "pad_to_multiple_of": Elsewhere((None, "auto"), "rows are packed, there is no padding; remove the field", (int,)),
-    "router_aux_loss_coef": Elsewhere(
-        (None, 0.0),
-        "the load-balancing loss of a mixture of experts is a product of means, which a packed row would change; "
-        "it is not trained; remove the field",
-    ),
-    "use_liger_loss": Elsewhere(
-        False, "log-probabilities already come from a tiled head that holds no logits; remove the field", (bool,)
-    ),
-    "warmup_ratio": Elsewhere(0.0, "set warmup_steps to the share itself, such as 0.1"),
-}
-
-_PAD_TOKEN = Elsewhere(None, "rows are packed, there is no padding; give a processing_class that has the pad_token")
-_REFERENCE: dict[str, Elsewhere] = {
-    "force_use_ref_model": Elsewhere(False, "pass ref_model to use one beside adapters; remove the field", (bool,)),
-    "generate_during_eval": Elsewhere(False, "sample with `burnish eval`; remove the field"),
-    "is_encoder_decoder": Elsewhere(_OFF, "models are decoders only; remove the field"),
-    "label_pad_token_id": Elsewhere(-100, _PACKED, (int,)),
-    "max_completion_length": Elsewhere(None, "max_length is of a prompt and its completion together; set max_length"),
-    "max_prompt_length": Elsewhere(None, "max_length is of a prompt and its completion together; set max_length"),
-    "model_adapter_name": Elsewhere(None, _ADAPTERS),
-    "pad_token": _PAD_TOKEN,
-    "padding_free": Elsewhere(False, _PACKED, (bool,)),
-    "padding_value": Elsewhere(None, _PACKED, (int,)),
-    "precompute_ref_batch_size": Elsewhere(None, "the reference runs within token_budget; set token_budget", (int,)),
-    "ref_adapter_name": Elsewhere(None, _ADAPTERS),
-    "ref_model_init_kwargs": Elsewhere(None, "load the reference with them and pass it as ref_model"),
-    "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
-    "truncation_mode": Elsewhere(
-        "keep_start", "completions share their prompt, so sequences are cut at their end; raise max_length"
-    ),
-    "use_logits_to_keep": Elsewhere(_OFF, "logits are never kept; remove the field", (bool,)),
-}
-
-_ONLINE_FIELDS: dict[str, Elsewhere] = {
-    "cache_implementation": Elsewhere(None, _ONE_CACHE, (str,)),
-    "generation_batch_size": Elsewhere(None, "set steps_per_generation"),
-    "generation_kwargs": Elsewhere(None, "set the fields of sampling that it names; use a table"),
-    "log_completions_hub_repo": Elsewhere(None, _PRINTED),
-    "log_multimodal": Elsewhere((True, False), "completions are text; remove the field", (bool,)),
-    "log_unique_prompts": Elsewhere(False, _PRINTED, (bool,)),
-    "num_completions_to_print": Elsewhere(None, _PRINTED, (int,)),
-    "ref_model_mixup_alpha": Elsewhere(
-        0.6, "the reference does not move in online stages; remove the field", (float, int)
-    ),
-    "ref_model_sync_steps": Elsewhere(512, "the reference does not move in online stages; remove the field", (int,)),
-    "sync_ref_model": Elsewhere(False, "the reference does not move in online stages; remove the field"),
-    "transformers_continuous_batching_config": Elsewhere(None, _IN_PROCESS, (dict,)),
-    "use_transformers_continuous_batching": Elsewhere(False, _IN_PROCESS, (bool,)),
-    "use_transformers_paged": Elsewhere(False, _IN_PROCESS, (bool,)),
-    "use_vllm": Elsewhere(False, _IN_PROCESS),
-    "vllm_enable_sleep_mode": Elsewhere(False, _IN_PROCESS, (bool,)),
-    "vllm_gpu_memory_utilization": Elsewhere(0.3, _IN_PROCESS, (float, int)),
-    "vllm_group_port": Elsewhere(51216, _IN_PROCESS, (int,)),
-    "vllm_max_model_length": Elsewhere(None, _IN_PROCESS, (int,)),
-    "vllm_mode": Elsewhere("colocate", _IN_PROCESS, (str,)),
-    "vllm_model_impl": Elsewhere("vllm", _IN_PROCESS, (str,)),
-    "vllm_server_base_url": Elsewhere(None, _IN_PROCESS, (str,)),
-    "vllm_server_host": Elsewhere("0.0.0.0", _IN_PROCESS, (str,)),
-    "vllm_server_port": Elsewhere(8000, _IN_PROCESS, (int,)),
-    "vllm_server_timeout": Elsewhere(240.0, _IN_PROCESS, (float, int)),
-    "vllm_structured_outputs_regex": Elsewhere(None, _IN_PROCESS),
-    "vllm_tensor_parallel_size": Elsewhere(1, _IN_PROCESS, (int,)),
-}
-
-_POLICY_FIELDS: dict[str, Elsewhere] = {
-    "max_tool_calling_iterations": Elsewhere(None, "a completion is one turn; remove the field", (int,)),
-    "vllm_importance_sampling_cap": Elsewhere(None, _CORRECTION, (float, int)),
-    "vllm_importance_sampling_clip_max": Elsewhere((3.0, None), _CORRECTION, (float, int)),
-    "vllm_importance_sampling_clip_min": Elsewhere(None, _CORRECTION, (float, int)),
-    "vllm_importance_sampling_correction": Elsewhere((True, False), _CORRECTION, (bool,)),
-    "vllm_importance_sampling_mode": Elsewhere("sequence_mask", _CORRECTION, (str,)),
-}
-
+# fmt: off
+_COMMON = (
+    _fields("set gradient_checkpointing = true, which saves more memory", activation_offloading=(False, bool))
+    | _fields("log-probabilities are always computed in fp32; remove the field", cast_lm_head_to_fp32=(False, bool))
+    | _fields("rows are encoded one by one; remove the field", dataset_batch_size=(None, int))
+    | _fields("rows are read as they are; describe them in [data], or prepare them", dataset_kwargs=(None,))
+    | _fields("rows are encoded in one process; remove the field", dataset_num_proc=(None, int))
+    | _fields("sharded training is not supported yet; remove the field", ds3_gather_for_generation=(True, bool))
+    | _fields("its name is max_length", max_seq_length=(None,))
+    | _fields(_BLOCKS, packing=(False, bool))
+    | _fields("rows are packed without padding; remove the field", pad_to_multiple_of=(None, "auto", int))
+    | _fields("the load-balancing loss of a mixture of experts is not trained, as packing would change it (a product "
+              "of means); remove the field", router_aux_loss_coef=(None, 0.0))
+    | _fields("the head is always tiled and keeps no logits; remove the field", use_liger_loss=(False, bool))
+    | _fields("set warmup_steps to the fraction itself, such as 0.1", warmup_ratio=(0.0,))
+)
+_REFERENCE = (
+    _SHUFFLED | _PAD_TOKEN
+    | _fields("pass ref_model to use one with adapters; remove the field", force_use_ref_model=(False, bool))
+    | _fields("sample with `burnish eval`; remove the field", generate_during_eval=(False,))
+    | _fields("models are decoder-only; remove the field", is_encoder_decoder=(None, False))
+    | _fields(_PACKED, label_pad_token_id=(-100, int), padding_free=(False, bool), padding_value=(None, int))
+    | _fields("max_length limits prompt and completion together; set max_length",
+              max_completion_length=(None,), max_prompt_length=(None,))
+    | _fields("with adapters, the reference is the same model without them; remove the field",
+              model_adapter_name=(None,), ref_adapter_name=(None,))
+    | _fields("token_budget limits the reference's forward; set token_budget", precompute_ref_batch_size=(None, int))
+    | _fields("load the reference with them and pass it as ref_model", ref_model_init_kwargs=(None,))
+    | _fields("completions share their prompt, so sequences are cut at their end; raise max_length",
+              truncation_mode=("keep_start",))
+    | _fields("logits are never kept; remove the field", use_logits_to_keep=(None, False, bool))
+)
+_ONLINE = (
+    _fields("the sampler manages its own cache; remove the field", cache_implementation=(None, str))
+    | _fields("set steps_per_generation", generation_batch_size=(None,))
+    | _fields("set the sampling fields that it names; use a table", generation_kwargs=(None,))
+    | _fields("set log_completions and read the transcripts with `burnish report`",
+              log_completions_hub_repo=(None,), log_unique_prompts=(False, bool), num_completions_to_print=(None, int))
+    | _fields("completions are text; remove the field", log_multimodal=(True, False, bool))
+    | _fields("online stages keep the reference fixed; remove the field",
+              ref_model_mixup_alpha=(0.6, float, int), ref_model_sync_steps=(512, int), sync_ref_model=(False,))
+    | _fields("completions are sampled in process, from the weights being trained; remove the field",
+              transformers_continuous_batching_config=(None, dict), use_transformers_continuous_batching=(False, bool),
+              use_transformers_paged=(False, bool), use_vllm=(False,), vllm_enable_sleep_mode=(False, bool),
+              vllm_gpu_memory_utilization=(0.3, float, int), vllm_group_port=(51216, int),
+              vllm_max_model_length=(None, int), vllm_mode=("colocate", str), vllm_model_impl=("vllm", str),
+              vllm_server_base_url=(None, str), vllm_server_host=("0.0.0.0", str), vllm_server_port=(8000, int),
+              vllm_server_timeout=(240.0, float, int), vllm_structured_outputs_regex=(None,),
+              vllm_tensor_parallel_size=(1, int))
+)
+_POLICY = (
+    _ONLINE
+    | _fields("a completion is a single turn; remove the field", max_tool_calling_iterations=(None, int))
+    | _fields("set sampling_correction, sampling_correction_max and sampling_correction_min, for every engine",
+              vllm_importance_sampling_cap=(None, float, int),
+              vllm_importance_sampling_clip_max=(3.0, None, float, int),
+              vllm_importance_sampling_clip_min=(None, float, int),
+              vllm_importance_sampling_correction=(True, False, bool),
+              vllm_importance_sampling_mode=("sequence_mask", str))
+)
 _BY_KIND: dict[Kind, dict[str, Elsewhere]] = {
-    "sft": {
-        "eval_packing": Elsewhere(_OFF, _BLOCKS, (bool,)),
-        "packing_strategy": Elsewhere(("bfd", "ffd"), _SPLIT),
-        "pad_token": _PAD_TOKEN,
-        "padding_free": Elsewhere(False, _PACKED, (bool,)),
-        "shuffle_dataset": Elsewhere(_OFF, "set train_sampling_strategy to random or sequential"),
-    },
-    "reward": {},
-    "dpo": {
-        **_REFERENCE,
-        "cpo_alpha": Elsewhere(
-            0.0, 'set loss_type = ["cpo", "sft"] and loss_weights = [1.0, 1.0], whose second number is cpo_alpha'
-        ),
-        "reference_free": Elsewhere(
-            False, "losses without a reference are cpo, simpo, alphapo and orpo; set loss_type"
-        ),
-        "rpo_alpha": Elsewhere(
-            None, 'set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, 1.0], whose second number is rpo_alpha'
-        ),
-    },
+    "sft": _SHUFFLED | _PAD_TOKEN | _fields(_PACKED, padding_free=(False, bool))
+    | _fields(_BLOCKS, eval_packing=(None, False, bool))
+    | _fields("rows are packed whole; set truncation_mode to split to cut long texts into several rows",
+              packing_strategy=("bfd", "ffd")),
+    "dpo": _REFERENCE
+    | _fields('set loss_type = ["cpo", "sft"] and loss_weights = [1.0, 1.0], whose second number is cpo_alpha',
+              cpo_alpha=(0.0,))
+    | _fields("losses without a reference are cpo, simpo, alphapo and orpo; set loss_type", reference_free=(False,))
+    | _fields('set loss_type = ["sigmoid", "sft"] and loss_weights = [1.0, 1.0], whose second number is rpo_alpha',
+              rpo_alpha=(None,)),
     "kto": _REFERENCE,
-    "online_dpo": {
-        **_ONLINE_FIELDS,
-        "off_policy_mask_threshold": Elsewhere(None, _NOT_THERE),
-        "max_length": Elsewhere(None, "set max_prompt_length and max_completion_length"),
-        "max_new_tokens": Elsewhere(None, "its name is max_completion_length"),
-        "missing_eos_penalty": Elsewhere(None, "set mask_truncated_completions, or add a reward function that sees it"),
-        "reward_model_path": Elsewhere(None, "pass burnish.RewardModel(path) among reward_funcs"),
-    },
-    "grpo": {**_ONLINE_FIELDS, **_POLICY_FIELDS},
-    "rloo": {**_ONLINE_FIELDS, **_POLICY_FIELDS},
-    "ppo": {
-        **_ONLINE_FIELDS,
-        "local_rollout_forward_batch_size": Elsewhere(64, "forwards run within token_budget; set token_budget", (int,)),
-        "num_mini_batches": Elsewhere(1, "set steps_per_generation: micro-batches that one round of sampling feeds"),
-        "num_sample_generations": Elsewhere(10, "set eval_strategy, and log_completions for transcripts", (int,)),
-        "reward_model_path": Elsewhere(None, "pass it to the trainer as reward_model"),
-        "sft_model_path": Elsewhere(None, "pass it to the trainer as model"),
-        "stop_token": Elsewhere((None, "eos"), "completions end at the tokenizer's EOS; set stop for other strings"),
-        "stop_token_id": Elsewhere(None, "completions end at the tokenizer's EOS; set stop for other strings"),
-        "total_episodes": Elsewhere(None, "set max_steps or num_train_epochs"),
-    },
+    "online_dpo": _ONLINE
+    | _fields("online DPO has no off-policy mask; remove the field", off_policy_mask_threshold=(None,))
+    | _fields("set max_prompt_length and max_completion_length", max_length=(None,))
+    | _fields("its name is max_completion_length", max_new_tokens=(None,))
+    | _fields("set mask_truncated_completions, or add a reward function for it", missing_eos_penalty=(None,))
+    | _fields("pass burnish.RewardModel(path) in reward_funcs", reward_model_path=(None,)),
+    "grpo": _POLICY,
+    "rloo": _POLICY,
+    "ppo": _ONLINE
+    | _fields("token_budget limits each forward; set token_budget", local_rollout_forward_batch_size=(64, int))
+    | _fields("set steps_per_generation, the micro-batches per round of sampling", num_mini_batches=(1,))
+    | _fields("set eval_strategy, and log_completions for transcripts", num_sample_generations=(10, int))
+    | _fields("pass it to the trainer as reward_model", reward_model_path=(None,))
+    | _fields("pass it to the trainer as model", sft_model_path=(None,))
+    | _fields("completions end at the tokenizer's EOS; set stop for other strings",
+              stop_token=(None, "eos"), stop_token_id=(None,))
+    | _fields("set max_steps or num_train_epochs", total_episodes=(None,)),
 }
+# fmt: on
 
 
 @cache
 def elsewhere(kind: Kind) -> dict[str, Elsewhere]:
-    """The fields that TRL's config of a stage has and ours does not."""
+    """Return the fields of TRL's config of a stage that burnish's does not have."""
     return _COMMON | _BY_KIND.get(kind, {})
 
 
 ALIASES: dict[Kind, dict[str, str]] = {
-    "ppo": {
-        "cliprange": "epsilon",
-        "kl_coef": "beta",
-        "num_ppo_epochs": "num_iterations",
-        "response_length": "max_completion_length",
-    },
-}
-"""Names that TRL gave to fields of a stage -> the names here."""
+    "ppo": {"cliprange": "epsilon", "kl_coef": "beta", "num_ppo_epochs": "num_iterations",
+            "response_length": "max_completion_length"},
+}  # fmt: skip
+"""TRL's names for fields of a stage -> burnish's names."""
 
 _EVERYWHERE = {"chat_template_path": "chat_template"}
 
 _GENERATION = {
-    "max_new_tokens": "max_completion_length",
-    "max_tokens": "max_completion_length",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "stop": "stop",
-    "stop_strings": "stop",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-}
-"""Names in `generation_kwargs` -> fields."""
+    "max_new_tokens": "max_completion_length", "max_tokens": "max_completion_length", "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty", "stop": "stop", "stop_strings": "stop", "temperature": "temperature",
+    "top_k": "top_k", "top_p": "top_p",
+}  # fmt: skip
+"""Keys of `generation_kwargs` -> fields."""
 
 _GENERATION_NEUTRAL: dict[str, Any] = {
     "bos_token_id": None, "disable_compile": True, "do_sample": True, "eos_token_id": None, "num_beams": 1,
     "num_return_sequences": 1, "pad_token_id": None, "use_cache": True,
 }  # fmt: skip
-"""Names in `generation_kwargs` that ask for what happens anyway."""
+"""Keys of `generation_kwargs` -> the value that has no effect here."""
 
 
 def translated_names(kind: Kind) -> tuple[str, ...]:
-    """Names that `translate` rewrites in a stage."""
+    """List the names that `translate` rewrites in a stage."""
     online = ("generation_kwargs", "generation_batch_size") if kind in ONLINE else ()
     shuffled = ("shuffle_dataset",) if "shuffle_dataset" in elsewhere(kind) else ()
     return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online, *shuffled)
 
 
 def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by their names here.
+    """Rewrite TRL's names of fields to burnish's.
 
     Raises:
-        ConfigError: one field by two names, or a value that has no counterpart.
+        ConfigError: a field given by two names, or a value without a counterpart.
     """
     renamed: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -254,16 +205,22 @@ def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
         del renamed["shuffle_dataset"]
         put("train_sampling_strategy", "random", "shuffle_dataset")
     if kind in ONLINE and renamed.get("generation_kwargs") is not None:
-        for name, (value, given) in _sampling(renamed.pop("generation_kwargs")).items():
+        for name, (value, given) in _sampling_fields(renamed.pop("generation_kwargs")).items():
             put(name, value, given)
     if kind in ONLINE and renamed.get("generation_batch_size") is not None:
-        size = renamed.pop("generation_batch_size")
-        put("steps_per_generation", _steps(size, renamed), "generation_batch_size")
+        size, processes = renamed.pop("generation_batch_size"), int(os.environ.get("WORLD_SIZE", "1"))
+        micro_batch = renamed.get("per_device_train_batch_size", 8) * processes
+        if not isinstance(size, int) or size < 1 or size % micro_batch:
+            raise ConfigError(
+                f"generation_batch_size = {size!r}: use a multiple of {micro_batch}, per_device_train_batch_size x "
+                f"{processes} processes, or set steps_per_generation."
+            )
+        put("steps_per_generation", size // micro_batch, "generation_batch_size")
     return renamed
 
 
-def _sampling(kwargs: Any) -> dict[str, tuple[Any, str]]:
-    """Fields that `generation_kwargs` set, each with the name it was given by."""
+def _sampling_fields(kwargs: Any) -> dict[str, tuple[Any, str]]:
+    """Translate `generation_kwargs` to field -> (value, name as given)."""
     if not isinstance(kwargs, Mapping):
         raise ConfigError(f"generation_kwargs = {kwargs!r:.80}: use a table, such as {{top_p = 0.9}}.")
     fields: dict[str, tuple[Any, str]] = {}
@@ -272,7 +229,7 @@ def _sampling(kwargs: Any) -> dict[str, tuple[Any, str]]:
             continue
         if name not in _GENERATION:
             raise ConfigError(
-                f"generation_kwargs[{name!r}] = {value!r:.80}: not a way of sampling here; use "
+                f"generation_kwargs[{name!r}] = {value!r:.80}: not a supported sampling setting; use "
                 f"{', '.join(sorted(_GENERATION))}."
             )
         listed = [value] if _GENERATION[name] == "stop" and isinstance(value, str) else value
@@ -280,45 +237,33 @@ def _sampling(kwargs: Any) -> dict[str, tuple[Any, str]]:
     return fields
 
 
-def _steps(size: Any, fields: Mapping[str, Any]) -> int:
-    """Micro-batches that a generation batch of so many completions feeds."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = fields.get("per_device_train_batch_size", 8) * processes
-    if not isinstance(size, int) or size < 1 or size % batch:
-        raise ConfigError(
-            f"generation_batch_size = {size!r}: not a multiple of {batch}, per_device_train_batch_size x {processes} "
-            "processes; use one, or set steps_per_generation."
-        )
-    return size // batch
-
-
 _METRICS = (
-    "evaluation yields sums of losses, never logits of a batch; read the metrics of evaluate(), or score generations "
-    "with burnish.evaluation.evaluate"
+    "evaluation does not keep the logits of a batch; read the metrics of evaluate(), or score completions with "
+    "burnish.evaluation.evaluate"
 )
 
 REFUSED_ARGUMENTS: dict[str, str] = {
     "compute_loss_func": "it needs the logits of a padded batch, which do not exist here; override the loss of "
     "a stage (burnish.stages)",
     "compute_metrics": _METRICS,
-    "data_collator": "rows are encoded and packed by the trainer itself, so a collator would never be called; prepare "
-    "the rows instead",
-    "environment_factory": "a completion is one turn of text; score it with reward_funcs",
+    "data_collator": "the trainer encodes and packs rows itself, so a collator would never be called; prepare the rows "
+    "instead",
+    "environment_factory": "a completion is a single turn of text; score it with reward_funcs",
     "preprocess_logits_for_metrics": _METRICS,
     "rollout_func": "completions come from an engine; pass one as engine",
-    "tools": "a completion is one turn of text; put the schemas into a tools column",
+    "tools": "a completion is a single turn of text; put the schemas into a tools column",
 }
-"""Arguments of TRL's trainers that have no place here -> what to do instead."""
+"""Arguments of TRL's trainers without a counterpart -> the fix."""
 
 MOVED_ARGUMENTS: dict[str, str] = {
     "chars_per_token": "rows are packed by their tokens; remove it",
     "config": "it is args now",
     "dataset": "it is train_dataset now",
-    "formatting_func": "prepare the rows instead; SFTTrainer alone takes one",
-    "generation_config": "set the fields of sampling in args, such as temperature and max_completion_length",
+    "formatting_func": "prepare the rows instead; only SFTTrainer takes one",
+    "generation_config": "set the sampling fields of args, such as temperature and max_completion_length",
     "infinite": "set max_steps or num_train_epochs in args",
-    "judge": "pass what compares completions as reward_funcs, which score each",
-    "max_target_length": "max_length in args is of a prompt and its completion together",
+    "judge": "pass a function that scores each completion in reward_funcs",
+    "max_target_length": "max_length in args limits prompt and completion together",
     "model_init": "pass the model as model",
     "num_of_sequences": "rows are packed by their tokens; remove it",
     "policy": "it is model now",
@@ -327,61 +272,53 @@ MOVED_ARGUMENTS: dict[str, str] = {
     "reward_model": "pass it as reward_funcs",
     "reward_processing_class": "it is reward_processing_classes now, in trainers that take reward_funcs",
     "tokenizer": "it is processing_class now",
-    "torch_dtype": "it is a key of model_init_kwargs in args, as dtype",
+    "torch_dtype": "set dtype in model_init_kwargs of args",
 }
-"""Arguments that older trainers of TRL's had -> where they live now."""
+"""Arguments of older versions of TRL's trainers -> the fix."""
 
-_ROWS = "trainers read conversations, texts and pairs as they are; pass the rows unchanged"
+_ROWS = "trainers read conversations, texts and pairs themselves; pass the rows unchanged"
 _TEMPLATE = "set chat_template in the trainer's config, which is saved with the tokenizer"
-_TURNS = "a completion is one turn of text; put tool schemas into a tools column"
-_NOTHING = "there is no counterpart; pass a callback of transformers as callbacks"
-_DPO = "it is DPOTrainer, whose loss_type is "
-_TEACHER = "distillation from a teacher is not there yet"
-_GAMES = "it is not there; OnlineDPOTrainer samples and compares pairs"
+_TURNS = "a completion is a single turn of text; put tool schemas into a tools column"
+_NOTHING = "it has no counterpart; pass a callback of transformers as callbacks"
+_TEACHER = "distillation from a teacher is not supported yet"
+_GAMES = "it is not supported; OnlineDPOTrainer samples and compares pairs"
 _CRITIC = "PPOTrainer adds a critic to a plain model itself"
+_STEPS = "RewardTrainer learns from rows with completions and labels, with RewardConfig"
+_UNPAIRED = "KTOTrainer takes pairs as they are"
+
+
+def _dpo(losses: str) -> str:
+    return f"use DPOTrainer with loss_type {losses}, and DPOConfig"
+
 
 NO_IMPORTS: dict[str, str] = {
-    "AutoModelForCausalLMWithValueHead": _CRITIC,
-    "AutoModelForSeq2SeqLMWithValueHead": _CRITIC,
-    "BCOConfig": _DPO + '"bco_pair", and DPOConfig',
-    "BCOTrainer": _DPO + '"bco_pair", and DPOConfig',
-    "BEMACallback": _NOTHING,
-    "CPOConfig": _DPO + '"cpo" or "simpo", and DPOConfig',
-    "CPOTrainer": _DPO + '"cpo" or "simpo", and DPOConfig',
+    **dict.fromkeys(("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"), _CRITIC),
+    **dict.fromkeys(("BCOConfig", "BCOTrainer"), _dpo('"bco_pair"')),
+    **dict.fromkeys(("CPOConfig", "CPOTrainer"), _dpo('"cpo" or "simpo"')),
+    **dict.fromkeys(("ORPOConfig", "ORPOTrainer"), _dpo('"orpo"')),
+    **dict.fromkeys(("PRMConfig", "PRMTrainer"), _STEPS),
+    **dict.fromkeys(("DistillationConfig", "DistillationTrainer", "GKDConfig", "GKDTrainer"), _TEACHER),
+    **dict.fromkeys(("NashMDConfig", "NashMDTrainer", "XPOConfig", "XPOTrainer"), _GAMES),
+    **dict.fromkeys(("BEMACallback", "WeaveCallback"), _NOTHING),
     "DataCollatorForCompletionOnlyLM": "set completion_only_loss or assistant_only_loss in SFTConfig",
-    "DistillationConfig": _TEACHER,
-    "DistillationTrainer": _TEACHER,
-    "GKDConfig": _TEACHER,
-    "GKDTrainer": _TEACHER,
     "LogCompletionsCallback": "set log_completions, and read them with `burnish report`",
-    "NashMDConfig": _GAMES,
-    "NashMDTrainer": _GAMES,
-    "ORPOConfig": _DPO + '"orpo", and DPOConfig',
-    "ORPOTrainer": _DPO + '"orpo", and DPOConfig',
-    "PRMConfig": "RewardTrainer learns from rows with completions and labels, with RewardConfig",
-    "PRMTrainer": "RewardTrainer learns from rows with completions and labels, with RewardConfig",
     "RichProgressCallback": "progress is shown by default (progress in the config)",
     "SyncRefModelCallback": "set sync_ref_model in DPOConfig or KTOConfig",
-    "WeaveCallback": _NOTHING,
-    "XPOConfig": _GAMES,
-    "XPOTrainer": _GAMES,
-    "add_response_schema": _TURNS,
-    "apply_chat_template": _ROWS,
-    "clone_chat_template": _TEMPLATE + "; the folder of another tokenizer will do",
-    "create_reference_model": "pass ref_model, or leave it out: the trainer keeps the starting weights",
-    "extract_prompt": _ROWS,
+    **dict.fromkeys(("add_response_schema", "supports_tool_calling"), _TURNS),
+    **dict.fromkeys(
+        (
+            "apply_chat_template", "extract_prompt", "is_conversational", "is_conversational_from_value",
+            "maybe_apply_chat_template", "maybe_convert_to_chatml", "maybe_extract_prompt",
+        ),
+        _ROWS,
+    ),
+    **dict.fromkeys(("maybe_unpair_preference_dataset", "unpair_preference_dataset"), _UNPAIRED),
+    "clone_chat_template": f"{_TEMPLATE}; it takes the folder of another tokenizer",
+    "create_reference_model": "pass ref_model, or leave it out: the trainer keeps the initial weights",
     "get_kbit_device_map": "remove device_map: the trainer places quantised weights itself",
-    "get_training_chat_template": "assistant_only_loss finds the turns under any template; " + _TEMPLATE,
-    "is_conversational": _ROWS,
-    "is_conversational_from_value": _ROWS,
-    "maybe_apply_chat_template": _ROWS,
-    "maybe_convert_to_chatml": _ROWS,
-    "maybe_extract_prompt": _ROWS,
-    "maybe_unpair_preference_dataset": "KTOTrainer takes pairs as they are",
+    "get_training_chat_template": f"assistant_only_loss finds the turns with any template; {_TEMPLATE}",
     "pack_dataset": "trainers pack rows without padding themselves; pass them unchanged",
     "prepare_multimodal_messages": "models and data are text",
-    "setup_chat_format": _TEMPLATE + ' (chat_template = "chatml")',
-    "supports_tool_calling": _TURNS,
-    "unpair_preference_dataset": "KTOTrainer takes pairs as they are",
-}
-"""Name at the top of TRL, now or in older versions -> what to do here."""
+    "setup_chat_format": f'{_TEMPLATE} (chat_template = "chatml")',
+}  # fmt: skip
+"""Top-level names of TRL, now or in older versions, without a counterpart -> the fix."""

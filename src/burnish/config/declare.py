@@ -1,4 +1,4 @@
-"""How a configuration field is declared: its type with bounds, its group, and what a resumed run does with a change."""
+"""Declare configuration fields, with type, bounds, group and resume class, and the stages that they belong to."""
 
 from __future__ import annotations
 
@@ -14,22 +14,57 @@ from annotated_types import Ge, Gt, Interval, MinLen
 from burnish.config.paths import folder_problem, path_problem
 
 __all__ = [
-    "CORRECTIONS", "CRITIC", "DATA", "ENTROPY", "GROUPS", "LOGGING", "LOSS", "MODEL", "REFERENCE", "REWARDS",
-    "SAMPLING", "STAGES", "TABLE", "TRAINING", "AtLeastTwo", "BelowOne", "Count", "FieldInfo", "Folder", "Fraction",
-    "Group", "Kind", "Meets", "Natural", "NonNegative", "Place", "Positive", "ResumeClass", "Seed", "Share", "Stage",
-    "Text", "Weights", "declared", "describe", "one_of", "own", "stage", "union_members",
+    "CORRECTIONS",
+    "CRITIC",
+    "DATA",
+    "ENTROPY",
+    "GROUPS",
+    "LOGGING",
+    "LOSS",
+    "MODEL",
+    "REFERENCE",
+    "REWARDS",
+    "SAMPLING",
+    "STAGES",
+    "TABLE",
+    "TRAINING",
+    "AtLeastTwo",
+    "BelowOne",
+    "Count",
+    "FieldInfo",
+    "Folder",
+    "Fraction",
+    "Group",
+    "Kind",
+    "Meets",
+    "Natural",
+    "NonNegative",
+    "PathName",
+    "Positive",
+    "Proportion",
+    "ResumeClass",
+    "Seed",
+    "Stage",
+    "Text",
+    "Weights",
+    "declared",
+    "describe",
+    "one_of",
+    "own",
+    "stage",
+    "union_members",
 ]  # fmt: skip
 
 T = TypeVar("T")
 
 ResumeClass: TypeAlias = Literal["free", "applied", "refused"]
-"""What becomes of a setting that differs from the checkpoint's. free: it changes nothing that is learned; applied: it
-takes effect and is announced; refused: it would be another run."""
+"""Treatment of a setting that differs from the checkpoint's. free: does not affect what is learned; applied: takes
+effect and is announced; refused: an error, since it would be another run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Meets:
-    """A constraint by a function that returns the fix for a value that breaks it, and None for any other."""
+    """A constraint by a function that returns the fix for an invalid value, and None for a valid one."""
 
     problem: Callable[[Any], str | None]
 
@@ -45,7 +80,7 @@ class Meets:
 
 
 def one_of(names: Collection[str]) -> Meets:
-    """A name in a collection that may grow."""
+    """Constrain a value to a collection of names, which may grow."""
     return Meets(lambda value: None if value in names else f"use one of {', '.join(names)}")
 
 
@@ -53,25 +88,20 @@ Count = Annotated[int, Ge(1)]
 AtLeastTwo = Annotated[int, Ge(2)]
 Natural = Annotated[int, Ge(0)]
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
-"""What every generator takes; numpy's seeds are below 2^32."""
+"""A seed for every random generator; numpy's are below 2^32."""
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
-Share = Annotated[float, Interval(gt=0, le=1)]
+Proportion = Annotated[float, Interval(gt=0, le=1)]
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 Text = Annotated[str, MinLen(1)]
 Weights = Annotated[list[float], MinLen(1)]
-Place = Annotated[str, Meets(path_problem)]
+PathName = Annotated[str, Meets(path_problem)]
 Folder = Annotated[str, Meets(folder_problem)]
 
 
 class Group(NamedTuple):
-    """A heading of `--help`.
-
-    Attributes:
-        title: of the heading.
-        resume: class of its fields, but for those that name another.
-    """
+    """A heading of `--help`, with the default resume class of its fields."""
 
     title: str
     resume: ResumeClass = "applied"
@@ -85,11 +115,11 @@ LOSS = Group("Loss")
 REFERENCE = Group("Reference and KL divergence")
 CRITIC = Group("Critic")
 ENTROPY = Group("Entropy")
-CORRECTIONS = Group("Sampler against trainer")
+CORRECTIONS = Group("Sampler mismatch")
 MODEL = Group("Model and memory", "free")
 LOGGING = Group("Logging, saving and resuming", "free")
 TABLE = Group("Table")
-"""Of fields that no stage has."""
+"""Group of the fields of tables other than a stage's."""
 GROUPS = (
     TRAINING, DATA, SAMPLING, REWARDS, LOSS, REFERENCE, CRITIC, ENTROPY, CORRECTIONS, MODEL, LOGGING,
 )  # fmt: skip
@@ -97,14 +127,14 @@ GROUPS = (
 
 
 def own(default: T, text: str, group: Group = TABLE, *, fix: str = "", resume: ResumeClass | None = None) -> T:
-    """Declare a field of a configuration dataclass; its type and bounds stand in the annotation.
+    """Declare a field of a configuration dataclass, whose annotation holds its type and bounds.
 
     Args:
-        default: its default value.
+        default: default value.
         text: help, in one or two sentences.
         group: heading of `--help`.
-        fix: how to correct a value out of bounds, where the bounds do not say it.
-        resume: what a resumed run does with a change; None: as the group.
+        fix: how to correct an invalid value; empty derives it from the bounds.
+        resume: treatment of a change on resume; None takes the group's.
     """
     metadata = {"help": text, "group": group, "fix": fix, "resume": resume or group.resume}
     if isinstance(default, list):
@@ -118,15 +148,15 @@ class FieldInfo:
     """One configuration field.
 
     Attributes:
-        name: as written in a file.
-        hint: its type, with bounds.
-        default: its default value.
-        own: whether burnish declares it (also where it only changes an inherited default).
+        name: name in a file.
+        hint: type, with bounds.
+        default: default value.
+        own: whether burnish declares it, also to change an inherited default.
         help: one or two sentences; empty for inherited fields.
         group: heading of `--help`.
-        fix: how to correct a value out of bounds; empty: as the bounds say.
-        resume: what a resumed run does with a change.
-        bounded: whether burnish says which values it may have.
+        fix: how to correct an invalid value; empty derives it from the bounds.
+        resume: treatment of a change on resume.
+        bounded: whether burnish checks its values.
     """
 
     name: str
@@ -141,13 +171,13 @@ class FieldInfo:
 
     @property
     def type(self) -> str:
-        """The type without bounds, as source text."""
+        """Type without bounds, as source text."""
         return describe(self.hint)
 
 
 @cache
 def declared(record: type[Any]) -> dict[str, FieldInfo]:
-    """The fields of a dataclass that `own` declares."""
+    """Return the fields of a dataclass declared by `own`."""
     hints = get_type_hints(record, include_extras=True)
     return {
         item.name: FieldInfo(
@@ -163,12 +193,12 @@ def declared(record: type[Any]) -> dict[str, FieldInfo]:
 
 
 def union_members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def describe(hint: Any) -> str:
-    """A type as source text, without bounds: `float | None`."""
+    """Write a type as source text, without bounds: `float | None`."""
     members, origin, args = union_members(hint), get_origin(hint), get_args(hint)
     if len(members) > 1:
         return " | ".join(map(describe, members))
@@ -187,16 +217,16 @@ Kind: TypeAlias = str
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage that trains.
+    """A training stage.
 
     Attributes:
-        fields: its own configuration fields.
-        name: what its classes are called: `{name}Config` and `{name}Trainer` in `burnish.trainers.{kind}`.
-        title: on the page about a run.
-        summary: for the command line.
-        method: for the card of a model.
-        paper: arXiv number of the method, or nothing.
-        rows: what it learns from in a pipeline: demonstrations, sampled pairs, or prompts to sample from.
+        fields: dataclass of its configuration fields.
+        name: prefix of its classes, `{name}Config` and `{name}Trainer` in `burnish.trainers.{kind}`.
+        title: title in the report.
+        summary: help of its command.
+        method: name of the method on the model card.
+        paper: arXiv id of the method, or empty.
+        rows: training data in a pipeline: demonstrations, sampled pairs, or prompts to sample from.
     """
 
     fields: type[Any]
@@ -209,12 +239,12 @@ class Stage:
 
     @property
     def online(self) -> bool:
-        """Whether it learns from completions of its own, which a rubric scores."""
+        """True if the stage samples the completions that it learns from."""
         return self.fields.samples
 
 
 STAGES: dict[Kind, Stage] = {}
-"""Every stage that trains, in the order in which their fields are declared, which is that of a pipeline."""
+"""Every training stage, in the order of declaration, which is the order of a pipeline."""
 
 
 def stage(
@@ -226,7 +256,7 @@ def stage(
     title: str | None = None,
     paper: str = "",
 ) -> Callable[[type[T]], type[T]]:
-    """Enter the fields that follow into the table of stages; see `Stage` for the arguments."""
+    """Enter the decorated dataclass into the table of stages; see `Stage` for the arguments."""
 
     def enter(own: type[T]) -> type[T]:
         kind: Kind = own.kind  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,7 @@
-"""burnish's own configuration fields; the trainers' configs add those of transformers.TrainingArguments.
+"""burnish's own configuration fields, to which the trainers' configs add those of transformers.TrainingArguments.
 
-Names, meanings and defaults are TRL's where both mean the same; each help text says where they do not. Combinations
-that contradict each other stand beside the fields: `contradictions` yields an error message for each.
+Names, meanings and defaults are TRL's where possible; the help of a field says where it differs. `contradictions`
+yields an error message for each combination of fields that contradict each other.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from burnish.config.declare import (
     Meets,
     Natural,
     NonNegative,
-    Place,
+    PathName,
     Positive,
+    Proportion,
     Seed,
-    Share,
     Text,
     Weights,
     one_of,
@@ -53,8 +53,8 @@ __all__ = [
 PREFERENCE_LOSS_NAMES = Names("objectives/preference.py", "PREFERENCE_LOSSES")
 
 CHAT_TEMPLATE_HELP = (
-    "A .jinja file, Jinja source, a tokenizer's folder (its EOS token is taken over too), or chatml; saved with the "
-    "tokenizer, for later stages. None: the tokenizer's own."
+    "Chat template: a .jinja file, Jinja source, a tokenizer's folder (whose EOS token is used too) or chatml; saved "
+    "with the tokenizer for later stages. None: the tokenizer's own."
 )
 
 
@@ -68,104 +68,102 @@ def _off(fix: str) -> Meets:
 
 @dataclass
 class CommonFields:
-    """Fields of every stage. Inherit it before `transformers.TrainingArguments`, so that its defaults win."""
+    """Fields of every stage. Inherit it before `transformers.TrainingArguments`, so its defaults take precedence."""
 
     kind: ClassVar[str]
 
     samples: ClassVar[bool] = False
-    """Whether the stage learns from completions of its own."""
+    """Whether the stage samples the completions that it learns from."""
 
     output_dir: Folder | None = own(
         None, "Folder of checkpoints, metrics and the trained model. None: trainer_output.", LOGGING
     )
     per_device_train_batch_size: Count = own(
-        8, "Rows of one micro-batch on each device; online, completions.", TRAINING
+        8, "Rows per micro-batch and device; in online stages, completions.", TRAINING
     )
-    gradient_accumulation_steps: Count = own(1, "Micro-batches of one optimizer step.", TRAINING)
-    num_train_epochs: Positive = own(3.0, "Passes over the data, where max_steps does not say otherwise.", TRAINING)
+    gradient_accumulation_steps: Count = own(1, "Micro-batches per optimizer step.", TRAINING)
+    num_train_epochs: Positive = own(3.0, "Passes over the data, unless max_steps is set.", TRAINING)
     max_steps: Annotated[int, Meets(_steps)] = own(
-        -1, "Optimizer steps to train for. -1: as num_train_epochs says.", TRAINING
+        -1, "Number of optimizer steps. -1: set by num_train_epochs.", TRAINING
     )
     warmup_steps: NonNegative = own(
         0,
-        "Steps in which the learning rate rises to its peak; below 1 a share of all steps.",
+        "Steps over which the learning rate rises to its peak; below 1, a fraction of all steps.",
         TRAINING,
-        fix="use a number of steps of at least 0; below 1 it is a share of all",
+        fix="use a number of steps of at least 0; below 1 it is a fraction of all steps",
     )
-    weight_decay: NonNegative = own(0.0, "Weight decay, of all weights but biases and norms.", TRAINING)
-    seed: Seed = own(42, "Of every random number: initial weights, order of rows, samples.", TRAINING, resume="refused")
+    weight_decay: NonNegative = own(0.0, "Weight decay, applied to all weights except biases and norms.", TRAINING)
+    seed: Seed = own(42, "Random seed of initial weights, the order of rows and samples.", TRAINING, resume="refused")
     model_init_kwargs: dict[str, Any] | None = own(
-        None, "Arguments of from_pretrained, used when the model is given by name or path.", MODEL
+        None, "Arguments of from_pretrained for a model given by name or path.", MODEL
     )
     trust_remote_code: bool = own(
-        False, "Run code that a model's repository brings, as model_init_kwargs would.", MODEL
+        False, "Run code from the model's repository; the same as in model_init_kwargs.", MODEL
     )
     token_budget: Count | None = own(
         None,
-        "Most tokens of one forward and backward, prompts counted once per group. A micro-batch above it runs in "
-        "several parts with the same gradient; a group that is larger is cut between completions, a longer completion "
-        "runs alone. None: 2,048 on a CPU, 16,384 elsewhere.",
+        "Maximum tokens per forward and backward pass, a group's prompt counted once; a larger micro-batch is split, "
+        "if necessary between completions of a group, with the same gradient. None: 2,048 on a CPU, 16,384 elsewhere.",
         MODEL,
         fix="use a number of tokens of at least 1; a large one sets no limit",
     )
     bf16: bool | None = own(
         None,
-        "Compute in bf16 with fp32 master weights. None: yes where the hardware is fast at it.",
+        "Compute in bf16 with fp32 master weights. None: true on hardware with fast bf16.",
         MODEL,
         resume="refused",
     )
-    resume_from_checkpoint: Place | bool | None = own(
+    resume_from_checkpoint: PathName | bool | None = own(
         None,
-        "Continue from this checkpoint folder; true: from the latest whole one in output_dir, or from the start "
-        "where it has none.",
+        "Resume from this checkpoint folder; true resumes from the latest complete one in output_dir, or starts anew "
+        "if there is none.",
         LOGGING,
     )
     overwrite_output_dir: bool = own(
         False,
-        "Before a run that resumes nothing, delete the checkpoints, metrics and transcripts that an earlier one wrote "
-        "into output_dir; without it such a folder is refused.",
+        "Delete the checkpoints, metrics and transcripts of an earlier run in output_dir, unless resuming it. If "
+        "false, a new run in such a folder is refused.",
         LOGGING,
     )
     progress: bool = own(True, "Show live progress, metrics and rates in the terminal.", LOGGING)
     max_dead_steps: Natural | None = own(
         20,
-        "Stop after so many optimizer steps in a row that teach nothing: no reward differs or every one failed, every "
-        "completion is cut and masked, nothing is in the loss, the gradient is zero, or the loss is far above its "
-        "start. A run that has learned goes on where it may be done. 0 or None: only warn.",
+        "Stop after this many consecutive optimizer steps without a learning signal: equal, failed or masked rewards, "
+        "nothing in the loss, a zero gradient, or a diverged loss. 0 or None: only warn.",
         LOGGING,
-        fix="use a number of steps of at least 1, or 0 to go on whatever happens",
+        fix="use a number of steps of at least 1, or 0 to never stop",
     )
     log_metrics: bool | Folder = own(
         True,
-        "Write every log as a line of metrics.jsonl, and environment.json (versions and hardware) beside it: into "
-        "output_dir, or into the folder named here.",
+        "Write logs to metrics.jsonl, and versions and hardware to environment.json, in output_dir or in the folder "
+        "given here.",
         LOGGING,
     )
-    logging_first_step: bool = own(True, "Log the first step too, so that the shortest run has metrics.", LOGGING)
+    logging_first_step: bool = own(True, "Log the first step too, so even the shortest run has metrics.", LOGGING)
     logging_steps: Positive = own(
         10,
-        "Log every so many optimizer steps; below 1 it is a share of all steps.",
+        "Optimizer steps between logs; below 1, a fraction of all steps.",
         LOGGING,
-        fix="use a number of steps above 0; below 1 it is a share of all",
+        fix="use a number of steps above 0; below 1 it is a fraction of all steps",
     )
     logging_nan_inf_filter: Annotated[bool, _off("it hides NaN and infinite losses; remove the field")] = own(
-        False, "Always off: a NaN in the log should be seen.", LOGGING
+        False, "Always off, so a NaN is visible in the log.", LOGGING
     )
     remove_unused_columns: Annotated[
         bool, _off("rewards and row formats need the data set's columns; remove the field")
-    ] = own(False, "Always off: rewards and formats need the data set's columns.", LOGGING, resume="refused")
+    ] = own(False, "Always off: rewards and row formats need the data set's columns.", LOGGING, resume="refused")
 
     def contradictions(self) -> Iterator[str]:
-        """Yield an error message for each combination of fields that cannot be meant."""
+        """Yield an error message for each contradictory combination of fields."""
         yield from ()
 
     def check(self) -> None:
-        """Check every value and every combination; the trainers' configs call it before anything else.
+        """Check every value and every combination; the trainers' configs call it first.
 
         Raises:
-            ConfigError: a bad value, a contradiction, or an inherited field that the trainer cannot honour.
+            ConfigError: a bad value, a contradiction, or an inherited field that the trainer does not support.
         """
-        # It reads the table of stages, which lists the classes of this module.
+        # Imported late: validation needs the table of stages, which this module fills.
         from burnish.config.validation import check_config
 
         check_config(self)
@@ -179,34 +177,34 @@ class CommonFields:
 )
 @dataclass
 class SFTFields(CommonFields):
-    """Own fields of supervised fine-tuning."""
+    """Fields of supervised fine-tuning."""
 
     kind: ClassVar[str] = "sft"
 
     learning_rate: NonNegative = own(2e-5, "Peak learning rate.", TRAINING)
     max_length: AtLeastTwo | None = own(
         1024,
-        "Longest sequence in tokens; see truncation_mode. None: no limit.",
+        "Maximum sequence length in tokens; see truncation_mode. None: no limit.",
         DATA,
         fix="use at least 2 tokens (one predicts the next), or leave it out",
     )
     truncation_mode: Literal["keep_start", "keep_end", "drop", "split"] = own(
         "keep_start",
-        "What becomes of a sequence above max_length: keep_start, keep_end, drop (the row is left out) or split (a "
-        "text becomes several sequences).",
+        "Treatment of sequences above max_length: keep_start, keep_end, drop (skip the row) or split (cut a text into "
+        "several sequences).",
         DATA,
     )
-    dataset_text_field: Text = own("text", "Column of plain text, for language modelling rows.", DATA)
+    dataset_text_field: Text = own("text", "Column of plain text in language modelling rows.", DATA)
     chat_template: Text | None = own(None, CHAT_TEMPLATE_HELP, DATA)
-    eos_token: Text | None = own(None, "Token that ends a turn, where it is not the tokenizer's own.", DATA)
+    eos_token: Text | None = own(None, "Token that ends a turn. None: the tokenizer's EOS token.", DATA)
     completion_only_loss: bool | None = own(
-        None, "Loss on the completion only. None: yes for prompt-completion rows, no for plain text.", DATA
+        None, "Train on the completion only. None: true for prompt-completion rows, false for plain text.", DATA
     )
-    assistant_only_loss: bool = own(False, "Loss on the assistant's turns of a conversation only.", DATA)
+    assistant_only_loss: bool = own(False, "Train on the assistant's turns of a conversation only.", DATA)
     loss_type: Literal["nll", "dft"] = own(
         "nll",
-        "The loss, a mean over all scored tokens of the global batch: nll, or dft (2508.05629), which weights each "
-        "token by its own probability.",
+        "Loss, averaged over all scored tokens of the global batch: nll, or dft (2508.05629), which weights each token "
+        "by its probability.",
         LOSS,
         fix="use nll or dft; logits are tiled already, so nll is also the chunked one",
     )
@@ -214,8 +212,8 @@ class SFTFields(CommonFields):
     def contradictions(self) -> Iterator[str]:
         if self.assistant_only_loss and self.completion_only_loss:
             yield (
-                "assistant_only_loss = True beside completion_only_loss = True: they choose different tokens; set one "
-                "of them, assistant_only_loss for conversations, completion_only_loss for prompt-completion rows."
+                "assistant_only_loss = True with completion_only_loss = True: they select different tokens; set one, "
+                "assistant_only_loss for conversations, completion_only_loss for prompt-completion rows."
             )
 
 
@@ -228,71 +226,72 @@ class SFTFields(CommonFields):
 )
 @dataclass
 class RewardFields(CommonFields):
-    """Own fields of reward modelling."""
+    """Fields of reward modelling."""
 
     kind: ClassVar[str] = "reward"
 
     learning_rate: NonNegative = own(1e-4, "Peak learning rate.", TRAINING)
     max_length: AtLeastTwo | None = own(
         1024,
-        "Longest sequence in tokens; rows with a longer one are left out, and counted. None: no limit.",
+        "Maximum sequence length in tokens; rows with longer sequences are skipped and counted. None: no limit.",
         DATA,
         fix="use at least 2 tokens (one predicts the next), or leave it out",
     )
-    eos_token: Text | None = own(None, "Token that ends a turn, where it is not the tokenizer's own.", DATA)
+    eos_token: Text | None = own(None, "Token that ends a turn. None: the tokenizer's EOS token.", DATA)
     pad_token: Text | None = own(
         None,
-        "Token that pads when transformers runs the saved model; a score is read at the last token that is another "
-        "one, so before EOS where EOS pads. None: the tokenizer's own, else EOS.",
+        "Padding token of the saved model, which is scored at the last token that is not padding; if EOS pads, that is "
+        "the token before EOS. None: the tokenizer's padding token, or EOS.",
         DATA,
     )
     step_separator: Text = own(
-        "\n", "Text that ends every step of rows with step labels; their scores are read there.", DATA
+        "\n", "Text that ends each step in rows with step labels; the step is scored there.", DATA
     )
     chat_template: Text | None = own(None, CHAT_TEMPLATE_HELP, DATA)
     disable_dropout: bool = own(True, "Train without dropout, in the model and in adapters.", MODEL, resume="applied")
     center_rewards_coefficient: NonNegative | None = own(
         None,
-        "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0, such as 0.01. None: no such term.",
+        "Weight of (r_chosen + r_rejected)^2, which centres rewards around 0, such as 0.01. None: no such term.",
         LOSS,
     )
 
 
 @dataclass
 class ReferenceFields(CommonFields):
-    """Fields of the stages that compare a policy with a reference on a data set."""
+    """Fields of the offline stages that compare a policy with a reference."""
 
     learning_rate: NonNegative = own(1e-6, "Peak learning rate.", TRAINING)
     max_length: AtLeastTwo | None = own(
         1024,
-        "Longest sequence in tokens; the rest is cut off. None: no limit.",
+        "Maximum sequence length in tokens; longer sequences are truncated at the end. None: no limit.",
         DATA,
         fix="use at least 2 tokens (one predicts the next), or leave it out",
     )
     chat_template: Text | None = own(None, CHAT_TEMPLATE_HELP, DATA)
     disable_dropout: bool = own(True, "Train without dropout, in the model and in adapters.", MODEL, resume="applied")
-    beta: Positive = own(0.1, "Strength of the pull towards the reference.", REFERENCE)
+    beta: Positive = own(0.1, "Strength of the regularisation towards the reference.", REFERENCE)
     precompute_ref_log_probs: bool = own(
         False,
-        "Score the whole data set with the reference before training, once, and keep the result on disk.",
+        "Compute the reference's log-probabilities of the whole data set before training, and cache them on disk.",
         REFERENCE,
         resume="free",
     )
     sync_ref_model: bool = own(
         False,
-        "Move the reference towards the policy during training (TR-DPO, 2404.09656).",
+        "Update the reference towards the policy during training (TR-DPO, 2404.09656).",
         REFERENCE,
         resume="refused",
     )
-    ref_model_mixup_alpha: Share = own(
-        0.6, "Share of the policy in each move of the reference; 1 replaces it.", REFERENCE
+    ref_model_mixup_alpha: Proportion = own(
+        0.6, "Weight of the policy in each update of the reference; 1 replaces the reference.", REFERENCE
     )
-    ref_model_sync_steps: Count = own(512, "Optimizer steps between moves of the reference.", REFERENCE)
+    ref_model_sync_steps: Count = own(512, "Optimizer steps between updates of the reference.", REFERENCE)
 
     def contradictions(self) -> Iterator[str]:
         if self.sync_ref_model and self.precompute_ref_log_probs:
             yield (
-                "sync_ref_model = True moves the reference, precompute_ref_log_probs = True fixes it: set one of them."
+                "sync_ref_model = True with precompute_ref_log_probs = True: one updates the reference, the other "
+                "fixes it; set one of them."
             )
 
 
@@ -304,7 +303,7 @@ SMOOTHED_EXO = "label_smoothing = 0.0 with loss_type exo_pair: its target has a 
 
 
 def _not_zero(value: float) -> str | None:
-    return None if value else "use a number other than 0; at 0 it is simpo"
+    return None if value else "use a number other than 0; 0 would be simpo"
 
 
 @stage(
@@ -316,12 +315,12 @@ def _not_zero(value: float) -> str | None:
 )
 @dataclass
 class DPOFields(ReferenceFields):
-    """Own fields of DPO and its family."""
+    """Fields of DPO and its family."""
 
     kind: ClassVar[str] = "dpo"
 
     loss_type: _PreferenceLoss | Annotated[list[_PreferenceLoss], MinLen(1)] = own(
-        "sigmoid", "One or several rows of burnish.objectives.preference.PREFERENCE_LOSSES; several add up.", LOSS
+        "sigmoid", "One or several losses of burnish.objectives.preference.PREFERENCE_LOSSES, which are summed.", LOSS
     )
     loss_weights: Weights | None = own(
         None,
@@ -330,21 +329,21 @@ class DPOFields(ReferenceFields):
         fix="use a list of numbers, one per loss_type, or leave it out",
     )
     label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = own(
-        0.0, "Assumed share of pairs whose label is wrong, below 0.5.", LOSS
+        0.0, "Assumed fraction of pairs with a wrong label, below 0.5.", LOSS
     )
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = own(
         "reverse_kl",
-        "What regularises towards the reference: reverse_kl, forward_kl, js_divergence, alpha_divergence.",
+        "Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence.",
         LOSS,
     )
     f_alpha_divergence_coef: float = own(0.5, "alpha of the alpha-divergence.", LOSS)
     simpo_gamma: NonNegative = own(0.5, "Target margin of simpo and alphapo.", LOSS)
-    alpha: Annotated[float, Meets(_not_zero)] = own(0.25, "alpha of alphapo; towards 0 it is simpo.", LOSS)
-    discopop_tau: Positive = own(0.05, "Temperature of discopop's blend.", LOSS)
+    alpha: Annotated[float, Meets(_not_zero)] = own(0.25, "alpha of alphapo, which approaches simpo at 0.", LOSS)
+    discopop_tau: Positive = own(0.05, "Temperature of discopop's mixing weight.", LOSS)
     ld_alpha: Fraction | None = own(
-        None, "Weight of the tokens beyond the shorter completion of a pair, in [0, 1] (LD-DPO). None: 1.", LOSS
+        None, "Weight of tokens beyond the length of a pair's shorter completion, in [0, 1] (LD-DPO). None: 1.", LOSS
     )
-    use_weighting: bool = own(False, "Weight pairs by how likely the policy itself would write them (WPO).", LOSS)
+    use_weighting: bool = own(False, "Weight pairs by their probability under the policy (WPO).", LOSS)
 
     def contradictions(self) -> Iterator[str]:
         names = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
@@ -361,11 +360,11 @@ class DPOFields(ReferenceFields):
             )
         if set(names) <= _LOSSES_WITHOUT_REFERENCE and (self.precompute_ref_log_probs or self.sync_ref_model):
             yield (
-                f"loss_type = {self.loss_type!r} reads no reference: remove precompute_ref_log_probs and "
+                f"loss_type = {self.loss_type!r} does not use a reference: remove precompute_ref_log_probs and "
                 "sync_ref_model."
             )
         if self.use_weighting and {"aot", "aot_unpaired"} & set(names):
-            yield "use_weighting = True with aot: sorted losses belong to no pair, so there is nothing to weight."
+            yield "use_weighting = True with aot: sorted losses are not of single pairs; remove use_weighting."
         yield from super().contradictions()
 
 
@@ -378,12 +377,12 @@ class DPOFields(ReferenceFields):
 )
 @dataclass
 class KTOFields(ReferenceFields):
-    """Own fields of KTO."""
+    """Fields of KTO."""
 
     kind: ClassVar[str] = "kto"
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = own(
-        "kto", "kto, or apo_zero_unpaired, which needs no KL estimate.", LOSS
+        "kto", "kto, or apo_zero_unpaired, which does not need a KL estimate.", LOSS
     )
     desirable_weight: NonNegative = own(1.0, "Weight of completions labelled true.", LOSS)
     undesirable_weight: NonNegative = own(1.0, "Weight of completions labelled false.", LOSS)

@@ -1,4 +1,4 @@
-"""The hub, asked once and for a short time, before a library asks for file after file with five retries each."""
+"""Probe the hub once, with a short timeout, before a library requests file after file with five retries each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 __all__ = ["hub_problem"]
 
 _SECONDS = 5.0
-"""How long the hub may take to answer before it counts as out of reach."""
+"""Timeout after which the hub counts as unreachable."""
 
 _answered: set[tuple[str, str]] = set()
-"""Names that the hub has answered for, with its address: it is asked once."""
+"""(address, name) pairs that the hub has answered, which are not probed again."""
 
 
 def hub_problem(name: str, *, repo_type: str = "model", token: Any = None) -> str | None:
-    """Say why the hub cannot be asked for a model or a data set; None where it answers, whatever the answer."""
+    """Return why the hub cannot be reached for a model or data set; None if it answers, whatever the answer."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -26,8 +26,8 @@ def hub_problem(name: str, *, repo_type: str = "model", token: Any = None) -> st
     except OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE is set"
     except HfHubHTTPError:
-        pass  # what is wrong with the name, the library says with all arguments in hand
-    except Exception as error:  # of connections: the library changes its client between versions
+        pass  # the library reports a bad name better, with all arguments
+    except Exception as error:  # connection errors differ between versions of the library
         return f"{address} does not answer ({' '.join(str(error).split()):.120})"
     _answered.add((address, name))
     return None

@@ -1,4 +1,4 @@
-"""Paths that a configuration names: what is wrong with one is known before anything is read or written."""
+"""Check the paths of a configuration before anything is read or written."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ __all__ = [
 _LONGEST_NAME_BYTES = 255
 _LONGEST_PATH_BYTES = 4095
 _MOST_NAMES = 10_000
-"""Entries of a folder that are compared with a name."""
+"""Maximum entries of a folder to compare with a missing name."""
 
 _HUB_NAME = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?", re.ASCII)
-"""`name` or `organisation/name`, as the hub allows it."""
+"""`name` or `organisation/name`, in the hub's syntax."""
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` replaced where it can be; `Path.expanduser` raises on users that do not exist."""
+    """Expand `~` if possible; unlike `Path.expanduser`, does not raise for unknown users."""
     return Path(os.path.expanduser(path))
 
 
 def is_file(path: str | Path) -> bool:
-    """Tell whether a file is there; False where the path cannot even be looked up, which `Path.is_file` raises on."""
+    """Return True if the file exists; unlike `Path.is_file`, False if the path cannot be looked up."""
     return os.path.isfile(path)
 
 
 def is_folder(path: str | Path) -> bool:
-    """Tell whether a folder is there; False where the path cannot even be looked up, which `Path.is_dir` raises on."""
+    """Return True if the folder exists; unlike `Path.is_dir`, False if the path cannot be looked up."""
     return os.path.isdir(path)
 
 
 def is_only_a_path(name: str | Path) -> bool:
-    """Tell whether a name can be nothing on the hub: a path, whether it exists or not."""
+    """Return True for a name that cannot be on the hub: a path, whether it exists or not."""
     text = str(name)
     if isinstance(name, Path) or not _HUB_NAME.fullmatch(text):
         return True
@@ -54,7 +54,7 @@ def is_only_a_path(name: str | Path) -> bool:
 
 
 def missing(path: str | Path) -> str:
-    """Say of a path that does not exist how much of it does, and what has a similar name there."""
+    """Describe how much of a missing path exists, and the similar names there."""
     whole = Path(os.path.abspath(expanded(path)))
     there = next((parent for parent in whole.parents if is_folder(parent)), whole)
     parts = whole.relative_to(there).parts
@@ -68,14 +68,14 @@ def missing(path: str | Path) -> str:
         return f"{there} cannot be listed ({error.strerror or error})"
     lower = {name.lower(): name for name in names}
     similar = [lower[name] for name in get_close_matches(wanted.lower(), lower, n=3)]
-    has = f"has {', '.join(map(repr, similar))}" if similar else "has nothing of a similar name"
+    has = f"has {', '.join(map(repr, similar))}" if similar else "has nothing with a similar name"
     return f"{there} has no {wanted!r}; it {has}"
 
 
 def path_problem(path: str) -> str | None:
-    """What keeps a text from being a path, and the fix; None where nothing does."""
+    """Return why a text cannot be a path, with the fix, or None."""
     if not path.strip():
-        return "that names nothing; give a path"
+        return "it is empty; give a path"
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
@@ -84,12 +84,12 @@ def path_problem(path: str) -> str | None:
         return text_problem(path)
     longest = max((len(os.fsencode(part)) for part in Path(path).parts), default=0)
     if longest > _LONGEST_NAME_BYTES or len(encoded) > _LONGEST_PATH_BYTES:
-        return f"a name in it has {longest} bytes; give names of at most {_LONGEST_NAME_BYTES}"
+        return f"a name in it has {longest} bytes; use names of at most {_LONGEST_NAME_BYTES}"
     return None
 
 
 def folder_problem(path: str, *, writable: bool = False) -> str | None:
-    """What keeps a folder from being made and written, and the fix; `writable` also asks for the permission."""
+    """Return why a folder cannot be created, with the fix, or None; `writable` also checks the permission."""
     problem = path_problem(path)
     if problem is not None:
         return problem
@@ -98,19 +98,19 @@ def folder_problem(path: str, *, writable: bool = False) -> str | None:
     if there is None:
         return None
     if not is_folder(there):
-        return "that is a file; name a folder" if there == folder else f"{there} is a file; name another folder"
+        return "it is a file; name a folder" if there == folder else f"{there} is a file; name another folder"
     if writable and not os.access(there, os.W_OK | os.X_OK):
-        return f"{there} cannot be written; permit it, or name another folder"
+        return f"{there} is not writable; change its permissions, or name another folder"
     return None
 
 
 def file_problem(path: str) -> str | None:
-    """What keeps a file from being written, and the fix."""
+    """Return why a file cannot be written, with the fix, or None."""
     problem = path_problem(path)
     if problem is not None:
         return problem
     if is_folder(path):
-        return "that is a folder; name a file"
+        return "it is a folder; name a file"
     parent = str(Path(path).parent)
     problem = folder_problem(parent, writable=True)
     return f"{parent} is a file; name another folder" if is_file(parent) else problem

@@ -1,4 +1,4 @@
-"""Questions about a value that several rooms ask."""
+"""Checks of single values, shared by several packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["is_number", "is_seed", "is_text", "text_problem"]
 
 
 def is_number(value: Any) -> bool:
-    """A finite number."""
+    """Return True for a finite number."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -18,21 +18,21 @@ def is_number(value: Any) -> bool:
 
 
 def is_seed(value: Any) -> bool:
-    """A seed that every generator takes; numpy's are below 2^32."""
+    """Return True for a seed of every random generator; numpy's are below 2^32."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
 
 
 def is_text(value: Any) -> bool:
-    """A text that is not empty."""
+    """Return True for a text that is not empty."""
     return isinstance(value, str) and value != ""
 
 
 def text_problem(text: str) -> str | None:
-    """What keeps a text from being written to a file or given to the system, and the fix."""
+    """Return why a text cannot be written to a file or passed to the system, with the fix, or None."""
     if "\0" in text:
-        return "it holds a NUL character; remove it"
+        return "it contains a NUL character; remove it"
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "it holds half a character (a lone surrogate); write whole characters"
+        return "it contains half a character (a lone surrogate); write whole characters"
     return None

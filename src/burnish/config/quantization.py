@@ -1,4 +1,4 @@
-"""What can be said about quantisation, without torch: one word, or the arguments of `BitsAndBytesConfig`."""
+"""Check quantisation settings without torch: one word, or the arguments of `BitsAndBytesConfig`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from burnish.errors import ConfigError, show
 __all__ = ["QUANTIZATION_FIELDS", "check_quantization"]
 
 _WORDS: dict[str, dict[str, Any]] = {
-    # The data type and the quantised constants of QLoRA (2305.14314).
+    # QLoRA's data type and double quantisation (2305.14314).
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
@@ -38,11 +38,11 @@ QUANTIZATION_FIELDS: dict[str, FieldInfo] = {
 
 
 def check_quantization(value: str | Mapping[str, Any], where: str = "quantization_config") -> dict[str, Any]:
-    """Arguments of transformers' `BitsAndBytesConfig`, checked.
+    """Check a quantisation setting and return the arguments of transformers' `BitsAndBytesConfig`.
 
     Args:
-        value: `"nf4"` (QLoRA's: NF4 with double quantisation), `"int8"`, or the arguments themselves.
-        where: the table's name, for messages.
+        value: `"nf4"` (NF4 with double quantisation, as in QLoRA), `"int8"`, or the arguments themselves.
+        where: name of the table in messages.
 
     Raises:
         ConfigError: an unknown word, name, type or value, or neither 4 nor 8 bits.

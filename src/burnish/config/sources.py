@@ -1,4 +1,4 @@
-"""Fields of dataclasses in packages too heavy to import, read from their source: importing them would load torch."""
+"""Read the fields of dataclasses from the source of packages whose import would load torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from burnish.errors import ConfigError
 
 __all__ = ["Names", "lora_fields", "training_argument_fields", "words_of"]
 
-# What peft writes down by itself, or what only a Python object can hold.
+# Set by peft itself, or only by Python objects.
 _LORA_INTERNAL = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "runtime_config"}
 )
 
 
 class _Opaque:
-    """Stands in annotations for a class of another package: nothing that a file holds is one."""
+    """Stand-in for a class of another package in annotations, which no value of a file is an instance of."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> dict[str, Any]:
@@ -31,27 +31,27 @@ class _Opaque:
 
 
 class _Namespace(dict[str, Any]):
-    """The names that annotations of other packages use."""
+    """Names used in annotations of other packages."""
 
     def __missing__(self, name: str) -> Any:
         return getattr(typing, name, None) or getattr(builtins, name, _Opaque)
 
 
 class Names(Collection[str]):
-    """The keys of a table of functions, read from its source since importing it would load torch.
+    """The keys of a table of functions, read from its source because importing it would load torch.
 
     Args:
-        path: of the module, within burnish.
-        table: its name in the module.
+        path: path of the module within burnish.
+        table: name of the table in the module.
     """
 
     def __init__(self, path: str, table: str) -> None:
-        self._place = (path, table)
+        self._table = (path, table)
         self._added: list[str] = []
 
     @cached_property
     def _keys(self) -> list[str]:
-        path, table = self._place
+        path, table = self._table
         for node in _parsed("burnish", path).body:
             match node:
                 case ast.AnnAssign(target=ast.Name(id=name), value=ast.Dict(keys=keys)) if name == table:
@@ -70,19 +70,19 @@ class Names(Collection[str]):
         return len(self._keys) + len(self._added)
 
     def add(self, name: str) -> None:
-        """Add a name that a user's function has been put into the table by."""
+        """Add the name of a user's function that was registered in the table."""
         self._added.append(name)
 
 
 @cache
 def training_argument_fields() -> dict[str, FieldInfo]:
-    """The fields of transformers.TrainingArguments. Loads neither transformers nor torch."""
+    """Return the fields of transformers.TrainingArguments. Loads neither transformers nor torch."""
     return _source_fields("transformers", "training_args.py", "TrainingArguments")
 
 
 @cache
 def lora_fields() -> dict[str, FieldInfo]:
-    """The fields of peft.LoraConfig that a file can set. Loads neither peft nor torch."""
+    """Return the fields of peft.LoraConfig that a file can set. Loads neither peft nor torch."""
     found = _source_fields("peft", "config.py", "PeftConfigMixin")
     found |= _source_fields("peft", "config.py", "PeftConfig")
     found |= _source_fields("peft", "tuners/lora/config.py", "LoraConfig")
@@ -91,7 +91,7 @@ def lora_fields() -> dict[str, FieldInfo]:
 
 @cache
 def words_of(path: str, class_name: str) -> tuple[str, ...]:
-    """The values of one of transformers' enumerations. Loads neither transformers nor torch."""
+    """Return the values of an enumeration of transformers. Loads neither transformers nor torch."""
     node = _source_class("transformers", path, class_name)
     return tuple(
         str(item.value.value)
@@ -101,26 +101,8 @@ def words_of(path: str, class_name: str) -> tuple[str, ...]:
 
 
 def _source_fields(package: str, path: str, class_name: str) -> dict[str, FieldInfo]:
-    """Fields that the dataclass declares in the installed package's source, without those it inherits."""
+    """Read the fields that a dataclass of an installed package declares, without inherited ones."""
     node = _source_class(package, path, class_name)
-    return {info.name: info for info in _class_fields(node)}
-
-
-def _parsed(package: str, path: str) -> ast.Module:
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{package} is not installed: `pip install burnish` brings it.")
-    return ast.parse(Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8"))
-
-
-def _source_class(package: str, path: str, class_name: str) -> ast.ClassDef:
-    for node in _parsed(package, path).body:
-        if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return node
-    raise ConfigError(f"{package}/{path} defines no {class_name}: this version of {package} is not supported.")
-
-
-def _class_fields(node: ast.ClassDef) -> Iterator[FieldInfo]:
     # The last assignment wins: `optim` defaults to a name that newer versions of torch reassign.
     constants = {
         target.id: item.value
@@ -129,16 +111,35 @@ def _class_fields(node: ast.ClassDef) -> Iterator[FieldInfo]:
         for target in item.targets
         if isinstance(target, ast.Name)
     }
+    found: dict[str, FieldInfo] = {}
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             annotation = ast.unparse(item.annotation)
             if not annotation.startswith("ClassVar"):
                 hint = eval(annotation, {"__builtins__": {}}, _Namespace())
-                yield FieldInfo(item.target.id, hint, _default(item.value, constants))
+                found[item.target.id] = FieldInfo(item.target.id, hint, _default(item.value, constants))
+    return found
+
+
+def _parsed(package: str, path: str) -> ast.Module:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{package} is not installed: run `pip install burnish`, which installs it.")
+    return ast.parse(Path(spec.submodule_search_locations[0], path).read_text(encoding="utf-8"))
+
+
+def _source_class(package: str, path: str, class_name: str) -> ast.ClassDef:
+    for node in _parsed(package, path).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return node
+    raise ConfigError(
+        f"{package}/{path} does not define {class_name}: this version of {package} is not supported; install the "
+        "version in burnish's constraints."
+    )
 
 
 def _default(value: ast.expr | None, constants: dict[str, ast.expr]) -> Any:
-    """The default in `= value`, `= field(default=value)` or `= field(default_factory=name)`; None where opaque."""
+    """Evaluate the default in `= value`, `= field(default=value)` or `= field(default_factory=name)`, else None."""
     if isinstance(value, ast.Call):
         keywords = {keyword.arg: keyword.value for keyword in value.keywords}
         factory = keywords.get("default_factory")

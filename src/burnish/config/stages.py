@@ -1,4 +1,4 @@
-"""The table of stages, in the order in which a pipeline runs them, and what follows from it."""
+"""The table of stages, in the order of a pipeline, and the fields of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONLINE = tuple(kind for kind, stage in STAGES.items() if stage.online)
 FROM_PAIRS = tuple(kind for kind, stage in STAGES.items() if stage.rows == "pairs")
 
 PIPELINE_STAGES = tuple(name for kind in STAGES for name in (("pairs", kind) if kind == FROM_PAIRS[0] else (kind,)))
-"""What a pipeline does, in this order: pairs are sampled before the stages that learn from them."""
+"""Steps of a pipeline in order; pairs are sampled before the stages that learn from them."""
 
 TRAINER_NAMES = {f"{stage.name}{end}": kind for kind, stage in STAGES.items() for end in ("Config", "Trainer")}
 """Public classes of the trainers -> the module of `burnish.trainers` that holds them."""
@@ -30,7 +30,7 @@ TRAINER_NAMES = {f"{stage.name}{end}": kind for kind, stage in STAGES.items() fo
 
 @cache
 def known_fields(kind: Kind) -> dict[str, FieldInfo]:
-    """Every field that the config of a stage has: those of TrainingArguments, then burnish's own. Loads no torch."""
+    """Return the fields of a stage's config: those of TrainingArguments, then burnish's own. Does not load torch."""
     found: dict[str, FieldInfo] = {}
     for name, info in training_argument_fields().items():
         if (row := TRAINING_ARGUMENTS.get(name)) is not None:
@@ -41,19 +41,19 @@ def known_fields(kind: Kind) -> dict[str, FieldInfo]:
 
 
 def stages_with(name: str) -> list[Kind]:
-    """The stages that have a field of that name."""
+    """List the stages that have a field."""
     return [kind for kind in STAGES if name in known_fields(kind)]
 
 
 @cache
 def refused_fields(kind: Kind) -> dict[str, str]:
-    """Every inherited field that the trainer of a stage cannot honour, with the reason and what to do."""
+    """Return the inherited fields that a stage does not support -> the reason and the fix."""
     return {name: row.refused for name, row in TRAINING_ARGUMENTS.items() if row.refused and _holds(row.stages, kind)}
 
 
 @cache
 def met_fields(kind: Kind) -> frozenset[str]:
-    """Inherited fields of one stage that are dropped: their intent is met anyway, or they change nothing."""
+    """Return the inherited fields that a stage accepts and drops, because they are met anyway or have no effect."""
     return frozenset(name for name, row in TRAINING_ARGUMENTS.items() if row.met and _holds(row.stages, kind))
 
 
@@ -63,6 +63,6 @@ def _holds(stages: str, kind: Kind) -> bool:
 
 @cache
 def resume_class(name: str) -> ResumeClass:
-    """What a resumed run does with a changed field; one that no version of the tables knows is refused."""
+    """Return what a resumed run does with a changed field; unknown fields are refused."""
     kinds = stages_with(name)
     return known_fields(kinds[0])[name].resume if kinds else "refused"

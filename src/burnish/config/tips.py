@@ -1,4 +1,4 @@
-"""Lines that a user can paste: values as TOML writes them."""
+"""Write values as TOML, for messages that users can paste."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def toml_line(name: str, value: Value) -> str:
-    """One line of a run file, `name = value`."""
-    return f"{_key(name)} = {as_toml(value)}"
+    """Write one line of a run file, `name = value`."""
+    return f"{name if _BARE.fullmatch(name) else as_toml(name)} = {as_toml(value)}"
 
 
 def as_toml(value: Value) -> str:
-    """A value in one line."""
+    """Write a value in one line."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(toml_line(name, one) for name, one in value.items()) + " }"
     if isinstance(value, str):
-        # JSON's escapes are TOML's too, but for DEL, which only TOML refuses as it is.
+        # TOML has JSON's escapes, but does not allow a bare DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     if isinstance(value, Sequence):
         return "[" + ", ".join(as_toml(one) for one in value) + "]"
     return str(value).lower()
-
-
-def _key(name: str) -> str:
-    return name if _BARE.fullmatch(name) else as_toml(name)

@@ -1,7 +1,7 @@
-"""The fields inherited from transformers.TrainingArguments, each with what becomes of it here.
+"""How burnish treats each field inherited from transformers.TrainingArguments.
 
-A row says what a resumed run does with a change, and may narrow the values, refuse the field with the fix, or drop it
-because its intent is met anyway. The tests hold the table to the fields of the installed version.
+A row sets the resume class, and may restrict the values, refuse the field with a fix, or drop it because its intent is
+met anyway. Tests compare the table with the fields of the installed version.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Inherited:
     """One inherited field.
 
     Attributes:
-        resume: what a resumed run does with a change.
-        hint: its type with bounds; None: as transformers annotates it, without bounds.
-        fix: how to correct a value out of bounds, where the bounds do not say it.
-        refused: why no value but the default is honoured, and what to do; empty where the field works.
-        met: whether the field is dropped, since what it asks for happens anyway.
+        resume: treatment of a change on resume.
+        hint: type with bounds; None takes transformers' annotation, without bounds.
+        fix: how to correct an invalid value; empty derives it from the bounds.
+        refused: why only the default is supported, and the fix; empty if the field works.
+        met: whether the field is accepted and dropped, because its intent is met anyway.
         stages: where it is refused or dropped.
     """
 
@@ -68,7 +68,7 @@ def _met(hint: Any, resume: ResumeClass = "free", stages: Stages = "all") -> Inh
 
 
 def _word(path: str, enumeration: str) -> Any:
-    """A word or a member of one of transformers' enumerations."""
+    """Build the type of a word or member of an enumeration of transformers."""
 
     def problem(value: Any) -> str | None:
         words = words_of(path, enumeration)
@@ -79,7 +79,7 @@ def _word(path: str, enumeration: str) -> Any:
 
 
 def _table(value: Any) -> str | None:
-    """A table, or the text of one in JSON, which transformers takes on command lines."""
+    """Require a table, or the JSON text of one, which transformers accepts on command lines."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -89,7 +89,7 @@ def _table(value: Any) -> str | None:
 
 
 def _norm(value: float) -> str | None:
-    return None if value >= 0 else "use a number of at least 0; 0 clips none"
+    return None if value >= 0 else "use a number of at least 0; 0 disables clipping"
 
 
 def _only_false(value: bool) -> str | None:
@@ -98,28 +98,28 @@ def _only_false(value: bool) -> str | None:
 
 _False = Annotated[bool, Meets(_only_false)]
 _TABLE = Annotated[dict[str, Any] | str, Meets(_table)] | None
-_STEPS = "use a number of steps above 0; below 1 it is a share of all"
+_STEPS = "use a number of steps above 0; below 1 it is a fraction of all steps"
 _LEVEL = Literal["debug", "detail", "info", "warning", "error", "critical", "passive"]
-_METRICS = "evaluation here yields sums of losses or solved problems, never logits of a batch; remove the field"
+_METRICS = "evaluation computes losses and solved problems without keeping the logits of a batch; remove the field"
 _SHARDED = "sharded training is not supported yet; use one device, or several with torchrun (DDP)"
-_COMPILED = "it turns torch_compile on, which packed rows do not support; remove the field"
-_CAST = "it would cast the trained weights for good; set bf16 = true for bf16 compute"
+_COMPILED = "it enables torch_compile, which packed rows do not support; remove the field"
+_CAST = "it would permanently cast the trained weights; set bf16 = true for bf16 compute"
 
 TRAINING_ARGUMENTS: dict[str, Inherited] = {
     "accelerator_config": _refused(
-        "batches are packed before accelerate sees them and cannot be split or sent on; remove the field"
+        "batches are packed before accelerate gets them and cannot be split or dispatched; remove the field"
     ),
     "activation_checkpointing": _free(),
     "activation_checkpointing_kwargs": _free(_TABLE),
     "adam_beta1": _applied(BelowOne),
     "adam_beta2": _applied(BelowOne),
     "adam_epsilon": _applied(NonNegative, "use a number of at least 0, such as 1e-8"),
-    "auto_find_batch_size": _refused("a smaller batch would break groups apart; lower token_budget to bound memory"),
+    "auto_find_batch_size": _refused("a smaller batch would split groups; lower token_budget to limit memory"),
     "average_tokens_across_devices": _refused("denominators are always global; remove the field"),
     "batch_eval_metrics": _refused(_METRICS),
     "bf16_full_eval": _refused(_CAST),
     "data_seed": Inherited(
-        "refused", Seed | None, refused="prompt order and every sample are drawn from seed; set seed", stages="online"
+        "refused", Seed | None, refused="prompt order and samples are drawn from seed; set seed", stages="online"
     ),
     "dataloader_drop_last": _met(bool, "refused", "online"),
     "dataloader_in_order": _met(bool, stages="online"),
@@ -140,7 +140,7 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
     "deepspeed": _refused(_SHARDED),
     "disable_tqdm": _free(),
     "do_eval": _free(),
-    "do_predict": _refused("there is no prediction stage; use `burnish eval`"),
+    "do_predict": _refused("burnish has no prediction loop; use `burnish eval`"),
     "do_train": _free(),
     "enable_jit_checkpoint": _free(),
     "eval_accumulation_steps": _met(Count | None),
@@ -150,7 +150,7 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
     "eval_steps": _free(Positive | None, "use a number of steps above 0, or leave it out"),
     "eval_strategy": _free(_word("trainer_utils.py", "IntervalStrategy")),
     "eval_use_gather_object": _met(bool),
-    "fp16": _refused("losses are not scaled for fp16; set bf16 = true, or train in fp32"),
+    "fp16": _refused("fp16 loss scaling is not supported; set bf16 = true, or train in fp32"),
     "fp16_full_eval": _refused(_CAST),
     "fsdp": _refused(_SHARDED),
     "fsdp_config": _refused(_SHARDED),
@@ -167,8 +167,8 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
     "ignore_data_skip": _met(bool, "applied", "online"),
     "include_for_metrics": _refused(_METRICS),
     "include_num_input_tokens_seen": _free(Literal["all", "non_padding", "no"] | bool, "use all, non_padding or no"),
-    "label_names": _refused("packed batches carry their own targets; remove the field"),
-    "label_smoothing_factor": _refused("the losses here are not smoothed; remove the field"),
+    "label_names": _refused("packed batches hold their targets; remove the field"),
+    "label_smoothing_factor": _refused("losses are not label-smoothed; remove the field"),
     "length_column_name": _met(Text, "refused"),
     "liger_kernel_config": _met(dict[str, Any] | None, "refused"),
     "load_best_model_at_end": _free(),
@@ -185,7 +185,7 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
         "applied",
         Positive | None,
         "use a number above 0, such as 5, or leave it out",
-        refused="noise on embeddings is part of supervised fine-tuning only; remove the field",
+        refused="only supervised fine-tuning supports noise on embeddings; remove the field",
         stages="all but sft",
     ),
     "optim": Inherited("refused", _word("training_args.py", "OptimizerNames")),
@@ -206,7 +206,7 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
     "save_total_limit": _free(Count | None, "use at least 1 checkpoint, or leave it out to keep all"),
     "skip_memory_metrics": _free(),
     "tf32": _applied(),
-    "torch_compile": _refused("the attention layout of packed rows is not traced by the compiler; remove the field"),
+    "torch_compile": _refused("the compiler cannot trace the attention layout of packed rows; remove the field"),
     "torch_compile_backend": _refused(_COMPILED),
     "torch_compile_mode": _refused(_COMPILED),
     "torch_empty_cache_steps": _met(Count | None, "refused"),
@@ -217,7 +217,7 @@ TRAINING_ARGUMENTS: dict[str, Inherited] = {
         "refused",
         Literal["random", "sequential"],
         "use random or sequential; packing already balances batches by length",
-        refused="prompts are drawn by this trainer; use shuffle_dataset",
+        refused="online stages draw prompts themselves; set shuffle_dataset",
         stages="online",
     ),
     "use_cache": _met(bool, "refused"),

@@ -1,6 +1,6 @@
-"""Check values against the types and bounds that fields declare, and say in a line what is wrong and what to do.
+"""Check values against the declared types and bounds of fields, with one-line messages that name the fix.
 
-pydantic is imported where it is used: loading it takes longer than `burnish --help`.
+pydantic is imported where it is used, since that takes longer than all of `burnish --help`.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ __all__ = [
 logger = logging.getLogger("burnish.config")
 
 OPAQUE = object()
-"""Stands for a value that a file cannot hold."""
+"""Stand-in for a value that a file cannot hold."""
 
 _DEEPEST = 64
-"""Levels of lists and tables in a value; one that contains itself has no end."""
+"""Maximum nesting of lists and tables in a value, which may contain itself."""
 
 
 def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training") -> dict[str, Any]:
-    """Check a stage's table and return its values in the types that the config wants.
+    """Check the table of a stage and return its values coerced to the types of the config.
 
     Args:
         kind: the stage.
         mapping: field -> value, as parsed from a file.
-        where: the table's name, for messages.
+        where: name of the table in messages.
 
     Returns:
-        The same fields, coerced (`1` to `1.0` for a float, and `"1e-6"`, which YAML reads as text).
+        Field -> value; `1` and `"1e-6"`, which YAML parses as text, become floats for a float field.
 
     Raises:
-        ConfigError: an unknown name, a wrong type, a bad value, a contradiction, or a field no trainer honours.
+        ConfigError: an unknown name, a wrong type, a bad value, a contradiction, or an unsupported field.
     """
     infos = known_fields(kind)
     try:
@@ -69,13 +69,13 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
                     f"{name} = {show(given[name])}: not a field of {kind}, but of {', '.join(homes)}; remove it, or "
                     "run that stage."
                 )
-        _refuse(kind, given)
+        _refuse_unsupported(kind, given)
     except ConfigError as error:
         raise ConfigError(f"[{where}] {error}") from None
     values = check_mapping(infos, given, where)
-    everything = {name: copy.copy(info.default) for name, info in infos.items() if info.own} | values
+    defaults = {name: copy.copy(info.default) for name, info in infos.items() if info.own}
     try:
-        chosen = apply_algorithm(kind, everything, values)
+        chosen = apply_algorithm(kind, defaults | values, values)
         fields = STAGES[kind].fields
         _refuse_contradictions(fields(**{item.name: chosen[item.name] for item in dataclasses.fields(fields)}))
     except ConfigError as error:
@@ -84,13 +84,13 @@ def check_fields(kind: Kind, mapping: Mapping[str, Any], where: str = "training"
 
 
 def check_keywords(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a stage's config, checked as a file's entries are.
+    """Check keyword arguments of a stage's config like the entries of a file.
 
-    Values of plain types are coerced as in `check_fields`; what only Python can hold (enumerations, objects) is left to
-    the config. TRL's fields that ask for what happens here anyway are dropped.
+    Values of plain types are coerced as in `check_fields`; other objects, such as enumerations, are left to the config.
+    TRL's fields whose intent is met anyway are dropped.
 
     Raises:
-        ConfigError: an unknown name, with what to do instead, or a bad value.
+        ConfigError: an unknown name, with the fix, or a bad value.
     """
     infos = known_fields(kind)
     checked: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def check_keywords(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
         held = plain(value)
         if held is not OPAQUE:
             checked[name] = validated(infos[name], held)
-        elif _is_scalar(infos[name].hint):
+        elif _is_scalar(infos[name].hint):  # no object of another class can be meant
             raise ConfigError(f"{name} = {show(value)}: expected {infos[name].type}, got {type(value).__name__}.")
         else:
             checked[name] = value
@@ -111,25 +111,22 @@ def check_config(config: CommonFields) -> None:
     """Check every field of a config, and every combination.
 
     Raises:
-        ConfigError: a bad value, a contradiction, or an inherited field that the trainer cannot honour.
+        ConfigError: a bad value, a contradiction, or an inherited field that the stage does not support.
     """
     values = vars(config)
-    _refuse(config.kind, values)
+    _refuse_unsupported(config.kind, values)
     for name, info in known_fields(config.kind).items():
         if info.bounded and name in values and (held := plain(values[name])) is not OPAQUE:
             validated(info, held)
     _refuse_contradictions(config)
 
 
-def _refuse(kind: Kind, values: Mapping[str, Any]) -> None:
-    """Refuse inherited fields that the trainer cannot honour.
-
-    transformers replaces some unset fields by objects when it resolves a config; those were not set by anyone.
-    """
+def _refuse_unsupported(kind: Kind, values: Mapping[str, Any]) -> None:
     for name, reason in refused_fields(kind).items():
         value = values.get(name)
-        set_by_someone = isinstance(value, bool | int | float | str | list | dict)
-        if name in values and set_by_someone and value != known_fields(kind)[name].default:
+        # transformers replaces some unset fields by objects of its own when it resolves a config.
+        is_plain = isinstance(value, bool | int | float | str | list | dict)
+        if is_plain and value != known_fields(kind)[name].default:
             raise ConfigError(f"{name} = {show(value)}: {reason}.")
 
 
@@ -139,10 +136,10 @@ def _refuse_contradictions(config: CommonFields) -> None:
 
 
 def check_mapping(infos: Mapping[str, FieldInfo], mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check the names and values of one table; return the values coerced.
+    """Check the names and values of a table, and return the values coerced.
 
     Raises:
-        ConfigError: an unknown name, or a value that its field does not take.
+        ConfigError: an unknown name, or a bad value.
     """
     values: dict[str, Any] = {}
     for name, value in mapping.items():
@@ -153,16 +150,14 @@ def check_mapping(infos: Mapping[str, FieldInfo], mapping: Mapping[str, Any], wh
 
 
 def drop_met(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields by their names here, without those that ask for what happens here anyway.
-
-    One line of the log names the fields of which the intent is met.
+    """Translate TRL's names, and drop fields whose intent is met anyway, with one log line that names them.
 
     Args:
         kind: the stage.
-        values: fields as given.
+        values: field -> value, as given.
 
     Raises:
-        ConfigError: one that asks for something else, or one field by two names.
+        ConfigError: a field without a counterpart and with an effect, or a field given by two names.
     """
     known = known_fields(kind)
     kept: dict[str, Any] = {}
@@ -172,31 +167,22 @@ def drop_met(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
         if name in known:
             if name in met_fields(kind) and fits(known[name], plain(value)):
                 met += [name] if value != known[name].default else []
-            else:  # what is not allowed is coerced and refused with the other fields
+            else:  # bad values are refused later, like those of other fields
                 kept[name] = value
         elif there is None:
             kept[name] = value
-        elif not _is_neutral(value, there.neutral):
-            if type(value) not in there.met or not _fits(value):
+        elif not any(type(value) is type(one) and value == one for one in there.neutral):
+            overflows = isinstance(value, int) and abs(value) >= 2**63
+            if type(value) not in there.met or overflows:
                 raise ConfigError(f"{name} = {show(value)}: not a field of burnish; {there.fix}.")
             met.append(name)
     if met:
-        logger.info("accepted, since it is done anyway or changes nothing: %s", ", ".join(sorted(met)))
+        logger.info("accepted, as it is done anyway or has no effect: %s", ", ".join(sorted(met)))
     return kept
 
 
-def _fits(value: Any) -> bool:
-    """Whether an integer fits 64 bits: nonsense is refused, even where nothing would read it."""
-    return not isinstance(value, int) or abs(value) < 2**63
-
-
-def _is_neutral(value: Any, neutral: Any) -> bool:
-    choices = neutral if isinstance(neutral, tuple) else (neutral,)
-    return any(type(value) is type(one) and value == one for one in choices)
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'did you mean ...' where a known name is close, else the known names."""
+    """Suggest close names, or list the known ones."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name)[:100], names, n=3, cutoff=0.6)
     if close:
@@ -205,7 +191,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """The value as a file would give it: tuples as lists, paths as text, numpy's numbers as Python's."""
+    """Convert a value to the types of a file: tuples to lists, paths to text, numpy numbers to Python's."""
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     if depth > _DEEPEST:
@@ -225,15 +211,15 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def validated(info: FieldInfo, value: Any, where: str = "") -> Any:
-    """The value in a type of its field: as it is where it fits, else converted without loss.
+    """Return a value in the type of its field, unchanged if valid, else converted without loss.
 
     Args:
         info: the field.
-        value: as a file gives it.
-        where: what to write before the field's name in messages.
+        value: value in a type of files.
+        where: prefix of the field's name in messages.
 
     Raises:
-        ConfigError: another type, or out of bounds.
+        ConfigError: a wrong type, or a value out of bounds.
     """
     from pydantic import ValidationError
 
@@ -249,12 +235,12 @@ def validated(info: FieldInfo, value: Any, where: str = "") -> Any:
         except ValidationError as error:
             raise ConfigError(f"{what}: {_fix(info, value, error)}.") from None
     if isinstance(result, int) and abs(result) >= 2**63:
-        raise ConfigError(f"{what}: that does not fit 64 bits; use a smaller integer.")
+        raise ConfigError(f"{what}: it does not fit 64 bits; use a smaller integer.")
     return result
 
 
 def fits(info: FieldInfo, value: Any) -> bool:
-    """Tell whether a field takes a value."""
+    """Return True if a field takes a value."""
     try:
         validated(info, value)
     except ConfigError:
@@ -271,43 +257,37 @@ def _adapters(hint: Any) -> tuple[TypeAdapter[Any], TypeAdapter[Any]]:
 
 
 def _converting(hint: Any) -> Any:
-    """The type with the documented coercions: whole floats for integers, text of a number for floats."""
+    """Add the documented coercions to a type: whole floats to integers, text of a number to floats."""
     from pydantic import BeforeValidator
 
     origin, args = get_origin(hint), get_args(hint)
+
+    def whole(value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    def number(value: Any) -> Any:
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
     if hint is int:
-        return Annotated[int, BeforeValidator(_whole)]
+        return Annotated[int, BeforeValidator(whole)]
     if hint is float:
-        return Annotated[float, BeforeValidator(_number)]
+        return Annotated[float, BeforeValidator(number)]
     if len(members := union_members(hint)) > 1:
         return functools.reduce(operator.or_, map(_converting, members))
     if origin is Annotated:
         return Annotated[(_converting(args[0]), *args[1:])]
     if origin in (list, dict, tuple) and args:
         inner = cast(Any, origin)[tuple(map(_converting, args))]
-        return Annotated[inner, BeforeValidator(_as_tuple)] if origin is tuple else inner
+        as_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+        return Annotated[inner, as_tuple] if origin is tuple else inner
     return hint
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _number(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
-
-
 def _fix(info: FieldInfo, value: Any, error: ValidationError) -> str:
-    """What to do about a value that does not validate."""
+    """Return the fix for an invalid value."""
     problems = error.errors(include_url=False, include_input=False)
     for problem in problems:
         if problem["type"] == "fix":
@@ -315,13 +295,15 @@ def _fix(info: FieldInfo, value: Any, error: ValidationError) -> str:
     kinds = {problem["type"] for problem in problems}
     if isinstance(value, float) and not math.isfinite(value) and "finite_number" in kinds:
         return "use a finite number"
-    if all(kind.endswith("_type") or kind in ("is_instance_of", "finite_number") for kind in kinds):
+    if isinstance(value, str):
+        kinds.discard("finite_number")  # "nan", which is text and not a number
+    if all(kind.endswith("_type") or kind == "is_instance_of" for kind in kinds):
         return f"expected {describe(info.hint)}, got {type(value).__name__}"
     return info.fix or bounds(info.hint)
 
 
 def bounds(hint: Any) -> str:
-    """Say which values a type with bounds takes: `use a number in (0, 1], or leave it out`."""
+    """Describe the values of a type with bounds as a fix: `use a number in (0, 1], or leave it out`."""
     members = [member for member in union_members(hint) if member is not type(None)]
     words = [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
     if words:
@@ -334,7 +316,7 @@ def bounds(hint: Any) -> str:
 
 
 def schema_of(infos: Mapping[str, FieldInfo]) -> dict[str, Any]:
-    """The JSON schema of a table with these fields."""
+    """Build the JSON schema of a table with these fields."""
     properties = {
         name: {"description": info.help, **_adapters(info.hint)[0].json_schema()} for name, info in infos.items()
     }
@@ -342,15 +324,15 @@ def schema_of(infos: Mapping[str, FieldInfo]) -> dict[str, Any]:
 
 
 def _bound(hint: Any) -> str:
-    """The values between the bounds of one member of a union; nothing where it has none."""
+    """Describe the bounds of one member of a union; empty if it has none."""
     base, *constraints = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     noun = "an integer" if base is int else "a number"
     for constraint in constraints:
         match constraint:
             case MinLen() if base is str:
-                return "a text that is not empty"
+                return "a non-empty text"
             case MinLen():
-                return "a list that is not empty"
+                return "a non-empty list"
             case Ge(ge=bound) if base is int:
                 return f"at least {bound}"
             case Ge(ge=bound):
@@ -368,6 +350,6 @@ def _bound(hint: Any) -> str:
 
 
 def _is_scalar(hint: Any) -> bool:
-    """Whether only text, numbers, true and false fit the type."""
+    """Return True if a type only takes text, numbers, true and false."""
     bases = [get_args(member)[0] if get_origin(member) is Annotated else member for member in union_members(hint)]
     return all(base in (bool, float, int, str, type(None)) or get_origin(base) is Literal for base in bases)

@@ -1,4 +1,4 @@
-"""How a run stands or ended, in words: from its status, its lock and its checkpoints."""
+"""Describe in words the state of a run, from its status, lock and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAID = {"failed": "failed", "interrupted": "was interrupted", "stopped": "was s
 
 
 def standing(run: Run) -> str | None:
-    """State and step of a run in a few words; None where nothing says it."""
+    """Return state and step of a run in a few words; None without a status."""
     status = run.status
     if status is None:
         return None
@@ -30,7 +30,7 @@ def standing(run: Run) -> str | None:
 
 
 def ending(run: Run) -> list[str]:
-    """Say why a run is not finished and how it goes on; nothing of one that is, or still runs."""
+    """Explain why a run ended early and how to continue it; empty for one that is finished or running."""
     status = run.status
     if status is None or status.state == "finished":
         return []
@@ -48,7 +48,7 @@ def _is_killed(run: Run, status: Status) -> bool:
 
 
 def _step(run: Run, status: Status) -> str:
-    """Step S of M; metrics may have come after the status was last written."""
+    """Return `step S of M`; metrics may be newer than the status."""
     if status.stage == "pipeline":
         part, stage = run.part, _of("stage", status.step, status.max_steps)
         if part is not None and part.state != "finished" and part.stage != "pipeline":
@@ -67,10 +67,10 @@ def _of(unit: str, count: int, limit: int | None) -> str:
 
 def _resume(run: Run, status: Status) -> str:
     if status.stage == "pipeline":
-        return "Repeat the command to go on: what is done is not done again."
+        return "Repeat the command to continue; finished work is not repeated."
     if not checkpoints_in(run.path):
         return "It has saved no checkpoint: start it again."
-    first = "Mend what the check names, then resume" if status.state == "stopped" else "Resume"
+    first = "Fix what the check names, then resume" if status.state == "stopped" else "Resume"
     return (
         f"{first} with resume_from_checkpoint = true (--training.resume_from_checkpoint=true), from "
         f"{checkpoints_in(run.path)[0].name}."

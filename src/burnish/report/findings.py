@@ -1,4 +1,4 @@
-"""What went wrong in a run, read from its records: the sentences that a reader needs first."""
+"""Find problems of a run in its records, as sentences for the top of the report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from burnish.report.records import MetricRow, Transcript
 __all__ = ["findings"]
 
 _MANY = 0.5
-"""Share of completions from which a fault is the run's and not theirs."""
+"""Fraction of truncated completions that is reported as a problem of the run."""
 
 
 def findings(metrics: Sequence[MetricRow], transcripts: Sequence[Transcript]) -> list[str]:
-    """Name stages whose rewards taught nothing, failed rewards, and completions that were mostly cut."""
+    """Report rewards without a learning signal, failed rewards, and mostly truncated completions."""
     found: list[str] = []
     for stage in dict.fromkeys(row.stage for row in [*metrics, *transcripts]):
         found += _dead_rewards(stage, [row for row in metrics if row.stage == stage])
@@ -29,7 +29,7 @@ def _dead_rewards(stage: str, rows: Sequence[MetricRow]) -> Iterator[str]:
         level = f"all {rewards[0]:g}" if min(rewards) == max(rewards) else f"{min(rewards):g} to {max(rewards):g}"
         yield (
             f"{stage}: no prompt's rewards differed in any of {len(flat)} logged steps (mean reward: {level}), so they "
-            "taught nothing. Read the transcripts; check the rubric's sources and the difficulty of the prompts."
+            "gave no learning signal. Read the transcripts; check the rubric's sources and how hard the prompts are."
         )
     gradients = [value for row in rows if (value := row.values.get("grad_norm")) is not None]
     if len(gradients) > 1 and max(gradients[-max(2, len(gradients) // 2) :]) == 0:

@@ -126,7 +126,7 @@ def _stage_name(stage: str) -> str:
 
 
 def _look_up(config: Mapping[str, Any] | None, keys: Sequence[str]) -> str | None:
-    """The first of several dotted keys that holds a string."""
+    """Return the value of the first dotted key that holds a string."""
     for key in keys:
         value: Any = config
         for part in key.split("."):
@@ -137,7 +137,7 @@ def _look_up(config: Mapping[str, Any] | None, keys: Sequence[str]) -> str | Non
 
 
 def _signed(text: str) -> str:
-    """Numbers written with the minus sign instead of the hyphen."""
+    """Replace hyphens in numbers by minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -158,7 +158,7 @@ def _percent(value: float | None) -> str:
 
 
 def _change(value: float, percent: bool) -> str:
-    """A difference, of fractions in percentage points."""
+    """Format a difference, in percentage points for fractions."""
     return _signed(f"{100 * value:+.1f} pp" if percent else f"{value:+.3g}")
 
 
@@ -186,7 +186,7 @@ def _duration(seconds: float) -> str:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """The line under the title: status, steps, times."""
+    """Return the facts under the title: status, steps, times."""
     noted = f"see the notes ({len(run.notes)})" if run.notes else ""
     known = standing(run) or ("" if noted else "Complete")
     status = ", ".join(filter(None, (known, noted)))
@@ -205,7 +205,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _health(run: Run) -> list[tuple[str, str, str]]:
-    """Signs of a silent failure, worst values over the whole run."""
+    """Return indicators of silent failure, as worst values over the run."""
     facts: list[tuple[str, str, str]] = []
     if run.metrics:
         stage = run.metrics[-1].stage
@@ -226,7 +226,7 @@ def _health(run: Run) -> list[tuple[str, str, str]]:
         cut = sum(t.stop_reason == "length" for t in run.transcripts)
         count = len(run.transcripts)
         facts.append(("Completions cut at the limit", _percent(cut / count), f"{cut:,} of {count:,}"))
-        facts.append(("Rewards that failed", f"{failed:,}", f"of {count:,} completions, left out of the loss"))
+        facts.append(("Rewards that failed", f"{failed:,}", f"of {count:,} completions, excluded from the loss"))
     bad = sum(value is None for row in run.metrics for value in row.values.values())
     if run.metrics:
         facts.append(("Values that are not finite", f"{bad:,}", "in all metrics"))

@@ -1,4 +1,4 @@
-"""What a run directory holds, read leniently: a run that was interrupted still has a report.
+"""Read a run directory leniently, so that an interrupted run still has a report.
 
 Whatever is missing, cut or unusable becomes a sentence in `Run.notes`; nothing is dropped in silence.
 """
@@ -67,9 +67,9 @@ class Run:
     environment: dict[str, Any] | None = None
     status: Status | None = None
     part: Status | None = None
-    """The status of the stage that an unfinished pipeline is at."""
+    """Status of the current stage of an unfinished pipeline."""
     is_alive: bool | None = None
-    """Whether a process works in the folder; None where that cannot be known."""
+    """Whether a process runs in the folder; None if that cannot be known."""
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -113,7 +113,7 @@ def read_run(run_dir: Path) -> Run:
 
 
 def _status(run: Run, folder: Path) -> Status | None:
-    """The status in a folder; runs of earlier versions have none."""
+    """Read the status in a folder; runs of earlier versions have none."""
     try:
         return read_status(folder)
     except (OSError, ValueError):  # a FileError is one; so is a name that is too long

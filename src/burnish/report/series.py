@@ -1,4 +1,4 @@
-"""Numbers to draw: curve panels, reward histograms and the transcripts to embed. Pure functions of a run's records."""
+"""Data of the report's charts: curves, reward histograms and transcripts, as pure functions of a run's records."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _NOT_DRAWN = {"epoch"}
 _PANELS: tuple[tuple[str, str, str, str], ...] = (
     (r"reward", "Reward, total", "", "Rewards"),
     (r"rewards/(.+)/mean", r"\1", "reward", "Rewards"),
-    (r"reward_std", "Reward spread", "std in a group", "Rewards"),
-    (r"frac_reward_zero_std", "Groups without spread", "fraction", "Rewards"),
+    (r"reward_std", "Reward deviation", "std in a group", "Rewards"),
+    (r"frac_reward_zero_std", "Groups of equal rewards", "fraction", "Rewards"),
     (r"completions/mean_length", "Completion length", "tokens, mean", "Completions"),
     (r"completions/clipped_ratio", "Cut at the token limit", "fraction", "Completions"),
     (r"entropy", "Entropy", "nats per token", "Completions"),
@@ -56,11 +56,11 @@ def ema(values: Sequence[float | None], span: float) -> list[float | None]:
 
 
 def _panel_of(metric: str) -> tuple[int, str, str, str]:
-    """(place, title, unit, group) of a metric; unknown ones come last, under their own name."""
-    for place, (pattern, title, unit, group) in enumerate(_PANELS):
+    """Return (position, title, unit, group) of a metric; unknown ones come last, under their own name."""
+    for position, (pattern, title, unit, group) in enumerate(_PANELS):
         match = re.fullmatch(pattern, metric)
         if match:
-            return place, match.expand(title), unit, group
+            return position, match.expand(title), unit, group
     return len(_PANELS), metric, "", "Other metrics"
 
 
@@ -155,9 +155,9 @@ def sample_evenly(transcripts: Sequence[Transcript], limit: int) -> list[Transcr
         return [groups[i * len(groups) // limit][0] for i in range(limit)]
     quota = [0] * len(groups)
     room = limit
-    for rank, place in enumerate(sorted(range(len(groups)), key=lambda i: len(groups[i]))):
-        quota[place] = min(len(groups[place]), room // (len(groups) - rank))
-        room -= quota[place]
+    for rank, index in enumerate(sorted(range(len(groups)), key=lambda i: len(groups[i]))):
+        quota[index] = min(len(groups[index]), room // (len(groups) - rank))
+        room -= quota[index]
     return [g[i * len(g) // q] for g, q in zip(groups, quota, strict=True) for i in range(q)]
 
 
@@ -167,7 +167,7 @@ def pack_transcripts(transcripts: Sequence[Transcript], total: int) -> dict[str,
     Returns:
         {total, stages, stops, criteria, prompts, rows}; a row is [stage, step, prompt_index, sample, prompt,
         completion, stop, num_tokens, reward, advantage, [value of each criterion], {criterion: error}], where stage,
-        prompt and stop are places in their lists. A criterion that the row does not have is None, like one that failed.
+        prompt and stop are indices into their lists. A criterion that the row lacks is None, like one that failed.
     """
     stages: dict[str, int] = {}
     stops: dict[str, int] = {}

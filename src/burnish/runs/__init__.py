@@ -1,1 +1,1 @@
-"""What a run writes and reads back."""
+"""Files that a run writes and reads."""

@@ -46,13 +46,13 @@ COMPLETE = "complete"
 """File that is written last into a checkpoint: the names and sizes of its files."""
 
 DRAFTS = ".saving"
-"""Folder, inside a run's, in which a checkpoint is written and what replaces or rotates it out is deleted."""
+"""Subfolder of a run in which checkpoints are written and deleted."""
 
 RUN = "run.json"
-"""What a checkpoint says of its run."""
+"""File that describes the run of a checkpoint."""
 
 _RECORDS = (STATUS, "metrics.jsonl", "environment.json", "*transcripts.jsonl", "reference_log_probs_*.json")
-"""What a run writes beside its checkpoints and its model."""
+"""Files of a run other than its checkpoints and model."""
 
 _RESULT = ".result.json"
 """Names and sizes of the files of the trained model."""
@@ -69,7 +69,7 @@ _WEIGHTS = (
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders of a run, the latest first; other names are not checkpoints."""
+    """Return the `checkpoint-N` folders of a run, latest first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
@@ -77,7 +77,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the latest checkpoint of a run that can be resumed, or None where the run has none at all.
+    """Return the latest checkpoint that can be resumed, or None if the run has no checkpoints.
 
     Raises:
         ConfigError: there are checkpoints, and none is usable.
@@ -102,7 +102,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None; sizes, small files' hashes and the ends of large ones."""
+    """Return why a checkpoint cannot be resumed, or None, from sizes, small files' hashes and ends of large ones."""
     if not (checkpoint / COMPLETE).is_file():
         return f"it has no file {COMPLETE!r}, so it was cut off while it was written, or is not burnish's"
     try:
@@ -147,7 +147,7 @@ def settle(folder: Path) -> None:
 
 
 def discard_draft(folder: Path) -> None:
-    """Delete what an unfinished save has left.
+    """Delete what an unfinished save left.
 
     Raises:
         FileError: it cannot be deleted.
@@ -173,7 +173,7 @@ def rotate(folder: Path, limit: int | None, keep: Collection[str | None] = ()) -
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename the checkpoints after `step`: a run that goes on from there leaves their course.
+    """Rename the checkpoints after `step`, from which a resumed run diverges.
 
     Raises:
         FileError: one cannot be renamed.
@@ -283,7 +283,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _broken_seal(checkpoint: Path) -> str | None:
-    """Return what differs from the list in `complete`, which versions that knew no record of the run left empty."""
+    """Return what differs from the list in `complete`, which is empty in checkpoints of early versions."""
     if not (text := (checkpoint / COMPLETE).read_text(encoding="utf-8")):
         return f"{COMPLETE!r} is empty" if (checkpoint / RUN).is_file() else None
     for name, entry in dict(json.loads(text)["files"]).items():
@@ -298,7 +298,7 @@ def _broken_seal(checkpoint: Path) -> str | None:
 
 
 def _has_its_end(path: Path) -> bool:
-    """Whether a file of weights or of torch ends where its own table says."""
+    """Return whether a file of safetensors or torch is complete by its own header."""
     if path.suffix in (".pt", ".pth"):
         return zipfile.is_zipfile(path)
     if path.suffix != ".safetensors":
@@ -323,7 +323,7 @@ def _move_in(draft: Path, folder: Path) -> Path:
 
 
 def _remove(path: Path, folder: Path) -> None:
-    """Delete a folder, which leaves its name at once and whole."""
+    """Delete a folder; a rename first frees its name atomically."""
     with writing(path):
         (folder / DRAFTS).mkdir(exist_ok=True)
         path.rename(folder / DRAFTS / f"removed-{path.name}")

@@ -1,4 +1,4 @@
-"""How models did on a set of problems: what a run writes of it, and what a report reads back."""
+"""Evaluation results, as a run writes and a report reads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool | None:
-        """Whether zero lies outside the interval; None without an interval."""
+        """True if zero lies outside the interval; None without an interval."""
         return None if self.low is None or self.high is None else self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
@@ -38,8 +38,8 @@ class EvaluationSummary:
         pass_at_k: interval over problems for each k.
         criteria: interval over problems of each criterion's mean.
         mean_tokens: mean length of a completion.
-        truncated_fraction: share of completions cut by the token limit.
-        num_failed: completions that no verdict was reached on.
+        truncated_fraction: fraction of completions truncated at the token limit.
+        num_failed: completions that could not be graded.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The files of a run: written whole or not at all, and read back whatever a kill left of them.
+"""Write the files of a run atomically, and read them back even after a kill.
 
 Everything that burnish itself writes goes through here, so that a full disk is one clear error, a reader never sees
 half a file, and a line ends at a line feed only (U+2028 and U+0085 are ordinary characters of a completion).

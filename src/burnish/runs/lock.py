@@ -31,7 +31,7 @@ LOCK = ".lock"
 """File of the lock, which a run that ends by itself removes."""
 
 _held: dict[tuple[int, Path], int] = {}
-"""How often this process entered a folder. The process is part of the key: a fork inherits the table, not the lock."""
+"""How often this process entered a folder, keyed by process too: a fork inherits the table but not the lock."""
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def locked(folder: str | Path, field: str = "output_dir") -> Generator[None]:
 
 
 def is_locked(folder: str | Path) -> bool | None:
-    """Whether a process, this one or another, runs in a folder; None where that cannot be known."""
+    """Return whether any process runs in a folder; None if that cannot be known."""
     # This process's locks first: closing any descriptor of the file would release them.
     if (os.getpid(), Path(folder).resolve()) in _held:
         return True
@@ -129,7 +129,7 @@ def _lock(stream: IO[str], path: Path) -> None:
 
 
 def _holder(stream: IO[str]) -> str:
-    """The process that holds the lock, in words."""
+    """Describe the process that holds the lock."""
     stream.seek(0)
     try:
         found: dict[str, Any] = json.loads(stream.read())

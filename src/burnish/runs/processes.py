@@ -1,4 +1,4 @@
-"""How many processes a launcher started."""
+"""The number of launched processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from burnish.errors import ConfigError
 __all__ = ["launched_processes", "refuse_ranks"]
 
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where torchrun, accelerate and the MPIs say how many processes they started."""
+"""Environment variables of torchrun, accelerate and MPI with the number of processes."""
 
 
 def launched_processes() -> int:
-    """Processes that a launcher started, 1 without one."""
+    """Return the number of processes that a launcher started, 1 without one."""
     values = (os.environ.get(name, "") for name in _WORLD_SIZES)
     return max(1, next((int(value) for value in values if value.isdecimal()), 1))
 

@@ -31,11 +31,11 @@ class StepRecords:
 
     @classmethod
     def of_run(cls, args: Any, where: bool | str, name: str, *, writes: bool = True) -> StepRecords:
-        """The records of a run, by its configuration.
+        """Create the records of a run from its configuration.
 
         Args:
             args: the trainer's config.
-            where: a folder, true for `output_dir`, false for nowhere.
+            where: a folder; True for `output_dir`, False to write nothing.
             name: of the file.
             writes: whether this process is the one that writes.
         """

@@ -1,4 +1,4 @@
-"""What a run is doing, or how it ended: one small file that outlives the process."""
+"""The status of a run, in a small file that outlives the process."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LONGEST_REASON = 500
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the file of a run says.
+    """The status of a run.
 
     Attributes:
         stage: kind of the run, such as "grpo" or "pipeline".
         state: see `State`.
-        doing: what the run was at, in words.
+        doing: current activity, in words.
         part: folder of a pipeline's stage that was running, inside the run's.
         step: optimizer steps taken; of a pipeline, parts begun.
         max_steps: of how many; None where the run ended before that was known.
@@ -52,7 +52,7 @@ class Status:
 
 
 class RunStatus:
-    """Writes the status of a run, whole at each change.
+    """Write the status of a run at each change.
 
     Args:
         folder: of the run; None in a process that does not write.
@@ -66,7 +66,7 @@ class RunStatus:
         self._written = 0.0
 
     def begin(self, doing: str, *, step: int = 0, max_steps: int | None = None) -> None:
-        """Say that the run has started; until then, an error says nothing about what the folder holds.
+        """Mark the run as started; an error before that leaves the status of an earlier run.
 
         Raises:
             FileError: the file cannot be written.
@@ -76,7 +76,7 @@ class RunStatus:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Write down where a running run stands; one that has ended stays as it was.
+        """Update the status of a running run; that of one that has ended is kept.
 
         Raises:
             FileError: the file cannot be written.
@@ -86,7 +86,7 @@ class RunStatus:
             self._write()
 
     def count(self, step: int) -> None:
-        """Note a step, which is written with the next change, or now where the last one is long ago.
+        """Record a step, to be written with the next change or after 30 seconds.
 
         Raises:
             FileError: the file cannot be written.
@@ -97,7 +97,7 @@ class RunStatus:
                 self._write()
 
     def finish(self) -> None:
-        """Say that the run is done.
+        """Mark the run as finished.
 
         Raises:
             FileError: the file cannot be written.
@@ -125,7 +125,7 @@ class RunStatus:
 
     @contextmanager
     def resumed(self, doing: str) -> Generator[None]:
-        """Record what a run that trained to its end does next, such as saving; another state stays as it is."""
+        """Record work after training, such as saving; a run that failed keeps its status."""
         if self._record["state"] not in ("running", "finished"):
             yield
             return
@@ -138,7 +138,7 @@ class RunStatus:
         state = "stopped" if isinstance(error, CheckFailed) else "failed"
         if isinstance(error, Interrupted | KeyboardInterrupt):
             state = "interrupted"
-        if self._record["state"] == "finished":  # what follows the work, such as the report
+        if self._record["state"] == "finished":  # work after the end, such as the report
             self._record["state"] = "running"
         reason = next(iter(str(error).splitlines()), "")[:_LONGEST_REASON]
         self.update(state=state, error=type(error).__name__, reason=reason)

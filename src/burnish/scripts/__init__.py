@@ -1,6 +1,6 @@
-"""What training scripts share: their arguments, a parser of command lines and configuration files, and data sets.
+"""Arguments, parser and data sets of training scripts.
 
-Names and meanings are those of `trl.scripts`, so that a script written for TRL runs with its import changed.
+Names and meanings are those of `trl.scripts`, so a script written for TRL runs with its import changed.
 """
 
 from __future__ import annotations

@@ -11,10 +11,9 @@ __all__ = ["init_zero_verbose"]
 
 
 def init_zero_verbose() -> None:
-    """Show errors only, in colour: call it first in a script whose own output should stand alone.
+    """Show errors only, in colour; call it first in a script to keep library output out of the script's own.
 
-    Changes the root logger and the filters of `warnings` for the whole process; a logger that has its own level keeps
-    it.
+    Changes the root logger and the `warnings` filters of the whole process; loggers with an explicit level keep it.
     """
     logging.basicConfig(format="%(message)s", datefmt="[%X]", handlers=[RichHandler()], level=logging.ERROR, force=True)
     warnings.simplefilter("ignore")

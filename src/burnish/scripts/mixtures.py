@@ -1,4 +1,4 @@
-"""Data sets of a script: several become one."""
+"""Load the data sets of a script and concatenate them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from burnish.scripts.arguments import DatasetConfig, DatasetMixtureConfig
 __all__ = ["get_dataset"]
 
 _BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tsv": "csv"}
-_DELIMITED = {".csv": ",", ".tsv": "\t"}
-"""Suffix of delimited text -> the delimiter that it promises."""
+_SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")
+"""Files that mark a folder written by `save_to_disk`."""
 
-_SEED = 0
-"""Of the split into train and test: a resumed run must hold out the same rows."""
+_DELIMITED = {".csv": ",", ".tsv": "\t"}
+"""Suffix of delimited text -> its usual delimiter."""
+
+_SPLIT_SEED = 0
+"""Fixed, since a resumed run must hold out the same rows."""
 
 
 def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
     """Load the data sets of a mixture and concatenate them.
 
-    With fractions f_i (normalised to a sum of 1) and n_i rows, the mixture has N = min_i(n_i / f_i) rows at most: the
-    first round(f_i N) of each, so no row is used twice.
+    With fractions f_i (normalised to a sum of 1) of data sets with n_i rows, the mixture has N = min_i(n_i / f_i) rows:
+    the first round(f_i N) of each, so no row is used twice.
 
     Args:
-        mixture_config: the data sets, and what to hold out.
+        mixture_config: the data sets, and the rows to hold out.
 
     Returns:
-        A `datasets.DatasetDict` with the split train, and test where `test_split_size` is set (drawn with a fixed
-        seed); an `IterableDatasetDict` where they stream.
+        A `datasets.DatasetDict` with the split train, and with test if `test_split_size` is set (drawn with a fixed
+        seed); an `IterableDatasetDict` when streaming.
 
     Raises:
-        ConfigError: no data sets, one that cannot be found, or columns that it does not have.
-        DataError: data sets without rows, or whose columns do not fit together.
+        ConfigError: no data sets, a data set that cannot be loaded, or unknown columns.
+        DataError: a data set without rows, or data sets whose columns do not match.
     """
     import datasets
 
@@ -45,12 +48,12 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
         raise ConfigError("datasets is empty: list at least one, such as [{path: train.jsonl}].")
     parts = [_load(spec, i, streaming=mixture_config.streaming) for i, spec in enumerate(specs)]
     if specs[0].fraction is not None:
-        parts = _share(parts, specs)
+        parts = _mix(parts, specs)
     try:
         rows: Any = datasets.concatenate_datasets(parts)
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"datasets: their columns do not fit together ({' '.join(str(error).split())}); set columns of each."
+            f"datasets: their columns do not match ({' '.join(str(error).split())}); set columns of each."
         ) from error
     if mixture_config.streaming:
         return datasets.IterableDatasetDict({"train": rows})
@@ -58,7 +61,7 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> Any:
     if size is None:
         return datasets.DatasetDict({"train": rows})
     try:
-        return rows.train_test_split(test_size=size if size < 1 else int(size), seed=_SEED)
+        return rows.train_test_split(test_size=size if size < 1 else int(size), seed=_SPLIT_SEED)
     except ValueError as error:
         raise ConfigError(
             f"test_split_size = {show(size)} of {len(rows)} rows: {' '.join(str(error).split())}"
@@ -71,10 +74,15 @@ def _load(spec: DatasetConfig, index: int, *, streaming: bool) -> Any:
 
     where = f"datasets[{index}].path = {show(spec.path)}"
     try:
-        if is_folder(spec.path) and _is_saved(Path(spec.path)):
-            rows: Any = _saved(spec, where, streaming=streaming)
+        if is_folder(spec.path) and any(is_file(Path(spec.path, name)) for name in _SAVED):
+            rows: Any = datasets.load_from_disk(spec.path)
+            if isinstance(rows, datasets.DatasetDict):
+                if spec.split not in rows:
+                    raise ConfigError(f"{where}, split = {spec.split!r}: use one of {', '.join(map(str, rows))}.")
+                rows = rows[spec.split]
+            rows = rows.to_iterable_dataset() if streaming else rows
         else:
-            rows = datasets.load_dataset(**_arguments(spec), split=spec.split, streaming=streaming)
+            rows = datasets.load_dataset(**_load_arguments(spec), split=spec.split, streaming=streaming)
     except ConfigError:
         raise
     except (OSError, RuntimeError, ValueError, DatasetsError) as error:
@@ -85,14 +93,14 @@ def _load(spec: DatasetConfig, index: int, *, streaming: bool) -> Any:
         return rows
     if missing := [name for name in spec.columns if name not in (rows.column_names or spec.columns)]:
         raise ConfigError(
-            f"datasets[{index}].columns = {show(spec.columns)}: there is no {missing[0]!r} among "
+            f"datasets[{index}].columns = {show(spec.columns)}: no column {missing[0]!r}; use some of "
             f"{', '.join(rows.column_names)}."
         )
     return rows.select_columns(spec.columns)
 
 
-def _arguments(spec: DatasetConfig) -> dict[str, Any]:
-    """Arguments of `load_dataset`, which takes no path of a single file."""
+def _load_arguments(spec: DatasetConfig) -> dict[str, Any]:
+    """Build the arguments of `load_dataset`, which does not take the path of a single file."""
     file = Path(spec.path)
     if is_file(spec.path) and spec.data_files is None and file.suffix in _BUILDERS:
         usual = _DELIMITED.get(file.suffix)
@@ -101,26 +109,12 @@ def _arguments(spec: DatasetConfig) -> dict[str, Any]:
     return {"path": spec.path, "name": spec.name, "data_dir": spec.data_dir, "data_files": spec.data_files}
 
 
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
-
-
-def _saved(spec: DatasetConfig, where: str, *, streaming: bool) -> Any:
-    import datasets
-
-    loaded: Any = datasets.load_from_disk(spec.path)
-    if isinstance(loaded, datasets.DatasetDict):
-        if spec.split not in loaded:
-            raise ConfigError(f"{where}, split = {spec.split!r}: it has {', '.join(map(str, loaded))}.")
-        loaded = loaded[spec.split]
-    return loaded.to_iterable_dataset() if streaming else loaded
-
-
-def _share(parts: Sequence[Any], specs: Sequence[DatasetConfig]) -> list[Any]:
+def _mix(parts: Sequence[Any], specs: Sequence[DatasetConfig]) -> list[Any]:
+    """Cut each data set to its fraction of the largest mixture that uses no row twice."""
     fractions = [spec.fraction or 0.0 for spec in specs]
     for i, part in enumerate(parts):
         if not len(part):
-            raise DataError(f"datasets[{i}].path = {show(specs[i].path)}: no rows.")
+            raise DataError(f"datasets[{i}].path = {show(specs[i].path)}: no rows; remove it from datasets.")
     total = min(len(part) * sum(fractions) / fraction for part, fraction in zip(parts, fractions, strict=True))
     counts = [round(fraction / sum(fractions) * total) for fraction in fractions]
     return [part.select(range(min(count, len(part)))) for part, count in zip(parts, counts, strict=True)]

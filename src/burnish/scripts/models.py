@@ -1,4 +1,4 @@
-"""`ModelConfig` to what the trainers take: a peft configuration, and a quantisation."""
+"""Convert `ModelConfig` to the peft and quantisation configurations that trainers take."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ _MODULE_NAME = re.compile(r"[\w.]+")
 
 
 def get_peft_config(model_args: ModelConfig) -> Any:
-    """The adapters that a script asks for.
+    """Build the adapter configuration of a script.
 
-    A single `lora_target_modules` is a list of one module where it is a plain name, else what peft takes as text:
+    A single `lora_target_modules` that is a plain name is a list of one module; any other is passed to peft as text:
     `all-linear`, or a regular expression.
 
     Args:
-        model_args: the model's arguments.
+        model_args: model arguments.
 
     Returns:
         A `LoraConfig`, or None without `use_peft`.
 
     Raises:
-        ConfigError: a value that no adapter takes.
+        ConfigError: a value that peft does not take.
     """
     if not model_args.use_peft:
         return None
@@ -64,20 +64,20 @@ def get_peft_config(model_args: ModelConfig) -> Any:
     try:
         return LoraConfig(**fields)
     except (ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"use_peft: peft refuses the adapters ({' '.join(str(error).split())}).") from error
+        raise ConfigError(f"use_peft: peft rejects the adapters ({' '.join(str(error).split())}).") from error
 
 
 def get_quantization_config(model_args: ModelConfig) -> Any:
-    """The quantisation that a script asks for; 4-bit layers compute in the dtype that the model does.
+    """Build the quantisation configuration of a script; 4-bit layers compute in the model's compute dtype.
 
     Args:
-        model_args: the model's arguments.
+        model_args: model arguments.
 
     Returns:
         A `BitsAndBytesConfig`, or None without `load_in_4bit` and `load_in_8bit`.
 
     Raises:
-        ConfigError: a bad value, or the package bitsandbytes is not installed.
+        ConfigError: a bad value, or bitsandbytes is not installed.
     """
     if model_args.load_in_8bit:
         return resolve_quantization({"load_in_8bit": True}, torch.float32)
@@ -90,11 +90,9 @@ def get_quantization_config(model_args: ModelConfig) -> Any:
     }
     if model_args.bnb_4bit_quant_storage is not None:
         fields["bnb_4bit_quant_storage"] = model_args.bnb_4bit_quant_storage
-    return resolve_quantization(check_quantization(fields, "ModelConfig"), _compute_dtype(model_args.dtype))
-
-
-def _compute_dtype(name: str | None) -> torch.dtype:
-    if name is not None and name != "auto":
-        return getattr(torch, name)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.bfloat16 if fast_bf16(device) else torch.float32
+    if model_args.dtype in (None, "auto"):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        compute_dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
+    else:
+        compute_dtype = getattr(torch, model_args.dtype)
+    return resolve_quantization(check_quantization(fields, "ModelConfig"), compute_dtype)

@@ -1,4 +1,4 @@
-"""The command line of a training script: dataclasses, a configuration file, and TRL's names for fields."""
+"""Parse the command line and the configuration file of a training script, with TRL's names for fields."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["TrlParser"]
 
 
 class _Default:
-    """A default value, told from the same value given by somebody."""
+    """A default value, distinguishable from the same value given explicitly."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -36,23 +36,24 @@ class TrlParser(HfArgumentParser):
     """Fill dataclasses from a command line and a YAML or TOML file.
 
     `--config FILE` (`.yaml`, `.yml`, `.toml`) sets values that the command line overrides; its table `env` sets
-    environment variables. A trainer's config is given only the fields that were set, and all of TRL's names for them:
-    those that need nothing here are accepted, the others say what to do instead.
+    environment variables. A trainer's config receives only the fields that were set. All of TRL's field names are
+    known: a field whose intent is met anyway is accepted, any other raises an error with the fix.
 
     Args:
         dataclass_types: one dataclass, or several.
-        kwargs: of `transformers.HfArgumentParser`.
+        kwargs: keyword arguments of `transformers.HfArgumentParser`.
 
     Raises:
         ConfigError: a field named `config`; when parsing, an unknown name or a bad value.
     """
 
     def __init__(self, dataclass_types: Any = None, **kwargs: Any) -> None:
-        # An abbreviation would be taken for a field that somebody meant, and a misspelled name is often one.
+        # A misspelled name is often an abbreviation of another field's.
         super().__init__(dataclass_types, **{"allow_abbrev": False, **kwargs})
         for record in self.dataclass_types:
             if any(item.name == "config" for item in dataclasses.fields(cast("Any", record))):
-                raise ConfigError(f"{_name(record)} has a field config: --config names the file; rename the field.")
+                name = getattr(record, "__name__", record)
+                raise ConfigError(f"{name} has a field config, but --config names the file: rename the field.")
             if (kind := getattr(record, "kind", None)) is not None:
                 self._add_names(kind)
         for action in self._actions:
@@ -60,7 +61,7 @@ class TrlParser(HfArgumentParser):
                 action.default = _Default(action.default)
 
     def _add_names(self, kind: Kind) -> None:
-        """Add TRL's fields that exist here by another name or not at all, and `--no_...` for whatever may be false."""
+        """Add TRL's fields that have another name or no counterpart here, and `--no_...` for fields that take false."""
         known = known_fields(kind)
         for name in (*translated_names(kind), *elsewhere(kind)):
             if name not in known and f"--{name}" not in self._option_string_actions:
@@ -78,8 +79,8 @@ class TrlParser(HfArgumentParser):
                 )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse has to say, without the usage of hundreds of fields."""
-        raise ConfigError(f"{message}; --help lists what there is.")
+        """Raise argparse's message without its usage, which would list hundreds of fields."""
+        raise ConfigError(f"{message}; --help lists the arguments.")
 
     def parse_args_and_config(
         self,
@@ -91,14 +92,14 @@ class TrlParser(HfArgumentParser):
         """Parse a command line and the file that its `--config` names.
 
         Args:
-            args: words; those of the process if None.
-            return_remaining_strings: return what nothing knows, as a last element, instead of raising.
-            fail_with_unknown_args: refuse names in the file that nothing knows; where false they are passed over, with
-                a line that names them. Unknown words of the command line are always refused.
-            separate_remaining_strings: return those of the file and those of the command line apart.
+            args: command-line words; None means `sys.argv`.
+            return_remaining_strings: return unknown words as a last element instead of raising.
+            fail_with_unknown_args: raise on unknown names in the file; if false, they are ignored with a line that
+                names them. Unknown words of the command line always raise.
+            separate_remaining_strings: return the unknown words of the file and of the command line separately.
 
         Returns:
-            An instance of each dataclass, then what is left, where asked for.
+            An instance of each dataclass, then the unknown words if requested.
 
         Raises:
             ConfigError: an unreadable file, an unknown name, or a bad value.
@@ -109,7 +110,7 @@ class TrlParser(HfArgumentParser):
             message = self._unknown(left, f"{path}")
             if fail_with_unknown_args:
                 raise ConfigError(message)
-            say(f"passed over: {message}")
+            say(f"ignored: {message}")
         objects, rest = self._parse(words)
         if not return_remaining_strings:
             self._refuse(rest)
@@ -124,10 +125,10 @@ class TrlParser(HfArgumentParser):
         args_filename: str | None = None,
         args_file_flag: str | None = None,
     ) -> tuple[Any, ...]:
-        """As in transformers, without files of words: `--config` of `parse_args_and_config` is the file here.
+        """Parse a command line as transformers does, but without argument files, which `--config` replaces.
 
         Raises:
-            ConfigError: an unknown word, a bad value, or a file of words.
+            ConfigError: an unknown word, a bad value, or an argument file.
         """
         if args_filename or args_file_flag:
             raise ConfigError("args_filename and args_file_flag: use parse_args_and_config, with --config FILE.")
@@ -138,13 +139,13 @@ class TrlParser(HfArgumentParser):
         return tuple(objects)
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """Set values that the command line overrides, in subcommands too; an argument that has one is not required.
+        """Set defaults, in subcommands too, and make their arguments optional.
 
         Args:
-            kwargs: value by name.
+            kwargs: name -> value.
 
         Returns:
-            `--name` and value of each that nothing knows.
+            `--name` and value of each unknown name.
         """
         used: set[str] = set()
         for action in self._actions:
@@ -175,7 +176,7 @@ class TrlParser(HfArgumentParser):
                 names |= {*translated_names(kind), *elsewhere(kind)}
             own = {name: values.pop(name) for name in names if name in values}
             objects.append(record(**{name: value for name, value in own.items() if not isinstance(value, _Default)}))
-        if values:  # arguments that somebody added to the parser
+        if values:  # arguments added by the script itself
             plain = {name: value.value if isinstance(value, _Default) else value for name, value in values.items()}
             objects.append(argparse.Namespace(**plain))
         return objects, rest
@@ -193,19 +194,15 @@ class TrlParser(HfArgumentParser):
         ) + "."  # fmt: skip
 
 
-def _name(record: Any) -> str:
-    return str(getattr(record, "__name__", record))
-
-
 def _without_config(words: list[str]) -> tuple[list[str], str | None]:
-    """The words without `--config FILE` or `--config=FILE`, and the file; the last one counts."""
+    """Split `--config FILE` or `--config=FILE` from the other words; the last one counts."""
     rest: list[str] = []
     path: str | None = None
     while words:
         word = words.pop(0)
         if word == "--config":
             if not words:
-                raise ConfigError("--config: names no file; write --config FILE.")
+                raise ConfigError("--config: without a file; write --config FILE.")
             path = words.pop(0)
         elif word.startswith("--config="):
             path = word.removeprefix("--config=")

@@ -1,4 +1,4 @@
-"""What is checked before any step: that model, tokenizer, data and arguments belong together."""
+"""Check before the first step that model, tokenizer, data and arguments fit together."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = [
 
 
 def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> None:
-    """What can be known before any weight is read: processes, batches, quantised weights.
+    """Check what is known before any weight is read: processes, batches, quantised weights.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: with the name of the argument.
     """
     _refuse_data_parallel(args)
     _refuse_no_batch(args, train_dataset)
@@ -43,10 +43,10 @@ def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> No
 
 
 def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
-    """Whether something of the model is trained, and knows every token of the data.
+    """Check that the loaded model has weights to train, and embeddings for every token of the data.
 
     Raises:
-        ConfigError, ModelError: it does not.
+        ConfigError, ModelError: it has not.
     """
     if carries_adapters(model) and not getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
@@ -62,13 +62,12 @@ def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:
 
 
 def refuse_router_loss(model: torch.nn.Module) -> None:
-    """Refuse a mixture of experts whose configuration asks for the load-balancing loss of its routers.
+    """Refuse a mixture of experts whose config asks for the load-balancing loss of its routers.
 
-    That loss is a product of means over the tokens of a batch: with shared prompts and steps that are split it would be
-    another one.
+    That loss is a product of means over the tokens of a batch, so shared prompts and split steps would change it.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: with the name of the field.
     """
     lm = causal_lm(model)
     if getattr(lm.config.get_text_config(), "output_router_logits", False):
@@ -80,10 +79,10 @@ def refuse_router_loss(model: torch.nn.Module) -> None:
 
 
 def check_vocabulary(model: Any, groups: Any, name: str) -> None:
-    """Refuse tokens that the model has no embedding for; a stream's are not known before they come.
+    """Refuse tokens that the model has no embedding for; those of a stream are not known yet.
 
     Raises:
-        ModelError: naming the row.
+        ModelError: with the row.
     """
     lm = causal_lm(model)
     if not isinstance(groups, list) or getattr(lm, "is_quantized", False):
@@ -99,11 +98,11 @@ def check_vocabulary(model: Any, groups: Any, name: str) -> None:
 
 
 def _refuse_no_batch(args: Any, groups: Any) -> None:
-    """A run of no step, which transformers mentions in a line of the log."""
+    """Refuse a run without a full batch, for which transformers would only log a line."""
     size = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(groups, Sized) and len(groups) < size:
         raise ConfigError(
-            f"dataloader_drop_last = True: {len(groups)} rows are no whole batch of {size}, so nothing would be "
+            f"dataloader_drop_last = True: {len(groups)} rows are not a full batch of {size}, so nothing would be "
             "trained; remove it, or lower per_device_train_batch_size."
         )
 
@@ -119,12 +118,10 @@ def _refuse_data_parallel(args: Any) -> None:
 def resolve_tokenizer(
     model: Any, processing_class: PreTrainedTokenizerBase | None, args: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the one that belongs to the model.
-
-    It has `args.eos_token`, `args.chat_template` and a pad token afterwards, and is saved with them.
+    """Return the given tokenizer or the model's, with `args.eos_token`, `args.chat_template` and a pad token set.
 
     Raises:
-        ModelError: no tokenizer is known.
+        ModelError: nothing names a tokenizer.
         ConfigError: `eos_token` is not in the vocabulary, or there is no such chat template.
     """
     if processing_class is not None:
@@ -155,7 +152,7 @@ def resolve_tokenizer(
 
 
 def use_non_reentrant_checkpointing(args: Any) -> None:
-    """Reentrant checkpointing is wrong for layers that share keys and values, and needs inputs with gradients."""
+    """Use non-reentrant checkpointing; reentrant is wrong for layers that share keys and values."""
     # transformers 5.17 knows the second name only.
     name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     if getattr(args, name):
@@ -166,7 +163,7 @@ _ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as 
 
 
 def _check_quantized(model: Any, args: Any, peft_config: Any) -> None:
-    """Quantised weights have adapters; known before any is read."""
+    """Refuse to train quantised weights without adapters, before any is read."""
     if peft_config is not None or (args.model_init_kwargs or {}).get("quantization_config") is None:
         return
     if not isinstance(model, str | Path) or saved_adapters(model) is None:

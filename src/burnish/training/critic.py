@@ -1,4 +1,4 @@
-"""The critic of PPO: values of rollouts, and its own optimizer step on their returns."""
+"""The critic of PPO: values of rollouts, and an optimizer step on their returns."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def _alone(value: float) -> float:
-    """A number over the ranks of a process that has no others."""
+    """Reduce a number over a single rank."""
     return value
 
 
 class Critic:
-    """A value model with an optimizer of its own, beside a policy that a trainer updates.
+    """A value model with its own optimizer, updated next to the policy.
 
     Policy and critic take turns: `values` and `update` leave no activations and no gradients behind, so a step needs
     the memory of the larger of the two updates and not of both. No wrapper synchronises the critic's gradients; it
     averages them over the ranks itself.
 
     Args:
-        model: of `burnish.model.critic`; its parameters that require a gradient are trained. It is moved to `device`
-            and stays in evaluation mode between updates.
+        model: a model of `burnish.model.critic`; parameters that require a gradient are trained. It is moved to
+            `device` and stays in evaluation mode between updates.
         learning_rate: peak learning rate.
-        device: where it runs.
-        make_optimizer: makes the optimizer from parameter groups; None is AdamW.
-        weight_decay: of matrices; vectors are not decayed.
-        max_grad_norm: largest norm of a step's gradient; 0 or None does not clip.
-        token_budget: most tokens of one forward and backward, prompts counted once per group; None: no limit.
-        exact: fp32 values of parameters that were rounded, as the loader gives them.
+        device: device of the model.
+        make_optimizer: makes the optimizer from parameter groups; None for AdamW.
+        weight_decay: weight decay of matrices; vectors are not decayed.
+        max_grad_norm: largest norm of the gradient; 0 or None for no clipping.
+        token_budget: most tokens of one forward and backward, prompts counted once per group; None for no limit.
+        exact: fp32 values of parameters that the loader rounded.
         checkpointing: recompute activations in the backward pass.
         pad_token_id: any token, for empty batches.
         sum_over_ranks: sums a number over all ranks.
-        max_over_ranks: largest of a number over all ranks.
+        max_over_ranks: takes the maximum of a number over all ranks.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Critic:
         """Write the value of the state before each token into the stream `values` (0 at tokens that are not scored).
 
         Args:
-            groups: this rank's groups; may be none.
+            groups: this rank's groups; may be empty.
 
         Raises:
             CheckFailed: a value is not finite.
@@ -126,7 +126,7 @@ class Critic:
         lr_factor: float = 1.0,
         num_batches: int = 1,
     ) -> dict[str, float]:
-        r"""One optimizer step on the values and returns of this step's completions.
+        r"""Take one optimizer step on the values and returns of this step's completions.
 
         .. math:: \frac{c_{vf}}{N} \sum_t \tfrac12 \max\big( (V_t - R_t)^2,
             (\mathrm{clip}(V_t, V_{old,t} - c, V_{old,t} + c) - R_t)^2 \big)
@@ -134,17 +134,17 @@ class Critic:
         with N the scored tokens of all ranks, so that the gradient is independent of every split.
 
         Args:
-            groups: this rank's groups, with the streams `values` and `returns`; may be none.
-            clip: c, how far values may move from the old ones before they lose their gradient; None for no clip.
-            vf_coef: weight of the loss. With one optimizer for each model it matters to gradient clipping alone
-                (and to optimizers that do not divide by the gradient's size).
-            lr_factor: the learning rate of this step over the peak learning rate.
-            num_batches: split the step in at least so many parts, as gradient accumulation does for the policy.
+            groups: this rank's groups, with the streams `values` and `returns`; may be empty.
+            clip: c, the clip range of values around the old ones; None for no clipping.
+            vf_coef: weight of the loss. With a separate optimizer it only affects gradient clipping (and optimizers
+                that do not normalise the gradient).
+            lr_factor: learning rate of this step over the peak learning rate.
+            num_batches: split the step into at least so many parts, as gradient accumulation does for the policy.
 
         Returns:
             Metrics over all tokens of all ranks, the same on every rank: `value/loss` (without vf_coef),
-            `value/clip_ratio` (share of tokens without a gradient), `value/explained_variance` and `value/mean` (both
-            of the old values, which the advantages were made from), `value/grad_norm` (before clipping).
+            `value/clip_ratio` (fraction of tokens without a gradient), `value/explained_variance` and `value/mean`
+            (both of the old values, which the advantages were computed from), `value/grad_norm` (before clipping).
 
         Raises:
             CheckFailed: the gradient is not finite; the step is not taken.
@@ -171,13 +171,13 @@ class Critic:
         }
 
     def _parts(self, groups: Sequence[Group], num_batches: int) -> list[list[Group]]:
-        """Groups in parts within the budget, as many on every rank: a sharded model's forward is a meeting of all."""
+        """Split groups by the budget, into as many parts on every rank: a sharded model's forward is a collective."""
         batches = [batch for batch in partition(groups, num_batches) if batch]
         parts = [part for batch in batches for part in split_by_tokens(batch, self.token_budget)]
         return parts + [self._filler] * (int(self._max(len(parts))) - len(parts))
 
     def _backward(self, batch: PackedBatch, *, clip: float | None, scale: float) -> torch.Tensor:
-        """Accumulate one part's gradient; [9] sums of loss, clipped, old values, and moments of errors and returns."""
+        """Accumulate a part's gradient; return [9] sums: loss, clipped, old values, moments of errors and returns."""
         old_N, returns_N = batch.token["values"], batch.token["returns"]
         values_N = reward_scores(self.model, batch)
         losses_N, clipped_N = clipped_value_loss(values_N, old_N, returns_N, clip=clip)
@@ -198,7 +198,7 @@ class Critic:
         return norm
 
     def _clip_gradients(self) -> torch.Tensor:
-        """Average the gradients over the ranks and clip them; returns their norm before."""
+        """Average the gradients over ranks and clip them; return their norm before clipping."""
         if isinstance(self.optimizer, MasterWeights):
             if self._ranks > 1:
                 self.optimizer.all_reduce_gradients()
@@ -209,9 +209,9 @@ class Critic:
         return torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the trained weights by name, and the optimizer with what masters have beside them.
+        """Return the trained weights by name, and the optimizer's state with its masters.
 
-        The tensors are the live ones; ranks have equal states, so one of them saves.
+        Tensors are not copied; the state is equal on all ranks, so one of them saves it.
         """
         return {
             "weights": {name: p.detach() for name, p in self._trained.items()},
@@ -220,7 +220,7 @@ class Critic:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken.
+        """Restore what `state_dict` returned.
 
         Raises:
             CheckFailed: the state is of another critic.
@@ -236,7 +236,7 @@ class Critic:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
 
     def save(self, folder: str | Path) -> None:
-        """Write the model: a sequence classifier that transformers loads, or the adapters and score that peft loads.
+        """Save the model: a sequence classifier for transformers, or adapters and score for peft.
 
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
@@ -246,10 +246,10 @@ class Critic:
             self.model.save_pretrained(folder)
 
     def memory_bytes(self, policy: torch.nn.Module | None = None) -> dict[str, int]:
-        """Bytes of the critic by component, in which activations are not counted.
+        """Return the bytes of the critic by component, without activations.
 
         Args:
-            policy: the model that it may share weights with.
+            policy: the model that may share weights with it.
 
         Returns:
             `weights` (its own), `shared_weights` (counted with the policy), `masters` (what they take beside the
@@ -267,7 +267,7 @@ class Critic:
 
 
 def _nothing(token_id: int) -> Group:
-    """A group whose forward and backward yield zeros."""
+    """Return a group with a zero loss and gradient."""
     group = zero_weight_group(token_id)
     group.completions[0].token = {"values": [0.0], "returns": [0.0]}
     return group
@@ -278,6 +278,6 @@ def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def _recompute_activations(model: Any) -> None:
-    # transformers 5.17 knows the second name only. Reentrant checkpointing needs inputs with gradients.
+    # transformers 5.17 has the second name only. Reentrant checkpointing needs inputs with gradients.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

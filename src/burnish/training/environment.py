@@ -1,4 +1,4 @@
-"""What a run is measured with."""
+"""Versions and hardware of a run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["TESTED", "environment", "warn_of_untested"]
 logger = logging.getLogger(__name__)
 
 TESTED = {"torch": "2.13.0", "transformers": "5.23.0"}
-"""The newest versions that burnish is tested with."""
+"""Newest versions that burnish is tested with."""
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware: what a figure was measured with."""
+    """Return versions and hardware, to record beside measurements."""
     names = ("burnish", "torch", "transformers", "accelerate", "peft")
     return {
         "python": platform.python_version(),
@@ -40,7 +40,7 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def warn_of_untested() -> None:
-    """Warn, once a process, of libraries that are newer than any version burnish was tested with."""
+    """Warn once per process of libraries newer than the versions that burnish is tested with."""
     found = {name: metadata.version(name) for name in TESTED}
     # The release alone: torch 2.13.0+cpu is 2.13.0.
     newer = [name for name in TESTED if Version(found[name]).release > Version(TESTED[name]).release]

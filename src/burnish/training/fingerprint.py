@@ -1,4 +1,4 @@
-"""What a run is, as each checkpoint records it: stage, settings, data, models, processes; and how two runs differ."""
+"""Describe a run by stage, settings, data, models and processes, and find how two descriptions differ."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["adapter_settings", "changed_settings", "data_digest", "describe_run"
 logger = logging.getLogger(__name__)
 
 _SAMPLED_GROUPS = 2048
-"""Groups whose tokens are read; of the others only the lengths are."""
+"""Groups whose tokens are hashed; of the others only the lengths are."""
 
 _SAMPLED_WEIGHTS = 16
-"""Values read of each tensor."""
+"""Values hashed of each tensor."""
 
 
 def describe_run(
@@ -41,14 +41,14 @@ def describe_run(
     others: Mapping[str, str],
     rewards: Sequence[str],
 ) -> dict[str, Any]:
-    """Describe a run by all that its next step depends on, as plain JSON.
+    """Describe a run by everything that its next step depends on, as plain JSON.
 
     Args:
         args: the trainer's config.
-        model: as it is trained, adapters included.
-        base: digest of the model before it got new adapters.
+        model: the model to train, adapters included.
+        base: digest of the model before new adapters were added.
         train_dataset: groups, or a stream of them.
-        others: digests of further models by argument, such as ref_model.
+        others: digests of other models by argument, such as ref_model.
         rewards: names of the criteria.
     """
     micro = args.per_device_train_batch_size * args.world_size
@@ -70,7 +70,7 @@ def describe_run(
 
 
 def data_digest(groups: Any) -> str:
-    """Hash the lengths of all groups, and the tokens and plain columns of a sample; of a stream, its kind."""
+    """Hash the lengths of all groups, and tokens and plain columns of a sample; for a stream, return its type."""
     if not isinstance(groups, Sequence):
         return f"stream of {type(getattr(groups, 'rows', groups)).__name__}"
     rows = cast("Sequence[Group]", groups)
@@ -78,20 +78,20 @@ def data_digest(groups: Any) -> str:
     for group in rows:
         lengths.extend((group.index, len(group.prompt_ids), *(len(c.token_ids) for c in group.completions)))
     digest = hashlib.sha256(lengths.tobytes())
-    for number in _spread(len(rows), _SAMPLED_GROUPS):
+    for number in _spaced(len(rows), _SAMPLED_GROUPS):
         digest.update(_group_bytes(rows[number]))
     return f"{len(rows)} groups {digest.hexdigest()[:16]}"
 
 
 @torch.no_grad()
 def model_digest(model: torch.nn.Module) -> str:
-    """Hash names, shapes and some values of a model's weights; those of adapters that are drawn anew are left out."""
+    """Hash names, shapes and some values of a model's weights, without the random initial values of adapters."""
     digest = hashlib.sha256()
     for name, weights in model.named_parameters():
         digest.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
         if "lora_A" not in name and "lora_embedding_A" not in name and weights.device.type != "meta":
-            places = torch.tensor(list(_spread(weights.numel(), _SAMPLED_WEIGHTS)), device=weights.device)
-            digest.update(weights.detach().flatten()[places].double().cpu().numpy().tobytes())
+            indices = torch.tensor(list(_spaced(weights.numel(), _SAMPLED_WEIGHTS)), device=weights.device)
+            digest.update(weights.detach().flatten()[indices].double().cpu().numpy().tobytes())
     return f"{type(model).__name__} {digest.hexdigest()[:16]}"
 
 
@@ -108,7 +108,7 @@ _ADAPTER_NOTES = (
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """Return what shapes and scales the adapters of a model, by adapter and field."""
+    """Return the settings that affect the adapters of a model, by adapter and field."""
     configs = cast("Mapping[str, Any]", getattr(model, "peft_config", None) or {})
     return {
         name: {key: _plain(value) for key, value in config.to_dict().items() if key not in _ADAPTER_NOTES}
@@ -126,7 +126,7 @@ def _settings(args: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as a JSON file gives it back, equal for equal settings."""
+    """Convert a value to plain JSON types, equal for equal settings."""
     if isinstance(value, enum.Enum):
         return _plain(value.value)
     if isinstance(value, Mapping):
@@ -145,15 +145,15 @@ def _group_bytes(group: Group) -> bytes:
     return json.dumps([tokens, masks, columns], sort_keys=True).encode()
 
 
-def _spread(length: int, number: int) -> Collection[int]:
-    """Up to `number` places from the first to the last."""
+def _spaced(length: int, number: int) -> Collection[int]:
+    """Return up to `number` evenly spaced indices, from the first to the last."""
     if length <= number:
         return range(length)
-    return [place * (length - 1) // (number - 1) for place in range(number)]
+    return [i * (length - 1) // (number - 1) for i in range(number)]
 
 
 def changed_settings(checkpoint: Path, now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from the checkpoint's and take effect, each as (before, now).
+    """Return the settings that differ from the checkpoint's and may change on a resume, as (before, now).
 
     Raises:
         ConfigError: the checkpoint is of another run.
@@ -190,7 +190,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator[str]:
-    """What makes two runs of two descriptions, each with the value of both."""
+    """Yield the differences that make two descriptions those of different runs."""
     if before["stage"] != now["stage"]:
         yield f"stage {now['stage']}, it was {before['stage']}"
         return
@@ -198,7 +198,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Generator
         if resume_class(name) == "refused":
             yield f"{name} = {new!r}, it was {old!r}"
     if before["data"] != now["data"]:
-        yield f"train_dataset is not the same ({now['data']}, it was {before['data']})"
+        yield f"train_dataset differs ({now['data']}, it was {before['data']})"
     for name in sorted({*before["models"], *now["models"]}):
         old, new = before["models"].get(name), now["models"].get(name)
         if old != new:

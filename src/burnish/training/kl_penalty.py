@@ -1,4 +1,4 @@
-"""The divergence of samples from the reference, and its weight in the reward or in the loss."""
+"""The KL penalty towards the reference, in the reward or in the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["KLPenalty"]
 
 
 class KLPenalty:
-    """The weight of the KL divergence: fixed at `beta`, or adapted to `kl_target` after each rollout.
+    """The coefficient of the KL: fixed at `beta`, or adapted to `kl_target` after each rollout.
 
     Args:
         args: a config with the fields `beta` and `kl_*`.
@@ -24,20 +24,19 @@ class KLPenalty:
     def __init__(self, args: Any) -> None:
         self._args = args
         self.coefficient: float = args.beta
-        """The weight for the present rollout and the steps that learn from it."""
+        """Coefficient of the current rollout and its steps."""
         self._next: float = args.beta
         self.is_in_reward = args.kl_in == "reward"
 
     def begin_rollout(self, completions: Sequence[Completion], ranks: Ranks) -> dict[str, float]:
-        """Write the stream `kl`, take the weight that the last rollout left, and leave one to the next.
+        """Write the stream `kl`, apply the coefficient adapted to the last rollout, and adapt the next.
 
         Args:
-            completions: of this rank, with `ref_logprobs`; their other log-probabilities are those before the first
-                update.
-            ranks: the weight follows the divergence of all.
+            completions: this rank's completions, with `ref_logprobs`, before the first update on them.
+            ranks: the coefficient follows the KL over all ranks.
 
         Returns:
-            Metrics.
+            Metrics of the rollout.
         """
         estimate = KL_ESTIMATORS[self._args.kl_estimator]
         for completion in completions:
@@ -63,10 +62,10 @@ class KLPenalty:
         return metrics
 
     def state_dict(self) -> dict[str, float]:
-        """Return the weights of this rollout and of the next, as JSON."""
+        """Return the coefficients of this rollout and the next, as JSON."""
         return {"beta": self.coefficient, "next_beta": self._next}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore adaptive weights; a fixed one is the configuration's."""
+        """Restore adaptive coefficients; a fixed one comes from the configuration."""
         if self._args.kl_target is not None:
             self.coefficient, self._next = float(state["beta"]), float(state["next_beta"])

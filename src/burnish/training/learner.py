@@ -1,4 +1,4 @@
-"""The one subclass of `transformers.Trainer`: steps of a stage in, packed micro-batches and exact denominators out."""
+"""The subclass of `transformers.Trainer` that trains by a stage, with packed micro-batches and exact denominators."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ S = TypeVar("S", bound=Stage)
 
 
 class Learner(Trainer, Generic[S]):
-    """A `transformers.Trainer` that learns by a stage.
+    """A `transformers.Trainer` that trains by a stage.
 
     For each optimizer step it asks the stage for a `Step`, packs its groups into exactly as many micro-batches as
     transformers counts, splits those by `token_budget`, and keeps the gradient independent of either split.
@@ -64,14 +64,14 @@ class Learner(Trainer, Generic[S]):
 
     Args:
         model: path, hub name, package that carries a model, or a model in memory.
-        stage: what to learn.
+        stage: provides the steps and their loss.
         args: the stage's config.
         train_dataset, eval_dataset: rows that the stage encodes.
         peft_config: train these adapters instead of the weights.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ConfigError, DataError, ModelError: before any weight is loaded where that can be known.
+        ConfigError, DataError, ModelError: before any weight is loaded where possible.
     """
 
     args: Any
@@ -81,13 +81,13 @@ class Learner(Trainer, Generic[S]):
     stage_class: ClassVar[type[Stage]]
 
     is_untrained = True
-    """Whether this trainer has not changed the model yet; `state.global_step` starts anew with every train()."""
+    """True until the first update; `state.global_step` starts at 0 with every train()."""
 
     num_tokens = 0
-    """This process's share of the tokens trained on so far; a resumed run's first process has those before."""
+    """Tokens that this process has trained on; in a resumed run, the first process adds those of the checkpoint."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Check the names of the arguments, which Python would refuse without saying what to do."""
+        """Check the names of the arguments, which Python would refuse without naming the fix."""
         check_constructor(cls, args, kwargs)
         return super().__new__(cls)
 
@@ -140,7 +140,7 @@ class Learner(Trainer, Generic[S]):
         self.ranks = Ranks(self.accelerator)
         self.metrics = StepMetrics()
         self.learning_monitor = LearningMonitor(args.max_dead_steps)
-        # The loss is divided by a global count here; both names are needed, since old versions read only the second.
+        # The loss is divided by a global count here; transformers 5.17 only has the second name.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self.neftune_noise_alpha = None  # transformers would scale the noise by the length of the whole packed row
@@ -150,7 +150,7 @@ class Learner(Trainer, Generic[S]):
             self.add_callback(callback)
 
     def _observe(self) -> None:
-        """Replace the callbacks that show progress, and add those that record the run."""
+        """Replace the progress callbacks, and add those that record the run."""
         for shown in (transformers.ProgressCallback, transformers.PrinterCallback):
             self.remove_callback(shown)
         if self.args.progress and not self.args.disable_tqdm:
@@ -163,7 +163,7 @@ class Learner(Trainer, Generic[S]):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer, as older versions of transformers call it."""
+        """The tokenizer, by its name in older versions of transformers."""
         return self.stage.tokenizer
 
     @property
@@ -173,17 +173,17 @@ class Learner(Trainer, Generic[S]):
 
     @property
     def lr_factor(self) -> float:
-        """The learning rate of this step over the peak learning rate."""
+        """Learning rate of this step over the peak learning rate."""
         peak, scheduler = self.args.learning_rate, cast(Any, self.lr_scheduler)
         return float(scheduler.get_last_lr()[0]) / peak if scheduler is not None and peak else 1.0
 
     @property
     def eval_sets(self) -> Mapping[str, list[Group]]:
-        """The held-out sets by the prefix of their metrics."""
+        """Evaluation sets by the prefix of their metrics."""
         return named_sets(self.eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, from a checkpoint where one is named here or in the configuration.
+        """Train, from a checkpoint if one is given here or in the configuration.
 
         Raises:
             ConfigError: there is no such checkpoint, it is of another run, or a new run would mix with an earlier one.
@@ -191,8 +191,8 @@ class Learner(Trainer, Generic[S]):
             Interrupted: a signal stopped the run, after a checkpoint was saved.
         """
         check_tracked_metric_name(self)
-        handing_over = restoring_model_state(self.model, lambda: self.master_weights, dropout=self.stage.uses_dropout)
-        with claimed_folder(self), handing_over, self.status.recording(), stopping_on_signals(self):
+        restoring = restoring_model_state(self.model, lambda: self.master_weights, dropout=self.stage.uses_dropout)
+        with claimed_folder(self), restoring, self.status.recording(), stopping_on_signals(self):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
             self.status.begin("preparing to train")
             self.stage.begin_training()
@@ -202,7 +202,7 @@ class Learner(Trainer, Generic[S]):
             return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Take no step beyond the limit, at which transformers looks after a step only."""
+        """Take no step beyond `max_steps`, which transformers only checks after a step."""
         if self.state.global_step >= self.state.max_steps:
             logger.warning("step %d of max_steps = %d: no step is left", self.state.global_step, self.state.max_steps)
             self.control.should_training_stop = True
@@ -210,7 +210,7 @@ class Learner(Trainer, Generic[S]):
         super()._run_epoch(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the stage's own batches where it has some."""
+        """Return the stage's dataloader, if it has one."""
         own = self.stage.train_dataloader(self._train_batch_size)
         return super().get_train_dataloader() if own is None else own
 
@@ -232,7 +232,7 @@ class Learner(Trainer, Generic[S]):
     def _micro_batch(self, groups: list[Group], step: Step) -> MicroBatch:
         parts = self.stage.parts(groups)
         count = int(self.ranks.max(len(parts)))
-        # Ranks must run the same number of forwards, and a step without work still takes its optimizer step.
+        # Ranks must run the same number of forwards, and a step without work still runs the optimizer.
         filler = [zero_weight_group(int(self.tokenizer.pad_token_id or 0))]
         parts += [filler] * (max(count, 1) - len(parts))
         return MicroBatch(step, [self.stage.pack(part) for part in parts])
@@ -244,7 +244,7 @@ class Learner(Trainer, Generic[S]):
         model.train()
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
-        # Gradients are averaged over ranks that see different data, and the loss is a sum over them.
+        # DDP averages gradients over the ranks, while the loss is a sum over them.
         scale = self.accelerator.num_processes // self.get_tp_size()
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(inputs.parts):
@@ -264,12 +264,12 @@ class Learner(Trainer, Generic[S]):
 
     @property
     def master_weights(self) -> MasterWeights | None:
-        """The optimizer that owns fp32 masters, where this run has one."""
+        """The optimizer that owns fp32 masters, if the run has one."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, MasterWeights) else None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the configured optimizer, over fp32 masters where trained weights are bf16."""
+        """Create the configured optimizer, over fp32 masters if trained weights are bf16."""
         target = cast(torch.nn.Module, self.model if model is None else model)
         trained = [p for p in target.parameters() if p.requires_grad]
         given = cast("torch.optim.Optimizer | None", self.optimizer)
@@ -287,7 +287,7 @@ class Learner(Trainer, Generic[S]):
         return self.optimizer
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Clip the gradients of masters and check the step; transformers calls it once, before the optimizer's step."""
+        """Clip the gradients of masters and check the step; called once per step, before the optimizer."""
         self.stage.before_update()
         if (masters := self.master_weights) is not None:
             if self.ranks.count > 1:
@@ -306,20 +306,20 @@ class Learner(Trainer, Generic[S]):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log of a training step, and `num_tokens`, all tokens trained on so far."""
+        """Add the metrics since the last training log, and `num_tokens`, the tokens trained on so far."""
         if "loss" in logs:
             logs = {**logs, **self.stage.step_metrics(), "num_tokens": self.total_tokens()}
         super().log(logs, start_time)
 
     def total_tokens(self) -> float:
-        """Count the tokens trained on so far by all ranks, each prompt once for its group."""
+        """Return the tokens trained on by all ranks so far, each prompt counted once per group."""
         return self.ranks.sum(float(self.num_tokens))
 
     def held_out(self, given: Any = None) -> list[Group]:
-        """Return the trainer's own held-out set (None, or its name), or the groups of other rows.
+        """Return an evaluation set of the trainer (None, or its name), or encode other rows.
 
         Raises:
-            DataError: there is nothing to evaluate on.
+            DataError: there is no evaluation set.
         """
         own = evaluation_set(self.eval_dataset, given)
         return self.stage.encode(given, "eval_dataset") if own is None else own
@@ -327,11 +327,11 @@ class Learner(Trainer, Generic[S]):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the loss and the stage's metrics on held-out rows; of several sets, each by its name.
+        """Compute the loss and the stage's metrics on evaluation rows; with several sets, each under its name.
 
         Raises:
-            DataError: there is nothing to evaluate on.
-            ConfigError: the metric that the run follows is missing.
+            DataError: there is no evaluation set.
+            ConfigError: `metric_for_best_model` is missing.
         """
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         prefix = metric_key_prefix
@@ -355,15 +355,15 @@ class Learner(Trainer, Generic[S]):
         """Refuse: predictions would be logits of padded rows.
 
         Raises:
-            ConfigError: always, with what to call instead.
+            ConfigError: always, naming what to call instead.
         """
         raise ConfigError(
-            "predict(): logits of padded rows do not exist here. Metrics come from evaluate(rows, "
+            "predict(): not supported, as rows are never padded. Metrics come from evaluate(rows, "
             "metric_key_prefix='test'), texts from `burnish eval` or burnish.rollout, scores from burnish.RewardModel."
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, and what the stage delivers beside it; checkpoints begin with the model, too.
+        """Save the model and the models delivered beside it; for a checkpoint, the model only.
 
         Raises:
             CheckFailed: a weight is not finite; nothing is written.
@@ -391,23 +391,23 @@ class Learner(Trainer, Generic[S]):
         dataset_name: str | Sequence[str] | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
-        """Write the model card into `output_dir`, and what is told here into every later one; see `CardWriter`."""
+        """Write the model card into `output_dir`; later cards keep these arguments."""
         self._card.tell(model_name=model_name, dataset_name=dataset_name, tags=tags)
         with self.checkpoints.saving_result(folder := Path(self.args.output_dir)):
             self._card.write(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint beside the finished ones, and rename it once it is whole."""
+        """Write a checkpoint as a draft, and rename it once it is complete."""
         self.checkpoints.save(Path(self._get_output_dir(trial=trial)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore the stage's state too; settings that changed win over what is restored."""
+        """Restore the stage's state too; changed settings take precedence."""
         if checkpoint is not None:
             load = super()._load_optimizer_and_scheduler
             self.checkpoints.load(Path(checkpoint), lambda: load(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Refuse weights of another model, keep the dtypes of this one, and name a checkpoint that is damaged."""
+        """Refuse weights of another model, keep dtypes, and name a damaged checkpoint."""
         with reading(resume_from_checkpoint), keeping_dtypes(self.model):
             check_weights(self.model, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)

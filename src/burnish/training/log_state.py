@@ -1,4 +1,4 @@
-"""What was measured since the last log, kept in each checkpoint, so that the next log covers all of its steps."""
+"""Metrics since the last log, saved in checkpoints so that the next log of a resumed run covers all of its steps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["LogState"]
 
 
 class LogState(TrainerCallback):
-    """Saves one rank's sums of loss and metrics, and restores them when training begins.
+    """Save the loss and metrics of a rank since the last log, and restore them when training begins.
 
-    transformers keeps the loss since the last log in memory only and starts it anew on a resume, so that where
-    `save_steps` is not a multiple of `logging_steps` the next log would cover fewer steps than its uninterrupted twin.
+    transformers resets the loss since the last log on a resume, so where `save_steps` is not a multiple of
+    `logging_steps` the next log would cover fewer steps than that of an uninterrupted run.
     """
 
     def __init__(self, trainer: Learner[Any]) -> None:
@@ -29,7 +29,7 @@ class LogState(TrainerCallback):
         self._loaded: tuple[Path, dict[str, Any] | None] | None = None
 
     def save(self, folder: Path) -> None:
-        """Write this rank's file of a checkpoint.
+        """Write this rank's file.
 
         Raises:
             FileError: it cannot be written.
@@ -45,7 +45,7 @@ class LogState(TrainerCallback):
         write_json(self._file(folder), state, indent=None)
 
     def load(self, folder: Path) -> None:
-        """Read this rank's file; a checkpoint of other ranks or of an older version has none.
+        """Read this rank's file; a checkpoint of fewer ranks or an older version has none.
 
         Raises:
             FileError: it cannot be read.
@@ -56,7 +56,7 @@ class LogState(TrainerCallback):
         """Restore what `load` read.
 
         Raises:
-            ConfigError: it is not what `save` wrote.
+            ConfigError: it does not match what `save` writes.
         """
         (folder, loaded), self._loaded = self._loaded or (Path(), None), None
         own: Any = self.trainer

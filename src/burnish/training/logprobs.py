@@ -1,4 +1,4 @@
-"""Log-probabilities of sampled completions under a model, kept beside their tokens."""
+"""Log-probabilities of sampled completions under a model, as a stream."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["fill_logprobs"]
 
 @torch.no_grad()
 def fill_logprobs(groups: Sequence[Group], name: str, model: torch.nn.Module, *, args: Any, step: int) -> None:
-    """Write the log-probability of every token under a model into the completions.
+    """Write the log-probability of every token under a model into a stream of the completions.
 
     Args:
-        groups: packed into one row.
-        name: the stream to write.
-        model: prepared for scoring.
+        groups: groups to pack into one row.
+        name: stream to write.
+        model: a model prepared for scoring.
         args: the trainer's config, for `device` and `temperature`.
-        step: of the optimizer, for messages.
+        step: optimizer step, for messages.
 
     Raises:
         CheckFailed: one is not finite.

@@ -1,4 +1,4 @@
-"""Metrics of online training between two logs: means over rollouts and steps, token metrics as means over tokens."""
+"""Metrics between two logs: means over rollouts and steps, and token metrics as means over tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["StepMetrics", "criterion_values", "means_by_name", "means_over_ranks
 _OF_RECORDS = frozenset(
     {"epoch", "grad_norm", "learning_rate", "loss", "num_tokens", "run", "stage", "step", "time", "train_runtime"}
 )
-"""Names that every log or record of one has."""
+"""Names that every log or its record has."""
 
 
 def criterion_values(completions: Sequence[Completion], name: str) -> list[float]:
-    """The values of one criterion over the completions that have it."""
+    """Return the values of a criterion over the completions that have it."""
     scores = [c.score.criteria.get(name) for c in completions if c.score is not None]
     return [value for value in scores if value is not None]
 
@@ -29,7 +29,7 @@ def criterion_values(completions: Sequence[Completion], name: str) -> list[float
 def means_over_ranks(
     completions: Sequence[Completion], criteria: Sequence[str], sum_over_ranks: Callable[[float], float]
 ) -> dict[str, float]:
-    """Means of the reward, of each criterion and of the lengths over the completions of all ranks."""
+    """Compute the mean reward, criteria and length over the completions of all ranks."""
     rewards = [r for c in completions if (r := c.reward) is not None]
     sums = {"reward": (sum(rewards), len(rewards))}
     for name in criteria:
@@ -40,7 +40,7 @@ def means_over_ranks(
 
 
 def means_by_name(logged: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """The mean of the numbers of each name."""
+    """Return the mean of each name's values."""
     values: dict[str, list[float]] = defaultdict(list)
     for name, value in logged:
         values[name].append(value)
@@ -48,13 +48,13 @@ def means_by_name(logged: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def with_logged(metrics: Mapping[str, float], logged: Mapping[str, float]) -> dict[str, float]:
-    """Metrics with those that reward functions logged; one whose name is taken goes by `logged/name`."""
+    """Add metrics logged by reward functions, renamed to `logged/NAME` where the name is taken."""
     taken = _OF_RECORDS | metrics.keys()
     return {**metrics, **{f"logged/{name}" if name in taken else name: value for name, value in logged.items()}}
 
 
 class StepMetrics:
-    """Collects numbers by name; `flush` reduces them over steps and ranks."""
+    """Collect numbers by name; `flush` reduces them over steps and ranks."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
@@ -63,11 +63,11 @@ class StepMetrics:
         self._logged: dict[str, list[float]] = defaultdict(list)
 
     def add(self, name: str, value: float) -> None:
-        """A number of this step; the log shows the mean over steps and ranks."""
+        """Add a number of this step; the log shows its mean over steps and ranks."""
         self._values[name].append(value)
 
     def add_tokens(self, name: str, values_N: torch.Tensor) -> None:
-        """A number per token; the log shows the mean over all tokens."""
+        """Add a number per token; the log shows its mean over all tokens."""
         self._tokens[name].append((float(values_N.detach().sum()), values_N.numel()))
 
     def add_all(self, values: Mapping[str, float]) -> None:
@@ -76,12 +76,12 @@ class StepMetrics:
             self.add(name, value)
 
     def add_loss(self, loss: Loss, *, step: int, scale: int) -> None:
-        """Add what a part of a step's loss says of itself.
+        """Add the metrics of a part of a step's loss.
 
         Args:
-            loss: its `sums` show as the mean over steps and ranks of the sums of the parts.
-            step: the optimizer step.
-            scale: ranks that share the denominator.
+            loss: loss of the part; its `sums` are summed over the parts of a step.
+            step: optimizer step.
+            scale: number of ranks that share the denominator.
         """
         for name, values in loss.means.items():
             self.add_tokens(name, values)
@@ -89,23 +89,23 @@ class StepMetrics:
             self._parts[name][step] = self._parts[name].get(step, 0.0) + value * scale
 
     def add_logged(self, logged: Iterable[tuple[str, float]]) -> None:
-        """Numbers that reward functions logged, the same on every rank; the log shows the mean over the rounds."""
+        """Add metrics logged by reward functions, equal on all ranks; the log shows their mean over rounds."""
         for name, value in means_by_name(logged).items():
             self._logged[name].append(value)
 
     def add_rewards(self, rewards: Sequence[Sequence[float | None]]) -> None:
-        """Mean reward, mean spread within groups, and the share of groups without any."""
+        """Add the mean reward, the mean standard deviation within groups, and the fraction of groups with none."""
         known = [[r for r in row if r is not None] for row in rewards]
         values = [r for row in known for r in row]
         if values:
             self.add("reward", fmean(values))
-        spread = [stdev(row) for row in known if len(row) > 1]
-        if spread:
-            self.add("reward_std", fmean(spread))
-            self.add("frac_reward_zero_std", fmean(float(s == 0) for s in spread))
+        deviations = [stdev(row) for row in known if len(row) > 1]
+        if deviations:
+            self.add("reward_std", fmean(deviations))
+            self.add("frac_reward_zero_std", fmean(float(s == 0) for s in deviations))
 
     def add_completions(self, groups: Sequence[Group], criteria: Sequence[str]) -> float:
-        """Criteria, failures and lengths of this rank's completions; returns the share cut at the limit."""
+        """Add criteria, failures and lengths of this rank's completions; return the truncated fraction."""
         completions = [c for group in groups for c in group.completions]
         for name in criteria:
             if values := criterion_values(completions, name):
@@ -121,13 +121,12 @@ class StepMetrics:
         return clipped
 
     def flush(self, gathered: Callable[[Sequence[Any]], list[Any]]) -> dict[str, float]:
-        """The metrics since the last flush, over the ranks that have them.
+        """Return the metrics since the last flush, over the ranks that have them.
 
-        Ranks need not have the same names: one of them may have no completion that a criterion judged, or no token in
-        the loss.
+        Ranks may differ in names: one may have no completion with a criterion, or no token in the loss.
 
         Args:
-            gathered: the same list of all ranks.
+            gathered: concatenates the lists of all ranks.
         """
         means = {name: fmean(values) for name, values in self._values.items()}
         means |= {name: fmean(sums.values()) for name, sums in self._parts.items()}
@@ -146,13 +145,13 @@ class StepMetrics:
         return with_logged(logs, logged)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been collected since the last flush, as JSON."""
+        """Return what was collected since the last flush, as JSON."""
         parts = {name: list(sums.items()) for name, sums in self._parts.items()}
         own = {"values": dict(self._values), "tokens": dict(self._tokens), "logged": dict(self._logged)}
         return {**own, "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._values = defaultdict(list, state["values"])
         self._logged = defaultdict(list, state.get("logged", {}))
         self._tokens = defaultdict(list, {name: [(s, n) for s, n in parts] for name, parts in state["tokens"].items()})

@@ -1,4 +1,4 @@
-"""Optimizers of a run: one that is given covers what trains, one that is configured may hold fp32 masters."""
+"""Check a given optimizer, and create the configured one over fp32 masters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["check_optimizer", "masters_by_config"]
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Module) -> None:
-    """Refuse an optimizer that would leave trained weights where they are.
+    """Refuse an optimizer that lacks trained weights.
 
     Raises:
-        ConfigError: naming a weight that it lacks.
+        ConfigError: with the name of a missing weight.
     """
     if optimizer is None:
         return
@@ -27,9 +27,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: torch.nn.Mod
     if missing:
         raise ConfigError(
             f"optimizers: {type(optimizer).__name__} holds {len(trained) - len(missing)} of the {len(trained)} tensors "
-            f"that train ({missing[0]} is missing), so the others would stay as they are. Make it over the parameters "
-            "of the very model that you pass, with its adapters on it (peft.get_peft_model, and no peft_config here), "
-            "freeze what is not to train, or name an optimizer by optim instead."
+            f"that train ({missing[0]} is missing), so the others would not train. Create it from the parameters of "
+            "the model that you pass, adapters included (peft.get_peft_model, and no peft_config here), freeze the "
+            "weights that should not train, or set optim instead."
         )
 
 
@@ -39,16 +39,16 @@ def masters_by_config(
     decayed: Collection[str],
     exact: dict[torch.nn.Parameter, torch.Tensor],
 ) -> MasterWeights:
-    """The configured optimizer over fp32 masters of the trained weights.
+    """Create the configured optimizer over fp32 masters of the trained weights.
 
     Args:
-        trainer: whose arguments name the optimizer.
+        trainer: trainer whose arguments name the optimizer.
         trained: weights that require gradients, by name.
-        decayed: names of those that weight decay applies to.
-        exact: values of weights that were rounded when they were loaded.
+        decayed: names of the weights with weight decay.
+        exact: fp32 values of weights that were rounded on loading.
 
     Raises:
-        ConfigError: an optimizer that picks or swaps parameters itself.
+        ConfigError: the optimizer selects or swaps parameters itself.
     """
     args = trainer.args
     cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
@@ -56,7 +56,7 @@ def masters_by_config(
     if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(kwargs) or hasattr(cls, "eval"):
         field = "optimizer_cls_and_kwargs" if trainer.optimizer_cls_and_kwargs else f"optim = {str(args.optim)!r}"
         raise ConfigError(
-            f"{field}: {getattr(cls, '__name__', cls)} picks or swaps parameters itself and cannot "
+            f"{field}: {getattr(cls, '__name__', cls)} selects or swaps parameters itself and cannot "
             "run over fp32 masters. Use an AdamW, Adafactor or SGD variant, or bf16=False."
         )
     groups = [

@@ -1,4 +1,4 @@
-"""The processes of a run: as many ranks as the launcher started, one run per folder."""
+"""Check that all launched processes train together, and that a folder has a single run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["check_world_size", "claimed_folder", "needs_cpu"]
 
 
 def needs_cpu() -> bool:
-    """Whether `use_cpu` must be set for the ranks to meet: transformers joins ranks of CPUs only when it is told to."""
+    """Return whether `use_cpu` must be set: only then does transformers form a group of CPU ranks."""
     return launched_processes() > 1 and not torch.accelerator.is_available()
 
 
 def check_world_size(args: Any) -> None:
-    """Refuse ranks that would each train a model of their own in one folder.
+    """Refuse processes that would each train a separate model in the same folder.
 
     Raises:
         ConfigError: a launcher started more processes than train together.
@@ -42,7 +42,7 @@ def check_world_size(args: Any) -> None:
 
 @contextmanager
 def claimed_folder(trainer: Learner[Any]) -> Generator[None]:
-    """Hold the lock of `output_dir`: the first rank takes it, and all ranks learn whether it could.
+    """Hold the lock of `output_dir`, taken by the first rank; raise on all ranks if it is taken.
 
     Raises:
         FileError: another run writes there.

@@ -1,4 +1,4 @@
-"""The processes that train together, and what they tell each other."""
+"""Collectives over the processes that train together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among those of its run; alone, every method returns its argument.
+    """The rank of this process and collectives over all ranks, which are the identity for a single one.
 
     Args:
-        accelerator: of accelerate.
+        accelerator: an `accelerate.Accelerator`.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -36,7 +36,7 @@ class Ranks:
         return float(cast(torch.Tensor, self._accelerator.reduce(tensor, reduction="sum"))[0])
 
     def max(self, value: float) -> float:
-        """Return the largest of a number over all ranks."""
+        """Return the maximum of a number over all ranks."""
         if self.count == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self._accelerator.device)
@@ -47,7 +47,7 @@ class Ranks:
         return list(cast("list[T]", gather_object(list(rows)) if self.count > 1 else rows))
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """Run on the first rank only; return its result, or raise its error, on every rank, so that none waits."""
+        """Run `work` on the first rank; return its result or raise its error on every rank."""
         if self.count == 1:
             return work()
         answer: list[Any] = [None, None]

@@ -24,7 +24,7 @@ __all__ = ["MovingReference", "Reference", "check_reference", "check_untrained",
 logger = logging.getLogger(__name__)
 
 _FILE = "reference.pt"
-"""What a checkpoint holds of a reference that moves."""
+"""File of a synced reference in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Reference:
     """A policy that does not train.
 
     Attributes:
-        model: a frozen model, or None where the policy's own base scores.
+        model: a separate model, or None to score with the policy's base.
         is_initial_policy: whether it must equal the policy before the first update.
-        start: what every trained weight was, by name, where the policy's adapters (or biases) as they were given are
-            part of the reference; None where the adapters are switched off.
-        released: whether its weights have left memory, because all it will be asked is known.
+        start: initial value of every trained weight, by name, where the policy's given adapters (or biases) are part
+            of the reference; None where adapters are switched off.
+        released: whether its weights have been freed, because its scores are precomputed.
     """
 
     model: torch.nn.Module | None
@@ -46,23 +46,23 @@ class Reference:
 
     @classmethod
     def of(cls, policy: Any, ref_model: Any = None) -> Reference:
-        """The reference of a policy.
+        """Create the reference of a policy.
 
-        Without adapters it is a frozen copy. New adapters that change nothing yet are switched off instead, which is
-        the base bit for bit; adapters that have been trained before, or with which other weights train (biases), are
-        remembered as they are now.
+        Without adapters it is a frozen copy. New adapters that change nothing yet are switched off instead, which
+        gives the base bit for bit; for adapters that were trained before, or with other weights (biases) that train,
+        the current values are stored.
 
         Args:
-            policy: the model that will train, as it is now.
+            policy: the policy before training.
             ref_model: a model to use instead.
         """
         if ref_model is not None:
             if causal_lm(ref_model) is causal_lm(policy):
-                raise ModelError("ref_model is the model itself, which trains: leave it out, a frozen copy is made.")
+                raise ModelError("ref_model is the model itself, which trains: remove it, and a frozen copy is made.")
             refuse_shared_weights(policy, ref_model, "ref_model")
             _warn_of_sizes(policy, ref_model)
             prepare_for_scoring(ref_model)
-            # Not frozen: it may be the model of another trainer, and no gradient ever reaches it here.
+            # Not frozen: another trainer may train it, and it gets no gradients here.
             return cls(ref_model, is_initial_policy=False)
         if not (hasattr(policy, "peft_config") and hasattr(policy, "disable_adapter")):
             return cls(copy.deepcopy(policy).requires_grad_(False).eval(), is_initial_policy=True)
@@ -74,7 +74,7 @@ class Reference:
 
     @contextmanager
     def active(self, policy: Any) -> Generator[torch.nn.Module]:
-        """The model to score with, in evaluation mode."""
+        """Yield the model to score with, in evaluation mode."""
         assert not self.released
         model = policy if self.model is None else self.model
         with self._switched(policy), eval_mode(model):
@@ -86,51 +86,51 @@ class Reference:
         return without_adapters(policy) if self.start is None else _weights_of(policy, self.start)
 
     def save(self, folder: Path) -> None:
-        """Write the weights of a reference that moves into a checkpoint."""
+        """Save the weights of a synced reference into a checkpoint."""
         assert self.model is not None
         torch.save({name: weights.detach() for name, weights in self.model.named_parameters()}, folder / _FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Continue with the weights that `save` wrote.
+        """Load the weights that `save` wrote.
 
         Raises:
-            ConfigError: the checkpoint has none.
+            ConfigError: the checkpoint has no reference.
         """
         assert self.model is not None
         if not (folder / _FILE).is_file():
             raise ConfigError(
-                f"resume_from_checkpoint = {str(folder)!r}: {_FILE} is missing, so where the reference of "
-                "sync_ref_model has moved to is unknown. Resume from another checkpoint."
+                f"resume_from_checkpoint = {str(folder)!r}: {_FILE} is missing, so the synced reference of "
+                "sync_ref_model cannot be restored. Resume from another checkpoint."
             )
         saved = torch.load(folder / _FILE, map_location="cpu", weights_only=True, mmap=True)
         for name, weights in self.model.named_parameters():
             weights.copy_(saved[name])
 
     def given_models(self) -> dict[str, torch.nn.Module]:
-        """The reference where it is a model of its own, and no copy of the policy."""
+        """Return the reference if it was given as a separate model."""
         return {} if self.model is None or self.is_initial_policy else {"ref_model": self.model}
 
     def fingerprint(self, policy: Any) -> str:
-        """SHA-256 over the names, shapes and values of every weight that scores."""
+        """Return the SHA-256 of the names, shapes and values of the reference's weights."""
         own = self.model is not None or self.start is not None
         with self.active(policy) as model:
             return weights_fingerprint(causal_lm(model), counts=lambda name: own or not _leaves(policy, name))
 
 
 def _leaves(policy: Any, name: str) -> bool:
-    """Whether a weight leaves the forward when adapters are switched off."""
+    """Return whether a weight is unused when adapters are switched off."""
     return any(part in name for part in (policy.base_model.prefix, "modules_to_save.", "trainable_tokens_"))
 
 
 def _trains_adapters_only(policy: Any) -> bool:
-    """Whether every trained weight leaves the forward when adapters are switched off."""
+    """Return whether every trained weight is unused when adapters are switched off."""
     return all(_leaves(policy, name) for name, p in policy.named_parameters() if p.requires_grad)
 
 
 @torch.no_grad()
 def _adapters_change_nothing(policy: Any) -> bool:
-    """Whether a short row has the same logits with and without adapters, bit for bit."""
+    """Return whether a short row has the same logits with and without adapters, bit for bit."""
     embedding = policy.get_input_embeddings()
     vocabulary = embedding.weight.shape[0]
     ids = (torch.arange(16, device=embedding.weight.device) * 7919 + 11)[None] % vocabulary
@@ -143,12 +143,12 @@ def _adapters_change_nothing(policy: Any) -> bool:
 
 @contextmanager
 def _weights_of(policy: torch.nn.Module, values: dict[str, torch.Tensor]) -> Generator[None]:
-    """Other values in some of a model's parameters; its own come back at the end."""
+    """Replace some of a model's parameters inside."""
     parameters = dict(policy.named_parameters())
     if changed := [name for name, value in values.items() if parameters[name].shape != value.shape]:
         raise ModelError(
             f"{changed[0]}: {tuple(parameters[changed[0]].shape)} is not the shape {tuple(values[changed[0]].shape)} "
-            "that the reference remembers: the model was sharded since. Pass ref_model."
+            "of the reference, as the model has been sharded since. Pass ref_model."
         )
     own = {name: parameters[name].data for name in values}
     try:
@@ -161,15 +161,15 @@ def _weights_of(policy: torch.nn.Module, values: dict[str, torch.Tensor]) -> Gen
 
 
 class MovingReference(TrainerCallback):
-    r"""TR-DPO (2404.09656): every few steps the reference moves towards the policy.
+    r"""Sync the reference with the policy every few steps: TR-DPO (2404.09656).
 
     .. math:: \pi_{ref} \leftarrow \alpha\,\pi + (1 - \alpha)\,\pi_{ref}
 
     Args:
         model: the reference's weights.
-        alpha: share of the policy, in (0, 1].
-        every: optimizer steps between moves.
-        moved: called after each move.
+        alpha: weight of the policy, in (0, 1].
+        every: optimizer steps between syncs.
+        moved: called after each sync.
     """
 
     def __init__(self, model: torch.nn.Module, alpha: float, every: int, *, moved: Callable[[], object]) -> None:
@@ -179,7 +179,7 @@ class MovingReference(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Move, when it is time."""
+        """Sync the reference if it is due."""
         if state.global_step % self._every:
             return
         for own, trained in zip(self._model.parameters(), causal_lm(model).parameters(), strict=True):
@@ -188,10 +188,10 @@ class MovingReference(TrainerCallback):
 
 
 def check_reference(ref_model: Any) -> None:
-    """Refuse a reference that is no model, before any weight is read.
+    """Refuse a reference that is not a model, before any weight is read.
 
     Raises:
-        ModelError: naming it.
+        ModelError: with its value.
     """
     if ref_model is not None and not isinstance(causal_lm(ref_model), PreTrainedModel):
         raise ModelError(
@@ -201,10 +201,10 @@ def check_reference(ref_model: Any) -> None:
 
 
 def refuse_shared_weights(policy: torch.nn.Module, other: torch.nn.Module, name: str) -> None:
-    """Refuse a model that would change with the policy, because it holds weights that train.
+    """Refuse a model that shares trained weights with the policy.
 
     Raises:
-        ModelError: naming one of them.
+        ModelError: with the name of one of them.
     """
     own = {id(parameter) for parameter in other.parameters()}
     shared = [weight for weight, p in policy.named_parameters() if p.requires_grad and id(p) in own]
@@ -219,7 +219,7 @@ def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
     own, other = (causal_lm(model).get_input_embeddings().weight.shape[0] for model in (policy, ref_model))
     if own != other:
         logger.warning(
-            "ref_model has %d embeddings and the model %d: its log-probabilities mean something only under the same "
+            "ref_model has %d embeddings and the model %d: its log-probabilities are only valid with the same "
             "tokenizer.",
             other,
             own,
@@ -227,15 +227,15 @@ def _warn_of_sizes(policy: Any, ref_model: Any) -> None:
 
 
 def check_untrained(logprobs_N: torch.Tensor, reference_N: torch.Tensor, *, bound: float) -> None:
-    """Refuse a reference that is meant to be the policy before its first update, and is another model.
+    """Refuse a reference that differs from the policy before the first update.
 
     Raises:
         CheckFailed: they differ by more than `bound` nats a token.
     """
-    apart = float(kl_k3(logprobs_N, reference_N).mean())
-    if not apart <= bound:
+    divergence = float(kl_k3(logprobs_N, reference_N).mean())
+    if not divergence <= bound:
         raise CheckFailed(
-            f"before the first update the reference differs from the policy by {apart:.3g} nats a token "
+            f"before the first update the reference differs from the policy by {divergence:.3g} nats per token "
             f"(bound {bound:g}), so the KL term pulls towards another model. Pass the intended "
             "ref_model, or the unmodified policy."
         )

@@ -1,4 +1,4 @@
-"""What the reference says of each completion of a data set: computed once, in memory or on disk."""
+"""Cache of the reference log-probabilities of a data set's completions, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class ReferenceSums:
         return self._values[index]
 
     def add(self, groups: Sequence[Group], values: Sequence[list[float]]) -> None:
-        """Remember."""
+        """Store the log-probabilities of groups."""
         self._values.update({group.index: own for group, own in zip(groups, values, strict=True)})
 
     def clear(self) -> None:
-        """Forget: the reference has changed."""
+        """Drop all values, as the reference has changed."""
         self._values.clear()
 
     def save(self, file: Path) -> None:
-        """Write what is known, so that a resumed run computes nothing twice, which packs differently and rounds anew.
+        """Save the values: a resumed run that recomputed them would pack, and so round, differently.
 
         Raises:
             FileError: it cannot be written.
@@ -53,7 +53,7 @@ class ReferenceSums:
         write_json(file, self._values, indent=None)
 
     def load(self, file: Path) -> None:
-        """Know what `save` wrote, and nothing else; a checkpoint of other ranks or an older version has no file.
+        """Load what `save` wrote; a checkpoint of fewer ranks or an older version has no file.
 
         Raises:
             FileError: it cannot be read.
@@ -71,16 +71,16 @@ class ReferenceSums:
         compute: Compute,
         ranks: Ranks,
     ) -> None:
-        """Read all groups' values from a file that this reference wrote for these tokens, or compute and write it.
+        """Load the values of all groups from the cache if it fits reference and tokens, or compute and write them.
 
         Args:
             file: the cache.
             groups: all groups of the data set.
-            own: this rank's share.
-            fingerprint: of the reference's weights.
+            own: this rank's shard.
+            fingerprint: hash of the reference's weights.
             options: whatever else the values depend on.
-            compute: groups -> values.
-            ranks: each computes its own groups.
+            compute: function from groups to values.
+            ranks: each computes its shard.
         """
         key = _key(groups, fingerprint, options)
         found = _read(file, key)
@@ -106,7 +106,7 @@ def _read(file: Path, key: str) -> dict[int, list[float]] | None:
     except FileError:
         stored = None
     if not isinstance(stored, dict) or cast("dict[str, Any]", stored).get("key") != key:
-        logger.warning("%s is of another reference or other data: it is computed again", file)
+        logger.warning("%s is of another reference or other data and is recomputed", file)
         return None
     values = cast("dict[str, list[float]]", stored["values"])
     return {int(index): own for index, own in values.items()}

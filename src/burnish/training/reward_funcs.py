@@ -1,4 +1,4 @@
-"""What TRL calls `reward_funcs`, as a rubric."""
+"""Convert TRL's `reward_funcs` to a rubric, and add the overlong penalty."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RewardFunction: TypeAlias = Callable[..., Any] | str | Path | PreTrainedModel
 
 
 def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes: Any = None) -> Rubric:
-    """A rubric of what TRL calls `reward_funcs`: functions, and reward models by name or in memory.
+    """Convert TRL's `reward_funcs`, functions and reward models, to a rubric.
 
     Args:
         rewards: a Rubric, or one or several functions, names of reward models, or sequence classifiers.
-        weights: one for each; None for 1.
-        processing_classes: tokenizers of the reward models, one or a list; None: their own.
+        weights: weight of each; None for 1.
+        processing_classes: tokenizers of the reward models, one or a list; None for their own.
 
     Raises:
-        ConfigError: weights beside a Rubric, or lists of different lengths.
-        ModelError: no such reward model.
+        ConfigError: weights are given with a Rubric, or lists have different lengths.
+        ModelError: a reward model does not exist.
     """
     if isinstance(rewards, Rubric):
         if weights is not None:
@@ -56,7 +56,7 @@ def penalise_overlong(groups: Sequence[Group], args: Any) -> list[float]:
     """Add DAPO's soft overlong penalty (2503.14476) to scored completions, as the criterion `overlong`.
 
     Args:
-        groups: scored.
+        groups: scored groups.
         args: `overlong_buffer`, `overlong_penalty` and `max_completion_length`.
 
     Returns:
@@ -64,10 +64,10 @@ def penalise_overlong(groups: Sequence[Group], args: Any) -> list[float]:
     """
     buffer, limit = args.overlong_buffer, args.max_completion_length
     tokens = max(1, round(buffer * limit if buffer < 1 else buffer))
-    judged = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
+    scored = [(c.score, c.token_ids) for group in groups for c in group.completions if c.score is not None]
     penalty = soft_overlong(max_completion_length=limit, cache=tokens)
-    values = [args.overlong_penalty * value for value in penalty(completion_ids=[ids for _, ids in judged])]
-    for (own, _), value in zip(judged, values, strict=True):
+    values = [args.overlong_penalty * value for value in penalty(completion_ids=[ids for _, ids in scored])]
+    for (own, _), value in zip(scored, values, strict=True):
         own.criteria["overlong"] = value
         own.total = None if own.total is None else own.total + value
     return values

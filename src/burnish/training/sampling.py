@@ -1,4 +1,4 @@
-"""How the completions of online stages are drawn."""
+"""Sampling parameters of online stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["sampling_params"]
 
 
 def sampling_params(args: Any, model: Any, tokenizer: Any) -> SamplingParams:
-    """The sampling that a config asks for, with every token that ends a completion.
+    """Return the sampling parameters of a config, with every token that ends a completion.
 
     Raises:
         ConfigError: nothing would end a completion.

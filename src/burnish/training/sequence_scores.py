@@ -1,4 +1,4 @@
-"""Log-probabilities of whole completions of a data set, under the policy and under its reference."""
+"""Log-probabilities of whole completions under the policy and its reference."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["SequenceScores"]
 logger = logging.getLogger(__name__)
 
 _OTHER_ROWS = "other rows"
-"""Name of the held-out rows that only evaluate() was given."""
+"""Name of evaluation rows that are not a set of the trainer."""
 
 
 class SequenceScores:
-    """Scores completions of a stage; the reference scores each completion of the trainer's own data sets once.
+    """Score completions of a stage; the reference scores each completion of the trainer's data sets once.
 
     Args:
-        stage: splits its groups.
-        ref_model: the reference; None: the policy as it was given.
-        token_weights: [N] weights of tokens in their sequence's log-probability; None for 1.
+        stage: the stage, which splits groups by the token budget.
+        ref_model: the reference; None for the initial policy.
+        token_weights: returns the [N] weights of tokens in the log-probability of their sequence, or None for 1.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class SequenceScores:
         self._token_weights = token_weights
         self.reference: Reference | None = None
         self.known: dict[str, ReferenceSums] = {}
-        """What the reference says of each data set, by name."""
+        """Reference log-probabilities of each data set, by name."""
 
     def join(self, run: Run, train_dataset: Sequence[Group], *, needs_reference: bool) -> None:
-        """Take the reference of the policy as it is now.
+        """Create the reference from the policy as it is now.
 
         Raises:
-            ConfigError: a reference that would have to move and cannot.
-            ModelError: a reference that does not know the data's tokens or lengths.
+            ConfigError: `sync_ref_model` with a reference that cannot be synced.
+            ModelError: the reference lacks the data's tokens or lengths.
         """
         self._run, self._train_dataset = run, train_dataset
         self.known = {name: ReferenceSums() for name in ("train", *run.eval_sets)}
@@ -69,10 +69,10 @@ class SequenceScores:
             check_vocabulary(self._ref_model, train_dataset, name)
             check_lengths(causal_lm(self._ref_model), train_dataset, name, "set max_length")
         if self._args.sync_ref_model and (self.reference is None or self.reference.model is None):
-            raise ConfigError("sync_ref_model = True: adapters switched off cannot move; pass ref_model.")
+            raise ConfigError("sync_ref_model = True: adapters that are switched off cannot be synced; pass ref_model.")
 
     def callbacks(self) -> list[TrainerCallback]:
-        """Return what moves the reference, where it moves."""
+        """Return the callback that syncs the reference, if configured."""
         args = self._args
         if not args.sync_ref_model:
             return []
@@ -95,7 +95,7 @@ class SequenceScores:
 
     @torch.no_grad()
     def of_model(self, groups: Sequence[Group], model: torch.nn.Module) -> list[list[float]]:
-        """Compute the log-probabilities of each group's completions under a model, without gradient."""
+        """Compute the log-probabilities of each group's completions under a model, without gradients."""
         found: dict[int, list[float]] = {}
         with eval_mode(model):
             for part in self._stage.parts(groups):
@@ -105,23 +105,23 @@ class SequenceScores:
         return [found[group.index] for group in groups]
 
     def of_policy(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Compute the same under the policy as it is now."""
+        """Compute the log-probabilities under the current policy."""
         return self.of_model(groups, self._run.model)
 
     def of_reference(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Compute the same under the reference; 0 where the loss has none."""
+        """Compute the log-probabilities under the reference; 0 for losses without one."""
         if self.reference is None:
             return [[0.0] * len(group.completions) for group in groups]
         if self.reference.released:
             raise ConfigError(
-                "precompute_ref_log_probs = True: the reference's weights have left memory, and these rows were not "
-                "scored; give them to the trainer as eval_dataset."
+                "precompute_ref_log_probs = True: the reference's weights have been freed, and these rows were not "
+                "scored; pass them to the trainer as eval_dataset."
             )
         with self.reference.active(self._run.model) as reference:
             return self.of_model(groups, reference)
 
     def known_of(self, groups: Sequence[Group], split: str = "train") -> list[list[float]]:
-        """Return what the reference says of groups of a data set; each is computed once."""
+        """Return the reference log-probabilities of groups of a data set; each is computed once."""
         known = self.known[split]
         missing = [group for group in groups if group.index not in known]
         if missing:
@@ -129,14 +129,14 @@ class SequenceScores:
         return [known[group.index] for group in groups]
 
     def held_out(self, groups: Sequence[Group], own: Sequence[Group]) -> list[tuple[Group, list[float], list[float]]]:
-        """Score held-out groups under policy and reference.
+        """Score evaluation groups under policy and reference.
 
         Args:
-            groups: of all ranks, as the trainer has them: its own sets are recognised, and remembered.
-            own: this rank's.
+            groups: groups of all ranks; the trainer's evaluation sets are recognised by identity and cached.
+            own: this rank's shard.
 
         Returns:
-            For each group of all ranks: itself, and its completions' log-probabilities under policy and reference.
+            Each group of all ranks, with its completions' log-probabilities under policy and reference.
         """
         split = next((name for name, rows in self._run.eval_sets.items() if rows is groups), _OTHER_ROWS)
         if split == _OTHER_ROWS:
@@ -145,12 +145,12 @@ class SequenceScores:
         return self._run.ranks.gathered(list(zip(own, self.of_policy(own), reference, strict=True)))
 
     def precompute(self, *, keep_model: bool) -> None:
-        """Score all data sets with the reference, or read its cache; its weights may leave memory then.
+        """Score all data sets with the reference, or read the cache; then free its weights if possible.
 
         Args:
-            keep_model: whether steps ask for more than the rows of the data sets.
+            keep_model: whether steps score rows that are not in the data sets.
         """
-        if self.reference is None or self.reference.released:  # released by an earlier train(): all is known
+        if self.reference is None or self.reference.released:  # an earlier train() has precomputed all
             return
         ranks = self._run.ranks
         for split, groups in {"train": self._train_dataset, **self._run.eval_sets}.items():
@@ -165,7 +165,7 @@ class SequenceScores:
                 ranks=ranks,
             )
         if self.reference.model is not None and not keep_model:
-            logger.info("reference log-probabilities are known: its weights leave memory")
+            logger.info("reference log-probabilities are precomputed: its weights are freed")
             self.reference = dataclasses.replace(self.reference, model=None, released=True)
 
     def check_start(self, sums_S: torch.Tensor, batch: PackedBatch) -> None:
@@ -176,24 +176,24 @@ class SequenceScores:
         """
         if not self._run.is_untouched or self.reference is None or not self.reference.is_initial_policy:
             return
-        apart = float((sums_S - batch.sequence["reference"]).abs().sum()) / max(batch.num_scored_tokens, 1)
+        difference = float((sums_S - batch.sequence["reference"]).abs().sum()) / max(batch.num_scored_tokens, 1)
         bound = 1e-3 if self._run.model.dtype in (torch.float32, torch.float64) else 0.1
-        if not apart <= bound:
+        if not difference <= bound:
             raise CheckFailed(
-                f"before the first update the reference differs from the policy by {apart:.3g} nats a token (bound "
-                f"{bound:g}): dropout is on, the cache is of another model, or the policy was changed after loading."
+                f"before the first update the reference differs from the policy by {difference:.3g} nats per token "
+                f"(bound {bound:g}): dropout is on, the cache is of another model, or the policy was changed."
             )
 
     def save_state(self, folder: Path) -> None:
-        """Write a reference that has moved, and what this rank knows of the reference as it is now."""
+        """Save a synced reference, and this rank's cached log-probabilities."""
         if self._args.sync_ref_model and self._run.ranks.is_first:
             assert self.reference is not None
             self.reference.save(folder)
-        if not self._args.precompute_ref_log_probs:  # those have a file of their own
+        if not self._args.precompute_ref_log_probs:  # those have their own file
             self.known["train"].save(folder / f"reference_sums_{self._run.ranks.index}.json")
 
     def load_state(self, folder: Path) -> None:
-        """Restore what `save_state` wrote."""
+        """Load what `save_state` saved."""
         if self._args.sync_ref_model:
             assert self.reference is not None
             self.reference.load(folder)
@@ -203,5 +203,5 @@ class SequenceScores:
             self.known["train"].load(folder / f"reference_sums_{self._run.ranks.index}.json")
 
     def other_models(self) -> Mapping[str, torch.nn.Module]:
-        """Return the reference where it is a model of its own."""
+        """Return the reference if it is a separate model."""
         return {} if self.reference is None else self.reference.given_models()

@@ -1,4 +1,4 @@
-"""Preemption: a signal during training saves a checkpoint at the next step boundary and ends the run."""
+"""Handle preemption: on a signal, save a checkpoint at the next step boundary and end the run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["stopping_on_signals"]
 _NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1")
 
 _ECHO_SECONDS = 0.1
-"""A signal that comes again this soon is the same: `timeout` sends it to its child and to the child's group."""
+"""A signal repeated this soon is the same one: `timeout` sends it to its child and to the child's group."""
 
 _LAUNCHER_ECHO_SECONDS = 2.0
-"""The same under a launcher, which passes on to its workers what the scheduler has already sent them."""
+"""The same under a launcher, which forwards signals that the scheduler has already sent to its workers."""
 
 
 @contextmanager
 def stopping_on_signals(trainer: Learner[Any]) -> Generator[None]:
     """Stop training at the next step boundary after SIGTERM, SIGHUP or SIGUSR1, with a checkpoint.
 
-    Only signals whose disposition is the default are taken, and only in the main thread: one that is ignored (nohup) or
-    handled (by a cluster's own hooks) stays as it is. A second signal ends the process at once.
+    Only signals with the default disposition are handled, and only in the main thread: those that are ignored (nohup)
+    or handled already (by a cluster's hooks) stay as they are. A second signal ends the process at once.
 
     Raises:
         Interrupted: after the checkpoint was saved, on every rank.
@@ -52,7 +52,7 @@ def stopping_on_signals(trainer: Learner[Any]) -> Generator[None]:
 
 
 class _StopCallback(TrainerCallback):
-    """Lets all ranks agree at step boundaries, and asks transformers for the checkpoint."""
+    """Agree on signals over all ranks at step boundaries, and request the checkpoint."""
 
     def __init__(self, trainer: Learner[Any], received: _Received) -> None:
         self.trainer = trainer
@@ -61,25 +61,25 @@ class _StopCallback(TrainerCallback):
         self._saved_step = -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint of this step where any rank has got a signal."""
+        """Request a checkpoint of this step if any rank has received a signal."""
         self._agree(state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The same after the last step's evaluation, and where `save_strategy = "best"` saved nothing."""
+        """Do the same after the last step's evaluation, and if `save_strategy = "best"` saved nothing."""
         self._agree(state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """End training once the checkpoint is whole."""
+        """End training once the checkpoint is complete."""
         self._saved_step = state.global_step
         self._raise_if_saved(state)
 
     def raise_if_signalled(self, step: int) -> None:
-        """End a run whose last step was taken before any rank could stop it.
+        """End a run that took its last step before any rank could stop it.
 
         Raises:
-            Interrupted: a rank has got a signal.
+            Interrupted: a rank has received a signal.
         """
         if signum := int(self.trainer.ranks.max(self.received.signum)):
             raise Interrupted(signum, step, self._checkpoint() if self._saved_step == step else None)
@@ -92,7 +92,7 @@ class _StopCallback(TrainerCallback):
 
     def _raise_if_saved(self, state: TrainerState) -> None:
         if self.signum and self._saved_step == state.global_step:
-            # A launcher ends all ranks when the first one leaves: none may while the checkpoint is being finished.
+            # A launcher ends all ranks when one exits, so none may before the checkpoint is finished.
             self.trainer.accelerator.wait_for_everyone()
             raise Interrupted(self.signum, state.global_step, self._checkpoint())
 
@@ -101,7 +101,7 @@ class _StopCallback(TrainerCallback):
 
 
 class _Received:
-    """The first signal that came; the second ends the process."""
+    """Record the first signal; the second ends the process."""
 
     def __init__(self, speaks: bool) -> None:
         self.signum = 0
@@ -111,7 +111,7 @@ class _Received:
 
     @contextmanager
     def handled(self) -> Generator[None]:
-        """Handle the signals whose disposition is the default, and restore it."""
+        """Handle the signals with the default disposition inside."""
         if threading.current_thread() is threading.main_thread():
             numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
             self._taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -126,7 +126,7 @@ class _Received:
             _active.discard(self)
 
     def leave_to_parent(self) -> None:
-        """Let signals end a fork, such as a data loader's worker, and wake no thread of the parent."""
+        """Restore default signals in a fork, such as a dataloader worker, without waking the parent's thread."""
         if self._taken:
             self._restore()
             signal.set_wakeup_fd(-1)
@@ -141,14 +141,14 @@ class _Received:
             self.signum, self._when = signum, time.monotonic()
             if self._speaks:
                 name = signal.Signals(signum).name
-                # Not through sys.stderr, which the interrupted code may be writing to.
+                # Not sys.stderr, which the interrupted code may be writing to.
                 os.write(2, f"[burnish] {name}: stopping after this step; again to stop at once\n".encode())
         elif time.monotonic() - self._when > _echo_seconds():
             self._restore()
             os.kill(os.getpid(), signum)
 
     def _end_if_stuck(self, arrivals: list[tuple[float, int]]) -> None:
-        """End the process where its main thread does not come round to the second signal (a collective that hangs)."""
+        """End the process if its main thread does not handle the second signal, as in a collective that hangs."""
         (first, _), (last, signum) = arrivals[0], arrivals[-1]
         if last - first > _echo_seconds():
             time.sleep(1.0)
@@ -173,9 +173,9 @@ def _echo_seconds() -> float:
 
 @contextmanager
 def _watching(numbers: Sequence[int], arrived: Callable[[list[tuple[float, int]]], None]) -> Generator[None]:
-    """Call back in a thread for each signal as it arrives, whatever the main thread does."""
+    """Call `arrived` in a thread for each signal as it arrives, whatever the main thread does."""
     before = signal.set_wakeup_fd(-1) if numbers else 0
-    if before != -1:  # an event loop has one
+    if before != -1:  # an event loop has set one
         if numbers:
             signal.set_wakeup_fd(before)
         yield

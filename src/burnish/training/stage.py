@@ -1,4 +1,4 @@
-"""What a stage is: a plain object that says which groups make an optimizer step, and what their loss is."""
+"""Base of all stages: plain objects that provide the groups of each optimizer step and their loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Run", "Stage"]
 
 
 class Run(Protocol):
-    """What a stage may use of the run that it is part of; `Learner` is one."""
+    """The parts of a `Learner` that a stage may use."""
 
     model: Any
     state: TrainerState
@@ -33,7 +33,7 @@ class Run(Protocol):
     metrics: StepMetrics
     learning_monitor: LearningMonitor
     num_tokens: int
-    """This process's share of the tokens trained on so far."""
+    """Tokens that this process has trained on so far."""
 
     @property
     def is_untouched(self) -> bool:
@@ -42,31 +42,31 @@ class Run(Protocol):
 
     @property
     def lr_factor(self) -> float:
-        """The learning rate of this step over the peak learning rate."""
+        """Learning rate of this step over the peak learning rate."""
         ...
 
     @property
     def eval_sets(self) -> Mapping[str, list[Group]]:
-        """The held-out sets by the prefix of their metrics."""
+        """Evaluation sets by the prefix of their metrics."""
         ...
 
 
 class Stage:
-    """A way of learning.
+    """A training stage.
 
-    A stage is made before any weight is loaded (`encode`, `load`, `prepare`), joins a run once the model is in place
-    (`join`), and is then asked for one `Step` after the other and for the loss of each packed part of one.
+    A stage is created before any weight is loaded (`encode`, `load`, `prepare`), joins a run once the model is loaded
+    (`join`), and then provides one `Step` after another and the loss of each packed part.
 
     Args:
         args: the trainer's config.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
     """
 
     columns: ClassVar[str]
-    """The columns of its rows, for messages."""
+    """Columns of the training rows, for messages."""
 
     whole_groups: bool = False
-    """Whether the completions of a group meet in one loss, so that no split may separate them."""
+    """True if the loss couples the completions of a group, so that no split may separate them."""
 
     run: Run
 
@@ -84,38 +84,38 @@ class Stage:
         raise NotImplementedError
 
     def training_set(self, dataset: Any) -> Any:
-        """Encode the rows to train on: a list of groups, or a stream of them."""
+        """Encode the training rows into a list of groups, or a stream of them."""
         return self.encode(dataset, "train_dataset")
 
     def load(self, model: Any) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
-        """Load the model to train, without adapters, and exact values of the parameters that were rounded."""
+        """Load the model without new adapters, and the fp32 values of parameters that were rounded."""
         return load_model(model, bf16=bool(self.args.bf16), init_kwargs=self.args.model_init_kwargs)
 
     def prepare(self, model: torch.nn.Module) -> None:
-        """Teach the loaded model, adapters included, what `loss` asks of its forward."""
+        """Prepare the forward of the loaded model, adapters included, for `loss`."""
         refuse_router_loss(model)
         prepare_for_scoring(model)
 
     def join(self, run: Run) -> None:
-        """Make what needs the model in place: a reference, an engine, a critic."""
+        """Build what depends on the model: a reference, an engine, a critic."""
         self.run = run
 
     def callbacks(self) -> Sequence[TrainerCallback]:
-        """Return callbacks that the stage brings along; asked once, after `join`."""
+        """Return the stage's callbacks; called once, after `join`."""
         return ()
 
     def train_dataloader(self, batch_size: int) -> DataLoader[Any] | None:
-        """Return the batches that `next_step` reads; None for those of transformers."""
+        """Return the dataloader that `next_step` reads; None for that of transformers."""
         return None
 
     def begin_training(self) -> None:
-        """Find out what must be known before the first step of a run, new or resumed."""
+        """Prepare for the first step of a new or resumed run."""
 
     def end_training(self) -> None:
-        """Say what is known of a run that took its last step."""
+        """Report on a run after its last step."""
 
     def next_step(self, batches: Iterator[list[Group]], num_batches: int) -> Step | None:
-        """Return this rank's next optimizer step, or None when the data ended."""
+        """Return this rank's next optimizer step, or None at the end of the data."""
         raise NotImplementedError
 
     def parts(self, groups: Sequence[Group]) -> list[list[Group]]:
@@ -123,71 +123,71 @@ class Stage:
         return split_by_tokens(groups, self.args.token_budget, whole=self.whole_groups)
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
-        """Pack groups, with the tensors that `loss` reads, into one row."""
+        """Pack groups into one row, with the tensors that `loss` uses."""
         return pack(groups)
 
     def loss(self, model: torch.nn.Module, batch: PackedBatch, step: Step) -> Loss:
-        """Compute a packed part's share of the step's loss."""
+        """Compute the contribution of a packed part to the step's loss."""
         raise NotImplementedError
 
     def before_update(self) -> None:
-        """Check the step before the optimizer takes it: its gradients are complete.
+        """Check a step whose gradients are complete, before its update.
 
         Raises:
-            CheckFailed: it must not be taken.
+            CheckFailed: the update must not be taken.
         """
 
     def step_metrics(self) -> dict[str, float]:
-        """Return the metrics of the training steps since the last log, over all ranks, and start anew."""
+        """Return the metrics since the last log over all ranks, and reset them."""
         return self.run.metrics.flush(self.run.ranks.gathered)
 
     def evaluate(self, groups: Sequence[Group], split: str) -> dict[str, float]:
-        """Measure the loss and the metrics of held-out groups.
+        """Compute the loss and metrics of evaluation groups.
 
         Args:
-            groups: of all ranks; each computes its own and all return the same.
+            groups: groups of all ranks; each computes its shard, and all return the same.
             split: prefix of the metrics, such as "eval".
         """
         raise NotImplementedError
 
     def own(self, groups: Sequence[Group]) -> list[Group]:
-        """Return this rank's held-out groups."""
+        """Return this rank's shard of evaluation groups."""
         return list(groups[self.run.ranks.index :: self.run.ranks.count])
 
     def held_out_parts(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
-        """Split this rank's held-out groups into parts within `token_budget`, one evaluation batch after the other."""
+        """Split this rank's evaluation groups into batches, and those into parts within `token_budget`."""
         own, size = self.own(groups), self.args.per_device_eval_batch_size
         for first in range(0, len(own), size):
             yield from self.parts(own[first : first + size])
 
     def evaluation_names(self, groups: Sequence[Group]) -> Collection[str] | None:
-        """Name the metrics of an evaluation of these groups; None where they cannot be known."""
+        """Name the metrics of an evaluation of these groups; None if they are not known."""
         return None
 
     def metrics_state(self) -> dict[str, Any]:
-        """Return what `step_metrics` has collected beside `run.metrics` since the last log, as JSON."""
+        """Return metrics since the last log that are not in `run.metrics`, as JSON."""
         return {}
 
     def load_metrics_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what `metrics_state` gave."""
+        """Restore what `metrics_state` returned."""
 
     def save_state(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint that transformers knows nothing of."""
+        """Save this rank's state of the stage into a checkpoint."""
 
     def load_state(self, folder: Path, changed: Mapping[str, Any]) -> None:
-        """Read back what `save_state` wrote; the settings in `changed` are new and win."""
+        """Load what `save_state` saved; the settings in `changed` take precedence."""
 
     def save_beside(self, folder: Path) -> None:
-        """Write what is delivered beside the trained model."""
+        """Save models delivered beside the trained one."""
 
     def other_models(self) -> Mapping[str, torch.nn.Module]:
-        """Return models beside the trained one that the loss depends on, by argument."""
+        """Return the other models that the loss depends on, by argument."""
         return {}
 
     def other_trained_models(self) -> Mapping[str, torch.nn.Module]:
-        """Return models beside the policy that train too, by what messages call them."""
+        """Return the other models that train, by their name in messages."""
         return {}
 
     def reward_names(self) -> Sequence[str]:
-        """Name what rewards the samples."""
+        """Return the names of the reward criteria."""
         return ()

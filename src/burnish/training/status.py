@@ -12,7 +12,7 @@ __all__ = ["recorded_status"]
 
 
 def recorded_status(trainer: Any) -> RunStatus:
-    """Return the status of a trainer's run in `output_dir`, which follows its steps and which the first rank writes."""
+    """Return the status of a trainer's run, which follows its steps; the first rank writes it to `output_dir`."""
     args = trainer.args
     status = RunStatus(args.output_dir if args.process_index == 0 else None, args.kind)
     trainer.add_callback(_StatusCallback(status))
@@ -20,13 +20,13 @@ def recorded_status(trainer: Any) -> RunStatus:
 
 
 class _StatusCallback(TrainerCallback):
-    """Writes down how far a run is: at its start, with every log and with every checkpoint."""
+    """Update the status at the start, with every log and with every checkpoint."""
 
     def __init__(self, status: RunStatus) -> None:
         self.status = status
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the steps that there will be."""
+        """Record the number of steps."""
         self.status.update(doing="training", step=state.global_step, max_steps=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -34,9 +34,9 @@ class _StatusCallback(TrainerCallback):
         self.status.count(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where the run stands."""
+        """Record the step."""
         self.status.update(step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where the run stands."""
+        """Record the step."""
         self.status.update(step=state.global_step)

@@ -1,4 +1,4 @@
-"""One optimizer step: its groups, its denominator, and the micro-batches and the loss that it is made of."""
+"""One optimizer step: its groups, denominator, micro-batches and loss."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Loss", "MicroBatch", "Step", "collate", "read_groups", "scored_token
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """All that one optimizer step needs; stages that need more derive from it.
+    """The data of one optimizer step; stages that need more subclass it.
 
     Attributes:
         groups: this rank's groups with a gradient, with their streams.
-        count: terms of the loss (tokens, sequences, pairs ...) over all ranks, those without a gradient included; 0
+        count: terms of the loss (tokens, sequences, pairs ...) over all ranks, including those without a gradient; 0
             where nothing is in the loss.
         is_on_policy: whether the weights are still those that the groups were sampled with.
         assessment: learning signal of the samples; None to assess the loss instead.
@@ -34,19 +34,19 @@ class Step:
 
     @property
     def denominator(self) -> float:
-        """What the sum of the loss's terms is divided by."""
+        """Divisor of the sum of the loss's terms."""
         return max(self.count, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A batch's share of a step's loss, and what to log of it.
+    """The contribution of a packed part to a step's loss, with its metrics.
 
     Attributes:
-        value: scalar with a gradient; shares add up to the loss.
-        means: values by name, [N] per token or [P] per pair; the log shows the mean over all of the step's.
-        sums: shares of numbers of the step by name; the log shows their sums.
-        watched: share of another loss, which is watched for divergence instead.
+        value: scalar with a gradient; the parts sum to the loss.
+        means: values by name, [N] per token or [P] per pair; the log shows their mean over the step.
+        sums: contributions by name; the log shows their sum over the step.
+        watched: contribution to another loss, which is checked for divergence instead.
     """
 
     value: torch.Tensor
@@ -78,12 +78,12 @@ class MicroBatch(Mapping[str, Any]):
 
 
 def collate(groups: list[Group]) -> list[Group]:
-    """Leave a batch as the list of its groups: packing happens once per optimizer step."""
+    """Return the list of groups unchanged, as packing happens once per optimizer step."""
     return groups
 
 
 def read_groups(batches: Iterator[list[Group]], num_batches: int) -> list[Group] | None:
-    """Read the groups of one optimizer step from a dataloader; None where it has ended."""
+    """Read the groups of one optimizer step from a dataloader; None at its end."""
     found: list[Group] = []
     for _ in range(num_batches):
         found += next(batches, [])
@@ -91,7 +91,7 @@ def read_groups(batches: Iterator[list[Group]], num_batches: int) -> list[Group]
 
 
 def scored_tokens(group: Group) -> int:
-    """Count the tokens of a group that enter the loss; without a prompt nothing predicts the first token."""
+    """Count the tokens of a group in the loss; without a prompt the first token is not predicted."""
     total = 0
     for completion in group.completions:
         total += completion.num_scored_tokens
@@ -101,7 +101,7 @@ def scored_tokens(group: Group) -> int:
 
 
 def with_streams(groups: Sequence[Group], **streams: Sequence[Sequence[float]]) -> list[Group]:
-    """Copy groups for one step, with further streams by name: a number for each completion of each group."""
+    """Copy groups with further per-completion streams by name."""
     copies: list[Group] = []
     for number, group in enumerate(groups):
         completions = [

@@ -1,4 +1,4 @@
-"""Training rows without a length: encoded one at a time, when training asks for them."""
+"""Training rows without a length, encoded as they are read."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ __all__ = ["GroupStream"]
 
 
 class GroupStream(IterableDataset[Group]):
-    """Groups made from rows as they come; row i belongs to process i mod `world`.
+    """Groups encoded as rows are read; row i belongs to process i mod `world`.
 
-    A data set that can be read again starts over at its end (with `set_epoch`, where it has one, so that it may shuffle
-    anew); an iterator ends. Reading it again gives the same groups if the rows come in the same order, so a resumed run
-    finds its place by reading what it has consumed.
+    An iterable starts over at its end (with `set_epoch`, if it has one, so that it may reshuffle); an iterator ends.
+    Rows in the same order give the same groups, so a resumed run skips what it has consumed by reading it again.
 
     Args:
         rows: an iterable without a length.
-        encoder: row to groups, as for `encode_rows`.
+        encoder: function from a row to groups, as for `encode_rows`.
         processing_class: the tokenizer.
-        options: the encoder's.
+        options: options of the encoder.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class GroupStream(IterableDataset[Group]):
                 )
 
     def report(self) -> None:
-        """Log what encoding cut, dropped, split and skipped of this process's rows so far."""
+        """Log how many of this process's rows were truncated, dropped, split and skipped."""
         report_encoding(self.stats, self.options)
 
     @staticmethod
@@ -75,7 +74,7 @@ class GroupStream(IterableDataset[Group]):
         """Refuse settings that need a length.
 
         Raises:
-            ConfigError: no `max_steps`, or worker processes.
+            ConfigError: `max_steps` is not set, or there are worker processes.
         """
         if args.max_steps <= 0:
             raise ConfigError(
@@ -84,6 +83,6 @@ class GroupStream(IterableDataset[Group]):
             )
         if args.dataloader_num_workers > 0:
             raise ConfigError(
-                f"dataloader_num_workers = {args.dataloader_num_workers}: every worker would read the whole of a "
+                f"dataloader_num_workers = {args.dataloader_num_workers}: every worker would read all of a "
                 "train_dataset without a length; use 0."
             )

@@ -1,4 +1,4 @@
-"""Every sampled completion with its reward breakdown and advantage, as JSON lines."""
+"""Record every sampled completion with its rewards and advantage, as JSON lines."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _SHOWN_SECONDS = 30.0
 _PROMPT_LENGTH, _COMPLETION_LENGTH = 80, 200
 
 Entry = tuple[tuple[int, int], bool, dict[str, Any]]
-"""The completion's place and number, whether it is a copy that another rank sampled, and its record."""
+"""The completion's (position, sample), whether another rank sampled it, and its record."""
 
 
 class TranscriptLog:
-    """Writes one record per completion: prompt, text, reward, criteria, columns that rewards log, advantage.
+    """Write one record per completion: prompt, text, reward, criteria, logged columns, advantage.
 
     Args:
-        args: `log_completions` says whether and where.
-        is_main: whether this rank writes; the others hand their completions to it.
-        gathered: the same list of all ranks.
-        name: of the file.
+        args: the trainer's config; `log_completions` sets whether and where to write.
+        is_main: whether this rank writes the completions of all ranks.
+        gathered: concatenates the lists of all ranks.
+        name: name of the file.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class TranscriptLog:
         tokenizer: PreTrainedTokenizerBase,
         **fields: Any,
     ) -> None:
-        """Append completions, those of all ranks, once each and in one order; every rank calls this.
+        """Append the completions of all ranks, once each and in a fixed order; called on every rank.
 
         Args:
-            sampled: every completion that was sampled, whether it is trained on or not.
-            trained: those of the batch, with their advantages: refills may have brought them from another rank.
-            step: the first optimizer step that they feed.
+            sampled: all sampled completions, whether they are trained on or not.
+            trained: completions of the batch, with their advantages; refills may move them from another rank.
+            step: first optimizer step on them.
             tokenizer: decodes prompts.
-            fields: of every record.
+            fields: further fields of every record.
 
         Raises:
             FileError: they cannot be written.
@@ -78,13 +78,13 @@ class TranscriptLog:
         own = [*_entries(sampled, tokenizer), *_entries(trained, tokenizer, but=here)]
         found: dict[tuple[int, int], dict[str, Any]] = {}
         for key, is_copy, record in sorted(self._gathered(own), key=lambda entry: entry[:2]):
-            # What is replayed was written when it was sampled.
+            # Replayed completions were written when they were sampled.
             if not is_copy or key in found:
                 found[key] = record
         self.records.append([{"step": step, **fields, **record} for record in found.values()])
 
     def _show(self, group: Group, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Say one completion, at most every half minute."""
+        """Print one completion, at most every half minute."""
         if time.monotonic() - self._shown < _SHOWN_SECONDS:
             return
         self._shown = time.monotonic()
@@ -98,14 +98,14 @@ class TranscriptLog:
 
 
 def _printable(text: str) -> str:
-    """Text in one line, without characters that would steer a terminal."""
+    """Return text on one line, without control characters."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def _entries(
     shards: Sequence[Shard], tokenizer: PreTrainedTokenizerBase, but: Collection[int] | None = None
 ) -> list[Entry]:
-    """Entries of completions; with `but`, of copies of what other ranks sampled."""
+    """Return entries of completions; with `but`, only of those that other ranks sampled."""
     return [
         (
             (shard.position, shard.first + number),
