@@ -290,7 +290,7 @@ def tokenizer(**changes: Any) -> Any:
         ("dpo kto", None, {"ref_model": 5}, "ref_model = 5"),
         ("grpo", None, {"ref_model": 5, "config": {"beta": 0.1}}, "ref_model = 5"),
         ("grpo", None, {"ref_model": tiny.model(), "config": {"beta": 0.0}}, "beta = 0.0 does not use a reference"),
-        ("dpo", None, {"ref_model": tiny.model(), "config": {"loss_type": "simpo"}}, "no reference: remove ref_model"),
+        ("dpo", None, {"ref_model": tiny.model(), "config": {"loss_type": "simpo"}}, "a reference: remove ref_model"),
         *(
             ("online_dpo grpo", [{"prompt": "1", name: "x"}] * 4, {}, f"train_dataset: row 0 has a column {name!r}")
             for name in ("prompts", "completions", "completion_ids", "trainer_state")

@@ -10,17 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+import burnish
+from burnish.config.stages import STAGES
 from burnish.data import EncodeStats
 from burnish.data.tokens import decode_text
 from burnish.rewards import Rubric, check_gold
 from burnish.rewards.answers import extract_answer, render_answer
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.stages.algorithm import Algorithm
-from burnish.stages.dpo import DPOStage
-from burnish.stages.kto import KTOStage
 from burnish.stages.online import OnlineStage
-from burnish.stages.reward_modelling import RewardStage
-from burnish.stages.sft import SFTStage
 from burnish.training.checkpoint import start
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.run_length import describe_run_length
@@ -33,10 +31,7 @@ _NUM_SHOWN = 3
 _LONGEST = 4000
 """Maximum number of characters shown of one sequence."""
 
-_OFFLINE = {"sft": SFTStage, "reward": RewardStage, "dpo": DPOStage, "kto": KTOStage}
-"""Stages that learn from their rows; the others sample from prompts."""
-
-_LABELS = {"dpo": ("chosen", "rejected"), "reward": ("best", "worse"), "kto": ("completion",), "sft": ("",)}
+_LABELS = {"dpo": ("chosen", "rejected"), "reward": ("best", "worse"), "kto": ("completion",)}
 
 
 def dry_run(
@@ -83,7 +78,7 @@ def dry_run(
     console.print(
         f"rows: {stats.num_rows} read, {len(groups)} to train on, {left_out} left out, {stats.num_cut_rows} truncated"
     )
-    what = "a sequence" if kind in _OFFLINE else "a prompt"
+    what = "a prompt" if STAGES[kind].online else "a sequence"
     console.print(
         f"lengths: {min(lengths)} to {max(lengths)} tokens {what}, {sum(lengths) / len(lengths):.0f} on average"
     )
@@ -96,9 +91,9 @@ def dry_run(
 
 def make_stage(kind: str, config: Any, tokenizer: Any, rubric: Rubric | None = None) -> Stage:
     """Create the stage of a trainer to encode rows with; no weights are loaded."""
-    if kind in _OFFLINE:
-        return _OFFLINE[kind](config, tokenizer)
-    return OnlineStage(config, tokenizer, Algorithm(config), rubric)
+    if STAGES[kind].online:
+        return OnlineStage(config, tokenizer, Algorithm(config), rubric)
+    return getattr(burnish, f"{STAGES[kind].name}Trainer").stage_class(config, tokenizer)
 
 
 def _show_group(console: Console, kind: str, group: Group, tokenizer: Any) -> None:
@@ -106,7 +101,7 @@ def _show_group(console: Console, kind: str, group: Group, tokenizer: Any) -> No
     completions = group.completions or [Completion([])]
     for position, completion in enumerate(completions):
         scored = completion.loss_mask if completion.loss_mask is not None else [True] * len(completion.token_ids)
-        labels = _LABELS.get(kind, ("prompt",))
+        labels = _LABELS.get(kind, ("prompt",) if STAGES[kind].online else ("",))
         label = labels[min(position, len(labels) - 1)]
         kept = "read" if kind == "reward" else "in the loss"
         counts = f", {sum(scored)} {kept}" if completion.token_ids else ""
@@ -152,9 +147,8 @@ def _num_steps(kind: str, config: Any, num_groups: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
     batch = config.per_device_train_batch_size * config.world_size
-    if kind in _OFFLINE:
-        batches = math.ceil(num_groups / batch)
-    else:
+    batches = math.ceil(num_groups / batch)
+    if STAGES[kind].online:
         batches = num_groups * config.num_generations * getattr(config, "num_iterations", 1) // batch
     return math.ceil(config.num_train_epochs * max(math.ceil(batches / config.gradient_accumulation_steps), 1))
 

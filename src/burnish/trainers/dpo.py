@@ -58,6 +58,7 @@ class DPOTrainer(Learner[DPOStage]):
 
     args: DPOConfig
     config_class = DPOConfig
+    stage_class = DPOStage
 
     def __init__(
         self,

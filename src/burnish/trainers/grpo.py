@@ -67,6 +67,7 @@ class GRPOTrainer(Learner[OnlineStage]):
 
     args: GRPOConfig
     config_class = GRPOConfig
+    stage_class = OnlineStage
 
     def __init__(
         self,

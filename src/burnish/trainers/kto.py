@@ -59,6 +59,7 @@ class KTOTrainer(Learner[KTOStage]):
 
     args: KTOConfig
     config_class = KTOConfig
+    stage_class = KTOStage
 
     def __init__(
         self,

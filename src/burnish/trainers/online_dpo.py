@@ -63,6 +63,7 @@ class OnlineDPOTrainer(Learner[OnlineStage]):
 
     args: OnlineDPOConfig
     config_class = OnlineDPOConfig
+    stage_class = OnlineStage
 
     def __init__(
         self,

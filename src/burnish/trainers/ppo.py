@@ -70,6 +70,7 @@ class PPOTrainer(Learner[OnlineStage]):
 
     args: PPOConfig
     config_class = PPOConfig
+    stage_class = OnlineStage
 
     def __init__(
         self,

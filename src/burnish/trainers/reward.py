@@ -62,6 +62,7 @@ class RewardTrainer(Learner[RewardStage]):
 
     args: RewardConfig
     config_class = RewardConfig
+    stage_class = RewardStage
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class SFTTrainer(Learner[SFTStage]):
 
     args: SFTConfig
     config_class = SFTConfig
+    stage_class = SFTStage
 
     def __init__(
         self,

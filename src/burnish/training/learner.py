@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 import transformers
@@ -77,6 +77,8 @@ class Learner(Trainer, Generic[S]):
     args: Any
     model: Any
     stage: S
+    config_class: ClassVar[type[Any]]
+    stage_class: ClassVar[type[Stage]]
 
     is_untrained = True
     """True until the first update; `state.global_step` starts at 0 with every train()."""
