@@ -286,7 +286,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_type": "dpo"}, r"loss_type = 'dpo': use one or several of sigmoid"),
+        ({"loss_type": "dpo"}, r"loss_type = 'dpo': use one of sigmoid, sigmoid_norm"),
         ({"loss_type": []}, r"loss_type = \[\]"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weights for 2 losses"),
         ({"loss_type": "exo_pair"}, "label_smoothing = 0.0 with loss_type exo_pair"),
@@ -296,7 +296,7 @@ def test_dropout_is_off(tmp_path: Path) -> None:
         ({"label_smoothing": 0.5}, r"label_smoothing = 0.5: use a number in \[0, 0.5\)"),
         ({"beta": 0.0}, "beta = 0.0: use a number above 0"),
         ({"ld_alpha": 1.5}, "ld_alpha = 1.5"),
-        ({"loss_type": "aot", "use_weighting": True}, "sorted losses belong to no pair"),
+        ({"loss_type": "aot", "use_weighting": True}, "sorted losses are not of single pairs; remove use_weighting"),
     ],
 )
 def test_bad_values_name_the_fix(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -228,9 +228,9 @@ def _report(name: str, content: bytes) -> None:
 
 
 def _compare(content: bytes) -> None:
-    from burnish.cli.eval import _earlier  # pyright: ignore[reportPrivateUsage]
+    from burnish.runs.files import read_json
 
     Path("before.json").write_bytes(content)
     from burnish.evaluation.evaluate import Evaluation, compare
 
-    compare(_earlier(Path("before.json")), Evaluation.from_dict(_EVALUATION))
+    compare(Evaluation.from_dict(read_json(Path("before.json"), {})), Evaluation.from_dict(_EVALUATION))

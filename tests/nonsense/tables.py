@@ -102,11 +102,19 @@ _SOURCES: tuple[Any, ...] = (
     {**_GYM, "size": -1}, {**_GYM, "size": "x"}, {**_GYM, "size": 1.5}, {**_GYM, "size": True}, {**_GYM, "seed": "x"},
     {**_GYM, "seed": -1}, {**_GYM, "seed": 10**23}, {**_GYM, "options": []}, {**_GYM, "options": "x"},
     {**_GYM, "task": ""}, {**_GYM, "task": 5}, {**_GYM, "size": 10**23}, {**_GYM, "path": "rows.jsonl"},
-    {"mix": []}, {"mix": "x"}, {"mix": {}}, {"mix": [1]}, {"mix": ["rows.jsonl"]}, {"mix": [{}]}, {"mix": [[_ROWS]]},
+    {"mix": []}, {"mix": "x"}, {"mix": {}}, {"mix": [1]}, {"mix": [""]}, {"mix": [{}]}, {"mix": [[_ROWS]]},
     {"mix": [{"mix": []}]}, {"mix": [_ROWS, {"path": 5}]}, {"mix": [{**_ROWS, "nope": 1}]},
-    "rows.jsonl", 5, [], [_ROWS],
+    "", 5, [], [_ROWS],
     True, {"path": "a\0b"}, {"path": "p" * 5000 + ".jsonl"}, {"path": "[.jsonl"},
 )  # fmt: skip
+
+_MISSING: tuple[tuple[Any, str], ...] = (
+    ("rows.jsonl", "data.train.path = 'rows.jsonl'"), (_ROWS, "data.train.path = 'rows.jsonl'"),
+    ({"mix": ["rows.jsonl"]}, "data.train.mix[0].path = 'rows.jsonl'"),
+    ({"mix": [{"path": "rows/*.csv"}]}, "data.train.mix[0].path = 'rows/*.csv'"),
+    ("./rows", "data.train.path = './rows'"), ("rows.txt", "data.train.path = 'rows.txt'"),
+)  # fmt: skip
+"""Sources whose path does not exist -> the field and value that the message names."""
 
 _GYM_TASKS: tuple[dict[str, Any], ...] = (
     {**_GYM, "task": "no_such_task"}, {**_GYM, "options": {"nope": 1}}, {**_GYM, "options": {"min_terms": "x"}},
@@ -220,6 +228,9 @@ def cases() -> Iterator[Case]:
             yield Case("[data]", f"{where} {i}: {source!r:.70}", run, refused=_refused_source(source), names=where)
         yield Case("[data]", f"mix {i}: {source!r:.70}", partial(_stage, "sft", {"data": {"train": {"mix": [source]}}}),
                    refused=_refused_source(source))  # fmt: skip
+    for i, (source, named) in enumerate(_MISSING):
+        for fix in ("no such file; check it", named):
+            yield Case("[data]", f"missing {i}: {source!r:.90}", partial(_load_rows, source), names=fix)
     for i, source in enumerate(_GYM_TASKS):
         yield Case("[data]", f"task {i}: {source!r:.90}", partial(_load_rows, source))
     for i, criterion in enumerate(_CRITERIA):

@@ -229,8 +229,8 @@ class Evaluation:
         try:
             fields = check_mapping(_STORED, dict(data), "evaluation")
             fields["problems"] = tuple(_stored(Problem, problem) for problem in fields["problems"])
-            fields["pass_at_k"] = {int(k): _stored(Interval, interval) for k, interval in fields["pass_at_k"].items()}
-            fields["criteria"] = {name: _stored(Interval, interval) for name, interval in fields["criteria"].items()}
+            fields["pass_at_k"] = {int(k): _interval(interval) for k, interval in fields["pass_at_k"].items()}
+            fields["criteria"] = {name: _interval(interval) for name, interval in fields["criteria"].items()}
             fields["errors"] = tuple(fields["errors"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
@@ -262,6 +262,13 @@ _R = TypeVar("_R", Problem, Interval)
 def _stored(record: type[_R], data: Mapping[str, Any]) -> _R:
     infos = {name: FieldInfo(name, hint) for name, hint in get_type_hints(record).items()}
     return record(**check_mapping(infos, data, record.__name__))
+
+
+def _interval(data: Mapping[str, Any]) -> Interval:
+    found = _stored(Interval, data)
+    if None in (found.low, found.high, found.num):
+        raise ValueError(f"the interval {dict(data)} lacks an end or its number of problems")
+    return found
 
 
 def evaluate(
