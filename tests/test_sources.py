@@ -71,7 +71,7 @@ def test_what_exists_of_a_missing_path_is_said(tmp_path: Path) -> None:
         ("runs/grpo-3/final", f"{tmp_path}/runs has no 'grpo-3'; it has 'grpo-2', 'grpo-1'"),
         ("run/sft", f"{tmp_path} has no 'run'; it has 'runs'"),
         ("runs/SFT", f"{tmp_path}/runs has no 'SFT'; it has 'sft'"),
-        ("runs/zzz", f"{tmp_path}/runs has no 'zzz'; it has nothing of a similar name"),
+        ("runs/zzz", f"{tmp_path}/runs has no 'zzz'; it has nothing with a similar name"),
         ("runs/file/final", f"{tmp_path}/runs/file is a file"),
     ):
         assert missing(tmp_path / path) == said

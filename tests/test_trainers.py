@@ -175,7 +175,7 @@ def test_optimizers_that_swap_weights_are_refused(tmp_path: Path) -> None:
         tiny.model(dtype=torch.bfloat16), args, train_dataset=TEXTS, processing_class=tiny.tokenizer(),
         optimizer_cls_and_kwargs=(ScheduleFree, {"lr": 1e-3}),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="optimizer_cls_and_kwargs: ScheduleFree picks or swaps"):
+    with pytest.raises(ConfigError, match="optimizer_cls_and_kwargs: ScheduleFree selects or swaps"):
         made.train()
 
 

@@ -120,10 +120,10 @@ class _CheckedLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
+def _count_nodes(node: yaml.Node, known: dict[yaml.Node, int], depth: int = 0) -> int:
     """Count the nodes below one with all aliases expanded, in linear time by counting each anchor once."""
-    if id(node) in known:
-        return known[id(node)]
+    if node in known:
+        return known[node]
     if depth > _DEEPEST:
         raise yaml.MarkedYAMLError(None, None, f"nested deeper than {_DEEPEST} levels", node.start_mark)
     children: list[yaml.Node] = []
@@ -135,7 +135,7 @@ def _count_nodes(node: yaml.Node, known: dict[int, int], depth: int = 0) -> int:
     if count > _MOST_ENTRIES:
         problem = f"more than {_MOST_ENTRIES:,} entries with its aliases expanded"
         raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
-    known[id(node)] = count
+    known[node] = count
     return count
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Exact",
     "add_adapters",
     "carries_adapters",
+    "copy_modules",
     "put_adapters",
     "saving_adapters",
     "without_adapters",
@@ -95,9 +96,7 @@ def _without_earlier(model: Any) -> Any:
         "trainer's `model` to train them further.",
         type(model).__name__,
     )
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    # Copies the modules alone: deepcopy takes every tensor in the memo `shared` for already copied.
-    base = copy.deepcopy(model, shared)
+    base = copy_modules(model)
     replaced = " "
     for name, module in list(base.named_modules()):
         if name.startswith(replaced):
@@ -180,6 +179,12 @@ def without_adapters(model: Any) -> Generator[None]:
     finally:
         for parameter, trains in before:
             parameter.requires_grad_(trains)
+
+
+def copy_modules(model: Any) -> Any:
+    """Copy the modules of a model, which then shares its tensors with the copy."""
+    # deepcopy takes every tensor in its memo, which is keyed by id, for already copied.
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 @contextmanager

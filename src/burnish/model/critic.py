@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from burnish.errors import ModelError
-from burnish.model.adapters import Exact, add_adapters
+from burnish.model.adapters import Exact, add_adapters, copy_modules
 from burnish.model.classifier import (
     classifier_adapters,
     is_reward_model,
@@ -113,9 +113,7 @@ def share_base(
             f"init_lora_weights = {start!r}: it modifies the base weights, which are the policy's too. Use True, "
             "'gaussian' or 'orthogonal' for the critic."
         )
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}
-    # Copies the modules alone: deepcopy takes every tensor in the memo `shared` for already copied.
-    base = copy.deepcopy(policy, shared).unload()
+    base = copy_modules(policy).unload()
     made = to_reward_model(base, seed=seed)
     trained = [name for name, p in getattr(made, made.base_model_prefix).named_parameters() if p.requires_grad]
     if trained:
