@@ -144,7 +144,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/value.py", "- (total / count) ** 2", "", VALUE),
     ("model/packing.py", "values[j] = next(rest)", "values[j - 1] = next(rest)", "test_packing.py"),
     ("model/critic.py", "        model = copy.deepcopy(model)\n", "", CRITIC),
-    ("model/critic.py", "copy.deepcopy(policy, shared).unload()", "copy.deepcopy(policy).unload()", CRITIC),
+    ("model/critic.py", "copy_modules(policy).unload()", "copy.deepcopy(policy).unload()", CRITIC),
     ("model/critic.py", "    if trained:\n", "    if False:\n", CRITIC),
     ("model/critic.py", "value = exact.pop(parameter, parameter.data)", "value = parameter.data", CRITIC),
     ("model/critic.py", "    classifier.score.register_forward_pre_hook(widen)\n", "", CRITIC),
