@@ -182,6 +182,7 @@ def test_a_metric_of_the_users_that_does_not_come_is_named(stage: str, follower:
     trainer.stage.compute_metrics = lambda _: {"other": 1.0}
     with pytest.raises(ConfigError, match=r"^metric_for_best_model = 'mine': .*eval_other"):
         trainer.train()
+    assert trainer.evaluate()["eval_other"] == 1.0, "after the run that failed nothing is followed any more"
     good = made(stage, tmp_path / "good", metric_for_best_model="mine", **changes)
     good.stage.compute_metrics = lambda _: {"mine": 1.0}
     good.train()

@@ -52,7 +52,7 @@ def _set_by_algorithm(config: type[Any], given: Mapping[str, Any]) -> dict[str, 
 
 
 _REFUSALS = (AttributeError, ImportError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError)
-"""What transformers and torch raise where arguments do not fit."""
+"""Errors that transformers and torch raise for arguments that do not fit."""
 
 _NEEDS_THE_MODEL = ("adalomo", "apollo", "galore", "lomo")
 """Optimizers whose arguments transformers reads only beside the model."""

@@ -39,7 +39,8 @@ class GRPOTrainer(Learner[OnlineStage]):
         + \beta\, \mathrm{KL}(\pi \| \pi_{ref})
 
     Each optimizer step takes its share of a rollout: P prompts, G completions each, sampled by the engine with the
-    trainer's own weights. A completion whose reward failed leaves the loss; a group without spread costs no forward.
+    trainer's own weights. A completion whose reward failed is excluded from the loss; a group without reward variance
+    costs no forward.
     `algorithm` in the config takes a row of `burnish.algorithms.ALGORITHMS`; every part of it is a field of its own.
 
     Args:

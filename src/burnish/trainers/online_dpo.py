@@ -32,7 +32,7 @@ class OnlineDPOConfig(OnlineDPOFields, TrainerConfig):  # pyright: ignore[report
 
 
 class OnlineDPOTrainer(Learner[OnlineStage]):
-    r"""Online DPO (2402.04792): sample, judge, prefer the best of a prompt's completions to the worst.
+    r"""Online DPO (2402.04792): sample, score, prefer the best of a prompt's completions to the worst.
 
     .. math:: \mathcal L = \frac1P \sum_p \ell(y_w^{(p)}, y_l^{(p)})
 

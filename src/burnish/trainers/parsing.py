@@ -21,7 +21,7 @@ def make_parseable(config: type[Any]) -> None:
     """Give a config class types that argparse can call, where its annotations are unions.
 
     `HfArgumentParser` takes a union's first member, or fails. It also writes into the `dataclasses.Field` objects,
-    which a config shares with the classes that it inherits from, so with the schema: the class gets its own.
+    which a config shares with the classes that it inherits from, so with its field classes: the class gets its own.
 
     Args:
         config: a dataclass with a `kind`; changed in place.

@@ -38,7 +38,7 @@ class RewardTrainer(Learner[RewardStage]):
     one label. Its score is read where transformers reads it, at the last token that is not the padding token, and for
     steps at the last token of each, so `AutoModelForSequenceClassification` gives a saved model's scores.
 
-    `eval_calibration_error` (10 bins) and `eval_brier_score` judge sigma(r_i - r_j) as the probability that the better
+    `eval_calibration_error` (10 bins) and `eval_brier_score` assess sigma(r_i - r_j) as the probability that the better
     of two completions wins, each pair taken in both orders; of steps sigma(r).
 
     Args:

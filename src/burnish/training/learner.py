@@ -196,7 +196,10 @@ class Learner(Trainer, Generic[S]):
             checkpoint = self.checkpoints.begin(resume_from_checkpoint)
             self.status.begin("preparing to train")
             self.stage.begin_training()
-            result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            try:
+                result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
+            finally:
+                self.is_in_train = False  # transformers leaves it set where training fails
             self.learning_monitor.end_run()
             self.stage.end_training()
             return result
