@@ -47,7 +47,7 @@ class ServerPool:
         self.servers = [Server(ServerClient(url, token, deadlines)) for url, token in clients]
         self.update: Update | None = None
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="burnish-vllm", daemon=True)
+        self._thread = threading.Thread(target=_serve_loop, args=(self._loop,), name="burnish-vllm", daemon=True)
         self._thread.start()
 
     @classmethod
@@ -64,7 +64,11 @@ class ServerPool:
             EngineError: none is up in time.
         """
         pool = cls([(url, token_of(url)) for url in urls], tokenizer, Deadlines(start=timeout))
-        pool.call(pool.connect())
+        try:
+            pool.call(pool.connect())
+        except BaseException:
+            pool.close()
+            raise
         return pool
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -203,6 +207,13 @@ class ServerPool:
         """Stop giving work to a server until a sync restores it."""
         logger.warning("vLLM server lost: %s", reason)
         server.version, server.reason = None, reason
+
+
+def _serve_loop(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 class _Rollout:
