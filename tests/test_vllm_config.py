@@ -91,8 +91,6 @@ def lora(**changes: Any) -> Any:
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = .*keep the base's modules"),
         ({"bias": "lora_only"}, "bias = 'lora_only'"),
         ({"lora_bias": True}, "lora_bias = True"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_parameters": ["experts.up"]}, "target_parameters"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa': it changes the base's weights"),

@@ -55,8 +55,6 @@ def _problems(config: Any) -> Iterator[tuple[str, str]]:
         "modules_to_save": "the server would keep the base's modules",
         "trainable_token_indices": "the server would keep the base's embeddings",
         "target_parameters": "the server would leave out the adapters of these parameters",
-        "rank_pattern": "the server applies one rank and one scale to all modules",
-        "alpha_pattern": "the server applies one rank and one scale to all modules",
         "layer_replication": "the server has the base's layers",
         "use_qalora": "the server would apply plain LoRA",
     }
