@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import tiny
-from burnish.cli.main import build_parser
+from burnish.cli.main import build_parser, split_overrides
 from burnish.cli.serve import find_vllm, run, server_command, server_environment
 from burnish.errors import ConfigError
 from burnish.rollout.vllm.registry import token_of
@@ -40,7 +41,8 @@ HTTPServer((words[words.index("--host") + 1], int(words[words.index("--port") + 
 
 
 def parsed(*words: str) -> Any:
-    return build_parser().parse_args(["serve", *words])
+    own, others = split_overrides(["serve", *words])
+    return build_parser().parse_args(own, argparse.Namespace(overrides=others))
 
 
 def free_port() -> int:

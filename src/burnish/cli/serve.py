@@ -90,7 +90,7 @@ def server_command(executable: str, folder: str, args: argparse.Namespace) -> li
         rank = next(rank for rank in _RANKS if rank >= args.lora_rank)
         # The adapter in use, and the next one while it is proven.
         command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
-    return [*command, *args.rest]
+    return [*command, *args.overrides]
 
 
 def server_environment(token: str) -> dict[str, str]:
