@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -110,9 +111,14 @@ class Watched:
         line = "from burnish.cli.main import console; raise SystemExit(console())"
         command = [sys.executable, "-c", line, "serve", str(model), "--vllm", str(program), "--port", str(self.port)]
         environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder / "run")}
-        self.process = subprocess.Popen(
-            [*command, "--interval", "0.2", *words], stderr=subprocess.PIPE, text=True, env=environment
-        )
+        self.messages = folder / "messages"
+        with self.messages.open("w") as file:  # not a pipe, which a server left behind would hold open
+            self.process = subprocess.Popen([*command, "--interval", "0.2", *words], stderr=file, env=environment)
+
+    def ended(self) -> str:
+        """Wait for the watch; return its messages."""
+        self.process.wait(60)
+        return self.messages.read_text()
 
     def started(self) -> list[dict[str, Any]]:
         file = self.folder / "log"
@@ -138,7 +144,10 @@ def watched(tmp_path: Path, program: Path) -> Iterator[Callable[..., Watched]]:
     for one in made:
         if one.process.poll() is None:
             one.process.kill()
-        one.process.communicate()
+        one.process.wait()
+        for record in one.started():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record["pid"], signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
@@ -163,7 +172,7 @@ def test_a_killed_server_is_started_again_and_ends_with_its_watch(
     assert second["argv"] == first["argv"]
     assert second["VLLM_API_KEY"] == first["VLLM_API_KEY"]
     one.process.send_signal(signal.SIGTERM)
-    _, messages = one.process.communicate(timeout=60)
+    messages = one.ended()
     assert one.process.returncode == 0
     assert "the server ended with status -9: starting it again (2 restarts left)" in messages
     assert 'vllm_mode = "server"' in messages
@@ -180,13 +189,13 @@ def test_a_hung_server_is_started_again(watched: Callable[..., Watched], tmp_pat
     eventually(one.is_up)
     assert not is_running(one.started()[0]["pid"])
     one.process.send_signal(signal.SIGINT)
-    one.process.wait(60)
+    assert "server ended" in one.ended()
 
 
 def test_restarts_are_bounded(watched: Callable[..., Watched], program: Path) -> None:
     program.write_text("#!/bin/sh\necho its own message >&2\nexit 3\n")
     one = watched("--restarts", "1")
-    _, messages = one.process.communicate(timeout=120)
+    messages = one.ended()
     assert one.process.returncode == 2
     assert messages.count("its own message") == 2
     assert "the server ended with status 3, after 1 restarts; its own messages are above" in messages

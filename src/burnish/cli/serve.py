@@ -180,12 +180,12 @@ def untied(folder: Path, view: Path) -> Path:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Generator[None]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that the server is ended too."""
+    """Turn the signals that end a process into KeyboardInterrupt, so that the server is ended too."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:
