@@ -117,7 +117,7 @@ class Watched:
 
     def ended(self) -> str:
         """Wait for the watch; return its messages."""
-        self.process.wait(60)
+        self.process.wait(300)
         return self.messages.read_text()
 
     def started(self) -> list[dict[str, Any]]:

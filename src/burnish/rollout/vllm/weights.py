@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from burnish.errors import ConfigError, FileError
 from burnish.model.adapters import saving_adapters
@@ -154,7 +155,13 @@ class WeightFolders:
 
 def _save_weights(lm: Any, folder: Path) -> None:
     """Save a model in one file, and a tied head in another, for servers whose head has a weight of its own."""
-    lm.save_pretrained(folder, max_shard_size="1000GB")
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        lm.save_pretrained(folder, max_shard_size="1000GB")
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
     head = lm.get_output_embeddings()
     if head.weight is not lm.get_input_embeddings().weight:
         return
