@@ -61,6 +61,7 @@ class OnlineStage(Stage):
     """
 
     columns = "a `prompt` column"
+    token_phases = ("sampling", "scoring", "update")
 
     def __init__(
         self,
@@ -98,15 +99,14 @@ class OnlineStage(Stage):
         Returns:
             This rank's groups of each optimizer step on the rollout, with their streams.
         """
-        run, args, started, level = self.run, self.args, time.perf_counter(), self.sampler.source.level
-        run.metrics.add_all(self.sampler.engine.sync(run.state.global_step) or {})
+        run, args, level = self.run, self.args, self.sampler.source.level
+        with run.phases.phase("sync"):
+            run.metrics.add_all(self.sampler.engine.sync(run.state.global_step) or {})
         shards, sampled = self.sampler.sample()
-        run.metrics.add("seconds/rollout", time.perf_counter() - started)
         groups = [shard.group for shard in shards]
         if args.overlong_buffer is not None and (penalties := penalise_overlong(groups, args)):
             run.metrics.add("rewards/overlong/mean", fmean(penalties))
 
-        started = time.perf_counter()
         steps = partition(groups, self.steps_per_pass, whole=self.whole_groups)
         # The first step on fresh samples is on-policy: its old log-probabilities are the current ones.
         later = [group for step in steps[1:] for group in step]
@@ -117,7 +117,6 @@ class OnlineStage(Stage):
         self._assessment = self._assess(shards, moved=self.sampler.source.level != level)
         self.transcripts.write(sampled, trained=shards, step=run.state.global_step + 1, tokenizer=self.tokenizer)
         self._rollouts += 1
-        run.metrics.add("seconds/reference", time.perf_counter() - started)
         return steps * self.algorithm.passes
 
     def next_step(self, batches: Iterator[list[Any]], num_batches: int) -> Step | None:
@@ -171,13 +170,14 @@ class OnlineStage(Stage):
             old: groups to score with the current policy, unless an earlier one has scored them.
         """
         model, fresh = self.run.model, [g for g in old if all("old_logprobs" not in c.token for c in g.completions)]
-        with eval_mode(model):
+        with self.run.phases.phase("scoring"), eval_mode(model):
             self._fill("old_logprobs", fresh, model)
             if self.reference is not None:
                 with self.reference.active(model) as reference:
                     self._fill("ref_logprobs", groups, reference)
 
     def _fill(self, name: str, groups: Sequence[Group], model: torch.nn.Module) -> None:
+        self.run.phases.add_tokens("scoring", sum(group.num_tokens for group in groups))
         for part in self.parts(groups):
             fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
 
