@@ -133,8 +133,8 @@ def compare(now: Answers, last: Answers | None, anchor: Answers | None, *, bound
         change = [a - b for a, b in zip(now.expected, anchor.expected, strict=True)]
         made = [a - b for a, b in zip(now.observed, anchor.observed, strict=True)]
         moved = _rms(change)
-        # A seventh of what the bound allows: the noise of a lucky anchor is not the noise of every version.
-        noise = max(_rms(_differences(anchor.observed, anchor.expected)), math.sqrt(2 * bound) / 7)
+        # A fiftieth of what the bound allows: the noise of a lucky anchor is not the noise of every version.
+        noise = max(_rms(_differences(anchor.observed, anchor.expected)), math.sqrt(2 * bound) / 50)
         if moved >= _RESOLVED * noise:
             followed = sum(a * b for a, b in zip(made, change, strict=True)) / sum(a * a for a in change)
         residual = _rms(_differences(made, change))
