@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def test_what_cannot_work_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
         find_vllm(None)
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 600.0) -> Any:
     started = time.monotonic()
     while time.monotonic() - started < seconds:
         if found := condition():
@@ -124,12 +123,9 @@ class Watched:
         file = self.folder / "log"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def is_up(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                return True
-        except OSError:
-            return False
+    def times_ready(self) -> int:
+        """How often the watch has seen the server up: only then it counts a silence as hanging."""
+        return self.messages.read_text().count("server ready")
 
 
 @pytest.fixture
@@ -163,11 +159,11 @@ def test_a_killed_server_is_started_again_and_ends_with_its_watch(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     one = watched()
-    eventually(one.is_up)
+    eventually(lambda: one.times_ready() == 1)
     (first,) = one.started()
     assert token_of(f"http://127.0.0.1:{one.port}") == first["VLLM_API_KEY"] != ""
     os.kill(first["pid"], signal.SIGKILL)
-    eventually(lambda: len(one.started()) == 2 and one.is_up())
+    eventually(lambda: one.times_ready() == 2)
     second = one.started()[1]
     assert second["argv"] == first["argv"]
     assert second["VLLM_API_KEY"] == first["VLLM_API_KEY"]
@@ -182,20 +178,20 @@ def test_a_killed_server_is_started_again_and_ends_with_its_watch(
 
 def test_a_hung_server_is_started_again(watched: Callable[..., Watched], tmp_path: Path) -> None:
     one = watched("--hung", "1")
-    eventually(one.is_up)
+    eventually(lambda: one.times_ready() == 1)
     (tmp_path / "hang").touch()
     eventually(lambda: len(one.started()) == 2)
     (tmp_path / "hang").unlink()
-    eventually(one.is_up)
+    eventually(lambda: one.times_ready() == 2)
     assert not is_running(one.started()[0]["pid"])
     one.process.send_signal(signal.SIGINT)
     assert "server ended" in one.ended()
 
 
 def test_restarts_are_bounded(watched: Callable[..., Watched], program: Path) -> None:
-    program.write_text("#!/bin/sh\necho its own message >&2\nexit 3\n")
+    program.write_text("#!/bin/sh\necho boom >&2\nexit 3\n")
     one = watched("--restarts", "1")
     messages = one.ended()
     assert one.process.returncode == 2
-    assert messages.count("its own message") == 2
+    assert messages.count("boom") == 2
     assert "the server ended with status 3, after 1 restarts; its own messages are above" in messages
