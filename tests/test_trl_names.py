@@ -164,7 +164,7 @@ def test_an_optimizer_class_is_used(tmp_path: Path, stage: str) -> None:
         ("DPO", {"max_prompt_length": 128}, r"set max_length"),
         ("DPO", {"truncation_mode": "keep_end"}, r"cut at their end; raise max_length"),
         ("Reward", {"chat_template_path": "x", "chat_template": "chatml"}, r"are one field: set chat_template alone"),
-        ("GRPO", {"use_vllm": True}, r"sampled in process"),
+        ("GRPO", {"use_vllm": True}, r'vllm_mode = "colocate".*burnish serve MODEL'),
         ("GRPO", {"disable_dropout": False}, r"^disable_dropout = False: samples are drawn without dropout"),
         ("OnlineDPO", {"max_new_tokens": 64}, r"its name is max_completion_length"),
     ],
@@ -192,7 +192,15 @@ MET = [
         {"packing": True, "padding_free": True, "pad_to_multiple_of": 8, "dataset_num_proc": 4, "use_cache": False},
     ),
     ("dpo", {"use_liger_kernel": True, "use_liger_loss": True, "padding_value": 0, "precompute_ref_batch_size": 4}),
-    ("grpo", {"use_vllm": False, "vllm_mode": "server", "cache_implementation": "static", "dataloader_num_workers": 2}),
+    (
+        "grpo",
+        {
+            "vllm_tensor_parallel_size": 2,
+            "vllm_group_port": 1,
+            "cache_implementation": "static",
+            "dataloader_num_workers": 2,
+        },
+    ),
 ]
 
 
@@ -204,7 +212,7 @@ def test_fields_whose_intent_is_met_are_named_in_one_line(
         assert check_fields(kind, fields) == {}
     assert len(caplog.records) == 1
     named = caplog.records[0].getMessage().partition(": ")[2].split(", ")
-    assert named == sorted(set(fields) - {"use_vllm", "use_cache"})
+    assert named == sorted(set(fields) - {"use_cache"})
 
 
 @pytest.mark.parametrize(

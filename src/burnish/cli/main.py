@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import burnish
 from burnish.cli.output import set_up_output
@@ -75,7 +76,28 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="HTML file to write (default: report.html in RUN_DIR)")
     report.add_argument("--max-transcripts", type=int, default=5000, help="maximum number of transcripts on the page")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_serve(commands)
     return parser
+
+
+def _add_serve(commands: Any) -> None:
+    summary = "start a vLLM server for a run to sample from, and watch it"
+    serve = commands.add_parser("serve", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    serve.add_argument(
+        "model", metavar="MODEL", help="the model that is trained: folder, hub name, .gguf file, package"
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
+    serve.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32; the dtype that is trained")
+    serve.add_argument("--max-model-len", type=int, help="most tokens of a prompt with its completion")
+    serve.add_argument("--lora-rank", type=int, help="accept LoRA adapters of up to this rank")
+    serve.add_argument("--vllm", metavar="PROGRAM", help="vLLM's program (default: .venv-vllm/bin/vllm, or the PATH's)")
+    serve.add_argument("--restarts", type=int, default=3, help="how often to start it again (default: %(default)s)")
+    serve.add_argument("--expose", action="store_true", help="listen at an address that others reach")
+    serve.add_argument("--interval", type=float, default=2.0, help="seconds between two looks (default: %(default)s)")
+    serve.add_argument("--hung", type=float, default=120.0, help="longest silence in seconds (default: %(default)s)")
+    serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    serve.add_argument("rest", metavar="-- ARGUMENT", nargs="*", help="more arguments of `vllm serve`, after --")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -91,19 +91,20 @@ _ONLINE = (
     | _fields("completions are text; remove the field", log_multimodal=(True, False, bool))
     | _fields("online stages keep the reference fixed; remove the field",
               ref_model_mixup_alpha=(0.6, float, int), ref_model_sync_steps=(512, int), sync_ref_model=(False,))
-    | _fields("completions are sampled in process, from the weights being trained; remove the field",
+    | _fields("the in-process engine batches continuously; remove the field",
               transformers_continuous_batching_config=(None, dict), use_transformers_continuous_batching=(False, bool),
-              use_transformers_paged=(False, bool), use_vllm=(False,), vllm_enable_sleep_mode=(False, bool),
-              vllm_gpu_memory_utilization=(0.3, float, int), vllm_group_port=(51216, int),
-              vllm_max_model_length=(None, int), vllm_mode=("colocate", str), vllm_model_impl=("vllm", str),
-              vllm_server_base_url=(None, str), vllm_server_host=("0.0.0.0", str), vllm_server_port=(8000, int),
-              vllm_server_timeout=(240.0, float, int), vllm_structured_outputs_regex=(None,),
-              vllm_tensor_parallel_size=(1, int))
+              use_transformers_paged=(False, bool))
+    | _fields('it applies to vllm_mode = "colocate", which is not supported; give it to the server instead',
+              vllm_enable_sleep_mode=(False, bool), vllm_gpu_memory_utilization=(0.3, float, int),
+              vllm_max_model_length=(None, int), vllm_model_impl=("vllm", str), vllm_tensor_parallel_size=(1, int))
+    | _fields("weights reach a server through a folder; remove the field", vllm_group_port=(51216, int))
+    | _fields("completions follow no grammar; remove the field", vllm_structured_outputs_regex=(None,))
 )
 _POLICY = (
     _ONLINE
     | _fields("a completion is a single turn; remove the field", max_tool_calling_iterations=(None, int))
-    | _fields("set sampling_correction, sampling_correction_max and sampling_correction_min, for every engine",
+    | _fields("it applies with use_vllm; set sampling_correction, sampling_correction_max and "
+              "sampling_correction_min for every engine",
               vllm_importance_sampling_cap=(None, float, int),
               vllm_importance_sampling_clip_max=(3.0, None, float, int),
               vllm_importance_sampling_clip_min=(None, float, int),
@@ -164,6 +165,11 @@ _GENERATION = {
 }  # fmt: skip
 """Keys of `generation_kwargs` -> fields."""
 
+_IMPORTANCE = "vllm_importance_sampling_"
+_IMPORTANCE_FIELDS = {"mode": "sampling_correction", "clip_max": "sampling_correction_max",
+                      "clip_min": "sampling_correction_min"}  # fmt: skip
+"""TRL's names after `vllm_importance_sampling_` -> fields."""
+
 _GENERATION_NEUTRAL: dict[str, Any] = {
     "bos_token_id": None, "disable_compile": True, "do_sample": True, "eos_token_id": None, "num_beams": 1,
     "num_return_sequences": 1, "pad_token_id": None, "use_cache": True,
@@ -175,7 +181,8 @@ def translated_names(kind: Kind) -> tuple[str, ...]:
     """List the names that `translate` rewrites in a stage."""
     online = ("generation_kwargs", "generation_batch_size") if kind in ONLINE else ()
     shuffled = ("shuffle_dataset",) if "shuffle_dataset" in elsewhere(kind) else ()
-    return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online, *shuffled)
+    weighted = [name for name in elsewhere(kind) if name.startswith(_IMPORTANCE)]
+    return ("warmup_ratio", *_EVERYWHERE, *ALIASES.get(kind, {}), *online, *weighted, *shuffled)
 
 
 def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +214,9 @@ def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
     if kind in ONLINE and renamed.get("generation_kwargs") is not None:
         for name, (value, given) in _sampling_fields(renamed.pop("generation_kwargs")).items():
             put(name, value, given)
+    if kind in ONLINE and renamed.get("use_vllm") is True:
+        for name, (value, given) in _correction_fields(kind, renamed).items():
+            put(name, value, given)
     if kind in ONLINE and renamed.get("generation_batch_size") is not None:
         size, processes = renamed.pop("generation_batch_size"), int(os.environ.get("WORLD_SIZE", "1"))
         micro_batch = renamed.get("per_device_train_batch_size", 8) * processes
@@ -217,6 +227,21 @@ def translate(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
             )
         put("steps_per_generation", size // micro_batch, "generation_batch_size")
     return renamed
+
+
+def _correction_fields(kind: Kind, fields: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Take `vllm_importance_sampling_*` out of the fields; return field -> (value, name as given).
+
+    Without any of them nothing is corrected, unlike in TRL: a mismatch then stops the run.
+    """
+    names = [name for name in fields if name.startswith(_IMPORTANCE) and name in elsewhere(kind)]
+    values = {name.removeprefix(_IMPORTANCE): fields.pop(name) for name in names}
+    if not values or values.pop("correction", True) is False:
+        return {}
+    if (cap := values.pop("cap", None)) is not None:
+        values["clip_max"] = cap
+    values = {"mode": "sequence_mask", **values}
+    return {field: (values[name], _IMPORTANCE + name) for name, field in _IMPORTANCE_FIELDS.items() if name in values}
 
 
 def _sampling_fields(kwargs: Any) -> dict[str, tuple[Any, str]]:

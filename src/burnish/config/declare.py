@@ -25,6 +25,7 @@ __all__ = [
     "REFERENCE",
     "REWARDS",
     "SAMPLING",
+    "SERVERS",
     "STAGES",
     "TABLE",
     "TRAINING",
@@ -110,6 +111,7 @@ class Group(NamedTuple):
 TRAINING = Group("Training")
 DATA = Group("Data", "refused")
 SAMPLING = Group("Sampling")
+SERVERS = Group("vLLM servers", "free")
 REWARDS = Group("Rewards and advantages")
 LOSS = Group("Loss")
 REFERENCE = Group("Reference and KL divergence")
@@ -121,7 +123,7 @@ LOGGING = Group("Logging, saving and resuming", "free")
 TABLE = Group("Table")
 """Group of the fields of tables other than a stage's."""
 GROUPS = (
-    TRAINING, DATA, SAMPLING, REWARDS, LOSS, REFERENCE, CRITIC, ENTROPY, CORRECTIONS, MODEL, LOGGING,
+    TRAINING, DATA, SAMPLING, SERVERS, REWARDS, LOSS, REFERENCE, CRITIC, ENTROPY, CORRECTIONS, MODEL, LOGGING,
 )  # fmt: skip
 """The headings of `--help`, most used first."""
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from annotated_types import Interval, MinLen
 
@@ -18,6 +19,7 @@ from burnish.config.declare import (
     REFERENCE,
     REWARDS,
     SAMPLING,
+    SERVERS,
     TRAINING,
     AtLeastTwo,
     Count,
@@ -48,6 +50,18 @@ def micro_batches_per_rollout(steps_per_generation: int | None, gradient_accumul
 
 def _always_on(value: bool) -> str | None:
     return None if value else "samples are drawn without dropout, so training must not use it either; remove the field"
+
+
+def _servers(value: str | list[str]) -> str | None:
+    for url in [value] if isinstance(value, str) else value:
+        try:
+            parts = urlsplit(url)
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:  # a port that is not a number
+            is_url = False
+        if not is_url:
+            return "use the URL of a server, such as 'http://127.0.0.1:8000', or a list of them"
+    return None
 
 
 @dataclass
@@ -181,7 +195,51 @@ class OnlineFields(CommonFields):
         LOGGING,
     )
 
+    use_vllm: bool = own(
+        False,
+        "Sample completions from vLLM servers, which get the weights before every rollout; otherwise in process.",
+        SERVERS,
+    )
+    vllm_mode: Literal["server", "colocate"] = own(
+        "colocate",
+        "server: the servers at vllm_server_base_url, started by `burnish serve MODEL`. colocate is TRL's default and "
+        "is not supported.",
+        SERVERS,
+    )
+    vllm_server_base_url: Annotated[Text | Annotated[list[Text], MinLen(1)], Meets(_servers)] | None = own(
+        None,
+        "URL of a server, or a list of URLs of servers that share the groups. None: vllm_server_host and "
+        "vllm_server_port.",
+        SERVERS,
+        fix="use the URL of a server, such as 'http://127.0.0.1:8000', or a list of them",
+    )
+    vllm_server_host: Text = own("0.0.0.0", "Host of the server; 0.0.0.0 is this machine.", SERVERS)
+    vllm_server_port: Annotated[int, Interval(ge=1, le=65535)] = own(8000, "Port of the server.", SERVERS)
+    vllm_server_timeout: Positive = own(
+        240.0, "Seconds to wait for a server to be up, at the start and whenever all are lost.", SERVERS
+    )
+    vllm_weights_dir: Folder | None = own(
+        None,
+        "Folder for the weights of a sync, which trainer and servers see. None: shared memory of this machine.",
+        SERVERS,
+    )
+
+    @property
+    def server_urls(self) -> list[str]:
+        """URLs of the servers, without a final slash."""
+        given = self.vllm_server_base_url
+        if given is None:
+            host = {"0.0.0.0": "127.0.0.1"}.get(self.vllm_server_host, self.vllm_server_host)
+            given = f"http://{host}:{self.vllm_server_port}"
+        urls = [given] if isinstance(given, str) else given
+        return list(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
+
     def contradictions(self) -> Iterator[str]:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            yield (
+                'vllm_mode = "colocate" with use_vllm = True: vLLM in the trainer\'s process is not supported; set '
+                'vllm_mode = "server" and start one with `burnish serve MODEL`.'
+            )
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."

@@ -35,9 +35,15 @@ _PANELS: tuple[tuple[str, str, str, str], ...] = (
     (r"learning_rate", "Learning rate", "", "Optimisation"),
     (r"sampling/kl", "KL of sampler to trainer", "nats per token", "Optimisation"),
     (r"sampling/logprob_difference/(.+)", r"Sampler/trainer gap, \1", "nats", "Optimisation"),
-    (r"seconds/(.+)", "Time of a step", "seconds", "Speed"),
+    (r"seconds/(.+)", "Where the time of a step goes", "seconds", "Speed"),
+    (r"tokens/(.+)", "Tokens of a step", "tokens", "Speed"),
     (r"tokens_per_second", "Throughput", "tokens per second", "Speed"),
 )
+
+_STACKED = "seconds/"
+"""Beginning of the metrics that are parts of one whole, and drawn on top of each other."""
+_PHASES = ("sampling", "waiting", "sync", "rewards", "scoring", "update", "evaluation", "saving", "other")
+"""Order of the phases of a step, from the bottom."""
 
 
 def ema(values: Sequence[float | None], span: float) -> list[float | None]:
@@ -64,6 +70,12 @@ def _panel_of(metric: str) -> tuple[int, str, str, str]:
     return len(_PANELS), metric, "", "Other metrics"
 
 
+def _order(metric: str) -> tuple[int, int]:
+    """Sort metrics by panel, and the phases of a step in their order."""
+    phase = metric.removeprefix(_STACKED)
+    return _panel_of(metric)[0], _PHASES.index(phase) if phase in _PHASES else len(_PHASES)
+
+
 def _series(metric: str, rows: Sequence[MetricRow], stride: int) -> dict[str, Any]:
     """One line: every stride-th value, its average over all values, and the extremes over all values."""
     values = [row.values.get(metric) for row in rows]
@@ -71,7 +83,7 @@ def _series(metric: str, rows: Sequence[MetricRow], stride: int) -> dict[str, An
     # A schedule is exact: smoothing would draw a rate that was never used.
     smooth = values if metric == "learning_rate" else ema(values, max(3.0, len(known) / 16))
     return {
-        "label": metric.removeprefix("seconds/"),
+        "label": metric.removeprefix(_STACKED).removeprefix("tokens/"),
         "raw": values[::stride],
         "ema": [None if value is None else float(f"{value:.6g}") for value in smooth[::stride]],
         "count": len(known),
@@ -87,8 +99,8 @@ def stage_curves(rows: Sequence[MetricRow]) -> list[dict[str, Any]]:
     """Curve panels of each stage, in the order in which stages and panels appear on the page.
 
     Returns:
-        [{name, steps, stride, num_steps, panels: [{title, unit, group, metric, series}]}]; `steps` and the values of
-        each series have the same length, at most 1500: every stride-th step.
+        [{name, steps, stride, num_steps, panels: [{title, unit, group, metric, stacked, series}]}]; `steps` and the
+        values of each series have the same length, at most 1500: every stride-th step.
     """
     stages: dict[str, list[MetricRow]] = defaultdict(list)
     for row in rows:
@@ -98,9 +110,10 @@ def stage_curves(rows: Sequence[MetricRow]) -> list[dict[str, Any]]:
         stride = -(-len(stage_rows) // _MAX_POINTS)
         metrics = dict.fromkeys(metric for row in stage_rows for metric in row.values if metric not in _NOT_DRAWN)
         panels: dict[tuple[str, str], dict[str, Any]] = {}
-        for metric in sorted(metrics, key=lambda m: _panel_of(m)[0]):
+        for metric in sorted(metrics, key=_order):
             _, title, unit, group = _panel_of(metric)
-            panel = {"title": title, "unit": unit, "group": group, "metric": metric, "series": []}
+            panel: dict[str, Any] = {"title": title, "unit": unit, "group": group, "metric": metric, "series": []}
+            panel["stacked"] = metric.startswith(_STACKED)
             panels.setdefault((group, title), panel)["series"].append(_series(metric, stage_rows, stride))
         steps = [row.step for row in stage_rows]
         drawn = {"name": name, "steps": steps[::stride], "stride": stride, "num_steps": len(steps)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,8 +83,8 @@ class Engine(Protocol):
         """
         ...
 
-    def sync(self, version: int) -> None:
-        """Sample from the trainer's current weights from now on."""
+    def sync(self, version: int) -> Mapping[str, float] | None:
+        """Sample from the trainer's current weights from now on; return metrics of the transfer, if there is one."""
         ...
 
     def close(self) -> None:

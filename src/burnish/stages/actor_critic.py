@@ -77,7 +77,8 @@ class ActorCritic(PolicyGradient):
     def assign_advantages(self, shards: Sequence[Shard]) -> Mapping[str, float]:
         """Compute values and rewards of each token, and write the streams `advantages` and `returns` (GAE)."""
         groups, args = [shard.group for shard in shards], self.args
-        self.critic.values(groups)
+        with self.run.phases.phase("scoring"):
+            self.critic.values(groups)
         metrics = self.begin_rollout(shards)
         completions = [completion for group in groups for completion in group.completions]
         # Every token is a step of the episode: a masked one would have neither a value nor a KL.
@@ -133,13 +134,14 @@ class ActorCritic(PolicyGradient):
         In the first `value_prefit_steps` only the critic is trained.
         """
         step = self.step(groups, is_on_policy=is_on_policy)
-        metrics = self.critic.update(
-            self.kept(groups),
-            clip=self.args.cliprange_value,
-            vf_coef=self.args.vf_coef,
-            lr_factor=self.run.lr_factor,
-            num_batches=self.args.gradient_accumulation_steps,
-        )
+        with self.run.phases.phase("update"):
+            metrics = self.critic.update(
+                self.kept(groups),
+                clip=self.args.cliprange_value,
+                vf_coef=self.args.vf_coef,
+                lr_factor=self.run.lr_factor,
+                num_batches=self.args.gradient_accumulation_steps,
+            )
         self.run.metrics.add_all(metrics)
         if self.run.state.global_step < self.args.value_prefit_steps:
             return dataclasses.replace(step, groups=[], assessment=UNKNOWN)

@@ -23,6 +23,7 @@ from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.rollout import Engine, make_engine
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
+from burnish.rollout.vllm import ServerPool, VLLMServerEngine
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
 from burnish.training.callbacks import RecordsCallback
@@ -54,12 +55,13 @@ class OnlineStage(Stage):
         algorithm: computes advantages and the loss.
         reward_funcs: a `Rubric`, functions, or reward models.
         reward_processing_classes: tokenizers of reward models; None for their own.
-        engine: samples completions; None for the native in-process engine.
+        engine: samples completions; None for the native in-process engine, or vLLM servers with `use_vllm`.
         ref_model: the reference of the KL term; None for the initial policy (adapters off, or a frozen copy).
         compute_metrics: function from the sampled and scored groups of an evaluation to metrics by name.
     """
 
     columns = "a `prompt` column"
+    token_phases = ("sampling", "scoring", "update")
 
     def __init__(
         self,
@@ -77,11 +79,14 @@ class OnlineStage(Stage):
         check_reference(ref_model)
         if ref_model is not None and not args.beta > 0:
             raise ConfigError("beta = 0.0 does not use a reference: remove ref_model, or set beta.")
+        if engine is not None and args.use_vllm:
+            raise ConfigError("use_vllm = True with an engine: remove one of the two.")
         self.algorithm = algorithm
         self.whole_groups = algorithm.whole_groups
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
         self.reference: Reference | None = None
         self._engine, self._ref_model, self.compute_metrics = engine, ref_model, compute_metrics
+        self._pool: ServerPool | None = None
         self._buffer: list[list[Group]] = []
         """This rank's groups of the remaining steps of the last rollout."""
         self._rollouts = 0
@@ -94,15 +99,14 @@ class OnlineStage(Stage):
         Returns:
             This rank's groups of each optimizer step on the rollout, with their streams.
         """
-        run, args, started, level = self.run, self.args, time.perf_counter(), self.sampler.source.level
-        self.sampler.engine.sync(run.state.global_step)
+        run, args, level = self.run, self.args, self.sampler.source.level
+        with run.phases.phase("sync"):
+            run.metrics.add_all(self.sampler.engine.sync(run.state.global_step) or {})
         shards, sampled = self.sampler.sample()
-        run.metrics.add("seconds/rollout", time.perf_counter() - started)
         groups = [shard.group for shard in shards]
         if args.overlong_buffer is not None and (penalties := penalise_overlong(groups, args)):
             run.metrics.add("rewards/overlong/mean", fmean(penalties))
 
-        started = time.perf_counter()
         steps = partition(groups, self.steps_per_pass, whole=self.whole_groups)
         # The first step on fresh samples is on-policy: its old log-probabilities are the current ones.
         later = [group for step in steps[1:] for group in step]
@@ -113,7 +117,6 @@ class OnlineStage(Stage):
         self._assessment = self._assess(shards, moved=self.sampler.source.level != level)
         self.transcripts.write(sampled, trained=shards, step=run.state.global_step + 1, tokenizer=self.tokenizer)
         self._rollouts += 1
-        run.metrics.add("seconds/reference", time.perf_counter() - started)
         return steps * self.algorithm.passes
 
     def next_step(self, batches: Iterator[list[Any]], num_batches: int) -> Step | None:
@@ -167,13 +170,14 @@ class OnlineStage(Stage):
             old: groups to score with the current policy, unless an earlier one has scored them.
         """
         model, fresh = self.run.model, [g for g in old if all("old_logprobs" not in c.token for c in g.completions)]
-        with eval_mode(model):
+        with self.run.phases.phase("scoring"), eval_mode(model):
             self._fill("old_logprobs", fresh, model)
             if self.reference is not None:
                 with self.reference.active(model) as reference:
                     self._fill("ref_logprobs", groups, reference)
 
     def _fill(self, name: str, groups: Sequence[Group], model: torch.nn.Module) -> None:
+        self.run.phases.add_tokens("scoring", sum(group.num_tokens for group in groups))
         for part in self.parts(groups):
             fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
 
@@ -260,7 +264,7 @@ class OnlineStage(Stage):
         self.sampler = Sampler(
             self,
             source=self._source,
-            engine=make_engine(run.model, self.tokenizer) if self._engine is None else self._engine,
+            engine=self._chosen_engine(run),
             params=sampling_params(args, causal_lm(run.model), self.tokenizer),
         )
         shared: dict[str, Any] = {"is_main": run.ranks.is_first, "gathered": run.ranks.gathered}
@@ -271,6 +275,28 @@ class OnlineStage(Stage):
         if self.algorithm.corrects_sampling:
             self.sampler_check.report_only()
         self.algorithm.join(self)
+
+    def load(self, model: Any) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
+        """Load the model, once the servers that will sample from it have been found and checked."""
+        if self.args.use_vllm:
+            self._pool = ServerPool.connected(self.args.server_urls, self.tokenizer, self.args.vllm_server_timeout)
+        return super().load(model)
+
+    def _chosen_engine(self, run: Run) -> Engine:
+        if self._engine is not None:
+            return self._engine
+        if self._pool is None:
+            return make_engine(run.model, self.tokenizer)
+        bound = self.args.logprob_check_bound or default_bound(run.model.dtype)
+        return VLLMServerEngine(
+            run.model,
+            self.tokenizer,
+            self._pool,
+            # A loss that corrects the mismatch tolerates more of it, but never other weights.
+            bound=max(bound, 0.05) if self.algorithm.corrects_sampling else bound,
+            weights_dir=self.args.vllm_weights_dir,
+            agreed=run.ranks.agreed,
+        )
 
     def check_sampled_lengths(self, model: Any) -> None:
         """Refuse prompts whose completions may exceed a model's positions."""

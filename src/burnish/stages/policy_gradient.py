@@ -239,7 +239,7 @@ class PolicyGradient(Algorithm):
     def _entropies(self, groups: Sequence[Group]) -> list[float]:
         """Compute the entropy of every token in the loss, for a quantile over all tokens of the step."""
         found: list[float] = []
-        with eval_mode(self.run.model):
+        with self.run.phases.phase("scoring"), eval_mode(self.run.model):
             for part in self.stage.parts(groups):
                 batch = pack(part).to(self.args.device)
                 entropy_N = score(self.run.model, batch, temperature=self.args.temperature, with_entropy=True).entropy

@@ -37,6 +37,7 @@ class PreferenceStage(Stage):
     """
 
     whole_groups = True
+    token_phases = ("scoring", "update")
     scores_new_rows = False
     """True if steps score rows under the reference that are not in the data sets."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -94,9 +93,7 @@ class Sampler:
         self.rounds += 1
         # Tokens count when they are sampled, whether they are trained on once, twice or not at all.
         run.num_tokens += sum(group.num_tokens for group in groups)
-        started = time.perf_counter()
         run.metrics.add_logged(self.score(groups))
-        run.metrics.add("seconds/rewards", time.perf_counter() - started)
         self._report(groups)
         rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
         run.metrics.add_rewards(list(rewards.values()))
@@ -114,16 +111,19 @@ class Sampler:
             for s in shards
         ]
         vocab_size = causal_lm(self._run.model).config.get_text_config().vocab_size
-        found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
+        with self._run.phases.phase("sampling"):
+            found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
+        self._run.phases.add_tokens("sampling", sum(len(c.token_ids) for completions in found for c in completions))
         for shard, completions in zip(shards, found, strict=True):
             shard.group.completions = completions
 
     def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
         """Score the completions of groups; return the metrics logged by reward functions on all ranks."""
         logged: list[tuple[str, float]] = []
-        self._stage.rubric.score(
-            groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
-        )
+        with self._run.phases.phase("rewards"):
+            self._stage.rubric.score(
+                groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
+            )
         return self._run.ranks.gathered(logged)
 
     def _check(self, groups: Sequence[Group]) -> None:

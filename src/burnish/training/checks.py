@@ -18,6 +18,7 @@ from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
+from burnish.rollout.vllm.weights import refuse_unsupported_config
 from burnish.training.evaluation_sets import named_sets
 from burnish.types import Group
 
@@ -40,6 +41,8 @@ def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> No
     _refuse_data_parallel(args)
     _refuse_no_batch(args, train_dataset)
     _check_quantized(model, args, peft_config)
+    if getattr(args, "use_vllm", False):
+        refuse_unsupported_config(peft_config)
 
 
 def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:

@@ -40,6 +40,7 @@ from burnish.training.log_state import LogState
 from burnish.training.metrics import StepMetrics
 from burnish.training.model_state import restoring_model_state
 from burnish.training.optimizers import check_optimizer, masters_by_config
+from burnish.training.phases import PhaseCallback, Phases
 from burnish.training.processes import claimed_folder
 from burnish.training.ranks import Ranks
 from burnish.training.signals import stopping_on_signals
@@ -139,6 +140,7 @@ class Learner(Trainer, Generic[S]):
         )
         self.ranks = Ranks(self.accelerator)
         self.metrics = StepMetrics()
+        self.phases = Phases()
         self.learning_monitor = LearningMonitor(args.max_dead_steps)
         # The loss is divided by a global count here; transformers 5.17 only has the second name.
         self.loss_is_scaled_for_ga = True
@@ -157,9 +159,15 @@ class Learner(Trainer, Generic[S]):
             self.add_callback(ProgressCallback(self.args.kind))
         self._card = CardWriter(self)
         self.log_state = LogState(self)
+        self.add_callback(PhaseCallback(self.phases, self._count_tokens))
         self.add_callback(self.log_state)
         self.add_callback(MetricsCallback(self.args))
         self.status = recorded_status(self)
+
+    def _count_tokens(self, tokens: Mapping[str, int]) -> None:
+        """Record the tokens of a step by phase, summed over the ranks."""
+        for phase in self.stage.token_phases:
+            self.metrics.add(f"tokens/{phase}", float(tokens.get(phase, 0) * self.ranks.count))
 
     @property
     def tokenizer(self) -> Any:
@@ -230,6 +238,8 @@ class Learner(Trainer, Generic[S]):
             self._micro_batch(groups, step)
             for groups in partition(step.groups, num_batches, whole=self.stage.whole_groups)
         ]
+        self.phases.add_tokens("update", sum(group.num_tokens for group in step.groups))
+        self.phases.begin("update")
         return batches, torch.tensor(step.denominator, device=device)
 
     def _micro_batch(self, groups: list[Group], step: Step) -> MicroBatch:
@@ -311,7 +321,8 @@ class Learner(Trainer, Generic[S]):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last training log, and `num_tokens`, the tokens trained on so far."""
         if "loss" in logs:
-            logs = {**logs, **self.stage.step_metrics(), "num_tokens": self.total_tokens()}
+            timed = self.phases.flush(self.ranks.gathered)
+            logs = {**logs, **self.stage.step_metrics(), **timed, "num_tokens": self.total_tokens()}
         super().log(logs, start_time)
 
     def total_tokens(self) -> float:
@@ -343,7 +354,7 @@ class Learner(Trainer, Generic[S]):
             metrics = {name: value for part in parts for name, value in part.items()}
         else:
             started, groups = time.time(), self.held_out(given)
-            with torch.no_grad(), eval_mode(self.model):
+            with self.phases.phase("evaluation"), torch.no_grad(), eval_mode(self.model):
                 found = self.stage.evaluate(groups, prefix)
             metrics = {f"{prefix}_{name.removeprefix(f'{prefix}_')}": value for name, value in found.items()}
             batches = math.ceil(len(groups) / (self.args.per_device_eval_batch_size * self.ranks.count))
@@ -401,7 +412,8 @@ class Learner(Trainer, Generic[S]):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint as a draft, and rename it once it is complete."""
-        self.checkpoints.save(Path(self._get_output_dir(trial=trial)))
+        with self.phases.phase("saving"):
+            self.checkpoints.save(Path(self._get_output_dir(trial=trial)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore the stage's state too; changed settings take precedence."""

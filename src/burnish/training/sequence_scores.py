@@ -97,7 +97,8 @@ class SequenceScores:
     def of_model(self, groups: Sequence[Group], model: torch.nn.Module) -> list[list[float]]:
         """Compute the log-probabilities of each group's completions under a model, without gradients."""
         found: dict[int, list[float]] = {}
-        with eval_mode(model):
+        self._run.phases.add_tokens("scoring", sum(group.num_tokens for group in groups))
+        with self._run.phases.phase("scoring"), eval_mode(model):
             for part in self._stage.parts(groups):
                 batch = pack(part).to(self._args.device)
                 values = iter(self.sums(batch, score(model, batch).logprobs).tolist())

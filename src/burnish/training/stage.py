@@ -17,6 +17,7 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.training.checks import refuse_router_loss
 from burnish.training.learning_signal import LearningMonitor
 from burnish.training.metrics import StepMetrics
+from burnish.training.phases import Phases
 from burnish.training.ranks import Ranks
 from burnish.training.step import Loss, Step
 from burnish.types import Group, PackedBatch
@@ -31,6 +32,7 @@ class Run(Protocol):
     state: TrainerState
     ranks: Ranks
     metrics: StepMetrics
+    phases: Phases
     learning_monitor: LearningMonitor
     num_tokens: int
     """Tokens that this process has trained on so far."""
@@ -67,6 +69,9 @@ class Stage:
 
     whole_groups: bool = False
     """True if the loss couples the completions of a group, so that no split may separate them."""
+
+    token_phases: ClassVar[Sequence[str]] = ("update",)
+    """Phases whose tokens are logged."""
 
     run: Run
 

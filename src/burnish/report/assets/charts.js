@@ -1,5 +1,5 @@
 // Before/after dots, reward histograms and curve panels, drawn at the width they have.
-const SERIES_COLOURS = ['--stage', '--teal', '--plum', '--olive', '--grey', '--blue'];
+const SERIES_COLOURS = ['--stage', '--teal', '--plum', '--olive', '--grey', '--blue', '--rose', '--sand'];
 const OTHER = 'Other metrics';
 const MOST_UNGROUPED = 8; // a stage with no more panels than this has one grid without headings
 const LOG_FROM = 30; // a positive series whose maximum is this many times its median has a logarithmic axis
@@ -56,7 +56,18 @@ function dotChart(host, title, field, percent) {
   host.replaceChildren(el('h3', {}, title), key, chart);
 }
 
+// Averages of the parts of a whole on top of each other: [lower, upper] of every part at every step.
+function layersOf(panel) {
+  const sums = panel.series[0].ema.map(() => 0);
+  return panel.series.map((line) => line.ema.map((value, i) => {
+    const lower = sums[i];
+    sums[i] += value ?? 0;
+    return [lower, sums[i]];
+  }));
+}
+
 function scaleOf(panel) {
+  if (panel.stacked) return { log: false, low: 0, high: 1.06 * Math.max(...layersOf(panel).at(-1).map(([, upper]) => upper)) || 1 };
   const values = panel.series.flatMap((line) => line.raw).filter(known);
   let low = Math.min(...values);
   let high = Math.max(...values);
@@ -112,7 +123,15 @@ function drawPanel(stage, panel, figure, link) {
     chart.append(svg('text', attributes, last ? `step ${step}` : String(step)));
   });
   const radius = steps.length > 400 ? 1.1 : 1.7;
-  panel.series.forEach((line, place) => {
+  // A single step is drawn as a bar.
+  const places = steps.length === 1 ? [box.left, box.right] : steps.map(x);
+  const values = (layer) => (steps.length === 1 ? [layer[0], layer[0]] : layer);
+  if (panel.stacked) layersOf(panel).forEach((layer, place) => {
+    const edge = (side) => values(layer).map((ends, i) => `${places[i].toFixed(1)},${y(ends[side]).toFixed(1)}`);
+    const area = svg('polygon', { class: 'layer', points: [...edge(1), ...edge(0).reverse()].join(' ') });
+    chart.append(tint(area, '--series', `var(${SERIES_COLOURS[place % SERIES_COLOURS.length]})`));
+  });
+  else panel.series.forEach((line, place) => {
     const group = tint(svg('g'), '--series', `var(${SERIES_COLOURS[place % SERIES_COLOURS.length]})`);
     const points = line.raw.map((value, i) => (known(value) ? `M${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}m-${radius} 0a${radius} ${radius} 0 1 0 ${2 * radius} 0a${radius} ${radius} 0 1 0 -${2 * radius} 0` : '')).join('');
     group.append(svg('path', { class: 'raw', d: points }));
@@ -126,7 +145,7 @@ function drawPanel(stage, panel, figure, link) {
   const at = (i) => {
     cursor.setAttribute('visibility', i === null ? 'hidden' : 'visible');
     if (i === null) return;
-    const dots = panel.series.map((line, place) => (known(line.raw[i]) ? tint(svg('circle', { class: 'at', cx: x(steps[i]), cy: y(line.raw[i]), r: 3.2 }), '--series', `var(${SERIES_COLOURS[place % SERIES_COLOURS.length]})`) : null));
+    const dots = panel.stacked ? [] : panel.series.map((line, place) => (known(line.raw[i]) ? tint(svg('circle', { class: 'at', cx: x(steps[i]), cy: y(line.raw[i]), r: 3.2 }), '--series', `var(${SERIES_COLOURS[place % SERIES_COLOURS.length]})`) : null));
     cursor.replaceChildren(svg('line', { class: 'cursor', x1: x(steps[i]), x2: x(steps[i]), y1: box.top, y2: box.bottom }), ...dots.filter(known));
   };
   listen(chart, stage, panel, link, { x, width });

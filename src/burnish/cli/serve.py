@@ -1,0 +1,192 @@
+"""`burnish serve MODEL`: start a vLLM server that a run can sample from, and watch it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from burnish.errors import ConfigError, EngineError
+from burnish.model.adapter_files import saved_adapters
+from burnish.model.sources import find_model
+from burnish.progress import format_seconds, say
+from burnish.rollout.vllm.registry import forget, register
+from burnish.rollout.vllm.weights import MAX_RANK
+
+__all__ = ["find_vllm", "run", "server_command", "server_environment"]
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that --max-lora-rank takes; an adapter may have any rank up to it."""
+_HEALTHY_SECONDS = 600.0
+"""A server that ran this long starts with all its restarts again."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Start the server, and again when it dies, until a signal ends it."""
+    if args.host not in _LOOPBACK and not args.expose:
+        raise ConfigError(
+            f"--host {args.host}: whoever reaches the server can load weights and run methods on it, without the "
+            "token. Use 127.0.0.1 and an SSH tunnel, or add --expose in a network that you trust."
+        )
+    executable = find_vllm(args.vllm)
+    token = os.environ.get("VLLM_API_KEY") or secrets.token_urlsafe(24)
+    with servable(args.model, bf16=args.dtype != "float32") as folder, _ended_by_signals():
+        command = server_command(executable, folder, args)
+        register(
+            args.port,
+            {"url": f"http://{args.host}:{args.port}", "token": token, "model": args.model, "pid": os.getpid()},
+        )
+        say(f"starting {shlex.join(command)}")
+        try:
+            _watch(command, {**os.environ, **server_environment(token)}, args)
+        finally:
+            forget(args.port)
+
+
+def find_vllm(given: str | None) -> str:
+    """Find vLLM's program: as given, in BURNISH_VLLM, in .venv-vllm here, or on the PATH.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    own = Path(".venv-vllm", "bin", "vllm")
+    for name in (given, os.environ.get("BURNISH_VLLM"), str(own.resolve()) if own.is_file() else None, "vllm"):
+        if name and (found := shutil.which(name)):
+            return found
+        if name and name != "vllm":
+            raise ConfigError(f"--vllm {name}: no such program.")
+    raise ConfigError(
+        "vLLM is not installed here: `make vllm` builds .venv-vllm with its CPU build; for a GPU, `pip install vllm` "
+        "into an environment of its own, and name its program by --vllm or BURNISH_VLLM."
+    )
+
+
+def server_command(executable: str, folder: str, args: argparse.Namespace) -> list[str]:
+    """Build the command line: log-probabilities of what was sampled, no defaults of the model, adapters if wanted."""
+    command = [executable, "serve", folder, "--host", args.host, "--port", str(args.port)]
+    command += ["--served-model-name", args.model, "--logprobs-mode", "processed_logprobs"]
+    command += ["--generation-config", "vllm", "--dtype", args.dtype]
+    if args.max_model_len is not None:
+        command += ["--max-model-len", str(args.max_model_len)]
+    if args.lora_rank is not None:
+        if not 1 <= args.lora_rank <= MAX_RANK:
+            raise ConfigError(f"--lora-rank {args.lora_rank}: use 1 to {MAX_RANK}.")
+        rank = next(rank for rank in _RANKS if rank >= args.lora_rank)
+        # The adapter in use, and the next one while it is proven.
+        command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
+    return [*command, *args.rest]
+
+
+def server_environment(token: str) -> dict[str, str]:
+    """Return the variables that open the routes of a sync, with the token."""
+    return {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_API_KEY": token,
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
+    }
+
+
+@contextlib.contextmanager
+def servable(model: str, *, bf16: bool) -> Generator[str]:
+    """Yield a folder or name that vLLM loads: a GGUF file is exported first, adapters stand for their base."""
+    source = find_model(model)
+    if (adapters := saved_adapters(source.name)) is not None:
+        source = find_model(adapters.base)
+    if source.gguf_file is None:
+        yield source.name
+        return
+    from burnish.model.loading import load_model, load_processing_class
+
+    with tempfile.TemporaryDirectory(prefix="burnish-serve-") as folder:
+        loaded, _ = load_model(model, bf16=bf16)
+        loaded.save_pretrained(folder)
+        load_processing_class(model).save_pretrained(folder)
+        del loaded
+        yield folder
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Generator[None]:
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that the server is ended too."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("server ended")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(command: Sequence[str], environment: dict[str, str], args: argparse.Namespace) -> None:
+    left = args.restarts
+    while True:
+        started = time.monotonic()
+        # A session of its own: a signal to the terminal reaches it through us, after which its workers are ended too.
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            reason = _until_it_fails(process, args)
+        finally:
+            _end(process)
+        if time.monotonic() - started > _HEALTHY_SECONDS:
+            left = args.restarts
+        if left == 0:
+            raise EngineError(f"the server {reason}, after {args.restarts} restarts; its own messages are above.")
+        left -= 1
+        say(f"the server {reason}: starting it again ({left} restarts left)")
+        time.sleep(min(2.0, args.interval))
+
+
+def _until_it_fails(process: subprocess.Popen[bytes], args: argparse.Namespace) -> str:
+    """Wait until a server ends or hangs; return what happened."""
+    url, started = f"http://{args.host}:{args.port}/health", time.monotonic()
+    is_up, answered = False, time.monotonic()
+    while process.poll() is None:
+        time.sleep(args.interval)
+        try:
+            with urllib.request.urlopen(url, timeout=10 * args.interval):
+                answered = time.monotonic()
+        except (urllib.error.URLError, OSError):
+            if is_up and time.monotonic() - answered > args.hung:
+                return f"did not answer for {args.hung:.0f} s"
+            continue
+        if not is_up:
+            is_up = True
+            say(
+                f"server ready after {format_seconds(time.monotonic() - started)}: set use_vllm = true, vllm_mode = "
+                f'"server" and vllm_server_base_url = "http://{args.host}:{args.port}" in [training]'
+            )
+    return f"ended with status {process.returncode}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server with its workers, which share its session."""
+    for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 15.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # workers of a server that was killed itself
+    sys.stderr.flush()

@@ -1,0 +1,105 @@
+"""Checks of a server when it is connected: its model, its tokenizer, and how it reports log-probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from burnish.data.tokens import plain_ids
+from burnish.errors import ConfigError
+from burnish.rollout.vllm.client import ServerClient, ServerRefused
+
+__all__ = ["Served", "check_logprobs_mode", "check_tokenizer", "read_served"]
+
+_CHUNK = 4096
+"""Tokens of one request that decodes them."""
+
+_TEXT = "Répondez: 12 * 7 = 84,\n\tif x<=y: return '…'  # ok; 日本語, naïve café — 1e-6"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A server's model.
+
+    Attributes:
+        name: its name in requests.
+        root: folder or name that it was loaded from.
+        max_model_len: most tokens of a prompt with its completion, or None.
+    """
+
+    name: str
+    root: str
+    max_model_len: int | None
+
+
+async def read_served(client: ServerClient) -> Served:
+    """Return the base model that a server serves; adapters have a parent.
+
+    Raises:
+        ConfigError: it serves none.
+    """
+    listed = (await client.get("/v1/models")).get("data", [])
+    for card in listed:
+        if not card.get("parent"):
+            longest = card.get("max_model_len")
+            return Served(str(card["id"]), str(card.get("root") or card["id"]), longest and int(longest))
+    raise ConfigError(f"{client.url} serves no model: start one with `burnish serve MODEL`.")
+
+
+async def check_tokenizer(client: ServerClient, served: Served, tokenizer: Any) -> None:
+    """Check that a server has the trainer's tokenizer: a hash of the decoded vocabulary, and encoded texts.
+
+    Raises:
+        ConfigError: with the first difference.
+    """
+    size = len(tokenizer)
+    ours, theirs = hashlib.sha256(), hashlib.sha256()
+    for chunk in _chunks(sorted(int(i) for i in cast("dict[str, Any]", tokenizer.get_vocab()).values())):
+        try:
+            answer = await client.post("/detokenize", {"model": served.name, "tokens": chunk})
+        except ServerRefused as error:
+            raise _other_tokenizer(client, f"it cannot decode tokens {chunk[0]} to {chunk[-1]} ({error})") from error
+        decoded, local = str(answer.get("prompt")), str(tokenizer.decode(chunk, skip_special_tokens=False))
+        ours.update(local.encode("utf-8", "surrogatepass"))
+        theirs.update(decoded.encode("utf-8", "surrogatepass"))
+        if ours.digest() != theirs.digest():
+            first = next((i for i, (a, b) in enumerate(zip(local, decoded, strict=False)) if a != b), len(local))
+            shown = f"{local[first : first + 20]!r}, there {decoded[first : first + 20]!r}"
+            raise _other_tokenizer(client, f"of {size} tokens, those from {chunk[0]} decode to {shown}")
+    special = " ".join(map(str, cast("Sequence[Any]", tokenizer.all_special_tokens)))
+    for text in (_TEXT, special):
+        asked = {"model": served.name, "prompt": text, "add_special_tokens": False}
+        found, wanted = (await client.post("/tokenize", asked)).get("tokens"), plain_ids(tokenizer, text)
+        if found != wanted:
+            raise _other_tokenizer(client, f"{text!r:.60} encodes to {wanted!r:.100} here and {found!r:.100} there")
+
+
+def _chunks(ids: Sequence[int]) -> Iterator[list[int]]:
+    for first in range(0, len(ids), _CHUNK):
+        yield list(ids[first : first + _CHUNK])
+
+
+def _other_tokenizer(client: ServerClient, difference: str) -> ConfigError:
+    return ConfigError(
+        f"{client.url} has another tokenizer than the trainer: {difference}. Start it with the trained model, "
+        "`burnish serve MODEL`."
+    )
+
+
+async def check_logprobs_mode(client: ServerClient, served: Served, prompt: Sequence[int]) -> None:
+    """Check that log-probabilities are of the distribution sampled from: of the one token that top_k = 1 keeps, 0.
+
+    Raises:
+        ConfigError: the server reports those before the sampling parameters apply.
+    """
+    body = {"model": served.name, "prompt": list(prompt), "max_tokens": 4, "temperature": 1.0, "top_k": 1}
+    body |= {"logprobs": 0, "ignore_eos": True, "seed": 1, "return_token_ids": True, "add_special_tokens": False}
+    answer = await client.post("/v1/completions", body, deadline=120.0)
+    values = answer["choices"][0]["logprobs"]["token_logprobs"]
+    if not all(isinstance(value, int | float) and abs(value) < 1e-3 for value in values):
+        raise ConfigError(
+            f"{client.url} reports log-probabilities before temperature and truncation ({values}): start it with "
+            "--logprobs-mode processed_logprobs, as `burnish serve` does."
+        )

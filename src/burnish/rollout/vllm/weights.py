@@ -1,0 +1,169 @@
+"""Folders of weights and adapters that a server reads: written whole, then named, never changed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from burnish.errors import ConfigError, FileError
+from burnish.model.adapters import saving_adapters
+from burnish.model.scoring import causal_lm
+
+__all__ = ["MAX_RANK", "WeightFolders", "has_adapters", "refuse_unsupported", "refuse_unsupported_config"]
+
+MAX_RANK = 512
+"""Largest LoRA rank that vLLM takes."""
+
+_PREFIX = "burnish-weights-"
+_MEMORY = Path("/dev/shm")
+_FIX = "sample in process (use_vllm = false)"
+
+
+def has_adapters(model: Any) -> bool:
+    """Return whether a model carries peft adapters, which are then what a sync delivers."""
+    return hasattr(model, "peft_config")
+
+
+def refuse_unsupported_config(peft_config: Any) -> None:
+    """Refuse adapters that a vLLM server would ignore, or apply otherwise, without saying so.
+
+    Args:
+        peft_config: of peft, or None.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    for name, problem in () if peft_config is None else _problems(peft_config):
+        raise ConfigError(f"peft {name}: {problem}; change it, or {_FIX}.")
+
+
+def _problems(config: Any) -> Iterator[tuple[str, str]]:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        yield f"type = {kind!r}", "a vLLM server takes LoRA adapters only"
+        return
+    ignored = {
+        "use_dora": "the server would leave out DoRA's magnitudes",
+        "lora_bias": "the server would leave out the biases of the adapters",
+        "modules_to_save": "the server would keep the base's modules",
+        "trainable_token_indices": "the server would keep the base's embeddings",
+        "target_parameters": "the server would leave out the adapters of these parameters",
+        "layer_replication": "the server has the base's layers",
+        "use_qalora": "the server would apply plain LoRA",
+    }
+    for name, problem in ignored.items():
+        if value := getattr(config, name, None):
+            yield f"{name} = {value!r:.100}", problem
+    if (bias := getattr(config, "bias", "none")) != "none":
+        yield f"bias = {bias!r}", "the server would keep the base's biases"
+    initial = getattr(config, "init_lora_weights", True)
+    if isinstance(initial, str) and initial not in ("gaussian", "orthogonal", "eva"):
+        yield f"init_lora_weights = {initial!r}", "it changes the base's weights, which the server would keep"
+    if not 1 <= config.r <= MAX_RANK:
+        yield f"r = {config.r}", f"the server takes ranks from 1 to {MAX_RANK}"
+    targets = config.target_modules
+    for end in ("lm_head", "embed_tokens", "wte", "embed_out"):
+        if not isinstance(targets, str) and targets and any(str(t).split(".")[-1] == end for t in targets):
+            yield f"target_modules = {sorted(targets)!r:.200}", f"the server would leave out the adapter of {end}"
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Refuse a loaded model with trained weights that no sync would deliver.
+
+    Raises:
+        ConfigError: with the weight.
+    """
+    if not has_adapters(model):
+        if getattr(causal_lm(model), "is_quantized", False):
+            raise ConfigError(f"use_vllm = True with quantised weights: a server samples from others; {_FIX}.")
+        return
+    for config in model.peft_config.values():
+        refuse_unsupported_config(config)
+    if getattr(causal_lm(model), "is_quantized", False):
+        raise ConfigError(
+            "use_vllm = True with quantised weights: the server would sample from unquantised ones. Load the model "
+            f"without quantization_config, or {_FIX}."
+        )
+    for name, parameter in model.named_parameters():
+        is_adapter = re.search(r"\.lora_[AB]\.[^.]+\.weight$", name) is not None
+        if parameter.requires_grad and not is_adapter:
+            raise ConfigError(f"{name} trains beside the adapters: the server would keep the base's; {_FIX}.")
+        if is_adapter and re.search(r"(^|\.)(lm_head|embed_tokens|wte|embed_out)\.", name):
+            raise ConfigError(f"{name}: the server would leave out an adapter of embeddings or head; {_FIX}.")
+
+
+class WeightFolders:
+    """Folders with the weights of one version each, in shared memory where there is room.
+
+    A folder is written under another name and renamed when it is whole; the newest stays until the next is there, so
+    that a server which comes back can load it.
+
+    Args:
+        root: folder that trainer and servers see; None chooses shared memory, or the temporary folder.
+    """
+
+    def __init__(self, root: str | None = None) -> None:
+        base = Path(root) if root is not None else _MEMORY if os.access(_MEMORY, os.W_OK) else None
+        base = Path(tempfile.gettempdir()) if base is None else base
+        try:
+            base.mkdir(parents=True, exist_ok=True)
+            remove_left_behind(base)
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{socket.gethostname()}-{os.getpid()}-", dir=base))
+        except OSError as error:
+            raise FileError(f"vllm_weights_dir = {str(base)!r}: weights cannot be written there ({error}).") from error
+        self._finalizer = weakref.finalize(self, shutil.rmtree, self.path, True)
+
+    def write(self, model: Any, tag: str) -> Path:
+        """Write a model's adapters, or without adapters its weights; remove the folders of earlier versions.
+
+        Raises:
+            FileError: no room.
+        """
+        part, folder = self.path / f"{tag}.part", self.path / tag
+        try:
+            if has_adapters(model):
+                with saving_adapters(model, part):
+                    model.save_pretrained(part)
+            else:
+                causal_lm(model).save_pretrained(part)
+            part.rename(folder)
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise FileError(
+                f"the weights of {tag} cannot be written to {self.path} ({error}): set vllm_weights_dir to a folder "
+                "with room for a copy of the model."
+            ) from error
+        for other in self.path.iterdir():
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+
+    def close(self) -> None:
+        """Remove all folders."""
+        self._finalizer()
+
+
+def remove_left_behind(base: Path) -> None:
+    """Remove the folders of processes of this machine that were killed."""
+    for folder in base.glob(f"{_PREFIX}{socket.gethostname()}-*"):
+        owner = folder.name.removeprefix(f"{_PREFIX}{socket.gethostname()}-").split("-")[0]
+        if owner.isdecimal() and not is_alive(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process exists."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,184 @@
+"""Requests and answers of a vLLM server: sampling parameters to JSON, JSON to completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from burnish.data.tokens import decode_text
+from burnish.errors import EngineError
+from burnish.rollout.engine import Request, SamplingParams
+from burnish.rollout.sampling import stream_key
+from burnish.types import Completion, StopReason
+
+__all__ = ["completion_request", "parse_completions", "parse_prompt_logprobs", "probe_request", "samples_policy"]
+
+_SEED_BITS = 62
+"""Seeds of vLLM are signed 64-bit integers, and sample k of a request takes the request's seed + k."""
+
+
+def samples_policy(params: SamplingParams) -> bool:
+    """Return whether the sampling distribution is the policy's at that temperature: no truncation, no penalty.
+
+    A server returns one log-probability per token, that of the distribution sampled from; only then it is the
+    policy's too.
+    """
+    is_whole = params.top_p == 1 and params.top_k == 0 and params.min_p == 0
+    return params.repetition_penalty == 1 and (is_whole or params.temperature == 0)
+
+
+def completion_request(request: Request, *, model: str, seed: int, step: int) -> dict[str, Any]:
+    """Build the body of `/v1/completions` for one group: token ids in, n = G samples out.
+
+    Args:
+        request: prompt and sampling parameters.
+        model: name of the served model or adapter.
+        seed: seed of the run.
+        step: round of sampling; sample k is keyed by (seed, step, index) and k.
+    """
+    params = request.params
+    key = int(stream_key(seed, step, request.index, 0)) >> (64 - _SEED_BITS)
+    return {
+        "model": model,
+        "prompt": list(request.prompt_ids),
+        # vLLM refuses several greedy samples of a prompt, which would all be equal.
+        "n": 1 if params.temperature == 0 else request.num_samples,
+        "max_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "repetition_penalty": params.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": key + request.first_sample,
+        "stop": list(params.stop),
+        "stop_token_ids": list(params.eos_token_ids),
+        # Ends are those of the request: the server's own list may differ.
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "add_special_tokens": False,
+        "stream": False,
+    }
+
+
+def probe_request(tokens: Sequence[int], *, model: str) -> dict[str, Any]:
+    """Build the body of `/v1/completions` that scores tokens at temperature 1."""
+    return {
+        "model": model,
+        "prompt": list(tokens),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,
+        "logprobs": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "add_special_tokens": False,
+        "stream": False,
+    }
+
+
+def parse_completions(answer: Any, request: Request, tokenizer: Any) -> list[Completion]:
+    """Read the completions of one group from the answer to `completion_request`.
+
+    Returns:
+        G completions in the order of their samples. `policy_logprobs` are None under truncation or a penalty.
+
+    Raises:
+        EngineError: the answer breaks the contract: a choice is missing, aborted or cut short, or without ids or
+            log-probabilities.
+    """
+    wanted = 1 if request.params.temperature == 0 else request.num_samples
+    choices = sorted(_choices(answer), key=lambda choice: int(choice.get("index", 0)))
+    if [choice.get("index") for choice in choices] != list(range(wanted)):
+        raise EngineError(f"{len(choices)} choices instead of n = {wanted}.")
+    made = [_completion(choice, request.params, tokenizer) for choice in choices]
+    if wanted == request.num_samples:
+        return made
+    return [
+        replace(
+            made[0],
+            token_ids=list(made[0].token_ids),
+            sampler_logprobs=list(made[0].sampler_logprobs or ()),
+            policy_logprobs=None if made[0].policy_logprobs is None else list(made[0].policy_logprobs),
+        )
+        for _ in range(request.num_samples)
+    ]
+
+
+def parse_prompt_logprobs(answer: Any, tokens: Sequence[int]) -> list[float]:
+    """Read the log-probabilities of all tokens but the first from the answer to `probe_request`.
+
+    Raises:
+        EngineError: they are missing, or of other tokens.
+    """
+    rows: Any = _choices(answer)[0].get("prompt_logprobs") if _choices(answer) else None
+    if not isinstance(rows, list) or len(cast("list[Any]", rows)) != len(tokens):
+        raise EngineError("the answer has no prompt_logprobs of the probe's tokens.")
+    found: list[float] = []
+    for token, row in zip(tokens[1:], cast("list[Any]", rows)[1:], strict=True):
+        entry = row.get(str(token)) if isinstance(row, dict) else None
+        if not isinstance(entry, dict) or not isinstance(entry.get("logprob"), int | float):
+            raise EngineError(f"the answer has no log-probability of the probe's token {token}.")
+        found.append(float(entry["logprob"]))
+    return found
+
+
+def _choices(answer: Any) -> list[dict[str, Any]]:
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in cast("list[Any]", choices)):
+        raise EngineError(f"an answer without choices: {answer!r:.200}.")
+    return cast("list[dict[str, Any]]", choices)
+
+
+def _completion(choice: dict[str, Any], params: SamplingParams, tokenizer: Any) -> Completion:
+    token_ids = choice.get("token_ids")
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    finish = choice.get("finish_reason")
+    if finish not in ("stop", "length"):
+        raise EngineError(f"a completion ended with finish_reason = {finish!r}.")
+    if not isinstance(token_ids, list) or not token_ids:
+        raise EngineError("a completion without token_ids: the server must support return_token_ids (vLLM 0.11).")
+    ids = cast("list[int]", token_ids)
+    values = cast("list[Any]", logprobs) if isinstance(logprobs, list) else []
+    if len(values) != len(ids) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise EngineError(f"{len(ids)} tokens with {len(values)} log-probabilities: one finite number each is needed.")
+    ends = frozenset(params.eos_token_ids)
+    if ids[-1] in ends:
+        reason = StopReason.EOS
+    elif finish == "length":
+        reason = StopReason.LENGTH
+        if len(ids) < params.max_new_tokens:
+            raise EngineError(
+                f"a completion was cut at {len(ids)} of {params.max_new_tokens} tokens: raise --max-model-len of the "
+                "server, and start it with --generation-config vllm, so that no default of the model limits it."
+            )
+    else:
+        reason = StopReason.STOP
+    sampled = [float(value) for value in values]
+    return Completion(
+        ids,
+        text=_text(ids, params, ends | {tokenizer.pad_token_id}, tokenizer, is_stopped=reason is StopReason.STOP),
+        stop_reason=reason,
+        sampler_logprobs=sampled,
+        policy_logprobs=list(sampled) if samples_policy(params) else None,
+    )
+
+
+def _text(ids: Sequence[int], params: SamplingParams, ends: frozenset[int], tokenizer: Any, *, is_stopped: bool) -> str:
+    if not is_stopped:
+        return decode_text(tokenizer, ids, ends)
+    text = decode_text(tokenizer, ids)
+    found = [place for stop in params.stop if (place := text.find(stop)) >= 0]
+    if not found:
+        raise EngineError(
+            f"a completion ended without an end-of-sequence token or any of the stop strings {list(params.stop)}: the "
+            "server decodes with another tokenizer, or stops at tokens of its own."
+        )
+    return text[: min(found)]

@@ -1,0 +1,225 @@
+"""A small HTTP server that answers as `vllm serve` does, from a tiny model in this process, with faults to order.
+
+The shapes of its answers are those of vLLM 0.32, as recorded in tests/vllm_answers.json. Real servers are tested in
+test_vllm_servers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+class LocalServer(ThreadingHTTPServer):
+    """Serves a model; `faults` change what it does.
+
+    ignore_reload, keep_head, drop_adapter: weights that do not arrive, in whole or in part. hot: samples at twice the
+    temperature. raw: log-probabilities before the sampling parameters. refuse_rank: adapters are refused. hang: answers
+    no request for completions. deaf: answers nothing. break: closes the connection in the middle of an answer. dribble:
+    sends an answer byte by byte, slowly.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, model: Any, tokenizer: Any, *, port: int = 0, token: str | None = None) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.model, self.tokenizer, self.token = model, tokenizer, token
+        self.adapters: dict[str, Any] = {}
+        self.weight_version, self.paused, self.tokens = "default", False, 0.0
+        self.faults: set[str] = set()
+        self.calls: list[str] = []
+        self.sampled: list[dict[str, Any]] = []
+        self.before_answer: Callable[[str, dict[str, Any]], None] = lambda path, body: None
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> LocalServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *args: object) -> None:
+        """Clients that hang up are part of the tests."""
+
+    # What the routes do.
+
+    def load_weights(self, folder: str) -> None:
+        if "ignore_reload" in self.faults:
+            return
+        head = self.model.get_output_embeddings().weight.detach().clone()
+        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).eval()
+        if "keep_head" in self.faults:
+            fresh.get_output_embeddings().weight = torch.nn.Parameter(head)
+        self.model = fresh
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        if "refuse_rank" in self.faults:
+            raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank 1")
+        if "drop_adapter" in self.faults:
+            self.adapters[name] = self.model
+            return
+        fresh = AutoModelForCausalLM.from_config(self.model.config)
+        fresh.load_state_dict(self.model.state_dict())
+        self.adapters[name] = PeftModel.from_pretrained(fresh.to(self.model.dtype), folder).eval()
+
+    @torch.no_grad()
+    def logprobs(self, model: Any, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+        return (model(input_ids=torch.tensor([ids])).logits[0].float() / temperature).log_softmax(-1)
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        name = body["model"]
+        model = self.model if name == "base" else self.adapters[name]
+        choices: list[dict[str, Any]] = []
+        for index in range(body.get("n", 1)):
+            ids, values, finish, stop = self._sample(model, body, index)
+            choice: dict[str, Any] = {
+                "index": index, "text": self.tokenizer.decode(ids), "finish_reason": finish, "stop_reason": stop,
+                "token_ids": ids,
+                "logprobs": {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": values,
+                             "top_logprobs": [{f"token_id:{i}": v} for i, v in zip(ids, values, strict=True)]},
+            }  # fmt: skip
+            if body.get("prompt_logprobs") is not None:
+                rows = self.logprobs(model, body["prompt"])
+                known = zip(body["prompt"][1:], rows[:-1], strict=True)
+                entries = [{str(t): {"logprob": float(row[t]), "rank": 1, "decoded_token": "?"}} for t, row in known]
+                choice["prompt_logprobs"] = [None, *entries]
+            choices.append(choice)
+        self.tokens += sum(len(choice["token_ids"]) for choice in choices)
+        return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": choices}
+
+    @torch.no_grad()
+    def _sample(self, model: Any, body: dict[str, Any], index: int) -> tuple[list[int], list[float], str, Any]:
+        generator = torch.Generator().manual_seed(body.get("seed", 0) + index)
+        ids, values, prompt = list[int](), list[float](), list(body["prompt"])
+        asked = body["temperature"] or 1.0
+        used = asked * 2 if "hot" in self.faults else asked
+        while True:
+            raw = self.logprobs(model, prompt + ids)[-1]
+            row = self.logprobs(model, prompt + ids, used)[-1]
+            if body["temperature"] == 0 or body.get("top_k") == 1:
+                token = int(row.argmax())
+                row = (
+                    row if body["temperature"] == 0 else torch.full_like(row, -torch.inf).index_fill(0, row.argmax(), 0)
+                )
+            else:
+                token = int(torch.multinomial(row.exp(), 1, generator=generator))
+            ids.append(token)
+            values.append(float((raw if "raw" in self.faults else row)[token]))
+            if token in body.get("stop_token_ids", ()):
+                return ids, values, "stop", token
+            if found := [s for s in body.get("stop", ()) if s in self.tokenizer.decode(ids)]:
+                return ids, values, "stop", found[0]
+            if len(ids) >= body["max_tokens"]:
+                return ids, values, "length", None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: LocalServer
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._handle({})
+
+    def do_POST(self) -> None:
+        size = int(self.headers.get("Content-Length", 0))
+        self._handle(json.loads(self.rfile.read(size) or b"{}"))
+
+    def _handle(self, body: dict[str, Any]) -> None:
+        server, path = self.server, self.path.split("?")[0]
+        server.calls.append(path)
+        server.before_answer(path, body)
+        while "deaf" in server.faults:
+            time.sleep(0.05)
+        if server.token is not None and self.headers.get("Authorization") != f"Bearer {server.token}":
+            return self._send(401, {"error": "Unauthorized"})
+        is_sampling = path == "/v1/completions" and body.get("prompt_logprobs") is None and "stop" in body
+        if is_sampling:
+            server.sampled.append(body)
+            while "hang" in server.faults:
+                time.sleep(0.05)
+        try:
+            # Looks are answered while others sample, as a server of several processes does.
+            with nullcontext() if path in ("/health", "/metrics") else server.lock:
+                answer = self._route(path, body)
+        except KeyError as error:
+            return self._send(404, {"error": {"message": f"{error} does not exist", "code": 404}})
+        except ValueError as error:
+            return self._send(400, {"error": {"message": str(error), "code": 400}})
+        except RuntimeError as error:
+            return self._send(500, {"error": {"message": str(error), "code": 500}})
+        return self._send(200, answer, is_sampling=is_sampling)
+
+    def _route(self, path: str, body: dict[str, Any]) -> Any:
+        server = self.server
+        match path:
+            case "/v1/models":
+                return {"data": [{"id": "base", "root": "tiny", "parent": None, "max_model_len": 200}]}
+            case "/metrics":
+                return f'# HELP x\nvllm:generation_tokens_total{{engine="0"}} {server.tokens}\n'
+            case "/tokenize":
+                ids = server.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
+                return {"tokens": ids, "count": len(ids), "max_model_len": 200}
+            case "/detokenize":
+                return {"prompt": server.tokenizer.decode(body["tokens"])}
+            case "/v1/completions":
+                return server.complete(body)
+            case "/pause" | "/resume":
+                server.paused = path == "/pause"
+            case "/update_weight_version":
+                server.weight_version = body["new_version"]
+            case "/weight_info":
+                return {"weight_version": server.weight_version}
+            case "/collective_rpc":
+                server.load_weights(body["kwargs"]["weights_path"])
+                return {"results": [None]}
+            case "/reset_prefix_cache":
+                return {"success": True}
+            case "/v1/load_lora_adapter":
+                server.load_adapter(body["lora_name"], body["lora_path"])
+            case "/v1/unload_lora_adapter":
+                del server.adapters[body["lora_name"]]
+            case _:
+                pass
+        return {}
+
+    def _send(self, status: int, answer: Any, *, is_sampling: bool = False) -> None:
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if is_sampling and "break" in self.server.faults:
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return
+        if is_sampling and "dribble" in self.server.faults:
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.05)
+            return
+        self.wfile.write(data)

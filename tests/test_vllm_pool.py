@@ -1,0 +1,315 @@
+"""The pool of servers and the engine on it, against local HTTP servers that fail on order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import tiny
+from burnish.errors import CheckFailed, ConfigError, EngineError
+from burnish.model.adapters import add_adapters
+from burnish.model.scoring import prepare_for_scoring
+from burnish.rollout import Request, SamplingParams
+from burnish.rollout.validation import check_completions
+from burnish.rollout.vllm import Deadlines, ServerPool, VLLMServerEngine
+from burnish.rollout.vllm.registry import forget, register, token_of
+from local_server import LocalServer
+
+# Short, but a machine that is busy elsewhere must not lose a healthy server.
+DEADLINES = Deadlines(start=20.0, call=10.0, sync=20.0, heartbeat=0.5, misses=3, stall=3.0, slow=60.0)
+PARAMS = SamplingParams(6, eos_token_ids=(0,))
+REQUESTS = [Request([5 + i, 6, 7], 3, PARAMS, index=i) for i in range(5)]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[LocalServer]]:
+    made = [LocalServer(tiny.model(seed=seed), tiny.tokenizer()) for seed in (3, 4)]
+    yield made
+    for server in made:
+        server.faults.clear()
+        server.stop()
+
+
+@pytest.fixture
+def model() -> Any:
+    made = tiny.model()
+    prepare_for_scoring(made)
+    return made
+
+
+_OPEN: list[VLLMServerEngine] = []
+
+
+@pytest.fixture(autouse=True)
+def _closing() -> Iterator[None]:
+    yield
+    while _OPEN:
+        _OPEN.pop().close()
+
+
+def engine(model: Any, servers: list[LocalServer], deadlines: Deadlines = DEADLINES) -> VLLMServerEngine:
+    pool = ServerPool([(server.url, server.token) for server in servers], tiny.tokenizer(), deadlines)
+    pool.call(pool.connect())
+    _OPEN.append(VLLMServerEngine(model, tiny.tokenizer(), pool, bound=1e-6))
+    return _OPEN[-1]
+
+
+def move(model: Any, size: float, seed: int = 7) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def tokens(groups: list[Any]) -> list[list[int]]:
+    return [completion.token_ids for group in groups for completion in group]
+
+
+def test_servers_share_the_groups_and_sample_from_the_trainers_weights(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers)
+    metrics = made.sync(0)
+    assert metrics["sampling/servers"] == 2
+    assert metrics["sampling/probe/difference"] < 1e-5
+    groups = made.generate(REQUESTS, seed=1, step=0)
+    check_completions(REQUESTS, groups, vocab_size=96)
+    assert [len(server.sampled) for server in servers] in ([3, 2], [2, 3])
+    assert {body["model"] for server in servers for body in server.sampled} == {"base"}
+    # The same on one server: samples are keyed by (seed, step, prompt, sample).
+    alone = engine(model, servers[:1])
+    alone.sync(0)
+    assert tokens(alone.generate(REQUESTS, seed=1, step=0)) == tokens(groups)
+    assert tokens(alone.generate(REQUESTS, seed=1, step=1)) != tokens(groups)
+    later = [Request(r.prompt_ids, 1, PARAMS, index=r.index, first_sample=2) for r in REQUESTS]
+    assert tokens(alone.generate(later, seed=1, step=0)) == tokens(groups)[2::3]
+    made.close()
+
+
+def test_a_sync_without_a_change_delivers_nothing(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    for server in servers:
+        server.calls.clear()
+    assert made.sync(0) == {}
+    assert all("/collective_rpc" not in server.calls for server in servers)
+    move(model, 1e-3)
+    assert made.sync(1)["sampling/probe/moved"] > 0
+    assert all("/collective_rpc" in server.calls for server in servers)
+
+
+def test_a_server_is_paused_while_its_weights_change(servers: list[LocalServer], model: Any) -> None:
+    seen: list[tuple[str, bool, str]] = []
+    server = servers[0]
+    server.before_answer = lambda path, body: seen.append((path, server.paused, server.weight_version))
+    made = engine(model, [server])
+    made.sync(3)
+    at = {path: (paused, version) for path, paused, version in seen}
+    assert at["/collective_rpc"] == (True, "updating")
+    assert at["/reset_prefix_cache"] == (True, "updating")
+    assert server.weight_version.startswith("burnish-")
+    assert not server.paused
+
+
+@pytest.mark.parametrize(
+    ("fault", "size", "cause"),
+    [
+        ("ignore_reload", 1e-4, "bit for bit"),
+        ("ignore_reload", 1e-2, "bit for bit"),
+        ("keep_head", 1e-2, "part of the weights was left behind|has another model"),
+    ],
+)
+def test_weights_that_do_not_arrive_are_found_at_once(
+    servers: list[LocalServer], model: Any, fault: str, size: float, cause: str
+) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    servers[1].faults.add(fault)
+    move(model, size)
+    with pytest.raises(CheckFailed, match=cause) as error:
+        made.sync(1)
+    assert servers[1].url in str(error.value)
+
+
+def test_another_model_is_found_at_the_first_sync(servers: list[LocalServer], model: Any) -> None:
+    servers[0].faults.add("ignore_reload")
+    made = engine(model, servers)
+    with pytest.raises(CheckFailed, match=r"does not sample from the weights .* another model, another dtype"):
+        made.sync(0)
+
+
+def lora(model: Any, **changes: Any) -> Any:
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **changes)
+    adapted, _ = add_adapters(model, config, seed=0)
+    prepare_for_scoring(adapted)
+    return adapted
+
+
+@pytest.fixture
+def base_servers() -> Iterator[list[LocalServer]]:
+    """Servers that have the base model already, as for adapters."""
+    made = [LocalServer(tiny.model(), tiny.tokenizer()) for _ in range(2)]
+    yield made
+    for server in made:
+        server.stop()
+
+
+def test_adapters_are_loaded_by_name_and_the_one_before_goes(base_servers: list[LocalServer]) -> None:
+    servers, adapted = base_servers, lora(tiny.model())
+    made = engine(adapted, servers)
+    made.sync(0)
+    move(adapted, 0.1)
+    made.sync(1)
+    groups = made.generate(REQUESTS, seed=1, step=0)
+    check_completions(REQUESTS, groups, vocab_size=96)
+    for server in servers:
+        assert len(server.adapters) == 1
+        assert "/collective_rpc" not in server.calls
+        assert {body["model"] for body in server.sampled} == set(server.adapters)
+    made.close()
+    assert all(not server.adapters for server in servers)
+
+
+def test_an_adapter_that_never_arrives_is_named(base_servers: list[LocalServer]) -> None:
+    servers, adapted = base_servers, lora(tiny.model())
+    made = engine(adapted, servers)
+    made.sync(0)
+    servers[0].faults.add("drop_adapter")
+    move(adapted, 0.02)
+    with pytest.raises(CheckFailed, match="the adapter never arrived"):
+        made.sync(1)
+
+
+def test_a_refused_adapter_says_how_to_start_the_server(base_servers: list[LocalServer]) -> None:
+    servers, adapted = base_servers, lora(tiny.model())
+    for server in servers:
+        server.faults.add("refuse_rank")
+    made = engine(adapted, servers)
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"max_lora_rank 1.*burnish serve MODEL --lora-rank 8"):
+        made.sync(0)
+    assert time.monotonic() - started < DEADLINES.start
+
+
+@pytest.mark.parametrize("fault", ["hang", "deaf", "break", "dribble"])
+def test_groups_of_a_lost_server_are_replayed_on_the_other(
+    servers: list[LocalServer], model: Any, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    wanted = tokens(made.generate(REQUESTS, seed=1, step=0))
+    servers[0].faults.add(fault)
+    if fault == "dribble":
+        servers[0].faults.add("hang")  # a socket so slow that no answer ends, with a process that makes no tokens
+    assert tokens(made.generate(REQUESTS, seed=1, step=0)) == wanted
+    assert "vLLM server lost" in caplog.text
+    # It rejoins at a sync.
+    servers[0].faults.clear()
+    move(model, 1e-3)
+    assert made.sync(1)["sampling/servers"] == 2
+
+
+def test_a_server_that_comes_back_replays_its_own_groups(servers: list[LocalServer], model: Any) -> None:
+    only = servers[0]
+    made = engine(model, [only])
+    made.sync(0)
+    wanted = tokens(made.generate(REQUESTS, seed=1, step=0))
+
+    def restart(path: str, body: dict[str, Any]) -> None:
+        if "stop" in body:  # dies under its first request, and is started again with the weights of its folder
+            only.before_answer = lambda path, body: None
+            only.model, only.weight_version = tiny.model(seed=9), "default"
+            raise ConnectionResetError
+
+    only.before_answer = restart
+    assert tokens(made.generate(REQUESTS, seed=1, step=0)) == wanted
+
+
+def test_answers_of_a_server_restarted_in_between_are_not_used(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    wanted = tokens(made.generate(REQUESTS, seed=1, step=0))
+    servers[1].model, servers[1].weight_version = tiny.model(seed=9), "default"
+    assert tokens(made.generate(REQUESTS, seed=1, step=0)) == wanted
+
+
+def test_no_server_is_an_error_with_the_fix() -> None:
+    deadlines = Deadlines(start=0.5, call=1.0, heartbeat=0.2)
+    pool = ServerPool([("http://127.0.0.1:9", None)], tiny.tokenizer(), deadlines)
+    with pytest.raises(EngineError, match=r"no vLLM server is ready .*127\.0\.0\.1:9.*burnish serve MODEL"):
+        pool.call(pool.connect())
+    pool.close()
+
+
+def test_a_slow_server_is_left_for_an_idle_one(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers, Deadlines(start=20.0, call=10.0, heartbeat=1.0, stall=600.0, slow=2.0, slow_factor=2))
+    made.sync(0)
+    wanted = tokens(made.generate(REQUESTS, seed=1, step=0))
+    servers[1].faults.add("hang")
+    servers[1].before_answer = lambda path, body: setattr(servers[1], "tokens", servers[1].tokens + 1)
+    assert tokens(made.generate(REQUESTS, seed=1, step=0)) == wanted
+
+
+def test_another_tokenizer_is_refused_when_connecting() -> None:
+    other = tiny.tokenizer()
+    other.add_tokens(["<think>"])
+    swapped = tiny.tokenizer()
+    vocabulary = swapped.get_vocab()
+    assert vocabulary["0"] != vocabulary["1"]
+    with LocalServer(tiny.model(), tiny.tokenizer()) as server:
+        pool = ServerPool([(server.url, None)], other, DEADLINES)
+        with pytest.raises(ConfigError, match=r"another tokenizer.*burnish serve MODEL"):
+            pool.call(pool.connect())
+        pool.close()
+
+
+def test_raw_logprobs_are_refused(servers: list[LocalServer], model: Any) -> None:
+    servers[0].faults.add("raw")
+    made = engine(model, servers)
+    with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
+        made.sync(0)
+
+
+def test_the_token_of_a_server_is_found_by_its_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with LocalServer(tiny.model(), tiny.tokenizer(), token="secret") as server:
+        port = int(server.url.rsplit(":", 1)[1])
+        with pytest.raises(EngineError, match=r"refuses the token.*VLLM_API_KEY"):
+            ServerPool.connected([server.url], tiny.tokenizer(), 5.0)
+        file = register(port, {"token": "secret"})
+        assert file.stat().st_mode & 0o077 == 0
+        ServerPool.connected([server.url], tiny.tokenizer(), 5.0).close()
+        forget(port)
+        assert token_of(server.url) is None
+        monkeypatch.setenv("VLLM_API_KEY", "other")
+        assert token_of(server.url) == "other"
+
+
+def test_requests_longer_than_the_server_takes_are_named(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    long = [Request([5] * 10, 1, SamplingParams(191), index=0)]
+    with pytest.raises(ConfigError, match=r"max_completion_length = 191.*--max-model-len 201"):
+        made.generate(long, seed=0, step=0)
+    with pytest.raises(EngineError, match="prompt_ids is empty"):
+        made.generate([Request([], 1, PARAMS)], seed=0, step=0)
+
+
+def test_weights_are_removed_when_the_engine_closes(servers: list[LocalServer], model: Any, tmp_path: Any) -> None:
+    pool = ServerPool([(servers[0].url, None)], tiny.tokenizer(), DEADLINES)
+    pool.call(pool.connect())
+    left = tmp_path / f"burnish-weights-{__import__('socket').gethostname()}-999999999-x"
+    left.mkdir()
+    made = VLLMServerEngine(model, tiny.tokenizer(), pool, bound=1e-6, weights_dir=str(tmp_path))
+    made.sync(0)
+    move(model, 1e-2)
+    made.sync(1)
+    assert not left.exists()
+    assert len(list(tmp_path.glob("*/burnish-*"))) == 1
+    made.close()
+    assert list(tmp_path.iterdir()) == []

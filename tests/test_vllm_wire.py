@@ -1,0 +1,139 @@
+"""Requests to vLLM, and its answers: some recorded from a real server (tests/vllm_answers.json)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import tiny
+from burnish.errors import EngineError
+from burnish.rollout import Request, SamplingParams
+from burnish.rollout.validation import check_completions
+from burnish.rollout.vllm.wire import (
+    completion_request,
+    parse_completions,
+    parse_prompt_logprobs,
+    samples_policy,
+)
+from burnish.types import StopReason
+
+TOKENIZER = tiny.tokenizer()
+
+
+def choice(ids: list[int], finish: str = "length", stop: Any = None, index: int = 0) -> dict[str, Any]:
+    logprobs = {"token_logprobs": [-0.5 - i for i in range(len(ids))], "tokens": [], "top_logprobs": []}
+    return {
+        "index": index, "token_ids": ids, "logprobs": logprobs, "finish_reason": finish, "stop_reason": stop,
+    }  # fmt: skip
+
+
+def read(choices: list[dict[str, Any]], params: SamplingParams, number: int | None = None) -> Any:
+    request = Request([5, 6], number or len(choices), params)
+    found = parse_completions({"choices": choices}, request, TOKENIZER)
+    check_completions([request], [found], vocab_size=96)
+    return found
+
+
+def test_one_request_asks_for_the_whole_group() -> None:
+    params = SamplingParams(
+        32, temperature=0.7, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.1, stop=("#",), eos_token_ids=(0, 3)
+    )
+    body = completion_request(Request([5, 6], 8, params, index=4), model="m", seed=1, step=2)
+    asked = {
+        "model": "m", "prompt": [5, 6], "n": 8, "max_tokens": 32, "temperature": 0.7, "top_p": 0.9, "top_k": 5,
+        "min_p": 0.1, "repetition_penalty": 1.1, "stop": ["#"], "stop_token_ids": [0, 3], "ignore_eos": True,
+        "logprobs": 0, "return_token_ids": True, "skip_special_tokens": False, "stream": False,
+    }  # fmt: skip
+    assert {name: body[name] for name in asked} == asked
+
+
+def test_seeds_are_keyed_by_seed_step_prompt_and_sample() -> None:
+    params = SamplingParams(4)
+
+    def seed(**changes: int) -> int:
+        of = {"index": 0, "first": 0, "seed": 0, "step": 0} | changes
+        request = Request([5], 4, params, index=of["index"], first_sample=of["first"])
+        return completion_request(request, model="m", seed=of["seed"], step=of["step"])["seed"]
+
+    assert len({seed(), seed(index=1), seed(seed=1), seed(step=1)}) == 4
+    # vLLM gives sample k of a request the request's seed + k: a group split over ranks has the same samples.
+    assert seed(first=3) == seed() + 3
+    assert all(0 <= seed(index=index, first=1000) < 2**63 for index in range(200))
+
+
+def test_greedy_samples_are_asked_for_once_and_copied() -> None:
+    params = SamplingParams(2, temperature=0)
+    assert completion_request(Request([5], 3, params), model="m", seed=0, step=0)["n"] == 1
+    found = read([choice([4, 7])], params, 3)
+    assert [c.token_ids for c in found] == [[4, 7]] * 3
+    found[0].token_ids.append(1)
+    assert found[1].token_ids == [4, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_policy"),
+    [
+        ({}, True), ({"temperature": 0.3}, True), ({"top_p": 0.9}, False), ({"top_k": 4}, False),
+        ({"min_p": 0.1}, False), ({"repetition_penalty": 1.1}, False), ({"temperature": 0.0, "top_k": 4}, True),
+    ],
+)  # fmt: skip
+def test_truncated_samples_have_no_log_probabilities_of_the_policy(changes: dict[str, Any], is_policy: bool) -> None:
+    params = SamplingParams(2, **changes)
+    assert samples_policy(params) is is_policy
+    (found,) = read([choice([4, 7])], params)
+    assert found.sampler_logprobs == [-0.5, -1.5]
+    assert found.policy_logprobs == ([-0.5, -1.5] if is_policy else None)
+
+
+def test_ends_are_told_apart() -> None:
+    params = SamplingParams(4, stop=("b",), eos_token_ids=(0,))
+    ids = TOKENIZER.convert_tokens_to_ids
+    a, b = ids("a"), ids("b")
+    found = read(
+        [
+            choice([a, 0], "stop", 0, 0),
+            choice([a, b], "stop", "b", 1),
+            choice([a, a, a, a], "length", None, 2),
+            choice([a, a, a, 0], "length", None, 3),  # at the limit, but it ended by itself
+        ],
+        params,
+    )
+    assert [c.stop_reason for c in found] == [StopReason.EOS, StopReason.STOP, StopReason.LENGTH, StopReason.EOS]
+    assert [c.text.replace(" ", "") for c in found] == ["a", "a", "aaaa", "aaa"]
+
+
+def test_choices_are_taken_in_the_order_of_their_samples() -> None:
+    found = read([choice([7, 7], index=1), choice([4, 4], index=0)], SamplingParams(2))
+    assert [c.token_ids for c in found] == [[4, 4], [7, 7]]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ([choice([4, 7], "abort")], "finish_reason = 'abort'"),
+        ([choice([], "stop")], "without token_ids"),
+        ([choice([4, 7]) | {"logprobs": None}], "2 tokens with 0 log-probabilities"),
+        ([choice([4, 7]) | {"logprobs": {"token_logprobs": [-1.0, None]}}], "one finite number each"),
+        ([choice([4])], r"cut at 1 of 2 tokens: .*--max-model-len.*--generation-config vllm"),
+        ([choice([4, 7]), choice([4, 7], index=2)], "2 choices instead of n = 2"),
+        ([choice([4], "stop", "x")], r"without an end-of-sequence token or any of the stop strings \[\]"),
+    ],
+)
+def test_answers_that_break_the_contract_are_errors(broken: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        read(broken, SamplingParams(2))
+
+
+def test_no_choices_at_all() -> None:
+    with pytest.raises(EngineError, match="without choices"):
+        parse_completions({"object": "error"}, Request([5], 1, SamplingParams(2)), TOKENIZER)
+
+
+def test_log_probabilities_of_a_prompt() -> None:
+    rows = [None, {"6": {"logprob": -1.0, "rank": 2}}, {"9": {"logprob": -0.1, "rank": 1}, "7": {"logprob": -2.0}}]
+    assert parse_prompt_logprobs({"choices": [{"prompt_logprobs": rows}]}, [5, 6, 7]) == [-1.0, -2.0]
+    with pytest.raises(EngineError, match="token 8"):
+        parse_prompt_logprobs({"choices": [{"prompt_logprobs": rows}]}, [5, 6, 8])
+    with pytest.raises(EngineError, match="no prompt_logprobs"):
+        parse_prompt_logprobs({"choices": [{}]}, [5, 6])
