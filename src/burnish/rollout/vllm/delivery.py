@@ -123,6 +123,9 @@ async def _deliver_adapter(server: Server, update: Update, deadlines: Deadlines)
     except ServerRefused as error:
         rank = json.loads((Path(update.folder) / "adapter_config.json").read_text(encoding="utf-8")).get("r")
         fix = f"start it with `burnish serve MODEL --lora-rank {rank}`"
+        if "No adapter found" in str(error):
+            reason = f"{client.url} cannot read {update.folder}: set vllm_weights_dir to a folder that both see."
+            raise ServerRefused(reason, error.status) from error
         if error.status == 404:
             raise ServerRefused(f"{client.url} takes no adapters: {fix}.", error.status) from error
         if "already" not in str(error):

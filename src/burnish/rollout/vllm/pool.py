@@ -17,7 +17,6 @@ from burnish.rollout.engine import Request
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
 from burnish.rollout.vllm.delivery import Server, Update, confirm, deliver, prove
 from burnish.rollout.vllm.identity import check_logprobs_mode, check_tokenizer, read_served
-from burnish.rollout.vllm.registry import token_of
 from burnish.rollout.vllm.wire import completion_request, parse_completions
 from burnish.types import Completion
 
@@ -37,7 +36,7 @@ class ServerPool:
     """Servers, and the loop that talks to them.
 
     Args:
-        clients: URL and token of each server.
+        clients: URL of each server, and its token; None looks the token up.
         tokenizer: the trainer's.
         deadlines: see `Deadlines`.
     """
@@ -63,7 +62,7 @@ class ServerPool:
             ConfigError: a server has another tokenizer.
             EngineError: none is up in time.
         """
-        pool = cls([(url, token_of(url)) for url in urls], tokenizer, Deadlines(start=timeout))
+        pool = cls([(url, None) for url in urls], tokenizer, Deadlines(start=timeout))
         try:
             pool.call(pool.connect())
         except BaseException:

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from transformers.utils import logging
+
 from burnish.errors import ConfigError, FileError
 from burnish.model.adapters import saving_adapters
 from burnish.model.scoring import causal_lm
@@ -132,7 +135,7 @@ class WeightFolders:
                 with saving_adapters(model, part):
                     model.save_pretrained(part)
             else:
-                causal_lm(model).save_pretrained(part)
+                _save_weights(causal_lm(model), part)
             part.rename(folder)
         except OSError as error:
             shutil.rmtree(part, ignore_errors=True)
@@ -148,6 +151,22 @@ class WeightFolders:
     def close(self) -> None:
         """Remove all folders."""
         self._finalizer()
+
+
+def _save_weights(lm: Any, folder: Path) -> None:
+    """Save a model in one file, and a tied head in another, for servers whose head has a weight of its own."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        lm.save_pretrained(folder, max_shard_size="1000GB")
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+    head = lm.get_output_embeddings()
+    if head.weight is not lm.get_input_embeddings().weight:
+        return
+    name = next(name for name, module in lm.named_modules(remove_duplicate=False) if module is head)
+    save_file({f"{name}.weight": head.weight.detach().cpu()}, folder / "head.safetensors", metadata={"format": "pt"})
 
 
 def remove_left_behind(base: Path) -> None:
