@@ -47,14 +47,25 @@ def test_new_weights_agree_whatever_the_change(change: float) -> None:
 
 
 def test_what_can_be_told_apart_is_stated() -> None:
-    # se(c) = sqrt(2 / N) sigma / rms(d) <= 0.1: with 252 tokens, changes above 0.9 of the noise.
-    least = math.sqrt(2 / N) * NOISE / 0.1
-    assert least == pytest.approx(0.89 * NOISE, rel=0.01)
-    assert not compare(after(0.7 * least), BEFORE, BEFORE, bound=BOUND).is_resolved
-    assert compare(after(1.3 * least), BEFORE, BEFORE, bound=BOUND).is_resolved
+    assert not compare(after(2.5 * NOISE), BEFORE, BEFORE, bound=BOUND).is_resolved
+    assert compare(after(3.5 * NOISE), BEFORE, BEFORE, bound=BOUND).is_resolved
 
 
-@pytest.mark.parametrize("change", [0.04, 0.1, 0.5, 2.0])
+@pytest.mark.parametrize("share", [0.5, 1.0, 1.4])
+def test_rounding_drawn_anew_is_no_change_of_weights(share: float) -> None:
+    """In bf16 a last-place update moves the trainer by its noise, which the server cannot follow."""
+    for seed in range(20):
+        moved = normal(share * NOISE, 100 + seed)
+        now = Answers("v1", added(START, moved), added(START, normal(NOISE, 200 + seed)))
+        assert compare(now, BEFORE, BEFORE, bound=BOUND).cause == ""
+    # Beside a change of weights of 3 sigma, it leaves c well above the half that is asked for.
+    for seed in range(20):
+        signal, noise = normal(3 * NOISE, 300 + seed), normal(share * NOISE, 100 + seed)
+        now = Answers("v1", added(START, signal, noise), added(START, signal, normal(NOISE, 200 + seed)))
+        assert compare(now, BEFORE, BEFORE, bound=BOUND).cause == ""
+
+
+@pytest.mark.parametrize("change", [0.12, 0.5, 2.0])
 def test_old_weights_are_found_once_the_change_exceeds_the_noise(change: float) -> None:
     for seed in range(20):
         found = compare(after(change, arrived=0.0, noise_seed=seed + 10), BEFORE, BEFORE, bound=BOUND)
@@ -65,12 +76,12 @@ def test_old_weights_are_found_once_the_change_exceeds_the_noise(change: float) 
 def test_small_changes_add_up_until_they_are_seen() -> None:
     """A sync that never works is found at the latest when all changes since the anchor exceed the noise."""
     step = 0.2 * NOISE
-    for number in range(1, 20):
+    for number in range(1, 40):
         now = Answers(f"v{number}", added(START, normal(step * number, 3)), added(START, normal(NOISE, 20 + number)))
         found = compare(now, None, BEFORE, bound=BOUND)
         if found.cause:
             break
-    assert 3 <= number <= 8
+    assert 12 <= number <= 18
 
 
 def test_a_server_that_did_not_move_at_all_is_found_below_the_noise() -> None:

@@ -37,8 +37,9 @@ from vllm_proxy import Proxy
 pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-"""vLLM's CPU attention takes heads of 32 and more."""
+VOCAB = len(tiny.tokenizer())
+SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+"""vLLM's CPU attention takes heads of 32 and more; a server also samples columns that are no token of the tokenizer."""
 
 DEADLINES = Deadlines(start=900.0, call=60.0, heartbeat=2.0, stall=60.0, slow=600.0)
 START_SECONDS = 1200.0
@@ -172,7 +173,7 @@ def test_greedy_tokens_are_those_of_the_trainer(server: Served, engine: Any) -> 
     requests = [Request([5 + i, 6, 7 + i], 2, params, index=i) for i in range(8)]
     native = NativeEngine(model, tiny.tokenizer()).generate(requests, seed=0, step=0)
     found = made.generate(requests, seed=0, step=0)
-    check_completions(requests, found, vocab_size=96)
+    check_completions(requests, found, vocab_size=VOCAB)
     for ours, theirs in zip(native, found, strict=True):
         assert theirs[0].token_ids == theirs[1].token_ids
         assert ours[0].stop_reason == theirs[0].stop_reason
@@ -189,7 +190,7 @@ def test_log_probabilities_are_the_trainers(server: Served, engine: Any, tempera
     params = SamplingParams(30, temperature=temperature, eos_token_ids=(0,))
     requests = [Request(request.prompt_ids, 4, params, index=request.index) for request in REQUESTS]
     found = made.generate(requests, seed=3, step=1)
-    check_completions(requests, found, vocab_size=96)
+    check_completions(requests, found, vocab_size=VOCAB)
     groups = [Group(list(r.prompt_ids), completions) for r, completions in zip(requests, found, strict=True)]
     batch = pack(groups)
     with torch.no_grad():
@@ -210,7 +211,7 @@ def test_samples_follow_the_distribution_and_their_seeds(server: Served, engine:
     counts = Counter(ids[0] for ids in tokens(found))
     with torch.no_grad():
         probabilities = (model(input_ids=torch.tensor([[9, 8, 7]])).logits[0, -1] / 0.7).softmax(-1).double()
-    likely = [token for token in range(96) if 1600 * float(probabilities[token]) >= 5]
+    likely = [token for token in range(VOCAB) if 1600 * float(probabilities[token]) >= 5]
     rest = 1600 - sum(counts[token] for token in likely)
     expected = [1600 * float(probabilities[token]) for token in likely]
     statistic = sum((counts[t] - e) ** 2 / e for t, e in zip(likely, expected, strict=True))
@@ -237,7 +238,7 @@ def test_truncated_samples_stay_inside_their_set(server: Served, engine: Any) ->
     for changes, keeps in (({"top_k": 3}, 3), ({"top_p": 0.4}, None), ({"min_p": 0.5}, None)):
         params = SamplingParams(1, **changes)
         found = made.generate([Request([9, 8, 7], 64, params)], seed=1, step=0)
-        check_completions([Request([9, 8, 7], 64, params)], found, vocab_size=96)
+        check_completions([Request([9, 8, 7], 64, params)], found, vocab_size=VOCAB)
         with torch.no_grad():
             row = model(input_ids=torch.tensor([[9, 8, 7]])).logits[0, -1].softmax(-1)
         order = row.argsort(descending=True).tolist()
@@ -261,7 +262,7 @@ def test_stop_strings_end_a_completion(server: Served, engine: Any) -> None:
     params = SamplingParams(60, stop=("a", "7"), eos_token_ids=(0,))
     requests = [Request([5, 6, 7], 16, params)]
     found = made.generate(requests, seed=1, step=0)
-    check_completions(requests, found, vocab_size=96)
+    check_completions(requests, found, vocab_size=VOCAB)
     reasons = Counter(completion.stop_reason for completion in found[0])
     assert reasons[StopReason.STOP] > 0
     for completion in found[0]:
@@ -276,7 +277,7 @@ def test_many_tiny_requests_and_long_prompts(server: Served, engine: Any) -> Non
     params = SamplingParams(2)
     requests = [Request([5 + i % 50], 1, params, index=i) for i in range(300)]
     requests.append(Request([9] * 254, 2, params, index=300))
-    check_completions(requests, made.generate(requests, seed=0, step=0), vocab_size=96)
+    check_completions(requests, made.generate(requests, seed=0, step=0), vocab_size=VOCAB)
     with pytest.raises(ConfigError, match=r"exceeds the server's 256.*--max-model-len 257"):
         made.generate([Request([9] * 255, 1, params)], seed=0, step=0)
 
@@ -318,12 +319,14 @@ def test_adapters_arrive(server: Served, engine: Any) -> None:
     assert tokens(made.generate(REQUESTS, seed=1, step=0)) != before
 
 
-@pytest.mark.parametrize("size", [1e-4, 1e-2])
 @pytest.mark.parametrize(
-    ("fault", "cause"),
+    ("fault", "size", "cause"),
     [
-        ("ignore_reload", "bit for bit as at"),
-        ("keep_head", "part of the weights was left behind|made another part|another model"),
+        ("ignore_reload", 1e-4, "bit for bit as at"),
+        ("ignore_reload", 1e-2, "bit for bit as at"),
+        # From changes of about 6e-4 nats on: 4 sqrt(2) times the least noise that fp32 is taken to have.
+        ("keep_head", 1e-3, "part of the weights was left behind|another model"),
+        ("keep_head", 1e-2, "part of the weights was left behind|another model"),
     ],
 )
 def test_weights_left_behind_stop_the_run(server: Served, engine: Any, fault: str, cause: str, size: float) -> None:
@@ -336,7 +339,8 @@ def test_weights_left_behind_stop_the_run(server: Served, engine: Any, fault: st
     with pytest.raises(CheckFailed, match=cause):
         made.sync(1)
     proxy.faults.clear()
-    assert made.sync(1)["sampling/probe/difference"] < 2e-5
+    made.sync(1)
+    assert made._pool.servers[0].agreement.difference < 2e-5
     proxy.shutdown()
     proxy.server_close()
 
@@ -381,7 +385,7 @@ def test_another_tokenizer_is_refused(server: Served) -> None:
 def timed(made: VLLMServerEngine, requests: list[Request]) -> tuple[list[list[int]], float]:
     started = time.monotonic()
     found = made.generate(requests, seed=1, step=0)
-    check_completions(requests, found, vocab_size=96)
+    check_completions(requests, found, vocab_size=VOCAB)
     return tokens(found), time.monotonic() - started
 
 

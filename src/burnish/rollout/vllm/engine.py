@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -90,14 +89,13 @@ class VLLMServerEngine(Engine):
             CheckFailed: a server samples from other weights.
             EngineError: no server took them in time.
         """
-        started = time.perf_counter()
         self.version = version
         update, ready, is_new = self._agreed(lambda: self._deliver(version))
         self._pool.call(self._pool.adopt(update, ready))
         if not is_new:
             return {}
         agreements = [s.agreement for s in self._pool.ready if s.agreement is not None]
-        metrics = {"seconds/sync": time.perf_counter() - started, "sampling/servers": float(len(ready))}
+        metrics = {"sampling/servers": float(len(ready))}
         if agreements:
             metrics["sampling/probe/difference"] = max(agreement.difference for agreement in agreements)
             metrics["sampling/probe/moved"] = max(agreement.moved for agreement in agreements)

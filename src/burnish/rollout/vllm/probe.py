@@ -27,6 +27,9 @@ _TEXTS = (
 _TOKENS = 64
 """Most tokens of one text."""
 
+_RESOLVED = 3.0
+"""Least change, in multiples of the noise, that tells new weights from old ones."""
+
 _CLIP_NATS = 1.0
 """Differences of single tokens are clipped to this: rounding noise is heavy-tailed in 16 bits."""
 
@@ -105,11 +108,12 @@ def compare(now: Answers, last: Answers | None, anchor: Answers | None, *, bound
     With d = expected - expected_0 the trainer's change, s = observed - observed_0 the server's, and sigma the noise of
     observed_0 - expected_0, the server's part in the change is
 
-    .. math:: c = \frac{\langle s, d \rangle}{\langle d, d \rangle}, \qquad \mathrm{se}(c) =
-        \frac{\sqrt 2 \sigma}{\sqrt N \, \mathrm{rms}(d)}
+    .. math:: c = \frac{\langle s, d \rangle}{\langle d, d \rangle}
 
-    c is 1 with the new weights and 0 with the old ones, and is used where se(c) is at most 0.1. The residual s - d is
-    noise, unless part of the weights was left behind.
+    With the old weights c is 0. With the new ones it is 1 in fp32; in 16 bits every change of weights also draws the
+    rounding of both anew, so that d holds noise of up to sqrt(2) sigma that s does not follow, and c is above 0.75 once
+    rms(d) is at least 3 sigma. c is used from there on. The residual s - d is noise, unless part of the weights was
+    left behind.
 
     Args:
         now: at the new version.
@@ -129,9 +133,9 @@ def compare(now: Answers, last: Answers | None, anchor: Answers | None, *, bound
         change = [a - b for a, b in zip(now.expected, anchor.expected, strict=True)]
         made = [a - b for a, b in zip(now.observed, anchor.observed, strict=True)]
         moved = _rms(change)
-        # A seventh of what the bound allows: the noise of a lucky anchor is not the noise of every version.
-        noise = max(_rms(_differences(anchor.observed, anchor.expected)), math.sqrt(2 * bound) / 7)
-        if moved > 0 and math.sqrt(2 / len(change)) * noise / moved <= 0.1:
+        # A fiftieth of what the bound allows: the noise of a lucky anchor is not the noise of every version.
+        noise = max(_rms(_differences(anchor.observed, anchor.expected)), math.sqrt(2 * bound) / 50)
+        if moved >= _RESOLVED * noise:
             followed = sum(a * b for a, b in zip(made, change, strict=True)) / sum(a * a for a in change)
         residual = _rms(_differences(made, change))
         if not cause and followed < 0.5:
