@@ -187,7 +187,7 @@ class NativeEngine(Engine):
         return self._lm.device
 
     def _new_run(self, requests: Sequence[Request], seed: int, step: int) -> _Run:
-        prompts = [_Prompt(request, [None] * request.num_samples, DraftSource(request.prompt_ids)) for request in requests]
+        prompts = [_Prompt(r, [None] * r.num_samples, DraftSource(r.prompt_ids)) for r in requests]
         longest = max((len(request.prompt_ids) for request in requests), default=0)
         # Under a bound on the cache, rows are worth more than the time that a copy saves.
         copies = self._max_cache_tokens is None and longest <= _COPIED_PROMPT_TOKENS

@@ -57,21 +57,18 @@ def siblings(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[list[n
     Returns:
         The groups, each in order of execution.
     """
-    groups: dict[int, tuple[weakref.ref[Tensor], list[Any]]] = {}
+    groups: list[tuple[weakref.ref[Tensor], list[Any]]] = []
     reached: set[nn.Module] = set()
 
     def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
         if layer in reached or not args:
             return
         reached.add(layer)
-        found = groups.get(id(args[0]))
-        # Another tensor may have come to the address of one that is gone.
-        if found is None or found[0]() is not args[0]:
-            found = groups[id(args[0])] = weakref.ref(args[0]), []
-            ordered.append(found[1])
-        found[1].append(layer)
+        group = next((group for read, group in reversed(groups) if read() is args[0]), None)
+        if group is None:
+            groups.append((weakref.ref(args[0]), group := []))
+        group.append(layer)
 
-    ordered: list[list[Any]] = []
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         if layers:
@@ -79,7 +76,7 @@ def siblings(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[list[n
     finally:
         for hook in hooks:
             hook.remove()
-    return ordered + [[layer] for layer in layers if layer not in reached]
+    return [group for _, group in groups] + [[layer] for layer in layers if layer not in reached]
 
 
 def _is_packable(module: nn.Module) -> bool:
