@@ -91,7 +91,7 @@ def test_what_cannot_work_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
         find_vllm(None)
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 600.0) -> Any:
     started = time.monotonic()
     while time.monotonic() - started < seconds:
         if found := condition():
@@ -193,9 +193,9 @@ def test_a_hung_server_is_started_again(watched: Callable[..., Watched], tmp_pat
 
 
 def test_restarts_are_bounded(watched: Callable[..., Watched], program: Path) -> None:
-    program.write_text("#!/bin/sh\necho its own message >&2\nexit 3\n")
+    program.write_text("#!/bin/sh\necho boom >&2\nexit 3\n")
     one = watched("--restarts", "1")
     messages = one.ended()
     assert one.process.returncode == 2
-    assert messages.count("its own message") == 2
+    assert messages.count("boom") == 2
     assert "the server ended with status 3, after 1 restarts; its own messages are above" in messages
