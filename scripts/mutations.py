@@ -28,6 +28,13 @@ BETA = "test_policy_trainer.py::test_a_rollout_is_penalised_with_the_coefficient
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
 
 MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
+    # native engine
+    ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),
+    ("rollout/drafts.py", "return drawn / (self._fixed + rows * width)", "return drawn", "test_drafts.py"),
+    ("rollout/decoding.py", "if place == len(guess) or token[0] != guess[place]:", "if place == len(guess):", "test_drafts.py"),
+    ("rollout/cache.py", "seen = position <= step.positions[:, None]", "seen = position <= step.positions.max()", NATIVE),
+    ("rollout/cache.py", "own = own.minimum(most[:, None] - 1)", "own = own.minimum(most[:, None])", "test_drafts.py"),
+    ("rollout/packed_linears.py", "hidden._version != self._version", "False", NATIVE),
     # phases
     ("training/phases.py", "seconds / max(self._steps, 1)", "seconds", "test_phases.py"),
     ("training/phases.py", "if self._current != \"evaluation\":", "if self._current is None:", "test_phases.py"),

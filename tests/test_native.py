@@ -18,6 +18,7 @@ from burnish.rollout.engine import Request, SamplingParams
 from burnish.rollout.engines import make_engine
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
+from burnish.rollout.packed_linears import packed_linears, siblings
 from burnish.rollout.stop_strings import StopMatcher
 from burnish.types import Completion, Group, StopReason
 
@@ -276,6 +277,51 @@ def test_packed_weights_change_speed_only(tokenizer: Any) -> None:
         # Logits of size 10 in bf16 are known to 0.03.
         torch.testing.assert_close(got, expected, atol=0.25, rtol=0)
     assert sum(a.token_ids == b.token_ids for a, b in pairs) >= 5
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it
+def test_layers_that_read_the_same_input_are_one_product(tokenizer: Any) -> None:
+    adapter = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(build("llama").to(torch.bfloat16), adapter, autocast_adapter_dtype=False)
+    names = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+    def run() -> None:
+        model(input_ids=torch.tensor(prompts(4)), use_cache=False)
+
+    groups = [[names[layer].split("layers.")[-1] for layer in group] for group in siblings(list(names), run)]
+    assert groups[:6] == [
+        [f"0.self_attn.{name}" for name in (
+            "q_proj.base_layer", "q_proj.lora_A.default", "k_proj", "v_proj.base_layer", "v_proj.lora_A.default",
+        )],
+        ["0.self_attn.q_proj.lora_B.default"],
+        ["0.self_attn.v_proj.lora_B.default"],
+        ["0.self_attn.o_proj"],
+        ["0.mlp.gate_proj", "0.mlp.up_proj"],
+        ["0.mlp.down_proj"],
+    ]  # fmt: skip
+    assert sorted(name for group in groups for name in group) == sorted(n.split("layers.")[-1] for n in names.values())
+
+
+def test_a_product_is_computed_again_for_another_or_a_changed_input() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 32, bias=bias, dtype=torch.bfloat16) for bias in (True, False)]
+    model, hidden = torch.nn.ModuleList(layers), torch.randn(3, 64, dtype=torch.bfloat16)
+    plain = [layer.forward for layer in layers]
+
+    def run() -> None:
+        for layer in layers:
+            layer(hidden)
+
+    with torch.no_grad(), packed_linears(model, 3, run):
+        for change in (lambda: hidden, lambda: hidden.clone().mul_(2), lambda: hidden.add_(1)):
+            given = change()
+            for layer, forward in zip(layers, plain, strict=True):
+                torch.testing.assert_close(layer(given), forward(given), atol=0.02, rtol=0.01)  # bf16 rounds sums
+        # The second layer alone, after the first has been computed for a tensor that changed since.
+        layers[0](hidden)
+        hidden.mul_(3)
+        torch.testing.assert_close(layers[1](hidden), plain[1](hidden), atol=0.05, rtol=0.01)
+    assert [layer.forward for layer in layers] == plain
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft calls it

@@ -86,6 +86,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "center_rewards_coefficient": ("0.01", 0.01),
     "ld_alpha": ("1", 1.0),
     "loss_weights": ("1 0.5", [1.0, 0.5]),
+    "vllm_server_base_url": ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
     "reward_weights": ("1 0.5", [1.0, 0.5]),
     "reward_clip_range": ("-1 1", [-1.0, 1.0]),
     "scale_rewards": ("false", False),

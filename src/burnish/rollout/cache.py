@@ -1,11 +1,13 @@
 """Key-value cache of running completions: each prompt once per group, each completion's own tokens beside it.
 
 `CacheLayout` is an attention layout (`burnish.model.attention`). A prefill forward stores the keys and values of
-prompts; a decode forward holds one new token per running row, which attends to its group's prompt and to its own
-earlier tokens. The two partial attentions are merged by their log normalisers l (1805.02867), so a prompt is read once
-per group and step:
+prompts; a decode forward holds the next tokens of each running row, which attend to their group's prompt and to the
+row's own tokens. The two partial attentions are merged by their log normalisers l (1805.02867), so a prompt is read
+once per group and step:
 
     out = sigmoid(l_prompt - l_own) out_prompt + sigmoid(l_own - l_prompt) out_own
+
+Short prompts are copied into the rows instead: one attention over a few more keys costs less than two and a merge.
 """
 
 from __future__ import annotations
@@ -58,34 +60,72 @@ class _LayerCache:
 
 
 @dataclass(slots=True)
-class _Step:
-    """Indices of one decode forward, shared by all layers.
+class _Grid:
+    """Tokens of a decode forward by prompt, for the attention to the prompts.
 
     Attributes:
-        positions: [B] true position of each row's new token.
-        prompt_lengths: [B] length of each row's prompt.
-        write_index: [B] flattened (row, token) index of the new token in the rows' own cache.
-        grid: [groups * width] row at each cell of the padded (group, member) grid.
-        cell: [B] grid cell of each row.
-        groups: number of prompts attended to.
-        width: rows of the largest group.
-        own_tokens: length of own cache attended to, a multiple of the step.
+        token: [groups * width] token at each cell of the padded (group, member) grid.
+        cell: [T] grid cell of each token.
+        groups: number of prompts.
+        width: tokens of the largest group.
+        is_full: the grid is the tokens in order, so no gather is needed.
+        prompt_lengths: [T] length of each token's prompt.
         prompt_tokens: length of prompt cache attended to, a multiple of the step.
-        is_full: the grid is the rows in order, so no gather is needed.
-        masks: additive masks (prompt, own) by mask rule.
     """
 
-    positions: Tensor
-    prompt_lengths: Tensor
-    write_index: Tensor
-    grid: Tensor
+    token: Tensor
     cell: Tensor
     groups: int
     width: int
-    own_tokens: int
-    prompt_tokens: int
     is_full: bool
-    masks: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict[Hashable, tuple[Tensor, Tensor]])
+    prompt_lengths: Tensor
+    prompt_tokens: int
+
+    @classmethod
+    def of(cls, slots: Sequence[int], prompt_lengths: Sequence[int], device: torch.device) -> _Grid:
+        """Lay out tokens by the slots of their prompts."""
+        members: list[list[int]] = [[] for _ in range(max(slots) + 1)]
+        member = [0] * len(slots)
+        for token, slot in enumerate(slots):
+            member[token] = len(members[slot])
+            members[slot].append(token)
+        width = max(len(tokens) for tokens in members)
+        # Padding repeats token 0; its result is discarded.
+        grid = [token for tokens in members for token in tokens + [0] * (width - len(tokens))]
+        return cls(
+            token=torch.tensor(grid, device=device),
+            cell=torch.tensor([slot * width + i for slot, i in zip(slots, member, strict=True)], device=device),
+            groups=len(members),
+            width=width,
+            is_full=grid == list(range(len(slots))),
+            prompt_lengths=torch.tensor(prompt_lengths, device=device),
+            prompt_tokens=round_up(max(prompt_lengths)),
+        )
+
+
+@dataclass(slots=True)
+class _Step:
+    """Indices of one decode forward, shared by all layers; T = B * width tokens, those of a row together.
+
+    Attributes:
+        positions: [T] true position of each token.
+        first: [B] true position of the first token in a row's own cache: 0 where the prompt was copied.
+        write_index: [T] flattened (row, token) index of each token in the rows' own cache.
+        width: tokens of a row.
+        own_tokens: length of own cache attended to, a multiple of the step.
+        grid: the tokens by prompt; None where the prompts were copied.
+        own_masks: additive masks over the rows' own cache, by mask rule.
+        prompt_masks: additive masks over the prompts, by mask rule.
+    """
+
+    positions: Tensor
+    first: Tensor
+    write_index: Tensor
+    width: int
+    own_tokens: int
+    grid: _Grid | None
+    own_masks: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
+    prompt_masks: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
 
 
 class CacheLayout:
@@ -96,10 +136,12 @@ class CacheLayout:
 
     Args:
         max_tokens: most tokens of own and prompt caches together; None for no bound.
+        copies_prompts: hold a prompt in the cache of each of its rows, by `start_rows`, and not once per group.
     """
 
-    def __init__(self, max_tokens: int | None = None) -> None:
+    def __init__(self, max_tokens: int | None = None, *, copies_prompts: bool = False) -> None:
         self._max_tokens = max_tokens
+        self.copies_prompts = copies_prompts
         self._layers: dict[nn.Module, _LayerCache] = {}
         self._rows = self._own_tokens = self._prompts = self._prompt_tokens = 0
         self._spans: Sequence[PromptSpan] = ()
@@ -128,43 +170,57 @@ class CacheLayout:
         self._spans, self._step = spans, None
 
     def begin_decode(
-        self, *, prompt_slots: list[int], prompt_lengths: list[int], own_lengths: list[int], device: torch.device
+        self,
+        *,
+        prompt_slots: Sequence[int],
+        prompt_lengths: Sequence[int],
+        own_lengths: Sequence[int],
+        max_own: Sequence[int],
+        device: torch.device,
+        width: int = 1,
     ) -> Tensor:
-        """Prepare a forward that holds the next token of each row.
+        """Prepare a forward that holds the next `width` tokens of each row, those of a row together.
 
         Args:
             prompt_slots: [B] prompt slot of each row.
             prompt_lengths: [B] length of that prompt.
-            own_lengths: [B] own tokens of each row, including the new one.
+            own_lengths: [B] own tokens of each row, the first of the new ones included.
+            max_own: [B] most own tokens of each row; guesses beyond it are computed, at its last place, and not used.
             device: device of the model.
+            width: new tokens per row.
 
         Returns:
-            [B] position of each new token.
+            [B * width] position of each new token.
         """
-        members: list[list[int]] = [[] for _ in range(max(prompt_slots) + 1)]
-        member = [0] * len(prompt_slots)
-        for row, slot in enumerate(prompt_slots):
-            member[row] = len(members[slot])
-            members[slot].append(row)
-        width = max(len(rows) for rows in members)
-        cell = [slot * width + i for slot, i in zip(prompt_slots, member, strict=True)]
-        # Padding repeats row 0; its result is discarded.
-        grid = [row for rows in members for row in rows + [0] * (width - len(rows))]
-        is_full = grid == list(range(len(prompt_slots)))
-        own, prompt = torch.tensor(own_lengths, device=device), torch.tensor(prompt_lengths, device=device)
+        prompt, most = torch.tensor(prompt_lengths, device=device), torch.tensor(max_own, device=device)
+        own = torch.tensor(own_lengths, device=device)[:, None] - 1 + torch.arange(width, device=device)
+        own = own.minimum(most[:, None] - 1)
+        kept = prompt if self.copies_prompts else torch.zeros_like(prompt)
+        row = torch.arange(len(own), device=device) * self._own_tokens
+        grid = None
+        if not self.copies_prompts:
+            slots, lengths = ([n for n in numbers for _ in range(width)] for numbers in (prompt_slots, prompt_lengths))
+            grid = _Grid.of(slots, lengths, device)
+        longest = max(
+            (p if self.copies_prompts else 0) + min(n + width - 1, m)
+            for p, n, m in zip(prompt_lengths, own_lengths, max_own, strict=True)
+        )
         self._step = _Step(
-            positions=prompt + own - 1,
-            prompt_lengths=prompt,
-            write_index=torch.arange(len(cell), device=device) * self._own_tokens + own - 1,
-            grid=torch.tensor(grid, device=device),
-            cell=torch.tensor(cell, device=device),
-            groups=len(members),
+            positions=(prompt[:, None] + own).flatten(),
+            first=prompt - kept,
+            write_index=((row + kept)[:, None] + own).flatten(),
             width=width,
-            own_tokens=round_up(max(own_lengths)),
-            prompt_tokens=round_up(max(prompt_lengths)),
-            is_full=is_full,
+            own_tokens=round_up(longest),
+            grid=grid,
         )
         return self._step.positions
+
+    def start_rows(self, slot: int, rows: range, length: int) -> None:
+        """Copy a prompt of this length into the own cache of rows."""
+        part = slice(rows.start, rows.stop)
+        for layer in self._layers.values():
+            layer.own_key[part, :length] = layer.prompt_key[slot, :length]
+            layer.own_value[part, :length] = layer.prompt_value[slot, :length]
 
     def move_row(self, source: int, target: int) -> None:
         """Overwrite a row with another one."""
@@ -212,40 +268,54 @@ class CacheLayout:
         return torch.cat(outputs, dim=1)
 
     def _attend_rows(self, call: AttentionCall, layer: _LayerCache, step: _Step) -> Tensor:
-        rows, heads = call.query.shape[2], call.query.shape[1]
-        kv_heads, value_size = call.key.shape[1], call.value.shape[3]
+        tokens, heads, kv_heads = call.query.shape[2], call.query.shape[1], call.key.shape[1]
+        rows, repeats = tokens // step.width, heads // kv_heads
         layer.own_key.flatten(0, 1).index_copy_(0, step.write_index, call.key[0].transpose(0, 1))
         layer.own_value.flatten(0, 1).index_copy_(0, step.write_index, call.value[0].transpose(0, 1))
-        prompt_mask, own_mask = self._masks(call, step)
-        query = call.query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
-        grouped = (query if step.is_full else query.index_select(0, step.grid)).unflatten(0, (step.groups, step.width))
-        own, own_norm = _partial(
-            call, query, layer.own_key[:rows, : step.own_tokens], layer.own_value[:rows, : step.own_tokens], own_mask
-        )
-        shared, shared_norm = _partial(
+        query = call.query[0].transpose(0, 1).unflatten(1, (kv_heads, repeats))  # [T, kv_heads, repeats, D]
+        out, norm = _partial(
             call,
-            grouped.transpose(1, 2).flatten(2, 3),  # [groups, kv_heads, width * repeats, D]
-            layer.prompt_key[: step.groups, : step.prompt_tokens],
-            layer.prompt_value[: step.groups, : step.prompt_tokens],
-            prompt_mask,
+            query.unflatten(0, (rows, step.width)).transpose(1, 2).flatten(2, 3),
+            layer.own_key[:rows, : step.own_tokens],
+            layer.own_value[:rows, : step.own_tokens],
+            _own_mask(call, step),
         )
-        shared, shared_norm = _from_grid(shared, step), _from_grid(shared_norm, step)
+        out, norm = (part.unflatten(1, (step.width, repeats)).flatten(0, 1) for part in (out, norm))
         if call.sinks is not None:
-            sinks = call.sinks.to(own_norm.dtype).unflatten(0, (kv_heads, -1)).t()[None]
-            own = own * torch.sigmoid(own_norm - sinks)[..., None].to(own.dtype)
-            own_norm = torch.logaddexp(own_norm, sinks)
-        weight = torch.sigmoid(shared_norm - own_norm)[..., None].to(own.dtype)
-        merged = torch.lerp(own, shared, weight)
-        return merged.transpose(1, 2).reshape(1, rows, heads, value_size)
+            sinks = call.sinks.to(norm.dtype).unflatten(0, (kv_heads, -1)).t()[None]
+            out = out * torch.sigmoid(norm - sinks)[..., None].to(out.dtype)
+            norm = torch.logaddexp(norm, sinks)
+        if step.grid is not None:
+            out = _merge_prompts(call, layer, step, step.grid, query, out, norm)
+        return out.transpose(1, 2).reshape(1, tokens, heads, call.value.shape[3])
 
-    def _masks(self, call: AttentionCall, step: _Step) -> tuple[Tensor, Tensor]:
-        """Return additive masks: prompt [groups, 1, 1 or width * repeats, L], own [B, 1, 1, C]."""
-        repeats = call.query.shape[1] // call.key.shape[1]
-        key = (call.rule, repeats, call.query.dtype)
-        if key not in step.masks:
-            dtype = torch.promote_types(call.query.dtype, torch.float32)
-            step.masks[key] = _masks_of(call.rule, repeats, step, dtype)
-        return step.masks[key]
+
+def _merge_prompts(
+    call: AttentionCall, layer: _LayerCache, step: _Step, grid: _Grid, query: Tensor, own: Tensor, own_norm: Tensor
+) -> Tensor:
+    """Attend to the prompts, each once for all its rows, and merge with the attention to the rows' own tokens.
+
+    Args:
+        call: scale and softcap.
+        layer: keys and values.
+        step: masks by rule.
+        grid: tokens by prompt.
+        query: [T, kv_heads, repeats, D].
+        own: [T, repeats, kv_heads, D].
+        own_norm: [T, repeats, kv_heads] its log normaliser.
+    """
+    grouped = (query if grid.is_full else query.index_select(0, grid.token)).unflatten(0, (grid.groups, grid.width))
+    found = _partial(
+        call,
+        grouped.transpose(1, 2).flatten(2, 3),  # [groups, kv_heads, width * repeats, D]
+        layer.prompt_key[: grid.groups, : grid.prompt_tokens],
+        layer.prompt_value[: grid.groups, : grid.prompt_tokens],
+        _prompt_mask(call, step, grid),
+    )
+    shared, norm = (part.unflatten(1, (grid.width, -1)).flatten(0, 1) for part in found)
+    if not grid.is_full:
+        shared, norm = shared.index_select(0, grid.cell), norm.index_select(0, grid.cell)
+    return torch.lerp(own, shared, torch.sigmoid(norm - own_norm)[..., None].to(own.dtype))
 
 
 def _resized(buffer: Tensor, slots: int, tokens: int) -> Tensor:
@@ -257,32 +327,42 @@ def _resized(buffer: Tensor, slots: int, tokens: int) -> Tensor:
     return grown
 
 
-def _masks_of(rule: object, repeats: int, step: _Step, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    device = step.positions.device
-    own_index = torch.arange(step.own_tokens, device=device)
-    prompt_index = torch.arange(step.prompt_tokens, device=device)
-    own_position = step.prompt_lengths[:, None] + own_index
-    sees_own = own_position <= step.positions[:, None]
-    sees_prompt = prompt_index < step.prompt_lengths[:, None]
-    if rule is not None:
-        reach = torch.arange(step.own_tokens + step.prompt_tokens, device=device)
-        seen: Tensor = rule(step.positions, reach)  # type: ignore[operator]
-        sees_own = sees_own & seen.gather(1, own_position)
-        sees_prompt = sees_prompt & seen[:, : step.prompt_tokens]
-    on_grid = sees_prompt[step.grid].unflatten(0, (step.groups, step.width))
-    # Without a rule all rows of a prompt share the mask of the first, which is never padding.
-    on_grid = on_grid[:, :1] if rule is None else on_grid.repeat_interleave(repeats, dim=1)
-    return _additive(on_grid[:, None], dtype), _additive(sees_own[:, None, None], dtype)
+def _own_mask(call: AttentionCall, step: _Step) -> Tensor:
+    """Return the additive mask over the rows' own tokens, [B, 1, 1 or width * repeats, L]."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key = (call.rule, repeats, call.query.dtype)
+    if key not in step.own_masks:
+        index = torch.arange(step.own_tokens, device=step.positions.device)
+        position = (step.first[:, None] + index).repeat_interleave(step.width, dim=0)
+        seen = position <= step.positions[:, None]
+        if call.rule is not None:
+            reach = torch.arange(step.own_tokens + int(step.first.max()), device=index.device)
+            seen = seen & call.rule(step.positions, reach).gather(1, position)
+        seen = seen.unflatten(0, (-1, step.width))
+        # The heads of a single token share its mask.
+        seen = seen if step.width == 1 else seen.repeat_interleave(repeats, dim=1)
+        step.own_masks[key] = _additive(seen[:, None], torch.promote_types(call.query.dtype, torch.float32))
+    return step.own_masks[key]
+
+
+def _prompt_mask(call: AttentionCall, step: _Step, grid: _Grid) -> Tensor:
+    """Return the additive mask over the prompts, [groups, 1, 1 or width * repeats, L]."""
+    repeats = call.query.shape[1] // call.key.shape[1]
+    key = (call.rule, repeats, call.query.dtype)
+    if key not in step.prompt_masks:
+        index = torch.arange(grid.prompt_tokens, device=step.positions.device)
+        seen = index < grid.prompt_lengths[:, None]
+        if call.rule is not None:
+            seen = seen & call.rule(step.positions, index)
+        on_grid = seen[grid.token].unflatten(0, (grid.groups, grid.width))
+        # Without a rule all tokens of a prompt share the mask of the first, which is never padding.
+        on_grid = on_grid[:, :1] if call.rule is None else on_grid.repeat_interleave(repeats, dim=1)
+        step.prompt_masks[key] = _additive(on_grid[:, None], torch.promote_types(call.query.dtype, torch.float32))
+    return step.prompt_masks[key]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _UNSEEN)
-
-
-def _from_grid(result: Tensor, step: _Step) -> Tensor:
-    """Scatter [groups, width * repeats, kv_heads, ...] back to [B, repeats, kv_heads, ...]."""
-    rows = result.unflatten(1, (step.width, -1)).flatten(0, 1)
-    return rows if step.is_full else rows.index_select(0, step.cell)
 
 
 def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,8 @@ class RolloutStats:
         seconds: wall-clock time of the call.
         peak_cache_bytes: peak memory of keys and values.
         peak_rows: peak number of running completions.
+        guessed_tokens: guesses computed.
+        accepted_tokens: guesses that were drawn.
     """
 
     prompt_tokens: int = 0
@@ -56,6 +58,8 @@ class RolloutStats:
     seconds: float = 0.0
     peak_cache_bytes: int = 0
     peak_rows: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Track:
@@ -165,21 +169,48 @@ class Vocabulary:
         return self._unknown[key]
 
 
-def draw_for(logits: Tensor, tracks: Sequence[Track], spec: HeadSpec, vocabulary: Vocabulary) -> list[bool]:
-    """Draw the next token of each track from its row of logits [B, V]; return which tracks have ended."""
-    keys = np.array([track.key for track in tracks], dtype=np.uint64)
-    uniform = uniforms(keys, np.array([track.length for track in tracks]))
+def draw_for(
+    logits: Tensor, tracks: Sequence[Track], spec: HeadSpec, vocabulary: Vocabulary, guesses: Sequence[list[int]] = ()
+) -> list[bool]:
+    """Draw the next tokens of each track from its rows of logits; return which tracks have ended.
+
+    Args:
+        logits: [B * W, V], the W rows of a track together: after its last token, and after each of its guesses.
+        tracks: the B completions.
+        spec: scale and softcap of the logits.
+        vocabulary: finds columns that must not be drawn.
+        guesses: [B] at most W - 1 guessed tokens each; a draw that differs from its guess is a track's last one. Empty
+            for none.
+    """
+    width = len(logits) // len(tracks)
+    keys = np.array([track.key for track in tracks], dtype=np.uint64).repeat(width)
+    places = (np.array([track.length for track in tracks])[:, None] + np.arange(width)).reshape(-1)
     drawn = draw(
         logits,
-        torch.from_numpy(uniform).to(logits.device),
-        SamplingBatch.of([track.request.params for track in tracks], logits.device),
+        torch.from_numpy(uniforms(keys, places)).to(logits.device),
+        SamplingBatch.of([track.request.params for track in tracks for _ in range(width)], logits.device),
         scale=spec.scale,
         softcap=spec.softcap,
         unknown=vocabulary.unknown(logits, tracks),
         seen=[track.seen for track in tracks] if any(t.request.params.repetition_penalty != 1 for t in tracks) else (),
     )
     columns = (drawn.token_ids.tolist(), drawn.sampler_logprobs.tolist(), drawn.policy_logprobs.tolist())
-    return [track.push(*values) for track, *values in zip(tracks, *columns, strict=True)]
+    tokens = list(zip(*columns, strict=True))
+    parts = [tokens[start : start + width] for start in range(0, len(tokens), width)]
+    return [
+        _push(track, part, guesses[row] if guesses else [])
+        for row, (track, part) in enumerate(zip(tracks, parts, strict=True))
+    ]
+
+
+def _push(track: Track, drawn: Sequence[tuple[int, float, float]], guess: Sequence[int]) -> bool:
+    """Add drawn tokens up to the first that differs from its guess; return True once the completion has ended."""
+    for place, token in enumerate(drawn):
+        if track.push(*token):
+            return True
+        if place == len(guess) or token[0] != guess[place]:
+            return False
+    return False
 
 
 def check_bounds(max_running: int, max_cache_tokens: int | None) -> None:

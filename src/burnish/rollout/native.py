@@ -1,8 +1,9 @@
 """The native engine: rollouts in the trainer's process, with the trainer's weights and continuous batching.
 
-Prompts are packed and prefilled once per group; a decode forward is one row with one token of each running completion;
-a waiting completion starts as soon as one finishes. Modules and weights stay transformers' own: only attention is
-replaced, through `burnish.model.attention`, by the key-value cache of `cache.py`.
+Prompts are packed and prefilled once per group; a decode forward is one row with the next tokens of each running
+completion: one that is known, and guesses where few completions are left (`drafts.py`). A waiting completion starts as
+soon as one finishes. Modules and weights stay transformers' own: only attention is replaced, through
+`burnish.model.attention`, by the key-value cache of `cache.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from burnish.rollout.decoding import (
     draw_for,
     sampling_mode,
 )
+from burnish.rollout.drafts import MOST_GUESSES, DraftSource, DraftWidth
 from burnish.rollout.engine import Engine, Request
 from burnish.rollout.packed_linears import packed_linears
 from burnish.types import Completion
@@ -44,6 +47,8 @@ _PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward, which bounds its activations; a longer prompt is prefilled alone."""
 _FIRST_OWN_TOKENS = 64
 """Initial cache length of a row; it doubles as completions grow."""
+_COPIED_PROMPT_TOKENS = 128
+"""Longest prompt that is copied into the cache of each of its rows; a longer one is held, and read, once per group."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +57,7 @@ class _Prompt:
 
     request: Request
     results: list[Completion | None]
+    drafts: DraftSource
     running: int = 0
     next_sample: int = 0
     logits: Tensor | None = None
@@ -62,16 +68,31 @@ class _Prompt:
 
 
 @dataclass(slots=True)
+class _Row:
+    """A running completion, its prompt, and its number among the texts that guesses come from."""
+
+    track: Track
+    prompt: _Prompt
+    text: int
+
+
+@dataclass(slots=True)
 class _Run:
-    """State of one `generate`: pending prompts, cached prompts by slot, running completions by row."""
+    """State of one `generate`: pending prompts, cached prompts by slot, running completions by row.
+
+    Attributes:
+        copied_tokens: prompt tokens in a row's own cache: those of the longest prompt, or 0 where none is copied.
+        own_tokens: sampled tokens that a row's own cache has room for.
+    """
 
     pending: deque[_Prompt]
     cache: CacheLayout
     seed: int
     step: int
+    copied_tokens: int
+    width: DraftWidth
     prompts: list[_Prompt] = field(default_factory=list[_Prompt])
-    rows: list[Track] = field(default_factory=list[Track])
-    owners: list[_Prompt] = field(default_factory=list[_Prompt])
+    rows: list[_Row] = field(default_factory=list[_Row])
     own_tokens: int = 0
     finished: int = 0
 
@@ -87,6 +108,7 @@ class NativeEngine(Engine):
             None for no bound but `max_running`.
         spec: scale and softcap of the logits; None reads them from the model's configuration.
         pack_weights: hold a prepacked copy of the linear layers during `generate` where that is faster (bf16 on a CPU).
+        speculate: compute guessed tokens where few completions run; it changes speed, not what is drawn.
 
     Raises:
         ConfigError: a bound below 1.
@@ -102,6 +124,7 @@ class NativeEngine(Engine):
         max_cache_tokens: int | None = None,
         spec: HeadSpec | None = None,
         pack_weights: bool = True,
+        speculate: bool = True,
     ) -> None:
         check_bounds(max_running, max_cache_tokens)
         self._model = model
@@ -112,6 +135,7 @@ class NativeEngine(Engine):
         self._max_cache_tokens = max_cache_tokens
         self._spec = head_spec(self._lm.config) if spec is None else spec
         self._pack_weights = pack_weights
+        self._speculate = speculate
         self.version = 0
         self.last_stats = RolloutStats()
         install(model)
@@ -131,12 +155,13 @@ class NativeEngine(Engine):
             EngineError: an empty prompt, a request for no samples, or a completion that exceeds `max_cache_tokens`.
         """
         check_requests(requests, self._lm)
-        prompts = [_Prompt(request, [None] * request.num_samples) for request in requests]
-        run = _Run(deque(prompts), CacheLayout(self._max_cache_tokens), seed=seed, step=step)
+        run = self._new_run(requests, seed, step)
+        prompts = list(run.pending)
         self.last_stats = RolloutStats()
         started = time.perf_counter()
         total = sum(request.num_samples for request in requests)
-        pack = packed_linears(self._lm, min(total, self._max_running)) if self._pack_weights else nullcontext()
+        rows = min(total, self._max_running)
+        pack = packed_linears(self._lm, rows, self._forward_once) if self._pack_weights else nullcontext()
         with sampling_mode(self._model), pack:
             while run.pending or run.prompts:
                 self._admit(run)
@@ -161,13 +186,27 @@ class NativeEngine(Engine):
         """Device of the model."""
         return self._lm.device
 
+    def _new_run(self, requests: Sequence[Request], seed: int, step: int) -> _Run:
+        prompts = [_Prompt(r, [None] * r.num_samples, DraftSource(r.prompt_ids)) for r in requests]
+        longest = max((len(request.prompt_ids) for request in requests), default=0)
+        # Under a bound on the cache, rows are worth more than the time that a copy saves.
+        copies = self._max_cache_tokens is None and longest <= _COPIED_PROMPT_TOKENS
+        return _Run(
+            deque(prompts),
+            CacheLayout(self._max_cache_tokens, copies_prompts=copies),
+            seed=seed,
+            step=step,
+            copied_tokens=longest if copies else 0,
+            width=DraftWidth(_fixed_tokens(self._lm)),
+        )
+
     def _admit(self, run: _Run) -> None:
         """Start waiting samples, those of cached prompts first, within the bounds; one-token completions end here."""
         while True:
             new = self._choose_prompts(run)
             if new:
                 self._prefill(run, new)
-            started: list[tuple[_Prompt, Track]] = []
+            started: list[_Row] = []
             for prompt in run.prompts:
                 while prompt.waiting and len(run.rows) + len(started) < self._max_running:
                     if not self._fits(run, prompt.request, len(run.rows) + len(started) + 1, new_prompt=False):
@@ -175,21 +214,32 @@ class NativeEngine(Engine):
                     track = Track(prompt.request, prompt.next_sample, self._tokenizer, seed=run.seed, step=run.step)
                     prompt.next_sample += 1
                     prompt.running += 1
-                    started.append((prompt, track))
+                    started.append(_Row(track, prompt, prompt.drafts.add_text()))
             if not started:
                 return
-            logits = torch.cat([prompt.logits for prompt, _ in started if prompt.logits is not None])
+            logits = torch.cat([row.prompt.logits for row in started if row.prompt.logits is not None])
             self.last_stats.peak_rows = max(self.last_stats.peak_rows, len(run.rows) + len(started))
-            ended = self._draw(logits, [track for _, track in started])
-            for (prompt, track), is_done in zip(started, ended, strict=True):
-                if not prompt.waiting:
-                    prompt.logits = None
+            ended = self._draw(logits, started)
+            for row, is_done in zip(started, ended, strict=True):
+                if not row.prompt.waiting:
+                    row.prompt.logits = None
                 if is_done:
-                    self._finish(run, prompt, track)
+                    self._finish(run, row)
                 else:
-                    run.rows.append(track)
-                    run.owners.append(prompt)
+                    run.rows.append(row)
+            self._copy_prompts(run, sum(not is_done for is_done in ended))
             self._drop_prompts(run)
+
+    def _copy_prompts(self, run: _Run, started: int) -> None:
+        """Copy their prompts into the rows that have just started, which are the last ones."""
+        if not run.copied_tokens:
+            return
+        slots = {prompt: slot for slot, prompt in enumerate(run.prompts)}
+        first = len(run.rows) - started
+        for prompt, rows in groupby(range(first, len(run.rows)), key=lambda index: run.rows[index].prompt):
+            indices = list(rows)
+            span = range(indices[0], indices[-1] + 1)
+            run.cache.start_rows(slots[prompt], span, len(prompt.request.prompt_ids))
 
     def _choose_prompts(self, run: _Run) -> list[_Prompt]:
         """Move pending prompts that fit into rows, cache and one prefill forward to the cached ones; return them."""
@@ -249,39 +299,58 @@ class NativeEngine(Engine):
         run.own_tokens = min(max(run.own_tokens, own_tokens), longest)
         run.cache.reserve(
             rows=min(self._max_running, len(run.rows) + waiting, room),
-            own_tokens=run.own_tokens,
+            own_tokens=run.copied_tokens + run.own_tokens,
             prompts=len(run.prompts),
             prompt_tokens=max(len(prompt.request.prompt_ids) for prompt in run.prompts),
         )
 
     def _decode(self, run: _Run) -> None:
-        """Decode one token for every running row and remove the finished rows."""
-        longest = max(track.length for track in run.rows)
+        """Decode the next tokens of every running row and remove the finished rows."""
+        guesses = self._guess(run)
+        width = 1 + max(len(guess) for guess in guesses)
+        most = max(row.prompt.request.params.max_new_tokens for row in run.rows)
+        longest = min(max(row.track.length for row in run.rows) + width - 1, most)
         if longest > run.own_tokens:
             self._reserve(run, own_tokens=max(longest, 2 * run.own_tokens))
         slots = {prompt: slot for slot, prompt in enumerate(run.prompts)}
         positions = run.cache.begin_decode(
-            prompt_slots=[slots[prompt] for prompt in run.owners],
-            prompt_lengths=[len(prompt.request.prompt_ids) for prompt in run.owners],
-            own_lengths=[track.length for track in run.rows],
+            prompt_slots=[slots[row.prompt] for row in run.rows],
+            prompt_lengths=[len(row.prompt.request.prompt_ids) for row in run.rows],
+            own_lengths=[row.track.length for row in run.rows],
+            max_own=[row.prompt.request.params.max_new_tokens for row in run.rows],
             device=self.device,
+            width=width,
         )
-        tokens = torch.tensor([track.last_token for track in run.rows], device=self.device)
-        ended = self._draw(self._head(self._forward(run.cache, tokens, positions)), run.rows)
+        tokens = [
+            token
+            for row, guess in zip(run.rows, guesses, strict=True)
+            for token in ([row.track.last_token, *guess] + [row.track.last_token] * (width - 1 - len(guess)))
+        ]
+        hidden = self._forward(run.cache, torch.tensor(tokens, device=self.device), positions)
+        ended = self._draw(self._head(hidden), run.rows, guesses, run.width)
         self.last_stats.forwards += 1
-        for row in reversed([row for row, is_done in enumerate(ended) if is_done]):
-            self._finish(run, run.owners[row], run.rows[row])
+        for index in reversed([index for index, is_done in enumerate(ended) if is_done]):
+            self._finish(run, run.rows[index])
             last = len(run.rows) - 1
-            if row != last:
-                run.cache.move_row(last, row)
-                run.rows[row], run.owners[row] = run.rows[last], run.owners[last]
+            if index != last:
+                run.cache.move_row(last, index)
+                run.rows[index] = run.rows[last]
             run.rows.pop()
-            run.owners.pop()
         self._drop_prompts(run)
 
-    def _finish(self, run: _Run, prompt: _Prompt, track: Track) -> None:
-        prompt.results[track.sample] = track.finish(self._tokenizer)
-        prompt.running -= 1
+    def _guess(self, run: _Run) -> list[list[int]]:
+        """Guess the tokens after the next one of each row; none where that would not pay."""
+        nothing: list[list[int]] = [[] for _ in run.rows]
+        # A penalty depends on the tokens before, which a guess would have to be among.
+        if not self._speculate or any(r.prompt.request.params.repetition_penalty != 1 for r in run.rows):
+            return nothing
+        guesses = [row.prompt.drafts.guess(row.text, MOST_GUESSES) for row in run.rows]
+        width = run.width.choose(len(guesses), sum(bool(guess) for guess in guesses))
+        return [guess[: width - 1] for guess in guesses]
+
+    def _finish(self, run: _Run, row: _Row) -> None:
+        row.prompt.results[row.track.sample] = row.track.finish(self._tokenizer)
+        row.prompt.running -= 1
         run.finished += 1
 
     def _drop_prompts(self, run: _Run) -> None:
@@ -307,9 +376,35 @@ class NativeEngine(Engine):
             )
         return output.last_hidden_state[0]
 
+    def _forward_once(self) -> None:
+        """Run a forward of one token."""
+        self._lm.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+
     def _head(self, hidden: Tensor) -> Tensor:
         return self._lm.get_output_embeddings()(hidden)
 
-    def _draw(self, logits: Tensor, tracks: list[Track]) -> list[bool]:
-        self.last_stats.decoded_tokens += len(tracks)
-        return draw_for(logits, tracks, self._spec, self._vocabulary)
+    def _draw(
+        self, logits: Tensor, rows: Sequence[_Row], guesses: Sequence[list[int]] = (), width: DraftWidth | None = None
+    ) -> list[bool]:
+        """Draw the next tokens of rows, up to the first that differs from its guess; return which rows have ended."""
+        tracks, stats = [row.track for row in rows], self.last_stats
+        before = [track.length for track in tracks]
+        ended = draw_for(logits, tracks, self._spec, self._vocabulary, guesses)
+        for index, (row, start) in enumerate(zip(rows, before, strict=True)):
+            drawn = row.track.completion.token_ids[start:]
+            stats.decoded_tokens += len(drawn)
+            for token in drawn:
+                row.prompt.drafts.push(row.text, token)
+            if width is not None and guesses[index]:
+                accepted, guessed = len(drawn) - 1, len(guesses[index])
+                width.add(accepted, accepted + (accepted < guessed and not ended[index]))
+                stats.guessed_tokens += guessed
+                stats.accepted_tokens += accepted
+        return ended
+
+
+def _fixed_tokens(model: Any) -> float:
+    """Return the cost of a forward's weights and overhead, in tokens of the forward (measured; see `DraftWidth`)."""
+    if model.device.type != "cpu":
+        return 256.0
+    return 40.0 if model.dtype == torch.bfloat16 else 8.0
