@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import tempfile
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,11 +31,16 @@ class Proxy(ThreadingHTTPServer):
         self.target, self.name = urlsplit(target), name
         self.faults: set[str] = set()
         self.head: Path | None = None
+        self.own = Path(tempfile.mkdtemp())
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def server_close(self) -> None:
+        super().server_close()
+        shutil.rmtree(self.own, ignore_errors=True)
 
     def handle_error(self, *args: object) -> None:
         """Clients that hang up are part of the tests."""
@@ -49,7 +55,7 @@ class Proxy(ThreadingHTTPServer):
                 assert self.head is not None
                 body["kwargs"]["weights_path"] = str(self._with_old_head(folder))
             else:
-                self.head = folder.parent.parent / f"head-{id(self)}"
+                self.head = self.own / "head"
                 shutil.copytree(folder, self.head, dirs_exist_ok=True)
         if "drop_adapter" in self.faults:
             if path.endswith("lora_adapter"):
@@ -61,7 +67,7 @@ class Proxy(ThreadingHTTPServer):
         return body
 
     def _with_old_head(self, folder: Path) -> Path:
-        mixed = folder.parent.parent / f"mixed-{id(self)}"
+        mixed = self.own / "mixed"
         shutil.copytree(folder, mixed, dirs_exist_ok=True)
         assert self.head is not None
         weights, old = load_file(folder / "model.safetensors"), load_file(self.head / "model.safetensors")
