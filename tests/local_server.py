@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from http_server import JsonHandler, ThreadServer
 
-class LocalServer(ThreadingHTTPServer):
+
+class LocalServer(ThreadServer):
     """Serves a model; `faults` change what it does.
 
     ignore_reload, keep_head, drop_adapter: weights that do not arrive, in whole or in part. hot: samples at twice the
@@ -29,11 +30,7 @@ class LocalServer(ThreadingHTTPServer):
     sends an answer byte by byte, slowly.
     """
 
-    daemon_threads = True
-    request_queue_size = 128
-
     def __init__(self, model: Any, tokenizer: Any, *, port: int = 0, token: str | None = None) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
         self.model, self.tokenizer, self.token = model, tokenizer, token
         self.adapters: dict[str, Any] = {}
         self.weight_version, self.paused, self.tokens = "default", False, 0.0
@@ -42,25 +39,7 @@ class LocalServer(ThreadingHTTPServer):
         self.sampled: list[dict[str, Any]] = []
         self.before_answer: Callable[[str, dict[str, Any]], None] = lambda path, body: None
         self.lock = threading.Lock()
-        self.thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
-        self.thread.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self) -> LocalServer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, *args: object) -> None:
-        """Clients that hang up are part of the tests."""
+        super().__init__(_Handler, port)
 
     # What the routes do.
 
@@ -135,21 +114,11 @@ class LocalServer(ThreadingHTTPServer):
                 return ids, values, "length", None
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JsonHandler):
     server: LocalServer
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._handle({})
-
-    def do_POST(self) -> None:
-        size = int(self.headers.get("Content-Length", 0))
-        self._handle(json.loads(self.rfile.read(size) or b"{}"))
-
-    def _handle(self, body: dict[str, Any]) -> None:
+    def handle_json(self, body: dict[str, Any] | None) -> None:
+        body = body or {}
         server, path = self.server, self.path.split("?")[0]
         server.calls.append(path)
         server.before_answer(path, body)
@@ -209,9 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, answer: Any, *, is_sampling: bool = False) -> None:
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.send_head(status, len(data))
         if is_sampling and "break" in self.server.faults:
             self.wfile.write(data[: len(data) // 2])
             self.close_connection = True

@@ -262,8 +262,9 @@ def test_modes_come_back_and_training_still_works(tokenizer: Any) -> None:
     assert model.model.embed_tokens.weight.grad is not None
 
 
-def test_packed_weights_change_speed_only(tokenizer: Any) -> None:
-    model = build("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba"])
+def test_packed_weights_change_speed_only(name: str, tokenizer: Any) -> None:
+    model = build(name).to(torch.bfloat16)
     requests = [Request(p, 4, SamplingParams(12), i) for i, p in enumerate(prompts(5, 150))]
     packed, plain = (
         NativeEngine(model, tokenizer, pack_weights=pack).generate(requests, seed=0, step=0) for pack in (True, False)

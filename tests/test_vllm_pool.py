@@ -59,14 +59,6 @@ def engine(model: Any, servers: list[LocalServer], deadlines: Deadlines = DEADLI
     return _OPEN[-1]
 
 
-def move(model: Any, size: float, seed: int = 7) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-
-
 def tokens(groups: list[Any]) -> list[list[int]]:
     return [completion.token_ids for group in groups for completion in group]
 
@@ -97,9 +89,24 @@ def test_a_sync_without_a_change_delivers_nothing(servers: list[LocalServer], mo
         server.calls.clear()
     assert made.sync(0) == {}
     assert all("/collective_rpc" not in server.calls for server in servers)
-    move(model, 1e-3)
+    tiny.move(model, 1e-3)
     assert made.sync(1)["sampling/probe/moved"] > 0
     assert all("/collective_rpc" in server.calls for server in servers)
+
+
+def test_a_change_that_the_probe_cannot_see_is_delivered(servers: list[LocalServer]) -> None:
+    """Rows of untied embeddings that no probe token reads change nothing that the probe measures."""
+    model = tiny.model(tie_word_embeddings=False)
+    prepare_for_scoring(model)
+    made = engine(model, servers)
+    made.sync(0)
+    used = {token for ids in made._sequences for token in ids}
+    row = next(token for token in range(96) if token not in used)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[row] += 1.0
+    assert made.sync(1)["sampling/probe/moved"] == 0
+    wanted = model.get_input_embeddings().weight[row]
+    assert all(torch.equal(server.model.get_input_embeddings().weight[row], wanted) for server in servers)
 
 
 def test_a_server_is_paused_while_its_weights_change(servers: list[LocalServer], model: Any) -> None:
@@ -129,7 +136,7 @@ def test_weights_that_do_not_arrive_are_found_at_once(
     made = engine(model, servers)
     made.sync(0)
     servers[1].faults.add(fault)
-    move(model, size)
+    tiny.move(model, size)
     with pytest.raises(CheckFailed, match=cause) as error:
         made.sync(1)
     assert servers[1].url in str(error.value)
@@ -162,7 +169,7 @@ def test_adapters_are_loaded_by_name_and_the_one_before_goes(base_servers: list[
     servers, adapted = base_servers, lora(tiny.model())
     made = engine(adapted, servers)
     made.sync(0)
-    move(adapted, 0.1)
+    tiny.move(adapted, 0.1)
     made.sync(1)
     groups = made.generate(REQUESTS, seed=1, step=0)
     check_completions(REQUESTS, groups, vocab_size=96)
@@ -179,7 +186,7 @@ def test_an_adapter_that_never_arrives_is_named(base_servers: list[LocalServer])
     made = engine(adapted, servers)
     made.sync(0)
     servers[0].faults.add("drop_adapter")
-    move(adapted, 0.02)
+    tiny.move(adapted, 0.02)
     with pytest.raises(CheckFailed, match="the adapter never arrived"):
         made.sync(1)
 
@@ -209,7 +216,7 @@ def test_groups_of_a_lost_server_are_replayed_on_the_other(
     assert "vLLM server lost" in caplog.text
     # It rejoins at a sync.
     servers[0].faults.clear()
-    move(model, 1e-3)
+    tiny.move(model, 1e-3)
     assert made.sync(1)["sampling/servers"] == 2
 
 
@@ -307,7 +314,7 @@ def test_weights_are_removed_when_the_engine_closes(servers: list[LocalServer], 
     left.mkdir()
     made = VLLMServerEngine(model, tiny.tokenizer(), pool, bound=1e-6, weights_dir=str(tmp_path))
     made.sync(0)
-    move(model, 1e-2)
+    tiny.move(model, 1e-2)
     made.sync(1)
     assert not left.exists()
     assert len(list(tmp_path.glob("*/burnish-*"))) == 1

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm import Deadlines, ServerPool, VLLMServerEngine
 from burnish.rollout.vllm.registry import token_of
 from burnish.types import Completion, Group, StopReason
+from test_vllm_config import trainer
 from vllm_proxy import Proxy
 
 pytestmark = pytest.mark.vllm
@@ -141,14 +143,6 @@ def engine(opened: list[VLLMServerEngine]) -> Any:
         return opened[-1]
 
     return start
-
-
-def move(model: Any, size: float, seed: int = 7) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 def lora(model: Any) -> Any:
@@ -292,7 +286,7 @@ def test_all_weights_arrive_the_tied_head_too(server: Served, engine: Any, size:
     for version in range(3):
         metrics = made.sync(version)
         assert metrics["sampling/probe/difference"] < 2e-5
-        move(model, size, seed=version)
+        tiny.move(model, size, seed=version)
     made.sync(3)
     groups = [
         Group(list(r.prompt_ids), c) for r, c in zip(REQUESTS, made.generate(REQUESTS, seed=1, step=0), strict=True)
@@ -314,7 +308,7 @@ def test_adapters_arrive(server: Served, engine: Any) -> None:
     made.sync(0)
     before = tokens(made.generate(REQUESTS, seed=1, step=0))
     for version in (1, 2, 3):
-        move(adapted, 0.1, seed=version)
+        tiny.move(adapted, 0.1, seed=version)
         assert made.sync(version)["sampling/probe/difference"] < 5e-5
     assert tokens(made.generate(REQUESTS, seed=1, step=0)) != before
 
@@ -335,14 +329,13 @@ def test_weights_left_behind_stop_the_run(server: Served, engine: Any, fault: st
     made = engine(model, proxy.url, token=token_of(server.url))
     made.sync(0)
     proxy.faults.add(fault)
-    move(model, size)
+    tiny.move(model, size)
     with pytest.raises(CheckFailed, match=cause):
         made.sync(1)
     proxy.faults.clear()
     made.sync(1)
     assert made._pool.servers[0].agreement.difference < 2e-5
-    proxy.shutdown()
-    proxy.server_close()
+    proxy.stop()
 
 
 def test_an_adapter_that_never_arrives_stops_the_run(server: Served, folder: Path, engine: Any) -> None:
@@ -352,11 +345,10 @@ def test_an_adapter_that_never_arrives_stops_the_run(server: Served, folder: Pat
     made = engine(adapted, proxy.url, token=token_of(server.url))
     made.sync(0)
     proxy.faults.add("drop_adapter")
-    move(adapted, 1e-2)
+    tiny.move(adapted, 1e-2)
     with pytest.raises(CheckFailed, match="the adapter never arrived"):
         made.sync(1)
-    proxy.shutdown()
-    proxy.server_close()
+    proxy.stop()
 
 
 def test_another_base_than_the_adapters_is_found(server: Served, engine: Any) -> None:
@@ -377,6 +369,18 @@ def test_another_tokenizer_is_refused(server: Served) -> None:
     )
     with pytest.raises(ConfigError, match="another tokenizer"):
         ServerPool.connected([server.url], swapped, 30.0)
+
+
+def test_another_temperature_stops_the_run(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Proxy(server.url, "")
+    monkeypatch.setenv("VLLM_API_KEY", token_of(server.url) or "")
+    for fault in ("", "hot"):
+        proxy.faults = {fault}
+        made = trainer(tmp_path, proxy.url, fresh(seed=11))
+        with pytest.raises(CheckFailed, match="step 0: sampler and trainer mismatch") if fault else nullcontext():
+            made.train()
+        made.stage.sampler.engine.close()
+    proxy.stop()
 
 
 # Servers that die, stop or slow down.
@@ -425,7 +429,7 @@ def test_kill_9_loses_no_group_and_the_server_rejoins(server: Served, other: Ser
     started = time.monotonic()
     other.wait()
     print(f"`burnish serve` had it up again {time.monotonic() - started:.1f} s later")
-    move(model, 1e-2)
+    tiny.move(model, 1e-2)
     assert made.sync(1)["sampling/servers"] == 2
 
 
@@ -442,11 +446,11 @@ def test_a_stopped_server_is_dropped_and_rejoins(server: Served, other: Served, 
     try:
         _, seconds = disturbed(made, lambda: signal_all(signal.SIGSTOP))
         print(f"SIGSTOP: {seconds:.1f} s for {len(LONG)} groups")
-        move(model, 1e-2)
+        tiny.move(model, 1e-2)
         assert made.sync(1)["sampling/servers"] == 1
     finally:
         signal_all(signal.SIGCONT)
-    move(model, 1e-2, seed=8)
+    tiny.move(model, 1e-2, seed=8)
     assert made.sync(2)["sampling/servers"] == 2
 
 
@@ -466,11 +470,10 @@ def test_a_slow_socket_is_left(server: Served, other: Served, engine: Any, fault
     print(f"{fault} socket: {seconds:.1f} s for {len(LONG)} groups")
     assert [server.version is not None for server in pool.servers] == [True, False]
     proxy.faults.clear()
-    move(model, 1e-2)
+    tiny.move(model, 1e-2)
     assert made.sync(1)["sampling/servers"] == 2
     made.close()
-    proxy.shutdown()
-    proxy.server_close()
+    proxy.stop()
 
 
 def test_a_death_in_the_middle_of_a_sync_is_no_mixture(server: Served, other: Served, engine: Any) -> None:
@@ -478,7 +481,7 @@ def test_a_death_in_the_middle_of_a_sync_is_no_mixture(server: Served, other: Se
     model = fresh(seed=14)
     made = engine(model, server.url, other.url)
     made.sync(0)
-    move(model, 1e-2)
+    tiny.move(model, 1e-2)
     victim = made._pool.servers[1].client
     post = victim.post
 
@@ -493,6 +496,6 @@ def test_a_death_in_the_middle_of_a_sync_is_no_mixture(server: Served, other: Se
     assert made.sync(1)["sampling/servers"] == 1
     timed(made, REQUESTS)
     other.wait()
-    move(model, 1e-2, seed=8)
+    tiny.move(model, 1e-2, seed=8)
     assert made.sync(2)["sampling/servers"] == 2
     timed(made, REQUESTS)

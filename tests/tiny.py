@@ -79,3 +79,12 @@ def exact_weights(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     if isinstance(optimizer, MasterWeights):
         return [master.clone() for master in optimizer.masters]
     return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+
+
+def move(model: Any, size: float, seed: int = 7) -> None:
+    """Add noise of a standard deviation to all trainable weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)

@@ -6,17 +6,17 @@ import http.client
 import json
 import shutil
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from safetensors.torch import load_file, save_file
 
+from http_server import JsonHandler, ThreadServer
 
-class Proxy(ThreadingHTTPServer):
+
+class Proxy(ThreadServer):
     """Forwards to `target`; `faults` change what arrives.
 
     ignore_reload, keep_head, drop_adapter: weights that do not arrive, in whole or in part, and are acknowledged.
@@ -24,26 +24,16 @@ class Proxy(ThreadingHTTPServer):
     byte.
     """
 
-    daemon_threads = True
-
     def __init__(self, target: str, name: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
         self.target, self.name = urlsplit(target), name
         self.faults: set[str] = set()
         self.head: Path | None = None
         self.own = Path(tempfile.mkdtemp())
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        super().__init__(_Handler)
 
     def server_close(self) -> None:
         super().server_close()
         shutil.rmtree(self.own, ignore_errors=True)
-
-    def handle_error(self, *args: object) -> None:
-        """Clients that hang up are part of the tests."""
 
     def changed(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """The body to forward, or None for a call that is acknowledged and dropped."""
@@ -76,20 +66,10 @@ class Proxy(ThreadingHTTPServer):
         return mixed
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JsonHandler):
     server: Proxy
 
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        self._forward(None)
-
-    def do_POST(self) -> None:
-        self._forward(json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}"))
-
-    def _forward(self, body: dict[str, Any] | None) -> None:
+    def handle_json(self, body: dict[str, Any] | None) -> None:
         proxy = self.server
         while "deaf" in proxy.faults:
             time.sleep(0.1)
@@ -106,10 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             forward.close()
 
     def _send(self, status: int, data: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self.send_head(status, len(data))
         pieces = [data] if "dribble" not in self.server.faults else [bytes([byte]) for byte in data]
         for piece in pieces:
             self.wfile.write(piece)

@@ -113,6 +113,7 @@ class _Step:
         write_index: [T] flattened (row, token) index of each token in the rows' own cache.
         width: tokens of a row.
         own_tokens: length of own cache attended to, a multiple of the step.
+        reach: number of positions up to the last place of the own cache, over all rows.
         grid: the tokens by prompt; None where the prompts were copied.
         own_masks: additive masks over the rows' own cache, by mask rule.
         prompt_masks: additive masks over the prompts, by mask rule.
@@ -123,6 +124,7 @@ class _Step:
     write_index: Tensor
     width: int
     own_tokens: int
+    reach: int
     grid: _Grid | None
     own_masks: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
     prompt_masks: dict[Hashable, Tensor] = field(default_factory=dict[Hashable, Tensor])
@@ -211,6 +213,7 @@ class CacheLayout:
             write_index=((row + kept)[:, None] + own).flatten(),
             width=width,
             own_tokens=round_up(longest),
+            reach=round_up(longest) + (0 if self.copies_prompts else max(prompt_lengths)),
             grid=grid,
         )
         return self._step.positions
@@ -336,7 +339,7 @@ def _own_mask(call: AttentionCall, step: _Step) -> Tensor:
         position = (step.first[:, None] + index).repeat_interleave(step.width, dim=0)
         seen = position <= step.positions[:, None]
         if call.rule is not None:
-            reach = torch.arange(step.own_tokens + int(step.first.max()), device=index.device)
+            reach = torch.arange(step.reach, device=index.device)
             seen = seen & call.rule(step.positions, reach).gather(1, position)
         seen = seen.unflatten(0, (-1, step.width))
         # The heads of a single token share its mask.

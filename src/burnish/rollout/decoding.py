@@ -28,7 +28,7 @@ __all__ = [
     "Track",
     "Vocabulary",
     "check_bounds",
-    "check_requests",
+    "check_request_lengths",
     "draw_for",
     "sampling_mode",
 ]
@@ -220,12 +220,7 @@ def check_bounds(max_running: int, max_cache_tokens: int | None) -> None:
             raise ConfigError(f"{name} = {value!r}: use a positive integer.")
 
 
-def check_requests(requests: Sequence[Request], model: nn.Module) -> None:
-    """Raise EngineError for an unusable request, ModelError for one longer than the model's positions."""
-    for index, request in enumerate(requests):
-        if not len(request.prompt_ids):
-            raise EngineError(f"requests[{index}].prompt_ids is empty: give at least one token (for example BOS).")
-        if request.num_samples < 1:
-            raise EngineError(f"requests[{index}].num_samples = {request.num_samples}: ask for at least one sample.")
+def check_request_lengths(requests: Sequence[Request], model: nn.Module) -> None:
+    """Raise ModelError for a request that is longer than the model's positions."""
     longest = max((len(request.prompt_ids) + request.params.max_new_tokens for request in requests), default=0)
     check_positions(model, longest, "a prompt with its completion", "lower max_completion_length, or shorten prompts")

@@ -24,11 +24,12 @@ from burnish.rollout.decoding import (
     Track,
     Vocabulary,
     check_bounds,
-    check_requests,
+    check_request_lengths,
     draw_for,
     sampling_mode,
 )
 from burnish.rollout.engine import Engine, Request
+from burnish.rollout.validation import check_requests
 from burnish.types import Completion
 
 __all__ = ["LockstepEngine"]
@@ -73,7 +74,8 @@ class LockstepEngine(Engine):
         self, requests: Sequence[Request], *, seed: int, step: int, on_progress: OnProgress | None = None
     ) -> list[list[Completion]]:
         """Sample completions of each request, in order; see `NativeEngine.generate`."""
-        check_requests(requests, self._lm)
+        check_requests(requests)
+        check_request_lengths(requests, self._lm)
         self.last_stats = stats = RolloutStats()
         started = time.perf_counter()
         tracks = [

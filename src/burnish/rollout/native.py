@@ -32,13 +32,14 @@ from burnish.rollout.decoding import (
     Track,
     Vocabulary,
     check_bounds,
-    check_requests,
+    check_request_lengths,
     draw_for,
     sampling_mode,
 )
 from burnish.rollout.drafts import MOST_GUESSES, DraftSource, DraftWidth
 from burnish.rollout.engine import Engine, Request
 from burnish.rollout.packed_linears import packed_linears
+from burnish.rollout.validation import check_requests
 from burnish.types import Completion
 
 __all__ = ["NativeEngine"]
@@ -154,7 +155,8 @@ class NativeEngine(Engine):
         Raises:
             EngineError: an empty prompt, a request for no samples, or a completion that exceeds `max_cache_tokens`.
         """
-        check_requests(requests, self._lm)
+        check_requests(requests)
+        check_request_lengths(requests, self._lm)
         run = self._new_run(requests, seed, step)
         prompts = list(run.pending)
         self.last_stats = RolloutStats()
@@ -404,7 +406,11 @@ class NativeEngine(Engine):
 
 
 def _fixed_tokens(model: Any) -> float:
-    """Return the cost of a forward's weights and overhead, in tokens of the forward (measured; see `DraftWidth`)."""
+    """Return the cost of a forward's weights and overhead, in tokens of the forward (see `DraftWidth`).
+
+    A 135M model on two cores takes 50 to 60 ms a forward and 0.25 to 0.75 ms a token in bf16, 50 and 2.1 to 2.6 in
+    fp32. The value for other devices is not measured.
+    """
     if model.device.type != "cpu":
         return 256.0
-    return 40.0 if model.dtype == torch.bfloat16 else 8.0
+    return 100.0 if model.dtype == torch.bfloat16 else 20.0

@@ -1,4 +1,4 @@
-"""Validation of an engine's completions, before any other code relies on them."""
+"""Validation of what an engine is asked for, and of its completions before any other code relies on them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from burnish.errors import EngineError
 from burnish.rollout.engine import Request, SamplingParams
 from burnish.types import Completion, StopReason
 
-__all__ = ["check_completions"]
+__all__ = ["check_completions", "check_requests"]
 
 _ROUNDING_NATS = 1e-2
 """Tolerance above 0 for the rounded logarithm of a probability of 1."""
 
 _LOGPROBS = ("sampler_logprobs", "policy_logprobs")
+
+
+def check_requests(requests: Sequence[Request]) -> None:
+    """Raise EngineError for a request with an empty prompt or without samples."""
+    for index, request in enumerate(requests):
+        if not len(request.prompt_ids):
+            raise EngineError(f"requests[{index}].prompt_ids is empty: give at least one token (for example BOS).")
+        if request.num_samples < 1:
+            raise EngineError(f"requests[{index}].num_samples = {request.num_samples}: ask for at least one sample.")
 
 
 def check_completions(

@@ -13,6 +13,7 @@ from torch import nn
 from burnish.errors import ConfigError, EngineError
 from burnish.model.adapters import without_adapters
 from burnish.rollout.engine import Engine, Request
+from burnish.rollout.validation import check_requests
 from burnish.rollout.vllm.delivery import Update
 from burnish.rollout.vllm.pool import ServerPool
 from burnish.rollout.vllm.probe import probe_sequences, score_probe
@@ -65,6 +66,8 @@ class VLLMServerEngine(Engine):
         self._folders = WeightFolders(weights_dir)
         self._sequences: list[list[int]] = []
         self._run, self._syncs = secrets.token_hex(4), 0
+        self._delivered = -1
+        """Version of the newest update."""
         self.version = 0
         self._finalizer = weakref.finalize(self, _close, pool, self._folders)
 
@@ -83,7 +86,7 @@ class VLLMServerEngine(Engine):
         """Deliver the trainer's weights to every server, and prove what each answers with.
 
         Returns:
-            Metrics of the sync; none where the weights have not changed.
+            Metrics of the sync; none where the servers have this version.
 
         Raises:
             CheckFailed: a server samples from other weights.
@@ -106,16 +109,17 @@ class VLLMServerEngine(Engine):
         self._finalizer()
 
     def _deliver(self, version: int) -> tuple[Update, list[tuple[str, str | None]], bool]:
-        """Deliver an update if the weights have changed, or restore lost servers."""
+        """Deliver an update if it is a new one, or restore lost servers."""
         pool = self._pool
         if not self._sequences:
             longest = min((s.served.max_model_len or 0 for s in pool.servers if s.served is not None), default=0)
             self._sequences = probe_sequences(self._tokenizer, self._model, longest=longest or None)
         expected = score_probe(self._model, self._sequences)
         update = pool.update
-        is_new = update is None or update.expected != expected
+        # A step may change weights of which the probe's tokens show nothing, such as rows of the embeddings.
+        is_new = update is None or version != self._delivered or update.expected != expected
         if update is None or is_new:
-            self._syncs += 1
+            self._syncs, self._delivered = self._syncs + 1, version
             tag = f"burnish-{self._run}-{version}-{self._syncs}"
             update = Update(
                 tag=tag,
@@ -140,13 +144,8 @@ class VLLMServerEngine(Engine):
         longest = min(
             (s.served.max_model_len or 2**31 for s in self._pool.ready if s.served is not None), default=2**31
         )
-        for index, request in enumerate(requests):
-            if not len(request.prompt_ids):
-                raise EngineError(f"requests[{index}].prompt_ids is empty: give at least one token (for example BOS).")
-            if request.num_samples < 1:
-                raise EngineError(
-                    f"requests[{index}].num_samples = {request.num_samples}: ask for at least one sample."
-                )
+        check_requests(requests)
+        for request in requests:
             tokens = len(request.prompt_ids) + request.params.max_new_tokens
             if tokens > longest:
                 raise ConfigError(

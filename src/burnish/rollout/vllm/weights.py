@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from burnish.errors import ConfigError, FileError
 from burnish.model.adapters import saving_adapters
+from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
 
 __all__ = ["MAX_RANK", "WeightFolders", "has_adapters", "refuse_unsupported", "refuse_unsupported_config"]
@@ -83,17 +84,15 @@ def refuse_unsupported(model: Any) -> None:
     Raises:
         ConfigError: with the weight.
     """
-    if not has_adapters(model):
-        if getattr(causal_lm(model), "is_quantized", False):
-            raise ConfigError(f"use_vllm = True with quantised weights: a server samples from others; {_FIX}.")
-        return
-    for config in model.peft_config.values():
-        refuse_unsupported_config(config)
-    if getattr(causal_lm(model), "is_quantized", False):
+    if is_quantized(causal_lm(model)):
         raise ConfigError(
             "use_vllm = True with quantised weights: the server would sample from unquantised ones. Load the model "
             f"without quantization_config, or {_FIX}."
         )
+    if not has_adapters(model):
+        return
+    for config in model.peft_config.values():
+        refuse_unsupported_config(config)
     for name, parameter in model.named_parameters():
         is_adapter = re.search(r"\.lora_[AB]\.[^.]+\.weight$", name) is not None
         if parameter.requires_grad and not is_adapter:
