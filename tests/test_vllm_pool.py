@@ -100,7 +100,7 @@ def test_a_change_that_the_probe_cannot_see_is_delivered(servers: list[LocalServ
     prepare_for_scoring(model)
     made = engine(model, servers)
     made.sync(0)
-    used = {token for ids in made._sequences for token in ids}
+    used = {token for ids in made._updates.sequences for token in ids}
     row = next(token for token in range(96) if token not in used)
     with torch.no_grad():
         model.get_input_embeddings().weight[row] += 1.0

@@ -334,7 +334,7 @@ def test_weights_left_behind_stop_the_run(server: Served, engine: Any, fault: st
         made.sync(1)
     proxy.faults.clear()
     made.sync(1)
-    assert made._pool.servers[0].agreement.difference < 2e-5
+    assert made._pool.servers[0].proof.agreement.difference < 2e-5
     proxy.stop()
 
 

@@ -25,13 +25,11 @@ from burnish.model.adapter_files import saved_adapters
 from burnish.model.sources import find_model
 from burnish.progress import format_seconds, say
 from burnish.rollout.vllm.registry import forget, register
-from burnish.rollout.vllm.weights import MAX_RANK
+from burnish.rollout.vllm.weights import MAX_RANK, lora_slot
 
 __all__ = ["find_vllm", "run", "servable", "server_command", "server_environment", "untied"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that --max-lora-rank takes; an adapter may have any rank up to it."""
 _INDEX = "model.safetensors.index.json"
 _HEALTHY_SECONDS = 600.0
 """A server that ran this long starts with all its restarts again."""
@@ -87,9 +85,9 @@ def server_command(executable: str, folder: str, args: argparse.Namespace) -> li
     if args.lora_rank is not None:
         if not 1 <= args.lora_rank <= MAX_RANK:
             raise ConfigError(f"--lora-rank {args.lora_rank}: use 1 to {MAX_RANK}.")
-        rank = next(rank for rank in _RANKS if rank >= args.lora_rank)
         # The adapter in use, and the next one while it is proven.
-        command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
+        command += ["--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2"]
+        command += ["--max-lora-rank", str(lora_slot(args.lora_rank))]
     return [*command, *args.overrides]
 
 

@@ -94,10 +94,7 @@ _ONLINE = (
     | _fields("the in-process engine batches continuously; remove the field",
               transformers_continuous_batching_config=(None, dict), use_transformers_continuous_batching=(False, bool),
               use_transformers_paged=(False, bool))
-    | _fields('it applies to vllm_mode = "colocate", which is not supported; give it to the server instead',
-              vllm_enable_sleep_mode=(False, bool), vllm_gpu_memory_utilization=(0.3, float, int),
-              vllm_max_model_length=(None, int), vllm_model_impl=("vllm", str), vllm_tensor_parallel_size=(1, int))
-    | _fields("weights reach a server through a folder; remove the field", vllm_group_port=(51216, int))
+    | _fields("weights reach vLLM in the process or through a folder; remove the field", vllm_group_port=(51216, int))
     | _fields("completions follow no grammar; remove the field", vllm_structured_outputs_regex=(None,))
 )
 _POLICY = (

@@ -197,13 +197,13 @@ class OnlineFields(CommonFields):
 
     use_vllm: bool = own(
         False,
-        "Sample completions from vLLM servers, which get the weights before every rollout; otherwise in process.",
+        "Sample completions with vLLM, which gets the weights before every rollout; otherwise with the native engine.",
         SERVERS,
     )
     vllm_mode: Literal["server", "colocate"] = own(
         "colocate",
-        "server: the servers at vllm_server_base_url, started by `burnish serve MODEL`. colocate is TRL's default and "
-        "is not supported.",
+        "server: the servers at vllm_server_base_url, started by `burnish serve MODEL`. colocate: vLLM in the process "
+        "of the trainer, on its device.",
         SERVERS,
     )
     vllm_server_base_url: Annotated[Text | Annotated[list[Text], MinLen(1)], Meets(_servers)] | None = own(
@@ -223,6 +223,29 @@ class OnlineFields(CommonFields):
         "Folder for the weights of a sync, which trainer and servers see. None: shared memory of this machine.",
         SERVERS,
     )
+    vllm_gpu_memory_utilization: Proportion = own(
+        0.3, "Fraction of the device's memory for vLLM's weights and cache, with vllm_mode colocate.", SERVERS
+    )
+    vllm_tensor_parallel_size: Count = own(
+        1, "Training processes that hold one copy of vLLM's weights together, with vllm_mode colocate.", SERVERS
+    )
+    vllm_max_model_length: Count | None = own(
+        None,
+        "Most tokens of a prompt with its completion, with vllm_mode colocate. None: what the model, and the memory "
+        "for its cache, allow.",
+        SERVERS,
+    )
+    vllm_model_impl: Literal["vllm", "transformers"] = own(
+        "vllm",
+        "Implementation of the model, with vllm_mode colocate. transformers is an error there, since vLLM would change "
+        "the classes of the model being trained.",
+        SERVERS,
+    )
+    vllm_enable_sleep_mode: bool = own(
+        False,
+        "Free the memory of vLLM's weights and cache between rollouts, with vllm_mode colocate on a GPU.",
+        SERVERS,
+    )
 
     @property
     def server_urls(self) -> list[str]:
@@ -235,13 +258,14 @@ class OnlineFields(CommonFields):
         return list(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
 
     def contradictions(self) -> Iterator[str]:
-        if self.use_vllm and self.vllm_mode == "colocate":
-            yield (
-                'vllm_mode = "colocate" with use_vllm = True: vLLM in the trainer\'s process is not supported; set '
-                'vllm_mode = "server" and start one with `burnish serve MODEL`.'
-            )
-        if self.use_vllm and len(self.stop or ()) > 4:
+        if self.use_vllm and self.vllm_mode == "server" and len(self.stop or ()) > 4:
             yield f"stop = {self.stop!r:.200} with use_vllm = True: a vLLM server takes 4 strings; use fewer."
+        if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_model_impl == "transformers":
+            yield (
+                'vllm_model_impl = "transformers" with vllm_mode = "colocate": vLLM would change classes '
+                'of transformers that the model being trained is made of; use "vllm", or set vllm_mode = "server" and give the server '
+                "--model-impl transformers."
+            )
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."

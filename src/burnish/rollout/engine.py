@@ -87,6 +87,9 @@ class Engine(Protocol):
         """Sample from the trainer's current weights from now on; return metrics of the transfer, if there is one."""
         ...
 
+    def sleep(self) -> None:
+        """Free what only sampling needs until the next `sync` or `generate`; engines without it may leave it out."""
+
     def close(self) -> None:
         """Free all resources."""
         ...

@@ -23,7 +23,7 @@ from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.rollout import Engine, make_engine
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
-from burnish.rollout.vllm import ServerPool, VLLMServerEngine
+from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, ServerPool, VLLMColocatedEngine, VLLMServerEngine
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
 from burnish.training.callbacks import RecordsCallback
@@ -55,7 +55,7 @@ class OnlineStage(Stage):
         algorithm: computes advantages and the loss.
         reward_funcs: a `Rubric`, functions, or reward models.
         reward_processing_classes: tokenizers of reward models; None for their own.
-        engine: samples completions; None for the native in-process engine, or vLLM servers with `use_vllm`.
+        engine: samples completions; None for the native engine, or vLLM with `use_vllm`.
         ref_model: the reference of the KL term; None for the initial policy (adapters off, or a frozen copy).
         compute_metrics: function from the sampled and scored groups of an evaluation to metrics by name.
     """
@@ -103,6 +103,7 @@ class OnlineStage(Stage):
         with run.phases.phase("sync"):
             run.metrics.add_all(self.sampler.engine.sync(run.state.global_step) or {})
         shards, sampled = self.sampler.sample()
+        self.sampler.rest()
         groups = [shard.group for shard in shards]
         if args.overlong_buffer is not None and (penalties := penalise_overlong(groups, args)):
             run.metrics.add("rewards/overlong/mean", fmean(penalties))
@@ -278,24 +279,36 @@ class OnlineStage(Stage):
 
     def load(self, model: Any) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
         """Load the model, once the servers that will sample from it have been found and checked."""
-        if self.args.use_vllm:
+        if self.args.use_vllm and self.args.vllm_mode == "server":
             self._pool = ServerPool.connected(self.args.server_urls, self.tokenizer, self.args.vllm_server_timeout)
         return super().load(model)
 
     def _chosen_engine(self, run: Run) -> Engine:
+        args = self.args
         if self._engine is not None:
             return self._engine
-        if self._pool is None:
+        if not args.use_vllm:
             return make_engine(run.model, self.tokenizer)
-        bound = self.args.logprob_check_bound or default_bound(run.model.dtype)
-        return VLLMServerEngine(
-            run.model,
-            self.tokenizer,
-            self._pool,
+        bound = args.logprob_check_bound or default_bound(run.model.dtype)
+        shared: dict[str, Any] = {
             # A loss that corrects the mismatch tolerates more of it, but never other weights.
-            bound=max(bound, 0.05) if self.algorithm.corrects_sampling else bound,
-            weights_dir=self.args.vllm_weights_dir,
-            agreed=run.ranks.agreed,
+            "bound": max(bound, 0.05) if self.algorithm.corrects_sampling else bound,
+            "weights_dir": args.vllm_weights_dir,
+        }
+        if self._pool is not None:
+            return VLLMServerEngine(run.model, self.tokenizer, self._pool, agreed=run.ranks.agreed, **shared)
+        micro_batches = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
+        options = EmbeddedOptions(
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            max_model_length=args.vllm_max_model_length,
+            model_impl=args.vllm_model_impl,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            max_sequences=min(256, args.per_device_train_batch_size * micro_batches * args.vllm_tensor_parallel_size),
+        )
+        llm = EmbeddedLLM(run.model, self.tokenizer, options, processes=run.ranks.count)
+        return VLLMColocatedEngine(
+            run.model, self.tokenizer, llm, rank=run.ranks.index, gathered=run.ranks.gathered, **shared
         )
 
     def check_sampled_lengths(self, model: Any) -> None:
@@ -318,6 +331,7 @@ class OnlineStage(Stage):
         shards = [empty_shard(groups[p], p, number=number) for p in positions]
         self.sampler.engine.sync(run.state.global_step)
         self.sampler.generate(shards, seed=args.seed + 1, step=0)
+        self.sampler.rest()
         logged = self.sampler.score([shard.group for shard in shards])
         step = run.state.global_step
         self.eval_transcripts.write(shards, step=step, tokenizer=self.tokenizer, time=time.time(), split=split)

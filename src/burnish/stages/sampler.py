@@ -117,6 +117,11 @@ class Sampler:
         for shard, completions in zip(shards, found, strict=True):
             shard.group.completions = completions
 
+    def rest(self) -> None:
+        """Let the engine free what only sampling needs, where it has a `sleep`."""
+        if (sleep := getattr(self.engine, "sleep", None)) is not None:
+            sleep()
+
     def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
         """Score the completions of groups; return the metrics logged by reward functions on all ranks."""
         logged: list[tuple[str, float]] = []

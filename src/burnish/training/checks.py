@@ -18,6 +18,7 @@ from burnish.model.loading import adopt_chat_template, load_processing_class
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
+from burnish.rollout.vllm.embedded import check_embedding
 from burnish.rollout.vllm.weights import refuse_unsupported_config
 from burnish.training.evaluation_sets import named_sets
 from burnish.types import Group
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> None:
-    """Check what is known before any weight is read: processes, batches, quantised weights.
+    """Check what is known before any weight is read: processes, batches, quantised weights, vLLM.
 
     Raises:
         ConfigError: with the name of the argument.
@@ -43,6 +44,8 @@ def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> No
     _check_quantized(model, args, peft_config)
     if getattr(args, "use_vllm", False):
         refuse_unsupported_config(peft_config)
+        if args.vllm_mode == "colocate":
+            check_embedding(args.vllm_tensor_parallel_size, args.world_size)
 
 
 def check_loaded(model: Any, *, train_dataset: Any, eval_dataset: Any) -> None:

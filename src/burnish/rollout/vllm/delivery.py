@@ -5,43 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from burnish.errors import CheckFailed
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
 from burnish.rollout.vllm.identity import Served
-from burnish.rollout.vllm.probe import Agreement, Answers, compare
+from burnish.rollout.vllm.updates import Proof, Update
 from burnish.rollout.vllm.wire import parse_prompt_logprobs, probe_request
 
-__all__ = ["Server", "Update", "confirm", "deliver"]
+__all__ = ["Server", "confirm", "deliver", "prove"]
 
 _UPDATING = "updating"
 """Version of a server between its weights; no run asks for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """Weights to deliver, and the proof to ask for.
-
-    Attributes:
-        tag: version; unique over runs.
-        folder: weights or adapters on disk.
-        is_adapter: whether the folder holds adapters.
-        sequences: tokens of the probe.
-        expected: [N] the trainer's log-probabilities of the probe.
-        base: [N] those without adapters; empty where there are none.
-        bound: largest KL that rounding explains.
-    """
-
-    tag: str
-    folder: str
-    is_adapter: bool
-    sequences: Sequence[Sequence[int]]
-    expected: list[float]
-    base: list[float]
-    bound: float
 
 
 @dataclass(slots=True, eq=False)
@@ -54,8 +29,7 @@ class Server:
         version: tag at which it was verified; None while it may not sample.
         adapter: name of the adapter that it has loaded.
         reason: why it is not ready.
-        last, anchor: earlier probes, see `burnish.rollout.vllm.probe.compare`.
-        agreement: outcome of the last probe.
+        proof: what the probe has shown of it.
     """
 
     client: ServerClient
@@ -63,9 +37,7 @@ class Server:
     version: str | None = None
     adapter: str | None = None
     reason: str = "not connected yet"
-    last: Answers | None = None
-    anchor: Answers | None = None
-    agreement: Agreement | None = None
+    proof: Proof = field(default_factory=Proof)
 
     @property
     def model(self) -> str:
@@ -148,28 +120,8 @@ async def prove(server: Server, update: Update, deadlines: Deadlines) -> None:
             "/v1/completions", probe_request(tokens, model=server.model), deadline=deadlines.stall + deadlines.call
         )
         observed += parse_prompt_logprobs(answer, tokens)
-    now = Answers(update.tag, update.expected, observed)
-    found = compare(now, server.last, server.anchor, bound=update.bound)
-    server.agreement = found
-    if found.cause:
-        cause = found.cause
-        if update.base and _nearer(observed, update.base, update.expected):
-            cause = "it answers with the base model: the adapter never arrived"
-        raise CheckFailed(
-            f"{server.client.url} does not sample from the weights of {update.tag}: its log-probabilities of "
-            f"{len(observed)} fixed tokens differ from the trainer's by {found.difference:.3g} nats on average (KL "
-            f"{found.kl:.3g}, bound {update.bound:g}). Likely cause: {cause}. Restart it with `burnish serve MODEL`, "
-            "in the dtype that is trained; the run stops before it samples from the wrong weights."
-        )
-    server.last = now
-    if server.anchor is None or found.is_resolved:
-        server.anchor = now
-
-
-def _nearer(observed: Sequence[float], one: Sequence[float], other: Sequence[float]) -> bool:
-    """Return whether values are much nearer to one list than to the other."""
-    first, second = (sum(abs(a - b) for a, b in zip(observed, to, strict=True)) for to in (one, other))
-    return first < 0.5 * second
+    fix = "Restart it with `burnish serve MODEL`, in the dtype that is trained"
+    server.proof.check(update, observed, who=server.client.url, fix=fix)
 
 
 async def confirm(server: Server, tag: str) -> None:

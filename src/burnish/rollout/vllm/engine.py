@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
-from burnish.errors import ConfigError, EngineError
-from burnish.model.adapters import without_adapters
+from burnish.errors import EngineError
 from burnish.rollout.engine import Engine, Request
-from burnish.rollout.validation import check_requests
-from burnish.rollout.vllm.delivery import Update
 from burnish.rollout.vllm.pool import ServerPool
-from burnish.rollout.vllm.probe import probe_sequences, score_probe
-from burnish.rollout.vllm.weights import WeightFolders, has_adapters, refuse_unsupported
+from burnish.rollout.vllm.updates import Update, Updates, check_fits, probe_metrics
+from burnish.rollout.vllm.weights import WeightFolders, refuse_unsupported
 from burnish.types import Completion
 
 __all__ = ["VLLMServerEngine"]
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,13 +54,10 @@ class VLLMServerEngine(Engine):
         agreed: Callable[[Callable[[], T]], T] = _alone,
     ) -> None:
         refuse_unsupported(model)
-        self._model, self._tokenizer, self._pool, self._bound = model, tokenizer, pool, bound
+        self._pool = pool
         self._agreed: Callable[[Callable[[], Any]], Any] = agreed
         self._folders = WeightFolders(weights_dir)
-        self._sequences: list[list[int]] = []
-        self._run, self._syncs = secrets.token_hex(4), 0
-        self._delivered = -1
-        """Version of the newest update."""
+        self._updates = Updates(model, tokenizer, bound=bound, folders=self._folders)
         self.version = 0
         self._finalizer = weakref.finalize(self, _close, pool, self._folders)
 
@@ -79,7 +69,10 @@ class VLLMServerEngine(Engine):
         """
         if self._pool.update is None:
             raise EngineError("generate() before sync(): the servers do not have the trainer's weights yet.")
-        self._check(requests)
+        lengths = (s.served.max_model_len for s in self._pool.ready if s.served is not None)
+        longest = min((length for length in lengths if length), default=2**31)
+        fix = "start it with `burnish serve MODEL --max-model-len {tokens}`"
+        check_fits(requests, longest, limit="the server's", fix=fix)
         return self._pool.call(self._pool.generate(requests, seed=seed, step=step))
 
     def sync(self, version: int) -> Mapping[str, float]:
@@ -97,12 +90,7 @@ class VLLMServerEngine(Engine):
         self._pool.call(self._pool.adopt(update, ready))
         if not is_new:
             return {}
-        agreements = [s.agreement for s in self._pool.ready if s.agreement is not None]
-        metrics = {"sampling/servers": float(len(ready))}
-        if agreements:
-            metrics["sampling/probe/difference"] = max(agreement.difference for agreement in agreements)
-            metrics["sampling/probe/moved"] = max(agreement.moved for agreement in agreements)
-        return metrics
+        return {"sampling/servers": float(len(ready)), **probe_metrics(s.proof for s in self._pool.ready)}
 
     def close(self) -> None:
         """Unload adapters, close the connections, remove the weights."""
@@ -111,48 +99,10 @@ class VLLMServerEngine(Engine):
     def _deliver(self, version: int) -> tuple[Update, list[tuple[str, str | None]], bool]:
         """Deliver an update if it is a new one, or restore lost servers."""
         pool = self._pool
-        if not self._sequences:
-            longest = min((s.served.max_model_len or 0 for s in pool.servers if s.served is not None), default=0)
-            self._sequences = probe_sequences(self._tokenizer, self._model, longest=longest or None)
-        expected = score_probe(self._model, self._sequences)
-        update = pool.update
-        # A step may change weights of which the probe's tokens show nothing, such as rows of the embeddings.
-        is_new = update is None or version != self._delivered or update.expected != expected
-        if update is None or is_new:
-            self._syncs, self._delivered = self._syncs + 1, version
-            tag = f"burnish-{self._run}-{version}-{self._syncs}"
-            update = Update(
-                tag=tag,
-                folder=str(self._folders.write(self._model, tag)),
-                is_adapter=has_adapters(self._model),
-                sequences=self._sequences,
-                expected=expected,
-                base=self._base(),
-                bound=self._bound,
-            )
+        longest = min((s.served.max_model_len or 0 for s in pool.servers if s.served is not None), default=0)
+        update, is_new = self._updates.next(version, longest=longest or None)
         pool.call(pool.sync(update))
         return update, [(server.client.url, server.adapter) for server in pool.ready], is_new
-
-    def _base(self) -> list[float]:
-        """Return the probe's log-probabilities without adapters, to name an adapter that never arrived."""
-        if not has_adapters(self._model):
-            return []
-        with without_adapters(self._model):
-            return score_probe(self._model, self._sequences)
-
-    def _check(self, requests: Sequence[Request]) -> None:
-        longest = min(
-            (s.served.max_model_len or 2**31 for s in self._pool.ready if s.served is not None), default=2**31
-        )
-        check_requests(requests)
-        for request in requests:
-            tokens = len(request.prompt_ids) + request.params.max_new_tokens
-            if tokens > longest:
-                raise ConfigError(
-                    f"max_completion_length = {request.params.max_new_tokens}: with a prompt of "
-                    f"{len(request.prompt_ids)} tokens it exceeds the server's {longest}; start it with "
-                    f"`burnish serve MODEL --max-model-len {tokens}`, or lower max_completion_length."
-                )
 
 
 def _close(pool: ServerPool, folders: WeightFolders) -> None:

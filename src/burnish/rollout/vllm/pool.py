@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from burnish.errors import EngineError
 from burnish.rollout.engine import Request
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
-from burnish.rollout.vllm.delivery import Server, Update, confirm, deliver, prove
+from burnish.rollout.vllm.delivery import Server, confirm, deliver, prove
 from burnish.rollout.vllm.identity import check_logprobs_mode, check_tokenizer, read_served
+from burnish.rollout.vllm.updates import Update
 from burnish.rollout.vllm.wire import completion_request, parse_completions
 from burnish.types import Completion
 
@@ -166,7 +167,7 @@ class ServerPool:
         if server.version == update.tag:
             return
         was_lost = bool(server.reason)
-        if server.last is not None and server.last.version == update.tag:
+        if server.proof.last is not None and server.proof.last.version == update.tag:
             with contextlib.suppress(ServerLost, ServerRefused):
                 await confirm(server, update.tag)
                 await prove(server, update, self.deadlines)

@@ -1,4 +1,4 @@
-"""Folders of weights and adapters that a server reads: written whole, then named, never changed."""
+"""Weights for vLLM: what it takes, tensors by their names in a checkpoint, and folders that are never changed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from burnish.errors import ConfigError, FileError
@@ -20,14 +22,29 @@ from burnish.model.adapters import saving_adapters
 from burnish.model.quantization import is_quantized
 from burnish.model.scoring import causal_lm
 
-__all__ = ["MAX_RANK", "WeightFolders", "has_adapters", "refuse_unsupported", "refuse_unsupported_config"]
+__all__ = [
+    "MAX_RANK",
+    "WeightFolders",
+    "checkpoint_weights",
+    "has_adapters",
+    "lora_slot",
+    "refuse_unsupported",
+    "refuse_unsupported_config",
+]
 
-MAX_RANK = 512
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM reserves; an adapter may have any rank up to it."""
+MAX_RANK = _RANKS[-1]
 """Largest LoRA rank that vLLM takes."""
 
 _PREFIX = "burnish-weights-"
 _MEMORY = Path("/dev/shm")
-_FIX = "sample in process (use_vllm = false)"
+_FIX = "sample with the native engine (use_vllm = false)"
+
+
+def lora_slot(rank: int) -> int:
+    """Return the rank that vLLM must reserve for an adapter of a rank up to `MAX_RANK`."""
+    return next(slot for slot in _RANKS if slot >= rank)
 
 
 def has_adapters(model: Any) -> bool:
@@ -36,7 +53,7 @@ def has_adapters(model: Any) -> bool:
 
 
 def refuse_unsupported_config(peft_config: Any) -> None:
-    """Refuse adapters that a vLLM server would ignore, or apply otherwise, without saying so.
+    """Refuse adapters that vLLM would ignore, or apply otherwise, without saying so.
 
     Args:
         peft_config: of peft, or None.
@@ -51,31 +68,31 @@ def refuse_unsupported_config(peft_config: Any) -> None:
 def _problems(config: Any) -> Iterator[tuple[str, str]]:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
-        yield f"type = {kind!r}", "a vLLM server takes LoRA adapters only"
+        yield f"type = {kind!r}", "vLLM takes LoRA adapters only"
         return
     ignored = {
-        "use_dora": "the server would leave out DoRA's magnitudes",
-        "lora_bias": "the server would leave out the biases of the adapters",
-        "modules_to_save": "the server would keep the base's modules",
-        "trainable_token_indices": "the server would keep the base's embeddings",
-        "target_parameters": "the server would leave out the adapters of these parameters",
-        "layer_replication": "the server has the base's layers",
-        "use_qalora": "the server would apply plain LoRA",
+        "use_dora": "vLLM would leave out DoRA's magnitudes",
+        "lora_bias": "vLLM would leave out the biases of the adapters",
+        "modules_to_save": "vLLM would keep the base's modules",
+        "trainable_token_indices": "vLLM would keep the base's embeddings",
+        "target_parameters": "vLLM would leave out the adapters of these parameters",
+        "layer_replication": "vLLM has the base's layers",
+        "use_qalora": "vLLM would apply plain LoRA",
     }
     for name, problem in ignored.items():
         if value := getattr(config, name, None):
             yield f"{name} = {value!r:.100}", problem
     if (bias := getattr(config, "bias", "none")) != "none":
-        yield f"bias = {bias!r}", "the server would keep the base's biases"
+        yield f"bias = {bias!r}", "vLLM would keep the base's biases"
     initial = getattr(config, "init_lora_weights", True)
     if isinstance(initial, str) and initial not in ("gaussian", "orthogonal", "eva"):
-        yield f"init_lora_weights = {initial!r}", "it changes the base's weights, which the server would keep"
+        yield f"init_lora_weights = {initial!r}", "it changes the base's weights, which vLLM would keep"
     if not 1 <= config.r <= MAX_RANK:
-        yield f"r = {config.r}", f"the server takes ranks from 1 to {MAX_RANK}"
+        yield f"r = {config.r}", f"vLLM takes ranks from 1 to {MAX_RANK}"
     targets = config.target_modules
     for end in ("lm_head", "embed_tokens", "wte", "embed_out"):
         if not isinstance(targets, str) and targets and any(str(t).split(".")[-1] == end for t in targets):
-            yield f"target_modules = {sorted(targets)!r:.200}", f"the server would leave out the adapter of {end}"
+            yield f"target_modules = {sorted(targets)!r:.200}", f"vLLM would leave out the adapter of {end}"
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -86,7 +103,7 @@ def refuse_unsupported(model: Any) -> None:
     """
     if is_quantized(causal_lm(model)):
         raise ConfigError(
-            "use_vllm = True with quantised weights: the server would sample from unquantised ones. Load the model "
+            "use_vllm = True with quantised weights: vLLM would sample from unquantised ones. Load the model "
             f"without quantization_config, or {_FIX}."
         )
     if not has_adapters(model):
@@ -96,9 +113,27 @@ def refuse_unsupported(model: Any) -> None:
     for name, parameter in model.named_parameters():
         is_adapter = re.search(r"\.lora_[AB]\.[^.]+\.weight$", name) is not None
         if parameter.requires_grad and not is_adapter:
-            raise ConfigError(f"{name} trains beside the adapters: the server would keep the base's; {_FIX}.")
+            raise ConfigError(f"{name} trains beside the adapters: vLLM would keep the base's; {_FIX}.")
         if is_adapter and re.search(r"(^|\.)(lm_head|embed_tokens|wte|embed_out)\.", name):
-            raise ConfigError(f"{name}: the server would leave out an adapter of embeddings or head; {_FIX}.")
+            raise ConfigError(f"{name}: vLLM would leave out an adapter of embeddings or head; {_FIX}.")
+
+
+def checkpoint_weights(model: Any) -> dict[str, Tensor]:
+    """Return the weights of a model under their names in a checkpoint, which vLLM's loaders read.
+
+    They are the trainer's own tensors, without a copy where a checkpoint holds them in the same form. Of tied weights
+    the embeddings are named, and of adapters nothing.
+    """
+    lm = causal_lm(model)
+    head, left_out = lm.get_output_embeddings(), set[str]()
+    if head.weight is lm.get_input_embeddings().weight:
+        left_out = {f"{name}.weight" for name, module in lm.named_modules() if module is head}
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in lm.state_dict().items()
+        if name not in left_out and not (has_adapters(model) and ".lora_" in name)
+    }
+    return revert_weight_conversion(lm, state)
 
 
 class WeightFolders:

@@ -1,4 +1,4 @@
-"""Requests and answers of a vLLM server: sampling parameters to JSON, JSON to completions."""
+"""Requests to vLLM and its answers: sampling parameters to JSON, JSON to completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,24 @@ from burnish.rollout.engine import Request, SamplingParams
 from burnish.rollout.sampling import stream_key
 from burnish.types import Completion, StopReason
 
-__all__ = ["completion_request", "parse_completions", "parse_prompt_logprobs", "probe_request", "samples_policy"]
+__all__ = [
+    "PROBE_FIELDS",
+    "completion_request",
+    "parse_completions",
+    "parse_prompt_logprobs",
+    "probe_request",
+    "samples_policy",
+    "sampling_fields",
+]
+
+PROBE_FIELDS: dict[str, Any] = {
+    "max_tokens": 1,
+    "temperature": 0.0,
+    "prompt_logprobs": 0,
+    "logprobs": 0,
+    "ignore_eos": True,
+}
+"""Sampling parameters under which vLLM scores a prompt at temperature 1."""
 
 _SEED_BITS = 62
 """Seeds of vLLM are signed 64-bit integers, and sample k of a request takes the request's seed + k."""
@@ -29,20 +46,17 @@ def samples_policy(params: SamplingParams) -> bool:
     return params.repetition_penalty == 1 and (is_whole or params.temperature == 0)
 
 
-def completion_request(request: Request, *, model: str, seed: int, step: int) -> dict[str, Any]:
-    """Build the body of `/v1/completions` for one group: token ids in, n = G samples out.
+def sampling_fields(request: Request, *, seed: int, step: int) -> dict[str, Any]:
+    """Map a request to vLLM's sampling parameters, which `/v1/completions` and `vllm.SamplingParams` both take.
 
     Args:
         request: prompt and sampling parameters.
-        model: name of the served model or adapter.
         seed: seed of the run.
         step: round of sampling; sample k is keyed by (seed, step, index) and k.
     """
     params = request.params
     key = int(stream_key(seed, step, request.index, 0)) >> (64 - _SEED_BITS)
     return {
-        "model": model,
-        "prompt": list(request.prompt_ids),
         # vLLM refuses several greedy samples of a prompt, which would all be equal.
         "n": 1 if params.temperature == 0 else request.num_samples,
         "max_tokens": params.max_new_tokens,
@@ -56,11 +70,27 @@ def completion_request(request: Request, *, model: str, seed: int, step: int) ->
         "seed": key + request.first_sample,
         "stop": list(params.stop),
         "stop_token_ids": list(params.eos_token_ids),
-        # Ends are those of the request: the server's own list may differ.
+        # Ends are those of the request: vLLM's own list may differ.
         "ignore_eos": True,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "logprobs": 0,
+    }
+
+
+def completion_request(request: Request, *, model: str, seed: int, step: int) -> dict[str, Any]:
+    """Build the body of `/v1/completions` for one group: token ids in, n = G samples out.
+
+    Args:
+        request: prompt and sampling parameters.
+        model: name of the served model or adapter.
+        seed: as in `sampling_fields`.
+        step: as in `sampling_fields`.
+    """
+    return {
+        "model": model,
+        "prompt": list(request.prompt_ids),
+        **sampling_fields(request, seed=seed, step=step),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
         "add_special_tokens": False,
@@ -73,11 +103,7 @@ def probe_request(tokens: Sequence[int], *, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": list(tokens),
-        "max_tokens": 1,
-        "temperature": 0.0,
-        "prompt_logprobs": 0,
-        "logprobs": 0,
-        "ignore_eos": True,
+        **PROBE_FIELDS,
         "return_token_ids": True,
         "add_special_tokens": False,
         "stream": False,
