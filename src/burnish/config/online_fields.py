@@ -262,9 +262,9 @@ class OnlineFields(CommonFields):
             yield f"stop = {self.stop!r:.200} with use_vllm = True: a vLLM server takes 4 strings; use fewer."
         if self.use_vllm and self.vllm_mode == "colocate" and self.vllm_model_impl == "transformers":
             yield (
-                'vllm_model_impl = "transformers" with vllm_mode = "colocate": vLLM would change classes '
-                'of transformers that the model being trained is made of; use "vllm", or set vllm_mode = "server" and give the server '
-                "--model-impl transformers."
+                'vllm_model_impl = "transformers" with vllm_mode = "colocate": vLLM would change classes of '
+                'transformers that the model being trained is made of; use "vllm", or set vllm_mode = "server" and '
+                "give the server --model-impl transformers."
             )
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:

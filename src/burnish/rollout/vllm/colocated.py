@@ -127,12 +127,11 @@ class VLLMColocatedEngine(Engine):
             self._llm.load(checkpoint_weights(self._model))
         if update.is_adapter:
             self._llm.load_adapter(update.tag, update.folder)
-        answers = self._llm.answer([(tokens, PROBE_FIELDS) for tokens in update.sequences])
-        observed = [
-            value
-            for answer, tokens in zip(answers, update.sequences, strict=True)
-            for value in parse_prompt_logprobs(answer, tokens)
-        ]
+        observed: list[float] = []
+        for tokens in update.sequences:
+            # One at a time, as from servers: with adapters vLLM 0.32 cannot score several prompts in one forward.
+            [answer] = self._llm.answer([(tokens, PROBE_FIELDS)])
+            observed += parse_prompt_logprobs(answer, tokens)
         problems = self._gathered([self._proof.problem(update, observed)])
         if any(problems):
             where = [
