@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
-CRITIC = "test_critic.py"
+CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -35,6 +35,27 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/cache.py", "seen = position <= step.positions[:, None]", "seen = position <= step.positions.max()", NATIVE),
     ("rollout/cache.py", "own = own.minimum(most[:, None] - 1)", "own = own.minimum(most[:, None])", "test_drafts.py"),
     ("rollout/packed_linears.py", "hidden._version != self._version", "False", NATIVE),
+    # vLLM
+    ("rollout/vllm/wire.py", '"seed": key + request.first_sample', '"seed": key', "test_vllm_wire.py"),
+    ("rollout/vllm/updates.py", "version != self._version or ", "", "test_vllm_pool.py"),
+    ("rollout/vllm/updates.py", "raise CheckFailed(f\"{who}", "print(f\"{who}", "test_vllm_pool.py"),
+    ("rollout/vllm/updates.py", "if update.base and _nearer", "if False and _nearer", "test_vllm_pool.py"),
+    ("rollout/vllm/updates.py", "if tokens > longest:", "if tokens > longest + 1:", COLOCATED),
+    ("rollout/vllm/weights.py", "name not in left_out and ", "", COLOCATED),
+    ("rollout/vllm/weights.py", "return revert_weight_conversion(lm, state)", "return state", COLOCATED),
+    ("rollout/vllm/colocated.py", "        if self._proven is None:\n", "        if False:\n", COLOCATED),
+    ("rollout/vllm/colocated.py", "if not is_new and self._proven is update:", "if not is_new:", COLOCATED),
+    ("rollout/vllm/colocated.py", "        if not self._llm.is_loaded:\n", "        if False:\n", COLOCATED),
+    ("rollout/vllm/colocated.py", "any(self._gathered([is_new]))", "is_new", COLOCATED),
+    ("rollout/vllm/colocated.py", "if not update.is_adapter or not self._llm.is_loaded:", "if True:", COLOCATED),
+    ("rollout/vllm/colocated.py", "lists[: self._rank - first]", "lists[:0]", COLOCATED),
+    ("rollout/vllm/colocated.py", "self._rank // size * size", "0", COLOCATED),
+    ("rollout/vllm/colocated.py", "        if any(problems):", "        if problems[self._rank]:", COLOCATED),
+    ("rollout/vllm/embedded.py", "if processes % tensor_parallel_size:", "if False:", COLOCATED),
+    ("rollout/vllm/embedded.py", "if Version(version) < Version(_VERSION):", "if False:", COLOCATED),
+    ("training/checks.py", "            check_embedding(", "            print(", COLOCATED),
+    ("stages/online.py", "        shards, sampled = self.sampler.sample()\n        self.sampler.rest()\n", "        shards, sampled = self.sampler.sample()\n", COLOCATED),
+    ("config/online_fields.py", 'self.vllm_mode == "colocate" and self.vllm_model_impl', 'self.vllm_mode == "server" and self.vllm_model_impl', COLOCATED),
     # phases
     ("training/phases.py", "seconds / max(self._steps, 1)", "seconds", "test_phases.py"),
     ("training/phases.py", "if self._current != \"evaluation\":", "if self._current is None:", "test_phases.py"),

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import tiny
 from burnish import GRPOConfig
 from burnish.errors import CheckFailed, ConfigError, EngineError
+from burnish.model.scoring import prepare_for_scoring
 from burnish.rollout import NativeEngine, Request, SamplingParams
 from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, VLLMColocatedEngine, check_embedding
@@ -365,9 +366,14 @@ def test_a_vllm_that_does_not_start_says_why(real: Any, monkeypatch: pytest.Monk
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     with pytest.raises(EngineError, match=r"does not start.*vllm_gpu_memory_utilization = 1e-05.*use_vllm = false"):
         real(fresh(), gpu_memory_utilization=1e-5)
-    # It can be started afterwards.
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(EngineError, match=r"does not start.*vllm_max_model_length = 300"):
+        real(fresh(), max_model_length=300)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    real(fresh()).sync(0)
+    small = tiny.model()
+    prepare_for_scoring(small)
+    with pytest.raises(EngineError, match=r"vLLM failed: RuntimeError: .*head_dim=8.*use_vllm = false"):
+        real(small).sync(0)
 
 
 @pytest.mark.vllm

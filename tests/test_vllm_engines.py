@@ -188,6 +188,22 @@ def test_all_weights_arrive_the_tied_head_too(engine: Any, size: float) -> None:
         assert float((batch.token["policy_logprobs"] - score(model, batch).logprobs).abs().max()) < 2e-4
 
 
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_prompts_are_read_again_after_a_change_of_weights(engine: Any, with_adapters: bool) -> None:
+    """Keys and values of a long prompt are cached in blocks of 128 tokens; the probe does not read them."""
+    model = lora(fresh(tie_word_embeddings=True)) if with_adapters else fresh(seed=11)
+    made = engine(model)
+    request = Request([5 + i % 60 for i in range(200)], 4, PARAMS)
+    for version in range(3):
+        made.sync(version)
+        groups = [Group(list(request.prompt_ids), made.generate([request], seed=1, step=0)[0])]
+        batch = pack(groups)
+        with torch.no_grad():
+            difference = batch.token["policy_logprobs"] - score(model, batch).logprobs
+        assert float(difference.abs().max()) < 2e-4
+        tiny.move(model, 0.1, seed=version)
+
+
 def test_adapters_arrive(engine: Any) -> None:
     adapted = lora(fresh(tie_word_embeddings=True))
     made = engine(adapted)

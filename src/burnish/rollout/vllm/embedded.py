@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import random
+import sys
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
@@ -121,10 +122,9 @@ class EmbeddedLLM:
                 self.is_cpu: bool = importlib.import_module("vllm.platforms").current_platform.is_cpu()
                 self._llm: Any = self._vllm.LLM(**self._arguments(model, lm, tokenizer, processes))
             except Exception as error:
-                self._folder.cleanup()
-                reason = f"{type(error).__name__}: {' '.join(str(error).split()):.600}"
+                self._clean_up()
                 raise EngineError(
-                    f"vLLM does not start in the trainer's process ({reason}). If it is memory, change "
+                    f"vLLM does not start in the trainer's process: {_reason(error)}. If it is memory, change "
                     f"vllm_gpu_memory_utilization = {options.gpu_memory_utilization:g}, a fraction of the device's, or "
                     f"lower vllm_max_model_length = {options.max_model_length}. {_ELSEWHERE}"
                 ) from error
@@ -155,7 +155,7 @@ class EmbeddedLLM:
             "enable_sleep_mode": options.enable_sleep_mode and not self.is_cpu,
             "max_num_seqs": options.max_sequences,
             "max_num_batched_tokens": _BATCHED_TOKENS,
-            # Compiling takes minutes on a CPU, and would freeze weights that are to change.
+            # Compiling takes minutes on a CPU.
             "enforce_eager": self.is_cpu,
         }
         if processes > 1:
@@ -182,14 +182,19 @@ class EmbeddedLLM:
             if self.is_cpu:
                 self._llm.apply_model(_pack_tied_head)
         except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-            raise EngineError(f"vLLM does not take the trainer's weights: {error}. {_ELSEWHERE}") from error
+            raise EngineError(f"vLLM does not take the trainer's weights: {_reason(error)}. {_ELSEWHERE}") from error
         if self.is_asleep:
             self._llm.wake_up(tags=["kv_cache"])
         self.is_loaded, self.is_asleep, self._adapter = True, False, None
-        self._forget()
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM keeps keys and values of the old weights: its prefix cache cannot be reset.")
 
     def load_adapter(self, name: str, folder: str) -> None:
         """Load LoRA adapters from a folder in place of those before, and sample with them.
+
+        Args:
+            name: new for each version, since prompts are cached under it.
+            folder: as peft saves them.
 
         Raises:
             EngineError: vLLM does not take them.
@@ -202,14 +207,8 @@ class EmbeddedLLM:
         try:
             engine.add_lora(request)
         except (RuntimeError, ValueError) as error:
-            raise EngineError(f"vLLM does not take the adapters of {name}: {error}") from error
+            raise EngineError(f"vLLM does not take the adapters of {name}: {_reason(error)}. {_ELSEWHERE}") from error
         self._adapter = request
-        self._forget()
-
-    def _forget(self) -> None:
-        """Forget keys and values of the old weights."""
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM keeps keys and values of the old weights: its prefix cache cannot be reset.")
 
     def answer(self, asked: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """Run prompts together.
@@ -219,6 +218,9 @@ class EmbeddedLLM:
 
         Returns:
             Answers in the shape of `/v1/completions`, one a prompt.
+
+        Raises:
+            EngineError: vLLM failed.
         """
         if not asked:
             return []
@@ -227,11 +229,13 @@ class EmbeddedLLM:
         with _kept_random_state():
             try:
                 found = self._llm.generate(prompts, params, lora_request=self._adapter, use_tqdm=False)
-            except BaseException:
+            except BaseException as error:
                 # Requests that were interrupted would be continued, and returned, by the next call.
                 engine = self._llm.llm_engine
                 engine.abort_request(list(engine.output_processor.request_states), internal=True)
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                raise EngineError(f"vLLM failed: {_reason(error)}. {_ELSEWHERE}") from error
         return [_answer(output) for output in found]
 
     def sleep(self) -> None:
@@ -247,11 +251,18 @@ class EmbeddedLLM:
         if llm is None:
             return
         llm.llm_engine.engine_core.shutdown()
-        state = importlib.import_module("vllm.distributed.parallel_state")
-        state.destroy_model_parallel()
-        if self._owns_group:
-            state.destroy_distributed_environment()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if (state := sys.modules.get("vllm.distributed.parallel_state")) is not None:
+            state.destroy_model_parallel()
+            if self._owns_group:
+                state.destroy_distributed_environment()
         self._folder.cleanup()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.'):.600}"
 
 
 def _pack_tied_head(model: Any) -> None:
