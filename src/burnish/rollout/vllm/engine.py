@@ -12,7 +12,7 @@ from torch import nn
 
 from burnish.errors import ConfigError, EngineError
 from burnish.model.adapters import without_adapters
-from burnish.rollout.engine import Engine, Request
+from burnish.rollout.engine import OverlappingEngine, Request
 from burnish.rollout.validation import check_requests
 from burnish.rollout.vllm.delivery import Update
 from burnish.rollout.vllm.dispatch import Samples
@@ -32,7 +32,7 @@ def _alone(work: Callable[[], T]) -> T:
     return work()
 
 
-class VLLMServerEngine(Engine):
+class VLLMServerEngine(OverlappingEngine):
     """Engine that samples from vLLM servers with the trainer's weights.
 
     `sync` writes the weights (or the LoRA adapters) to a folder in shared memory, has every server load them by vLLM's
@@ -82,7 +82,7 @@ class VLLMServerEngine(Engine):
         try:
             return [samples.result() for samples in begun]
         except BaseException:
-            self._pool.call(self._pool.cancel(begun))
+            self.cancel(begun)
             raise
 
     def start(self, requests: Sequence[Request], *, seed: int, step: int) -> list[Samples]:
@@ -95,6 +95,10 @@ class VLLMServerEngine(Engine):
             raise EngineError("generate() before sync(): the servers do not have the trainer's weights yet.")
         self._check(requests)
         return self._pool.call(self._pool.submit(requests, seed=seed, step=step))
+
+    def cancel(self, begun: Sequence[Samples]) -> None:
+        """Give up what `start` has begun."""
+        self._pool.call(self._pool.cancel(begun))
 
     def sync(self, version: int) -> Mapping[str, float]:
         """Deliver the trainer's weights to every server, and prove what each answers with.
