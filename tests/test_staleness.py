@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +111,8 @@ def test_stale_samples_are_weighted_and_fresh_ones_checked(server: LocalServer, 
 
 def test_a_resumed_run_loses_no_group_and_repeats_none(server: LocalServer, tmp_path: Path) -> None:
     fields: dict[str, Any] = {
-        "max_staleness": 2, "max_steps": 6, "shuffle_dataset": False, "log_completions": True, "save_strategy": "steps", "save_steps": 1,
+        "max_staleness": 2, "max_steps": 6, "shuffle_dataset": False, "log_completions": True, "save_strategy": "steps",
+        "save_steps": 1,
     }  # fmt: skip
 
     class Stop(TrainerCallback):
@@ -127,6 +132,24 @@ def test_a_resumed_run_loses_no_group_and_repeats_none(server: LocalServer, tmp_
     order = [row["prompt"] for row in ROWS] * 2
     assert trained_prompts(tmp_path) == order[:12]
     closed(resumed)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("seed", range(4))
+def test_a_killed_run_loses_no_group_and_repeats_none(server: LocalServer, tmp_path: Path, seed: int) -> None:
+    """kill -9 at a random moment of a run two rollouts ahead, and again while it resumes."""
+    server.token_seconds = 0.02
+    draw = random.Random(seed)
+    command = [sys.executable, str(Path(__file__).with_name("staleness_worker.py")), str(tmp_path), server.url]
+    for step in sorted(draw.sample(range(1, 7), 2)):
+        process = subprocess.Popen(command)
+        while process.poll() is None and not (tmp_path / f"checkpoint-{step}").exists():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert trained_prompts(tmp_path) == [row["prompt"] for row in ROWS] * 2
 
 
 def test_a_run_that_was_interrupted_trains_again(server: LocalServer, tmp_path: Path) -> None:
