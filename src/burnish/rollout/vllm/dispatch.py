@@ -92,7 +92,6 @@ class Dispatcher:
         self._is_held = False
         self._changed = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
-        self._ended: list[asyncio.Task[Any]] = []
 
     def submit(self, requests: Sequence[Request], *, seed: int, step: int) -> list[Samples]:
         """Queue groups behind those that wait."""
@@ -131,13 +130,6 @@ class Dispatcher:
             del self._running[task]
         self._changed.set()
 
-    async def close(self) -> None:
-        """Give up all groups, and end."""
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
-            await asyncio.gather(*self._ended, return_exceptions=True)
-
     async def _run(self) -> None:
         """Work until no group is left; an error is that of every group."""
         self._seconds.clear()
@@ -161,11 +153,10 @@ class Dispatcher:
                 raise
         finally:
             # Nothing is awaited here: a group that is submitted meanwhile would find this loop alive and wait for good.
-            self._ended = [*self._running, *self._watches]
+            for task in (*self._running, *self._watches):
+                task.cancel()
             self._running.clear()
             self._watches.clear()
-            for task in self._ended:
-                task.cancel()
 
     async def _wait(self) -> None:
         """Wait until a request or a watch ends, or something has changed; collect what has ended."""

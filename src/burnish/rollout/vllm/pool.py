@@ -73,12 +73,15 @@ class ServerPool:
             raise
 
     def close(self) -> None:
-        """Close the connections and end the loop."""
+        """Give up all groups, close the connections and end the loop."""
         if not self._thread.is_alive():
             return
 
         async def close_all() -> None:
-            await self._dispatcher.close()
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
             for server in self.servers:
                 if server.adapter is not None and server.version is not None:
                     with contextlib.suppress(EngineError):
