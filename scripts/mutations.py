@@ -56,6 +56,17 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/checks.py", "            check_embedding(", "            print(", COLOCATED),
     ("stages/online.py", "        shards, sampled = self.sampler.sample()\n        self.sampler.rest()\n", "        shards, sampled = self.sampler.sample()\n", COLOCATED),
     ("config/online_fields.py", 'self.vllm_mode == "colocate" and self.vllm_model_impl', 'self.vllm_mode == "server" and self.vllm_model_impl', COLOCATED),
+    # sampling ahead of training
+    ("rollout/vllm/wire.py", "for piece in pieces for _ in piece.token_ids", "for piece in pieces[:1] for _ in ids", "test_vllm_wire.py"),
+    ("rollout/vllm/wire.py", "_stop_length(ids, params.stop, tokenizer) if len(pieces) > 1 else None", "None", "test_vllm_wire.py"),
+    ("rollout/vllm/dispatch.py", "**by, sampled=len(ids)", "**by", "test_vllm_wire.py"),
+    ("rollout/vllm/dispatch.py", "await server.client.post(\"/pause?mode=abort\", {}, deadline=self._pool.deadlines.sync)", "pass", "test_vllm_pool.py"),
+    ("stages/sampler.py", "wanted = num_prompts + min(args.staleness_bound, later)", "wanted = num_prompts + args.staleness_bound", "test_staleness.py"),
+    ("stages/sampler.py", "if max(lags) > bound:", "if max(lags) > 99:", "test_staleness.py"),
+    ("stages/sampler.py", "return self.source.position - (0 if self.ahead is None else len(self.ahead))", "return self.source.position", "test_staleness.py"),
+    ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),
+    ("stages/online.py", "fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)", "pass", "test_staleness.py"),
+    ("config/policy_fields.py", "(\"token_truncate\" if self.max_staleness else None)", "None", "test_staleness.py"),
     # phases
     ("training/phases.py", "seconds / max(self._steps, 1)", "seconds", "test_phases.py"),
     ("training/phases.py", "if self._current != \"evaluation\":", "if self._current is None:", "test_phases.py"),

@@ -157,8 +157,9 @@ def test_a_change_on_any_rank_is_delivered_by_all() -> None:
 def test_completions_that_do_not_fit_are_refused() -> None:
     made = engine(fresh())
     made.sync(0)
-    with pytest.raises(ConfigError, match=r"it exceeds vLLM's 200; set vllm_max_model_length to 206, or more"):
-        made.generate([Request([9] * 200, 1, PARAMS)], seed=0, step=0)
+    made.generate([Request([9] * 194, 1, PARAMS)], seed=0, step=0)
+    with pytest.raises(ConfigError, match=r"it exceeds vLLM's 200; set vllm_max_model_length to 201, or more"):
+        made.generate([Request([9] * 195, 1, PARAMS)], seed=0, step=0)
     made.close()
 
 
@@ -219,6 +220,11 @@ COLOCATE: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate"}
 def test_fields_that_cannot_work_are_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GRPOConfig(**COLOCATE, **fields)
+
+
+def test_sampling_ahead_of_training_needs_servers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r'max_staleness = 1: vLLM samples in.*vllm_mode = "server"'):
+        trainer(tmp_path, None, vllm_mode="colocate", max_staleness=1)
 
 
 def test_any_number_of_stop_strings_is_taken() -> None:

@@ -12,7 +12,7 @@ from burnish.rollout.engine import Engine, Request
 from burnish.rollout.vllm.embedded import EmbeddedLLM
 from burnish.rollout.vllm.updates import Proof, Update, Updates, check_fits, probe_metrics
 from burnish.rollout.vllm.weights import WeightFolders, checkpoint_weights, has_adapters, refuse_unsupported
-from burnish.rollout.vllm.wire import PROBE_FIELDS, parse_completions, parse_prompt_logprobs, sampling_fields
+from burnish.rollout.vllm.wire import PROBE_FIELDS, assemble_group, parse_pieces, parse_prompt_logprobs, sampling_fields
 from burnish.types import Completion
 
 __all__ = ["VLLMColocatedEngine"]
@@ -74,11 +74,11 @@ class VLLMColocatedEngine(Engine):
         fix = "set vllm_max_model_length to {tokens}, or more"
         check_fits(shared, self._llm.max_model_length, limit="vLLM's", fix=fix)
         asked = [(request.prompt_ids, sampling_fields(request, seed=seed, step=step)) for request in shared]
-        answers = self._llm.answer(asked)[mine]
-        return [
-            parse_completions(answer, request, self._tokenizer)
-            for answer, request in zip(answers, requests, strict=True)
-        ]
+        found: list[list[Completion]] = []
+        for answer, (_, fields), request in zip(self._llm.answer(asked)[mine], asked[mine], requests, strict=True):
+            pieces = [[piece] for piece in parse_pieces(answer, fields["n"], self.version)]
+            found.append(assemble_group(pieces, request, self._tokenizer))
+        return found
 
     def sync(self, version: int) -> Mapping[str, float]:
         """Deliver the trainer's weights and prove what vLLM answers with; every rank must call it.

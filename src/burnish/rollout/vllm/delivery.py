@@ -55,6 +55,7 @@ async def deliver(server: Server, update: Update, deadlines: Deadlines) -> None:
     """
     server.version = None
     if update.is_adapter:
+        await server.client.post("/resume", {}, deadline=deadlines.sync)  # paused where groups were running
         await _deliver_adapter(server, update, deadlines)
     else:
         await _deliver_weights(server, update, deadlines)

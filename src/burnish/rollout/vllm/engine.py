@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from burnish.errors import EngineError
-from burnish.rollout.engine import Engine, Request
+from burnish.rollout.engine import OverlappingEngine, Request
+from burnish.rollout.vllm.dispatch import Samples
 from burnish.rollout.vllm.pool import ServerPool
 from burnish.rollout.vllm.updates import Update, Updates, check_fits, probe_metrics
 from burnish.rollout.vllm.weights import WeightFolders, refuse_unsupported
@@ -24,7 +25,7 @@ def _alone(work: Callable[[], T]) -> T:
     return work()
 
 
-class VLLMServerEngine(Engine):
+class VLLMServerEngine(OverlappingEngine):
     """Engine that samples from vLLM servers with the trainer's weights.
 
     `sync` writes the weights (or the LoRA adapters) to a folder in shared memory, has every server load them by vLLM's
@@ -67,13 +68,30 @@ class VLLMServerEngine(Engine):
         Raises:
             EngineError: a request is unusable, or no server is left and none comes back in time.
         """
+        begun = self.start(requests, seed=seed, step=step)
+        try:
+            return [samples.result() for samples in begun]
+        except BaseException:
+            self.cancel(begun)
+            raise
+
+    def start(self, requests: Sequence[Request], *, seed: int, step: int) -> list[Samples]:
+        """Begin to sample the completions of each request; a sync in between changes the weights of later tokens.
+
+        Raises:
+            EngineError: a request is unusable.
+        """
         if self._pool.update is None:
             raise EngineError("generate() before sync(): the servers do not have the trainer's weights yet.")
         lengths = (s.served.max_model_len for s in self._pool.ready if s.served is not None)
         longest = min((length for length in lengths if length), default=2**31)
         fix = "start it with `burnish serve MODEL --max-model-len {tokens}`"
         check_fits(requests, longest, limit="the server's", fix=fix)
-        return self._pool.call(self._pool.generate(requests, seed=seed, step=step))
+        return self._pool.call(self._pool.submit(requests, seed=seed, step=step))
+
+    def cancel(self, begun: Sequence[Samples]) -> None:
+        """Give up what `start` has begun."""
+        self._pool.call(self._pool.cancel(begun))
 
     def sync(self, version: int) -> Mapping[str, float]:
         """Deliver the trainer's weights to every server, and prove what each answers with.

@@ -22,7 +22,8 @@ class Update:
     """Weights to deliver, and the proof to ask for.
 
     Attributes:
-        tag: version; unique over runs.
+        tag: identifies the weights; unique over runs.
+        version: the trainer's number of the weights.
         folder: weights or adapters on disk; empty where tensors are handed over in the process.
         is_adapter: whether adapters are delivered, on a base that vLLM has.
         sequences: tokens of the probe.
@@ -32,6 +33,7 @@ class Update:
     """
 
     tag: str
+    version: int
     folder: str
     is_adapter: bool
     sequences: Sequence[Sequence[int]]
@@ -78,6 +80,7 @@ class Updates:
         tag = f"burnish-{self._run}-{version}-{self._count}"
         update = Update(
             tag=tag,
+            version=version,
             folder="" if self._folders is None else str(self._folders.write(self._model, tag)),
             is_adapter=has_adapters(self._model),
             sequences=self.sequences,
