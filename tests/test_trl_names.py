@@ -165,7 +165,6 @@ def test_an_optimizer_class_is_used(tmp_path: Path, stage: str) -> None:
         ("DPO", {"max_prompt_length": 128}, r"set max_length"),
         ("DPO", {"truncation_mode": "keep_end"}, r"cut at their end; raise max_length"),
         ("Reward", {"chat_template_path": "x", "chat_template": "chatml"}, r"are one field: set chat_template alone"),
-        ("GRPO", {"use_vllm": True}, r'vllm_mode = "colocate".*burnish serve MODEL'),
         ("GRPO", {"disable_dropout": False}, r"^disable_dropout = False: samples are drawn without dropout"),
         ("OnlineDPO", {"max_new_tokens": 64}, r"its name is max_completion_length"),
     ],
@@ -196,7 +195,6 @@ MET = [
     (
         "grpo",
         {
-            "vllm_tensor_parallel_size": 2,
             "vllm_group_port": 1,
             "cache_implementation": "static",
             "dataloader_num_workers": 2,

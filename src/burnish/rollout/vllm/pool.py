@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from burnish.errors import EngineError
@@ -130,7 +130,7 @@ class ServerPool:
         """Do a work on every server, and again on the lost ones until one is done; deadlines.start at most."""
         started = time.monotonic()
         while True:
-            outcomes = await asyncio.gather(*(self._tried(server, work(server)) for server in self.servers))
+            outcomes = await asyncio.gather(*(self._tried(server, work) for server in self.servers))
             if None in outcomes:
                 return
             if all(isinstance(outcome, ServerRefused) for outcome in outcomes):
@@ -144,11 +144,13 @@ class ServerPool:
                 )
             await asyncio.sleep(min(2.0, self.deadlines.heartbeat))
 
-    async def _tried(self, server: Server, work: Coroutine[Any, Any, None]) -> ServerLost | ServerRefused | None:
+    async def _tried(
+        self, server: Server, work: Callable[[Server], Coroutine[Any, Any, None]]
+    ) -> ServerLost | ServerRefused | None:
         """Do a work on a server; return the failure that makes it unusable for now."""
         was_ready = server.version is not None
         try:
-            await work
+            await work(server)
         except (ServerLost, ServerRefused) as error:
             if was_ready:
                 self.drop(server, str(error))
