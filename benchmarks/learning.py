@@ -82,9 +82,9 @@ class Task:
         grpo, task = self.file.stages["grpo"], self.folder / f"task-{seed}.json"
         rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in self._disjoint("train")]
         random.Random(seed).shuffle(rows)
-        # TRL's environment has no reasoning-gym; on whole numbers `numeric` judges as its verifier does.
+        # TRL's environment has no reasoning-gym. `exact` accepts what its verifier does, but for spellings as +7 or 7.0.
         rubric = [
-            {name: value for name, value in entry.items() if name != "binary"} | {"kind": "numeric"}
+            {name: value for name, value in entry.items() if name != "binary"} | {"kind": "exact"}
             if entry["kind"] == "gym"
             else entry
             for entry in self.file.document["rubric"]
