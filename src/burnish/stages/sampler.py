@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.collect import generate
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
 from burnish.rollout.prompts import PromptSource, Shard, gather_by_prompt, shards_of, whole_groups
-from burnish.types import Group
+from burnish.types import Group, StopReason
 
 if TYPE_CHECKING:
     from burnish.stages.online import OnlineStage
@@ -48,6 +49,8 @@ class Sampler:
         self.replay = Replay(stage.args.replay_size)
         self.rounds = 0
         """Rounds of sampling so far, of which a rollout may have several; part of the key of every random number."""
+        self.lengths: dict[int, int] = {}
+        """Mean completion length of each prompt when it was last sampled, by its index."""
 
     def sample(self) -> tuple[list[Shard], list[Shard]]:
         """Sample and score the groups of one rollout, with refills for groups without reward variance.
@@ -88,27 +91,41 @@ class Sampler:
             world=run.ranks.count,
         )
         groups = [shard.group for shard in shards]
-        self.generate(shards, seed=args.seed, step=self.rounds)
+        self.generate(shards, seed=args.seed, step=self.rounds, is_training=True)
         self._check(groups)
         self.rounds += 1
         # Tokens count when they are sampled, whether they are trained on once, twice or not at all.
         run.num_tokens += sum(group.num_tokens for group in groups)
         run.metrics.add_logged(self.score(groups))
         self._report(groups)
-        rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
-        run.metrics.add_rewards(list(rewards.values()))
-        known = [reward for row in rewards.values() for reward in row if reward is not None]
+        rows = gather_by_prompt(shards, lambda c: (c.reward, len(c.token_ids)), run.ranks.gathered)
+        self.lengths |= {self.source.at(p).index: round(fmean(n for _, n in row)) for p, row in rows.items()}
+        run.metrics.add_rewards([[reward for reward, _ in row] for row in rows.values()])
+        known = [reward for row in rows.values() for reward, _ in row if reward is not None]
         if known and args.prompt_sampling == "curriculum":
             self.source.learn(fmean(known))
             run.metrics.add("curriculum/level", self.source.level)
         return shards
 
-    def generate(self, shards: Sequence[Shard], *, seed: int, step: int) -> None:
-        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample)."""
+    def generate(self, shards: Sequence[Shard], *, seed: int, step: int, is_training: bool = False) -> None:
+        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample).
+
+        Evaluations sample whole completions, and of prompts of their own: `stop_settled` and `lengths` are not theirs.
+        """
+        rule = self._stage.settled if is_training else None
+        lengths = self.lengths if is_training else {}
         # Keyed by position: a prompt may come twice in a round, at the end of one epoch and the start of the next.
         requests = [
-            Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.position, first_sample=s.first)
-            for s in shards
+            Request(
+                shard.group.prompt_ids,
+                len(shard.group.completions),
+                self.params,
+                index=shard.position,
+                first_sample=shard.first,
+                is_settled=rule and partial(rule, row=shard.group.row),
+                expected_tokens=lengths.get(shard.group.index),
+            )
+            for shard in shards
         ]
         vocab_size = causal_lm(self._run.model).config.get_text_config().vocab_size
         with self._run.phases.phase("sampling"):
@@ -139,6 +156,9 @@ class Sampler:
 
     def _report(self, groups: Sequence[Group]) -> None:
         clipped = self._run.metrics.add_completions(groups, self._stage.rubric.names)
+        if self._stage.settled is not None:
+            reasons = [completion.stop_reason for group in groups for completion in group.completions]
+            self._run.metrics.add("completions/settled_ratio", reasons.count(StopReason.SETTLED) / len(reasons))
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
             logger.warning(
