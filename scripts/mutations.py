@@ -141,7 +141,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/policy_gradient.py", "always = kl_coef > 0 or bonus.is_on", "always = kl_coef > 0", "test_policy_trainer.py::test_a_group_without_spread_keeps_its_entropy_bonus"),
     ("stages/policy_gradient.py", "{True: \"group\", False: \"none\"}", "{True: \"none\", False: \"group\"}", "test_policy_trainer.py::test_trl_s_booleans_of_scale_rewards"),
     ("training/reward_funcs.py", "args.overlong_penalty * value", "-args.overlong_penalty * value", "test_policy_trainer.py::test_overlong_completions_lose_reward_after_the_filter"),
-    ("stages/sampler.py", "index=s.position", "index=s.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
+    ("stages/sampler.py", "index=shard.position", "index=shard.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
     ("stages/online.py", "later = [group for step in steps[1:] for group in step]", "later = list(groups)", "test_policy_trainer.py::test_fresh_samples_cost_no_forward_of_their_own"),
     ("stages/online.py", "        self.algorithm.load_state_dict(state.algorithm)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
     ("stages/online.py", "= state.rollouts, state.rounds\n", "= 0, 0\n", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
