@@ -57,6 +57,18 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/catalogue.py", "return text.count(\"<think>\") > 1 or not", "return text.count(\"<think>\") > 0 or not", SETTLED),
     ("stages/sampler.py", "rule = self._stage.settled if is_training else None", "rule = self._stage.settled", SETTLED),
     ("stages/algorithm.py", "completion.stop_reason is StopReason.LENGTH", "completion.stop_reason is not StopReason.EOS", SETTLED),
+    # sampling ahead of training
+    ("rollout/vllm/wire.py", "for piece in pieces for _ in piece.token_ids", "for piece in pieces[:1] for _ in ids", "test_vllm_wire.py"),
+    ("rollout/vllm/wire.py", "_stop_length(ids, params.stop, tokenizer) if len(pieces) > 1 else None", "None", "test_vllm_wire.py"),
+    ("rollout/vllm/dispatch.py", "**by, sampled=len(ids)", "**by", "test_vllm_wire.py"),
+    ("rollout/vllm/dispatch.py", "await server.client.post(\"/pause?mode=abort\", {}, deadline=self._pool.deadlines.sync)", "pass", "test_vllm_pool.py"),
+    ("stages/sampler.py", "wanted = num_prompts + min(args.staleness_bound, later)", "wanted = num_prompts + args.staleness_bound", "test_staleness.py"),
+    ("stages/sampler.py", "if max(lags) > bound:", "if max(lags) > 99:", "test_staleness.py"),
+    ("stages/sampler.py", "return self.source.position - (0 if self.ahead is None else len(self.ahead))", "return self.source.position", "test_staleness.py"),
+    ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),
+    ("stages/online.py", "fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)", "pass", "test_staleness.py"),
+    ("config/policy_fields.py", "(\"token_truncate\" if self.max_staleness else None)", "None", "test_staleness.py"),
+    ("rollout/vllm/engine.py", "version != self._delivered", "False", "test_vllm_pool.py"),
     # phases
     ("training/phases.py", "seconds / max(self._steps, 1)", "seconds", "test_phases.py"),
     ("training/phases.py", "if self._current != \"evaluation\":", "if self._current is None:", "test_phases.py"),

@@ -231,6 +231,11 @@ class OnlineFields(CommonFields):
     )
 
     @property
+    def staleness_bound(self) -> int:
+        """Rollouts that sampling may run ahead of training: 0 where the loss is for fresh samples only."""
+        return 0
+
+    @property
     def server_urls(self) -> list[str]:
         """URLs of the servers, without a final slash."""
         given = self.vllm_server_base_url

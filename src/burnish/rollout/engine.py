@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from burnish.errors import ConfigError
 from burnish.types import Completion
 
-__all__ = ["Engine", "Request", "SamplingParams", "eos_token_ids"]
+__all__ = ["Engine", "OverlappingEngine", "Request", "SamplingParams", "eos_token_ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,23 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free all resources."""
+        ...
+
+
+@runtime_checkable
+class OverlappingEngine(Engine, Protocol):
+    """An engine that samples while its caller does something else, as servers do."""
+
+    def start(self, requests: Sequence[Request], *, seed: int, step: int) -> Sequence[Future[list[Completion]]]:
+        """Begin what `generate` does; return the completions of each request once they are sampled.
+
+        A `sync` in between changes the weights of the tokens sampled after it. The stream `policy_version` of a
+        completion holds the version of the weights of each token.
+        """
+        ...
+
+    def cancel(self, begun: Sequence[Future[list[Completion]]]) -> None:
+        """Give up what `start` has begun."""
         ...
 
 
