@@ -34,6 +34,8 @@ class LocalServer(ThreadServer):
         self.model, self.tokenizer, self.token = model, tokenizer, token
         self.adapters: dict[str, Any] = {}
         self.weight_version, self.paused, self.tokens = "default", False, 0.0
+        self.token_seconds = 0.0
+        """Time that a token takes."""
         self.faults: set[str] = set()
         self.calls: list[str] = []
         self.sampled: list[dict[str, Any]] = []
@@ -85,7 +87,6 @@ class LocalServer(ThreadServer):
                 entries = [{str(t): {"logprob": float(row[t]), "rank": 1, "decoded_token": "?"}} for t, row in known]
                 choice["prompt_logprobs"] = [None, *entries]
             choices.append(choice)
-        self.tokens += sum(len(choice["token_ids"]) for choice in choices)
         return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": choices}
 
     @torch.no_grad()
@@ -95,6 +96,9 @@ class LocalServer(ThreadServer):
         asked = body["temperature"] or 1.0
         used = asked * 2 if "hot" in self.faults else asked
         while True:
+            if self.paused:
+                return ids, values, "abort", None
+            time.sleep(self.token_seconds)
             raw = self.logprobs(model, prompt + ids)[-1]
             row = self.logprobs(model, prompt + ids, used)[-1]
             if body["temperature"] == 0 or body.get("top_k") == 1:
@@ -105,6 +109,7 @@ class LocalServer(ThreadServer):
             else:
                 token = int(torch.multinomial(row.exp(), 1, generator=generator))
             ids.append(token)
+            self.tokens += 1
             values.append(float((raw if "raw" in self.faults else row)[token]))
             if token in body.get("stop_token_ids", ()):
                 return ids, values, "stop", token
@@ -131,9 +136,11 @@ class _Handler(JsonHandler):
             server.sampled.append(body)
             while "hang" in server.faults:
                 time.sleep(0.05)
+        while server.paused and path == "/v1/completions":
+            time.sleep(0.01)
         try:
             # Looks are answered while others sample, as a server of several processes does.
-            with nullcontext() if path in ("/health", "/metrics") else server.lock:
+            with nullcontext() if path in ("/health", "/metrics", "/pause", "/weight_info") else server.lock:
                 answer = self._route(path, body)
         except KeyError as error:
             return self._send(404, {"error": {"message": f"{error} does not exist", "code": 404}})

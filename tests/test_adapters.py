@@ -354,8 +354,14 @@ def test_adapters_of_the_real_model_reload_in_plain_peft(
     if quantization:
         loading["quantization_config"] = nf4()
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(real_base, **loading), tmp_path)
-    # fp32 sums in another order over 30 layers, where log-probabilities reach 20 nats
-    assert apart(plain_scores(without_repacking(plain)), trained) < 1e-3
+    found = plain_scores(without_repacking(plain))
+    assert equal(found, plain_scores(without_repacking(trainer.model))), "the very weights that were trained"
+    base = AutoModelForCausalLM.from_pretrained(real_base, **loading)
+    base = base.dequantize() if quantization else base
+    exact = plain_scores(PeftModel.from_pretrained(base, tmp_path).double())
+    # fp32 sums in another order over 30 layers, where log-probabilities reach 20 nats. How far that takes them depends
+    # on what was learned: 0.0014 nats from float64 in a plain forward after DPO on the 4-bit base.
+    assert apart(found, trained) < max(1e-3, 2 * apart(found, exact))
     if quantization is None:
         automatic = AutoPeftModelForCausalLM.from_pretrained(tmp_path, gguf_file=smollm2_dir[1], **loading)
         assert apart(plain_scores(automatic), trained) < 1e-3

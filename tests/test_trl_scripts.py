@@ -124,6 +124,8 @@ def test_the_scripts_are_scripts_for_trl(tiny_folder: str, tmp_path: Path) -> No
     lines = {name: [make(i) for i in range(12)] for name, make in ROWS.items()}
     program = f"import datasets\nROWS = {lines!r}\n"
     program += "datasets.load_dataset = lambda name, *args, split: datasets.Dataset.from_list(ROWS[name])\n"
+    # TRL's default is bf16, which transformers refuses without a GPU; burnish's configs take it on a CPU.
+    program += "from transformers import training_args\ntraining_args.is_torch_bf16_gpu_available = lambda: True\n"
     program += "".join(f"exec({changed(script, tiny_folder, 'trl')!r}, {{}})\n" for script in SCRIPTS)
     done = subprocess.run(
         [TRL, "-W", "ignore", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -242,6 +243,80 @@ def test_answers_of_a_server_restarted_in_between_are_not_used(servers: list[Loc
     wanted = tokens(made.generate(REQUESTS, seed=1, step=0))
     servers[1].model, servers[1].weight_version = tiny.model(seed=9), "default"
     assert tokens(made.generate(REQUESTS, seed=1, step=0)) == wanted
+
+
+def versions_of(
+    requests: list[Request], groups: list[Any], weights: dict[int, Any], *, within: float
+) -> set[tuple[float, ...]]:
+    """Compare each token with the weights of its version, and with the others; return the versions of completions."""
+    seen: set[tuple[float, ...]] = set()
+    for request, group in zip(requests, groups, strict=True):
+        for completion in group:
+            versions = completion.token["policy_version"]
+            assert versions == sorted(versions)
+            seen.add(tuple(sorted(set(versions))))
+            ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+            length = len(request.prompt_ids)
+            given = torch.tensor(completion.policy_logprobs)
+            for number, model in weights.items():
+                with torch.no_grad():
+                    row = model(input_ids=ids).logits[0, length - 1 : -1].log_softmax(-1)
+                expected = row.gather(1, ids[0, length:, None])[:, 0]
+                mine = torch.tensor(versions) == number
+                torch.testing.assert_close(given[mine], expected[mine], atol=within, rtol=0)
+                assert bool(mine.all()) or float((given - expected).abs()[~mine].mean()) > 20 * within
+    return seen
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_groups_go_on_over_a_change_of_weights(
+    servers: list[LocalServer], base_servers: list[LocalServer], model: Any, with_adapters: bool
+) -> None:
+    """Tokens before the change are of the old weights, those after it of the new ones, and say so."""
+    used = base_servers if with_adapters else servers
+    trained = lora(tiny.model()) if with_adapters else model
+    made = engine(trained, used)
+    made.sync(3)
+    for server in used:
+        server.token_seconds = 0.05
+    requests = [Request([5 + i, 6, 7], 2, SamplingParams(30), index=i) for i in range(4)]
+    before = copy.deepcopy(trained)
+    begun = made.start(requests, seed=1, step=0)
+    time.sleep(0.7)
+    tiny.move(trained, 0.1)
+    made.sync(4)
+    found = [samples.result() for samples in begun]
+    check_completions(requests, found, vocab_size=96)
+    assert (3.0, 4.0) in versions_of(requests, found, {3: before, 4: trained}, within=1e-4)
+
+
+def test_a_server_that_dies_while_weights_change_loses_no_group(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    for server in servers:
+        server.token_seconds = 0.05
+    begun = made.start(REQUESTS, seed=1, step=0)
+    time.sleep(0.2)
+    servers[1].faults.add("deaf")
+    tiny.move(model, 1e-2)
+    assert made.sync(1)["sampling/servers"] == 1
+    found = [samples.result() for samples in begun]
+    check_completions(REQUESTS, found, vocab_size=96)
+
+
+def test_groups_in_flight_end_with_an_error_and_with_the_engine(servers: list[LocalServer], model: Any) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    for server in servers:
+        server.token_seconds = 0.05
+    begun = made.start(REQUESTS, seed=1, step=0)
+    servers[0].faults.add("keep_head")
+    tiny.move(model, 1e-2)
+    with pytest.raises(CheckFailed):
+        made.sync(1)
+    made.close()
+    for samples in begun:
+        assert samples.done()
 
 
 def test_no_server_is_an_error_with_the_fix() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import tiny
 from burnish.errors import CheckFailed, ConfigError
@@ -33,7 +35,9 @@ from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm import Deadlines, ServerPool, VLLMServerEngine
 from burnish.rollout.vllm.registry import token_of
 from burnish.types import Completion, Group, StopReason
-from test_vllm_config import trainer
+from test_staleness import trained_prompts
+from test_vllm_config import ROWS, logged, trainer
+from test_vllm_pool import versions_of
 from vllm_proxy import Proxy
 
 pytestmark = pytest.mark.vllm
@@ -381,6 +385,51 @@ def test_another_temperature_stops_the_run(server: Served, tmp_path: Path, monke
             made.train()
         made.stage.sampler.engine.close()
     proxy.stop()
+
+
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_groups_go_on_over_a_change_of_weights(server: Served, engine: Any, with_adapters: bool) -> None:
+    with_base(server, engine)
+    trained = lora(fresh(tie_word_embeddings=True)) if with_adapters else fresh(seed=14)
+    made = engine(trained, server.url)
+    made.sync(3)
+    timed(made, REQUESTS)
+    before = copy.deepcopy(trained)
+    begun = made.start(LONG, seed=1, step=0)
+    time.sleep(1.0)
+    tiny.move(trained, 0.1)
+    started = time.monotonic()
+    made.sync(4)
+    print(f"sync with {len(LONG)} groups running: {time.monotonic() - started:.1f} s")
+    found = [samples.result() for samples in begun]
+    check_completions(LONG, found, vocab_size=VOCAB)
+    assert (3.0, 4.0) in versions_of(LONG, found, {3: before, 4: trained}, within=2e-4)
+
+
+def test_a_run_ahead_outlives_a_killed_server(
+    server: Served, other: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GRPO two rollouts ahead: kill -9 of one of two servers loses no group, repeats none, and keeps the bound."""
+    tokens_of = {url: token_of(url) for url in (server.url, other.url)}
+    assert len(tokens_of) == 2
+    model = fresh(seed=15)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                for pid in other.pids("vllm") + other.pids("VLLM"):
+                    os.kill(pid, signal.SIGKILL)
+
+    made = trainer(
+        tmp_path, [server.url, other.url], model, max_staleness=2, max_steps=8, max_completion_length=60,
+        shuffle_dataset=False, log_completions=True, vllm_server_timeout=300.0,
+    )  # fmt: skip
+    made.add_callback(Kill())
+    made.train()
+    assert max(logged(made, "sampling/staleness/max")) <= 2
+    assert trained_prompts(tmp_path) == [row["prompt"] for row in ROWS] * 2
+    made.stage.sampler.engine.close()
+    other.wait()
 
 
 # Servers that die, stop or slow down.

@@ -12,9 +12,10 @@ import tiny
 from burnish.errors import EngineError
 from burnish.rollout import Request, SamplingParams
 from burnish.rollout.validation import check_completions
+from burnish.rollout.vllm.dispatch import Job
 from burnish.rollout.vllm.wire import (
     completion_request,
-    parse_completions,
+    parse_pieces,
     parse_prompt_logprobs,
     probe_request,
     samples_policy,
@@ -33,7 +34,9 @@ def choice(ids: list[int], finish: str = "length", stop: Any = None, index: int 
 
 def read(choices: list[dict[str, Any]], params: SamplingParams, number: int | None = None) -> Any:
     request = Request([5, 6], number or len(choices), params)
-    found = parse_completions({"choices": choices}, request, TOKENIZER)
+    job = Job(request, seed=0, step=0)
+    assert job.add(enumerate(parse_pieces({"choices": choices}, len(choices), 0)))
+    found = job.result(TOKENIZER)
     check_completions([request], [found], vocab_size=96)
     return found
 
@@ -114,7 +117,7 @@ def test_choices_are_taken_in_the_order_of_their_samples() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ([choice([4, 7], "abort")], "finish_reason = 'abort'"),
+        ([choice([4, 7], "cancelled")], "finish_reason = 'cancelled'"),
         ([choice([], "stop")], "without token_ids"),
         ([choice([4, 7]) | {"logprobs": None}], "2 tokens with 0 log-probabilities"),
         ([choice([4, 7]) | {"logprobs": {"token_logprobs": [-1.0, None]}}], "one finite number each"),
@@ -128,9 +131,42 @@ def test_answers_that_break_the_contract_are_errors(broken: list[dict[str, Any]]
         read(broken, SamplingParams(2))
 
 
+def test_pieces_of_several_requests_are_one_completion() -> None:
+    """Three weights: each sample goes on where it was ended; a stop string over the seam ends it."""
+    ids = TOKENIZER.convert_tokens_to_ids
+    a, b, c = ids("a"), ids("b"), ids("c")
+    params = SamplingParams(6, stop=("a b c",), eos_token_ids=(0,))
+    job = Job(Request([5, 6], 3, params, index=4, first_sample=2), seed=1, step=2)
+    ((numbers, first),) = job.requests("v0")
+    assert (numbers, first["n"], first["max_tokens"]) == ([0, 1, 2], 3, 6)
+    answer = {"choices": [choice([a, 0], "stop"), choice([], "abort", index=1), choice([c, a], "abort", index=2)]}
+    assert not job.add(zip(numbers, parse_pieces(answer, 3, 10), strict=True))
+    second = {numbers[0]: body for numbers, body in job.requests("v1")}
+    assert [(number, body["prompt"], body["n"], body["max_tokens"]) for number, body in second.items()] == [
+        (1, [5, 6], 1, 6), (2, [5, 6, c, a], 1, 4),
+    ]  # fmt: skip
+    # A continuation draws other numbers than the tokens before it.
+    assert second[1]["seed"] == first["seed"] + 1
+    assert second[2]["seed"] != first["seed"] + 2
+    for number, found in ((1, [b] * 6), (2, [b])):
+        (piece,) = parse_pieces({"choices": [choice(found, "length" if number == 1 else "abort")]}, 1, 11)
+        is_done = job.add([(number, piece)])
+    assert not is_done
+    ((numbers, body),) = job.requests("v2")
+    assert (numbers, body["prompt"], body["max_tokens"]) == ([2], [5, 6, c, a, b], 3)
+    assert job.add(zip(numbers, parse_pieces({"choices": [choice([c, a, a], "length")]}, 1, 12), strict=True))
+    made = job.result(TOKENIZER)
+    assert [completion.token_ids for completion in made] == [[a, 0], [b] * 6, [c, a, b, c]]
+    assert [completion.stop_reason for completion in made] == [StopReason.EOS, StopReason.LENGTH, StopReason.STOP]
+    assert made[2].text.replace(" ", "") == "c"
+    assert made[2].token["policy_version"] == [10, 10, 11, 12]
+    assert made[2].sampler_logprobs == [-0.5, -1.5, -0.5, -0.5]
+    check_completions([job.request], [made], vocab_size=96)
+
+
 def test_no_choices_at_all() -> None:
     with pytest.raises(EngineError, match="without choices"):
-        parse_completions({"object": "error"}, Request([5], 1, SamplingParams(2)), TOKENIZER)
+        parse_pieces({"object": "error"}, 1, 0)
 
 
 def test_log_probabilities_of_a_prompt() -> None:
@@ -160,7 +196,11 @@ def test_recorded_answers_are_read(name: str) -> None:
     request = Request(asked["prompt"], 2 if name in ("cut", "greedy") else 3, params)
     # What is asked for today is what was asked for then.
     assert completion_request(request, model="base", seed=1, step=0) == asked
-    found = parse_completions(answer, request, TOKENIZER)
+    job = Job(request, seed=1, step=0)
+    ((numbers, body),) = job.requests("base")
+    assert body == asked
+    assert job.add(enumerate(parse_pieces(answer, len(numbers), 0)))
+    found = job.result(TOKENIZER)
     check_completions([request], [found], vocab_size=96)
     reasons = {
         "ended": StopReason.EOS,

@@ -131,6 +131,13 @@ class PolicyFields(OnlineFields):
     reward_clip_range: Annotated[list[float], Meets(_interval)] | None = own(
         None, "Lowest and highest reward, to which others are clipped. None: no clipping.", REWARDS
     )
+    max_staleness: Natural = own(
+        0,
+        "Rollouts that sampling runs ahead of training: servers sample while earlier samples train, with weights that "
+        "are at most this many rollouts old. Samples are then weighted by token_truncate unless sampling_correction "
+        "says otherwise. 0: sample, then train.",
+        SAMPLING,
+    )
     sampling_correction: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = own(
         None,
         "Weight samples by the ratio of trainer to sampler probabilities: token_truncate, token_mask (IcePop, with "
@@ -158,6 +165,16 @@ class PolicyFields(OnlineFields):
         fix="use nats per token above 0, such as 0.5, or leave it out",
     )
 
+    @property
+    def staleness_bound(self) -> int:
+        """Rollouts that sampling may run ahead of training."""
+        return self.max_staleness
+
+    @property
+    def correction(self) -> str | None:
+        """Kind of the weights of samples: that of `sampling_correction`, or token_truncate for stale samples."""
+        return self.sampling_correction or ("token_truncate" if self.max_staleness else None)
+
     def contradictions(self) -> Iterator[str]:
         yield from self._clip_contradictions()
         if self.use_adaptive_entropy:
@@ -171,6 +188,7 @@ class PolicyFields(OnlineFields):
                 )
         yield from self._kl_contradictions()
         yield from self._correction_contradictions()
+        yield from self._staleness_contradictions()
         yield from super().contradictions()
         accumulation, asked = self.gradient_accumulation_steps, self.steps_per_generation
         if self.num_iterations > 1 and asked is not None and asked < accumulation:
@@ -216,7 +234,7 @@ class PolicyFields(OnlineFields):
             yield f"kl_target = {self.kl_target!r} with beta = 0: set the initial value of beta, such as 0.05."
 
     def _correction_contradictions(self) -> Iterator[str]:
-        kind, low, high = self.sampling_correction, self.sampling_correction_min, self.sampling_correction_max
+        kind, low, high = self.correction, self.sampling_correction_min, self.sampling_correction_max
         if kind is None:
             return
         if self.loss_type == "vespo" and kind.startswith("sequence"):
@@ -230,6 +248,18 @@ class PolicyFields(OnlineFields):
             yield f"sampling_correction_min = {low!r} with {kind}: only masks have a lower bound; remove it."
         if low is not None and high is not None and low >= high:
             yield f"sampling_correction_min = {low!r}: not below sampling_correction_max = {high!r}; use a smaller one."
+
+    def _staleness_contradictions(self) -> Iterator[str]:
+        if not (self.max_staleness and self.use_vllm):
+            return
+        whole = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k or 0, 0), "min_p": (self.min_p or 0.0, 0.0)}
+        whole["repetition_penalty"] = (self.repetition_penalty, 1.0)
+        for name, (value, default) in whole.items():
+            if value != default:
+                yield (
+                    f"{name} = {value!r} with max_staleness = {self.max_staleness}: a server returns log-probabilities "
+                    f"of the truncated distribution only, by which stale samples cannot be weighted; use {default!r}."
+                )
 
 
 @stage(
@@ -371,3 +401,11 @@ class PPOFields(PolicyFields):
     missing_eos_penalty: NonNegative | None = own(
         None, "Penalty subtracted from the reward of a completion without EOS. None: no penalty.", REWARDS
     )
+
+    def contradictions(self) -> Iterator[str]:
+        if self.stop_settled and self.missing_eos_penalty:
+            yield (
+                f"stop_settled = True with missing_eos_penalty = {self.missing_eos_penalty!r}: whether a completion "
+                "would have ended by itself is unknown once it is stopped; remove one of the two."
+            )
+        yield from super().contradictions()

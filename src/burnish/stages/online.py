@@ -21,7 +21,9 @@ from burnish.model.packing import partition
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.rewards.settled import SettledRule
 from burnish.rollout import Engine, make_engine
+from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
 from burnish.rollout.vllm import ServerPool, VLLMServerEngine
 from burnish.stages.algorithm import Algorithm
@@ -81,9 +83,17 @@ class OnlineStage(Stage):
             raise ConfigError("beta = 0.0 does not use a reference: remove ref_model, or set beta.")
         if engine is not None and args.use_vllm:
             raise ConfigError("use_vllm = True with an engine: remove one of the two.")
+        if engine is not None and args.stop_settled and not getattr(engine, "stops_settled", False):
+            raise ConfigError(
+                f"stop_settled = True with {type(engine).__name__}, which does not heed Request.is_settled: remove one "
+                "of the two."
+            )
+        if args.staleness_bound:
+            _check_overlap(args, engine)
         self.algorithm = algorithm
         self.whole_groups = algorithm.whole_groups
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
+        self.settled = SettledRule(self.rubric) if args.stop_settled else None
         self.reference: Reference | None = None
         self._engine, self._ref_model, self.compute_metrics = engine, ref_model, compute_metrics
         self._pool: ServerPool | None = None
@@ -150,6 +160,10 @@ class OnlineStage(Stage):
         if (sampled_N := batch.token.get("policy_logprobs")) is None:  # all samples are replayed
             return
         fresh_N = ~sampled_N.isnan()
+        if (version_N := batch.token.get("policy_version")) is not None:
+            fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)
+        if not fresh_N.any():
+            return
         self.sampler_check.add(logprobs_N[fresh_N], sampled_N[fresh_N])
         if self.reference is not None and self.reference.is_initial_policy and self.run.is_untouched:
             bound = max(default_bound(self.run.model.dtype), self.args.logprob_check_bound or 0.0)
@@ -272,7 +286,7 @@ class OnlineStage(Stage):
         self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
         bound = args.logprob_check_bound
         self.sampler_check = SamplerCheck(default_bound(run.model.dtype) if bound is None else bound)
-        if self.algorithm.corrects_sampling:
+        if self._tolerates_mismatch:
             self.sampler_check.report_only()
         self.algorithm.join(self)
 
@@ -293,10 +307,15 @@ class OnlineStage(Stage):
             self.tokenizer,
             self._pool,
             # A loss that corrects the mismatch tolerates more of it, but never other weights.
-            bound=max(bound, 0.05) if self.algorithm.corrects_sampling else bound,
+            bound=max(bound, 0.05) if self._tolerates_mismatch else bound,
             weights_dir=self.args.vllm_weights_dir,
             agreed=run.ranks.agreed,
         )
+
+    @property
+    def _tolerates_mismatch(self) -> bool:
+        """Whether the user has asked for weights that correct a mismatch of sampler and trainer."""
+        return self.algorithm.corrects_sampling and self.args.sampling_correction is not None
 
     def check_sampled_lengths(self, model: Any) -> None:
         """Refuse prompts whose completions may exceed a model's positions."""
@@ -353,11 +372,12 @@ class OnlineStage(Stage):
         state = RolloutState(
             rollouts=self._rollouts,
             rounds=self.sampler.rounds,
-            position=self.sampler.source.position,
+            position=self.sampler.position,
             level=self.sampler.source.level,
             buffer=self._buffer,
             replay=self.sampler.replay.groups,
             algorithm=self.algorithm.state_dict(),
+            lengths=self.sampler.lengths,
         )
         state.save(folder, self.run.ranks.index)
         if self.run.ranks.is_first:
@@ -368,8 +388,8 @@ class OnlineStage(Stage):
         ranks, sampler = self.run.ranks, self.sampler
         state = RolloutState.load(folder, rank=ranks.index, world=ranks.count, prompts=sampler.source.prompts)
         self._rollouts, sampler.rounds = state.rollouts, state.rounds
-        sampler.source.position, sampler.source.level = state.position, state.level
-        self._buffer, sampler.replay.groups = state.buffer, state.replay
+        sampler.position, sampler.source.level = state.position, state.level
+        self._buffer, sampler.replay.groups, sampler.lengths = state.buffer, state.replay, state.lengths
         self.algorithm.load_state_dict(state.algorithm)
         self.algorithm.load_state(folder, changed)
 
@@ -391,3 +411,18 @@ class OnlineStage(Stage):
     def other_trained_models(self) -> Mapping[str, torch.nn.Module]:
         """Return the other models that train."""
         return self.algorithm.trained_models()
+
+
+def _check_overlap(args: Any, engine: Engine | None) -> None:
+    """Refuse engines that cannot sample while the trainer trains."""
+    shown = f"max_staleness = {args.staleness_bound}"
+    if not (args.use_vllm or isinstance(engine, OverlappingEngine)):
+        name = "the native engine" if engine is None else type(engine).__name__
+        raise ConfigError(
+            f"{shown}: {name} samples in the trainer's process with the weights that change; set use_vllm = True and "
+            'vllm_mode = "server" (`burnish serve MODEL`), or leave it out.'
+        )
+    if args.world_size > 1:
+        raise ConfigError(
+            f"{shown} on {args.world_size} processes: sampling ahead of training runs on one so far; leave it out."
+        )

@@ -108,13 +108,13 @@ class PolicyGradient(Algorithm):
     @property
     def corrects_sampling(self) -> bool:
         """Whether samples are weighted by the ratio of policy and sampler probabilities."""
-        return self.args.sampling_correction is not None
+        return self.args.correction is not None
 
     def check_samples(self, completions: Sequence[Completion], engine: str) -> None:
         """Refuse samples without the log-probabilities that the correction needs."""
         if self.corrects_sampling and any(c.sampler_logprobs is None for c in completions):
             raise ConfigError(
-                f"sampling_correction = {self.args.sampling_correction!r}: {engine} returns no sampler_logprobs, "
+                f"sampling_correction = {self.args.correction!r}: {engine} returns no sampler_logprobs, "
                 "which the correction needs; use an engine that does, or remove the field."
             )
 
@@ -303,12 +303,12 @@ class PolicyGradient(Algorithm):
     def _correction(self, batch: PackedBatch, old_N: torch.Tensor) -> torch.Tensor | None:
         """Compute the [N] importance weights of policy over sampler, if configured."""
         args = self.args
-        if args.sampling_correction is None:
+        if args.correction is None:
             return None
         return correction_weights(
             old_N,
             batch.token["sampler_logprobs"],
-            kind=args.sampling_correction,
+            kind=args.correction,
             maximum=args.sampling_correction_max,
             minimum=args.sampling_correction_min,
             sequence_index_N=batch.sequence_index,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from burnish.config.online_fields import micro_batches_per_rollout
+from burnish.errors import CheckFailed
 from burnish.model.scoring import causal_lm
 from burnish.rollout import Engine, Request, SamplingParams
-from burnish.rollout.collect import generate
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
+from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.prompts import PromptSource, Shard, gather_by_prompt, shards_of, whole_groups
-from burnish.types import Group
+from burnish.rollout.validation import check_completions
+from burnish.stages.lookahead import Lookahead
+from burnish.types import Completion, Group, StopReason
 
 if TYPE_CHECKING:
     from burnish.stages.online import OnlineStage
@@ -28,6 +33,10 @@ def prompts_per_rollout(args: Any) -> int:
     """Return P, the prompts of `steps_per_generation` micro-batches of every rank with G completions a prompt."""
     micro_batches = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
     return args.per_device_train_batch_size * args.world_size * micro_batches // args.num_generations
+
+
+def _completions(shards: Sequence[Shard]) -> list[Completion]:
+    return [completion for shard in shards for completion in shard.group.completions]
 
 
 class Sampler:
@@ -46,8 +55,14 @@ class Sampler:
         self.engine = engine
         self.params = params
         self.replay = Replay(stage.args.replay_size)
+        self.ahead: Lookahead | None = None
+        """Groups whose samples are begun; None without max_staleness."""
+        if stage.args.staleness_bound and isinstance(engine, OverlappingEngine):
+            self.ahead = Lookahead(engine, self._requests, seed=stage.args.seed)
         self.rounds = 0
         """Rounds of sampling so far, of which a rollout may have several; part of the key of every random number."""
+        self.lengths: dict[int, int] = {}
+        """Mean completion length of each prompt when it was last sampled, by its index."""
 
     def sample(self) -> tuple[list[Shard], list[Shard]]:
         """Sample and score the groups of one rollout, with refills for groups without reward variance.
@@ -81,20 +96,19 @@ class Sampler:
     def _round(self, num_prompts: int) -> list[Shard]:
         """Sample the next prompts and score their completions."""
         args, run = self._args, self._run
-        shards = self.source.take(
-            num_prompts=num_prompts,
-            num_samples=args.num_generations,
-            rank=run.ranks.index,
-            world=run.ranks.count,
-        )
+        if self.ahead is None:
+            shards = self._next_prompts(num_prompts)
+            self.generate(shards, seed=args.seed, step=self.rounds, is_training=True)
+        else:
+            shards = self._overlapping(self.ahead, num_prompts)
         groups = [shard.group for shard in shards]
-        self.generate(shards, seed=args.seed, step=self.rounds)
         self._check(groups)
         self.rounds += 1
         # Tokens count when they are sampled, whether they are trained on once, twice or not at all.
         run.num_tokens += sum(group.num_tokens for group in groups)
         run.metrics.add_logged(self.score(groups))
         self._report(groups)
+        self._note_lengths(groups)
         rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
         run.metrics.add_rewards(list(rewards.values()))
         known = [reward for row in rewards.values() for reward in row if reward is not None]
@@ -103,19 +117,88 @@ class Sampler:
             run.metrics.add("curriculum/level", self.source.level)
         return shards
 
-    def generate(self, shards: Sequence[Shard], *, seed: int, step: int) -> None:
-        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample)."""
-        # Keyed by position: a prompt may come twice in a round, at the end of one epoch and the start of the next.
-        requests = [
-            Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.position, first_sample=s.first)
-            for s in shards
-        ]
-        vocab_size = causal_lm(self._run.model).config.get_text_config().vocab_size
+    def _next_prompts(self, number: int) -> list[Shard]:
+        ranks = self._run.ranks
+        return self.source.take(
+            num_prompts=number, num_samples=self._args.num_generations, rank=ranks.index, world=ranks.count
+        )
+
+    def _overlapping(self, ahead: Lookahead, num_prompts: int) -> list[Shard]:
+        """Take prompts whose samples were begun earlier, and begin those of the rollouts after this one."""
+        args, state, stage = self._args, self._run.state, self._stage
+        steps = stage.steps_per_pass * stage.algorithm.passes
+        bound = args.staleness_bound * steps
+        if (begun := ahead.oldest()) is not None and state.global_step - begun > bound:
+            self.source.position -= ahead.give_up()  # a run that was interrupted, and trains again
+        later = max(math.ceil((state.max_steps - state.global_step) / steps) - 1, 0)
+        wanted = num_prompts + min(args.staleness_bound, later) * prompts_per_rollout(args)
+        if (missing := wanted - len(ahead)) > 0:
+            ahead.begin(self._next_prompts(missing), step=self.rounds, version=state.global_step)
         with self._run.phases.phase("sampling"):
-            found = generate(self.engine, requests, seed=seed, step=step, vocab_size=vocab_size)
-        self._run.phases.add_tokens("sampling", sum(len(c.token_ids) for completions in found for c in completions))
+            shards, requests, found = ahead.take(num_prompts)
+        self._fill(shards, requests, found)
+        lags = [state.global_step - version for c in _completions(shards) for version in c.token["policy_version"]]
+        if max(lags) > bound:
+            raise CheckFailed(
+                f"step {state.global_step}: a token was sampled {max(lags):.0f} optimizer steps ago, and max_staleness "
+                f"= {args.staleness_bound} allows {bound}: {type(self.engine).__name__} does not keep to its syncs."
+            )
+        self._run.metrics.add_all({"sampling/staleness/mean": fmean(lags), "sampling/staleness/max": max(lags)})
+        return shards
+
+    @property
+    def position(self) -> int:
+        """Number of prompts that are done: not those whose samples are begun."""
+        return self.source.position - (0 if self.ahead is None else len(self.ahead))
+
+    @position.setter
+    def position(self, value: int) -> None:
+        if self.ahead is not None:
+            self.ahead.give_up()
+        self.source.position = value
+
+    def _requests(self, shards: Sequence[Shard], *, is_training: bool = True) -> list[Request]:
+        """Ask for the completions of shards: of an evaluation's prompts whole ones, whose lengths are not known."""
+        rule = self._stage.settled if is_training else None
+        lengths = self.lengths if is_training else {}
+        # Keyed by position: a prompt may come twice in a round, at the end of one epoch and the start of the next.
+        return [
+            Request(
+                shard.group.prompt_ids,
+                len(shard.group.completions),
+                self.params,
+                index=shard.position,
+                first_sample=shard.first,
+                is_settled=rule and partial(rule, row=shard.group.row),
+                expected_tokens=lengths.get(shard.group.index),
+            )
+            for shard in shards
+        ]
+
+    def _note_lengths(self, groups: Sequence[Group]) -> None:
+        """Remember the mean completion lengths of groups, of which other ranks may have other completions."""
+        found: dict[int, list[int]] = defaultdict(list)
+        own = [(group.index, [len(completion.token_ids) for completion in group.completions]) for group in groups]
+        for index, tokens in self._run.ranks.gathered(own):
+            found[index] += tokens
+        self.lengths |= {index: round(fmean(tokens)) for index, tokens in found.items()}
+
+    def generate(self, shards: Sequence[Shard], *, seed: int, step: int, is_training: bool = False) -> None:
+        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample)."""
+        requests = self._requests(shards, is_training=is_training)
+        with self._run.phases.phase("sampling"):
+            found = self.engine.generate(requests, seed=seed, step=step)
+        self._fill(shards, requests, found)
+
+    def _fill(
+        self, shards: Sequence[Shard], requests: Sequence[Request], found: Sequence[Sequence[Completion]]
+    ) -> None:
+        """Validate completions, and put them into their shards."""
+        vocab_size = causal_lm(self._run.model).config.get_text_config().vocab_size
+        check_completions(requests, found, engine=type(self.engine).__name__, vocab_size=vocab_size)
         for shard, completions in zip(shards, found, strict=True):
-            shard.group.completions = completions
+            shard.group.completions = list(completions)
+        self._run.phases.add_tokens("sampling", sum(len(c.token_ids) for c in _completions(shards)))
 
     def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
         """Score the completions of groups; return the metrics logged by reward functions on all ranks."""
@@ -139,6 +222,9 @@ class Sampler:
 
     def _report(self, groups: Sequence[Group]) -> None:
         clipped = self._run.metrics.add_completions(groups, self._stage.rubric.names)
+        if self._stage.settled is not None:
+            reasons = [completion.stop_reason for group in groups for completion in group.completions]
+            self._run.metrics.add("completions/settled_ratio", reasons.count(StopReason.SETTLED) / len(reasons))
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
             logger.warning(

@@ -26,7 +26,8 @@ class Update:
     """Weights to deliver, and the proof to ask for.
 
     Attributes:
-        tag: version; unique over runs.
+        tag: identifies the weights; unique over runs.
+        version: the trainer's number of the weights.
         folder: weights or adapters on disk.
         is_adapter: whether the folder holds adapters.
         sequences: tokens of the probe.
@@ -36,6 +37,7 @@ class Update:
     """
 
     tag: str
+    version: int
     folder: str
     is_adapter: bool
     sequences: Sequence[Sequence[int]]
@@ -83,6 +85,7 @@ async def deliver(server: Server, update: Update, deadlines: Deadlines) -> None:
     """
     server.version = None
     if update.is_adapter:
+        await server.client.post("/resume", {}, deadline=deadlines.sync)  # paused where groups were running
         await _deliver_adapter(server, update, deadlines)
     else:
         await _deliver_weights(server, update, deadlines)

@@ -12,9 +12,10 @@ from torch import nn
 
 from burnish.errors import ConfigError, EngineError
 from burnish.model.adapters import without_adapters
-from burnish.rollout.engine import Engine, Request
+from burnish.rollout.engine import OverlappingEngine, Request
 from burnish.rollout.validation import check_requests
 from burnish.rollout.vllm.delivery import Update
+from burnish.rollout.vllm.dispatch import Samples
 from burnish.rollout.vllm.pool import ServerPool
 from burnish.rollout.vllm.probe import probe_sequences, score_probe
 from burnish.rollout.vllm.weights import WeightFolders, has_adapters, refuse_unsupported
@@ -31,7 +32,7 @@ def _alone(work: Callable[[], T]) -> T:
     return work()
 
 
-class VLLMServerEngine(Engine):
+class VLLMServerEngine(OverlappingEngine):
     """Engine that samples from vLLM servers with the trainer's weights.
 
     `sync` writes the weights (or the LoRA adapters) to a folder in shared memory, has every server load them by vLLM's
@@ -77,10 +78,27 @@ class VLLMServerEngine(Engine):
         Raises:
             EngineError: a request is unusable, or no server is left and none comes back in time.
         """
+        begun = self.start(requests, seed=seed, step=step)
+        try:
+            return [samples.result() for samples in begun]
+        except BaseException:
+            self.cancel(begun)
+            raise
+
+    def start(self, requests: Sequence[Request], *, seed: int, step: int) -> list[Samples]:
+        """Begin to sample the completions of each request; a sync in between changes the weights of later tokens.
+
+        Raises:
+            EngineError: a request is unusable.
+        """
         if self._pool.update is None:
             raise EngineError("generate() before sync(): the servers do not have the trainer's weights yet.")
         self._check(requests)
-        return self._pool.call(self._pool.generate(requests, seed=seed, step=step))
+        return self._pool.call(self._pool.submit(requests, seed=seed, step=step))
+
+    def cancel(self, begun: Sequence[Samples]) -> None:
+        """Give up what `start` has begun."""
+        self._pool.call(self._pool.cancel(begun))
 
     def sync(self, version: int) -> Mapping[str, float]:
         """Deliver the trainer's weights to every server, and prove what each answers with.
@@ -123,6 +141,7 @@ class VLLMServerEngine(Engine):
             tag = f"burnish-{self._run}-{version}-{self._syncs}"
             update = Update(
                 tag=tag,
+                version=version,
                 folder=str(self._folders.write(self._model, tag)),
                 is_adapter=has_adapters(self._model),
                 sequences=self._sequences,

@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from burnish.data.tokens import decode_text
 from burnish.errors import EngineError
 from burnish.rollout.engine import Request, SamplingParams
 from burnish.rollout.sampling import stream_key
+from burnish.rollout.stop_strings import StopMatcher
 from burnish.types import Completion, StopReason
 
-__all__ = ["completion_request", "parse_completions", "parse_prompt_logprobs", "probe_request", "samples_policy"]
+__all__ = [
+    "Piece",
+    "assemble",
+    "completion_request",
+    "continuation",
+    "parse_pieces",
+    "parse_prompt_logprobs",
+    "probe_request",
+    "samples_policy",
+]
 
 _SEED_BITS = 62
 """Seeds of vLLM are signed 64-bit integers, and sample k of a request takes the request's seed + k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens that one request sampled for one completion: all of them, or those up to a change of the weights.
+
+    Attributes:
+        token_ids: the tokens; none where the request was ended before the first.
+        logprobs: log-probability of each under the distribution it was sampled from.
+        finish: "stop", "length", or "abort" where the server was paused.
+        version: version of the weights.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: str
+    version: int
 
 
 def samples_policy(params: SamplingParams) -> bool:
@@ -29,7 +56,7 @@ def samples_policy(params: SamplingParams) -> bool:
     return params.repetition_penalty == 1 and (is_whole or params.temperature == 0)
 
 
-def completion_request(request: Request, *, model: str, seed: int, step: int) -> dict[str, Any]:
+def completion_request(request: Request, *, model: str, seed: int, step: int, sampled: int = 0) -> dict[str, Any]:
     """Build the body of `/v1/completions` for one group: token ids in, n = G samples out.
 
     Args:
@@ -37,9 +64,10 @@ def completion_request(request: Request, *, model: str, seed: int, step: int) ->
         model: name of the served model or adapter.
         seed: seed of the run.
         step: round of sampling; sample k is keyed by (seed, step, index) and k.
+        sampled: tokens that a continuation follows; part of the key.
     """
     params = request.params
-    key = int(stream_key(seed, step, request.index, 0)) >> (64 - _SEED_BITS)
+    key = int(stream_key(seed, step, request.index, sampled)) >> (64 - _SEED_BITS)
     return {
         "model": model,
         "prompt": list(request.prompt_ids),
@@ -68,6 +96,17 @@ def completion_request(request: Request, *, model: str, seed: int, step: int) ->
     }
 
 
+def continuation(request: Request, sample: int, token_ids: Sequence[int]) -> Request:
+    """Return the request for the rest of a sample that was ended after `token_ids`."""
+    return replace(
+        request,
+        prompt_ids=[*request.prompt_ids, *token_ids],
+        num_samples=1,
+        params=replace(request.params, max_new_tokens=request.params.max_new_tokens - len(token_ids)),
+        first_sample=request.first_sample + sample,
+    )
+
+
 def probe_request(tokens: Sequence[int], *, model: str) -> dict[str, Any]:
     """Build the body of `/v1/completions` that scores tokens at temperature 1."""
     return {
@@ -84,32 +123,71 @@ def probe_request(tokens: Sequence[int], *, model: str) -> dict[str, Any]:
     }
 
 
-def parse_completions(answer: Any, request: Request, tokenizer: Any) -> list[Completion]:
-    """Read the completions of one group from the answer to `completion_request`.
+def parse_pieces(answer: Any, wanted: int, version: int) -> list[Piece]:
+    """Read the samples from the answer to `completion_request`.
 
-    Returns:
-        G completions in the order of their samples. `policy_logprobs` are None under truncation or a penalty.
+    Args:
+        answer: decoded JSON.
+        wanted: n of the request.
+        version: version of the weights that the server had.
 
     Raises:
-        EngineError: the answer breaks the contract: a choice is missing, aborted or cut short, or without ids or
-            log-probabilities.
+        EngineError: the answer breaks the contract: a choice is missing, or without ids or log-probabilities.
     """
-    wanted = 1 if request.params.temperature == 0 else request.num_samples
     choices = sorted(_choices(answer), key=lambda choice: int(choice.get("index", 0)))
     if [choice.get("index") for choice in choices] != list(range(wanted)):
         raise EngineError(f"{len(choices)} choices instead of n = {wanted}.")
-    made = [_completion(choice, request.params, tokenizer) for choice in choices]
-    if wanted == request.num_samples:
-        return made
-    return [
-        replace(
-            made[0],
-            token_ids=list(made[0].token_ids),
-            sampler_logprobs=list(made[0].sampler_logprobs or ()),
-            policy_logprobs=None if made[0].policy_logprobs is None else list(made[0].policy_logprobs),
-        )
-        for _ in range(request.num_samples)
-    ]
+    return [_piece(choice, version) for choice in choices]
+
+
+def assemble(pieces: Sequence[Piece], request: Request, tokenizer: Any) -> Completion:
+    """Join the pieces of a completion, the last of which is not aborted.
+
+    Returns:
+        A completion with the stream `policy_version`. `policy_logprobs` are None under truncation or a penalty.
+
+    Raises:
+        EngineError: it was cut short, or stopped at something that the request did not ask for.
+    """
+    params = request.params
+    if pieces[-1].finish == "abort":
+        raise EngineError("a completion ended with finish_reason = 'abort'.")
+    ids = [token for piece in pieces for token in piece.token_ids]
+    # A server looks for stop strings in what one request samples; one may span two pieces.
+    length = _stop_length(ids, params.stop, tokenizer) if len(pieces) > 1 else None
+    ids = ids[:length]
+    ends = frozenset(params.eos_token_ids)
+    if length is not None:
+        reason = StopReason.STOP
+    elif ids[-1] in ends:
+        reason = StopReason.EOS
+    elif pieces[-1].finish == "length":
+        reason = StopReason.LENGTH
+        if len(ids) < params.max_new_tokens:
+            raise EngineError(
+                f"a completion was cut at {len(ids)} of {params.max_new_tokens} tokens: raise --max-model-len of the "
+                "server, and start it with --generation-config vllm, so that no default of the model limits it."
+            )
+    else:
+        reason = StopReason.STOP
+    sampled = [value for piece in pieces for value in piece.logprobs][:length]
+    versions = [float(piece.version) for piece in pieces for _ in piece.token_ids][:length]
+    return Completion(
+        ids,
+        text=_text(ids, params, ends | {tokenizer.pad_token_id}, tokenizer, is_stopped=reason is StopReason.STOP),
+        stop_reason=reason,
+        sampler_logprobs=sampled,
+        policy_logprobs=list(sampled) if samples_policy(params) else None,
+        token={"policy_version": versions},
+    )
+
+
+def _stop_length(ids: Sequence[int], stop: Sequence[str], tokenizer: Any) -> int | None:
+    """Return the number of tokens up to the end of the first stop string; None without one."""
+    if not stop:
+        return None
+    matcher = StopMatcher(tokenizer, stop)
+    return next((number for number, token in enumerate(ids, 1) if matcher.push(token) is not None), None)
 
 
 def parse_prompt_logprobs(answer: Any, tokens: Sequence[int]) -> list[float]:
@@ -137,38 +215,21 @@ def _choices(answer: Any) -> list[dict[str, Any]]:
     return cast("list[dict[str, Any]]", choices)
 
 
-def _completion(choice: dict[str, Any], params: SamplingParams, tokenizer: Any) -> Completion:
+def _piece(choice: dict[str, Any], version: int) -> Piece:
     token_ids = choice.get("token_ids")
     logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
     finish = choice.get("finish_reason")
-    if finish not in ("stop", "length"):
+    if finish not in ("stop", "length", "abort"):
         raise EngineError(f"a completion ended with finish_reason = {finish!r}.")
+    if finish == "abort" and not token_ids:
+        return Piece([], [], finish, version)
     if not isinstance(token_ids, list) or not token_ids:
         raise EngineError("a completion without token_ids: the server must support return_token_ids (vLLM 0.11).")
     ids = cast("list[int]", token_ids)
     values = cast("list[Any]", logprobs) if isinstance(logprobs, list) else []
     if len(values) != len(ids) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise EngineError(f"{len(ids)} tokens with {len(values)} log-probabilities: one finite number each is needed.")
-    ends = frozenset(params.eos_token_ids)
-    if ids[-1] in ends:
-        reason = StopReason.EOS
-    elif finish == "length":
-        reason = StopReason.LENGTH
-        if len(ids) < params.max_new_tokens:
-            raise EngineError(
-                f"a completion was cut at {len(ids)} of {params.max_new_tokens} tokens: raise --max-model-len of the "
-                "server, and start it with --generation-config vllm, so that no default of the model limits it."
-            )
-    else:
-        reason = StopReason.STOP
-    sampled = [float(value) for value in values]
-    return Completion(
-        ids,
-        text=_text(ids, params, ends | {tokenizer.pad_token_id}, tokenizer, is_stopped=reason is StopReason.STOP),
-        stop_reason=reason,
-        sampler_logprobs=sampled,
-        policy_logprobs=list(sampled) if samples_policy(params) else None,
-    )
+    return Piece(ids, [float(value) for value in values], finish, version)
 
 
 def _text(ids: Sequence[int], params: SamplingParams, ends: frozenset[int], tokenizer: Any, *, is_stopped: bool) -> str:
