@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from burnish.config.online_fields import micro_batches_per_rollout
-from burnish.errors import CheckFailed
+from burnish.errors import CheckFailed, EngineError
 from burnish.model.scoring import causal_lm
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
@@ -137,6 +137,11 @@ class Sampler:
         with self._run.phases.phase("sampling"):
             shards, requests, found = ahead.take(num_prompts)
         self._fill(shards, requests, found)
+        if any("policy_version" not in completion.token for completion in _completions(shards)):
+            raise EngineError(
+                f"max_staleness = {args.staleness_bound}: {type(self.engine).__name__} returns completions without the "
+                "stream policy_version, the version of the weights that sampled each token."
+            )
         lags = [state.global_step - version for c in _completions(shards) for version in c.token["policy_version"]]
         if max(lags) > bound:
             raise CheckFailed(
