@@ -82,7 +82,7 @@ class Task:
         grpo, task = self.file.stages["grpo"], self.folder / f"task-{seed}.json"
         rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in self._disjoint("train")]
         random.Random(seed).shuffle(rows)
-        # TRL's environment has no reasoning-gym. `exact` accepts what its verifier does, but for spellings as +7 or 7.0.
+        # TRL's environment has no reasoning-gym. `exact` accepts what its verifier does, except +7 or 7.0.
         rubric = [
             {name: value for name, value in entry.items() if name != "binary"} | {"kind": "exact"}
             if entry["kind"] == "gym"
