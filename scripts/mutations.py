@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
+ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -35,6 +36,27 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/cache.py", "seen = position <= step.positions[:, None]", "seen = position <= step.positions.max()", NATIVE),
     ("rollout/cache.py", "own = own.minimum(most[:, None] - 1)", "own = own.minimum(most[:, None])", "test_drafts.py"),
     ("rollout/packed_linears.py", "hidden._version != self._version", "False", NATIVE),
+    ("rollout/native.py", "key=expected_tokens, reverse=True", "key=expected_tokens", ADMISSION),
+    ("rollout/native.py", "return mean if tokens is None else tokens", "return 0.0 if tokens is None else tokens", ADMISSION),
+    ("stages/sampler.py", "lengths = self.lengths if is_training else {}", "lengths = self.lengths", ADMISSION),
+    ("stages/online.py", "= state.buffer, state.replay, state.lengths", "= state.buffer, state.replay, {}", ADMISSION),
+    # settled rewards
+    ("rollout/decoding.py", "len(done.token_ids) % _CHECK_TOKENS == 0 and", "len(done.token_ids) >= 8 and", SETTLED),
+    ("rollout/decoding.py", "text[: len(text) - begun]", "text", SETTLED),
+    ("rollout/decoding.py", "if self.completion.token_ids[-1] in self._ends:", "if False:", SETTLED),
+    ("rollout/decoding.py", "done.stop_reason = StopReason.SETTLED", "done.stop_reason = StopReason.LENGTH", SETTLED),
+    ("rollout/stop_strings.py", "return text.rstrip(_REPLACEMENT)", "return text", SETTLED),
+    ("rollout/validation.py", "elif reason is StopReason.SETTLED and request.is_settled is None:", "elif False:", "test_validation.py"),
+    ("rewards/settled.py", "for criterion in rubric.criteria if criterion.weight != 0]", "for criterion in rubric.criteria]", SETTLED),
+    ("rewards/settled.py", "return all(self._ask(", "return any(self._ask(", SETTLED),
+    ("rewards/settled.py", "if not isinstance(answer, bool):", "if False:", SETTLED),
+    ("rewards/settled.py", "{**call.keywords, **options}", "{**options, **call.keywords}", SETTLED),
+    ("rewards/answers.py", "end, start = min(closed)", "end, start = max(closed)", SETTLED),
+    ("rewards/formats.py", "text = text[: text.index(closing) + len(closing)]", "pass", SETTLED),
+    ("rewards/formats.py", "return text.count(f\"<{name}>\") > 1 or (", "return text.count(f\"<{name}>\") > 0 or (", SETTLED),
+    ("rewards/catalogue.py", "return text.count(\"<think>\") > 1 or not", "return text.count(\"<think>\") > 0 or not", SETTLED),
+    ("stages/sampler.py", "rule = self._stage.settled if is_training else None", "rule = self._stage.settled", SETTLED),
+    ("stages/algorithm.py", "completion.stop_reason is StopReason.LENGTH", "completion.stop_reason is not StopReason.EOS", SETTLED),
     # vLLM
     ("rollout/vllm/wire.py", '"seed": key + request.first_sample', '"seed": key', "test_vllm_wire.py"),
     ("rollout/vllm/updates.py", "version != self._version or ", "", "test_vllm_pool.py"),
@@ -151,7 +173,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/policy_gradient.py", "always = kl_coef > 0 or bonus.is_on", "always = kl_coef > 0", "test_policy_trainer.py::test_a_group_without_spread_keeps_its_entropy_bonus"),
     ("stages/policy_gradient.py", "{True: \"group\", False: \"none\"}", "{True: \"none\", False: \"group\"}", "test_policy_trainer.py::test_trl_s_booleans_of_scale_rewards"),
     ("training/reward_funcs.py", "args.overlong_penalty * value", "-args.overlong_penalty * value", "test_policy_trainer.py::test_overlong_completions_lose_reward_after_the_filter"),
-    ("stages/sampler.py", "index=s.position", "index=s.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
+    ("stages/sampler.py", "index=shard.position", "index=shard.group.index", "test_policy_trainer.py::test_refills_draw_new_samples_of_a_prompt_that_comes_again"),
     ("stages/online.py", "later = [group for step in steps[1:] for group in step]", "later = list(groups)", "test_policy_trainer.py::test_fresh_samples_cost_no_forward_of_their_own"),
     ("stages/online.py", "        self.algorithm.load_state_dict(state.algorithm)\n", "", "test_policy_trainer.py::test_resumed_is_uninterrupted"),
     ("stages/online.py", "= state.rollouts, state.rounds\n", "= 0, 0\n", "test_policy_trainer.py::test_resumed_is_uninterrupted"),

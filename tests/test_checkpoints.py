@@ -22,7 +22,7 @@ from burnish.config.stages import resume_class
 from burnish.runs import checkpoints
 from burnish.runs.checkpoints import COMPLETE, DRAFTS, find_checkpoint, problem_of
 from burnish.training.rollout_state import RolloutState
-from burnish.types import Completion, Group
+from burnish.types import Completion, Group, StopReason
 from test_ppo import ppo
 from test_preference_trainer import dpo, kto, losses_of
 from test_trainers import PROMPTS, TEXTS, assert_same, digits, grpo, settings, sft, weights
@@ -560,7 +560,8 @@ def test_rows_of_any_kind_stay_in_the_data_set(tmp_path: Path) -> None:
     row = {"prompt": "1", "when": datetime.datetime(2024, 1, 1), "by": {(1, 2): b"x"}, "object": object()}
     prompts = [Group([1], [], {"prompt": "0"}, 4), Group([2], [], row, 7)]
     sampled = dataclasses.replace(prompts[1], completions=[Completion([3], text="a", policy_logprobs=[-0.1])])
-    state = RolloutState(1, 2, 3, 0.5, [[sampled]], {9: sampled}, {"beta": 0.1})
+    sampled.completions[0].stop_reason = StopReason.SETTLED
+    state = RolloutState(1, 2, 3, 0.5, [[sampled]], {9: sampled}, {"beta": 0.1}, {7: 1})
     state.save(tmp_path, 0)
     back = RolloutState.load(tmp_path, rank=0, world=1, prompts=prompts)
     assert back == state

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import test_native
+from burnish.rollout.cache import CacheLayout
 from burnish.rollout.drafts import MOST_GUESSES, DraftSource, DraftWidth
 from burnish.rollout.engine import Request, SamplingParams
 from burnish.rollout.native import NativeEngine
@@ -107,6 +109,22 @@ def test_guesses_stay_in_a_bounded_cache_and_end_with_the_completion(tokenizer: 
     (ended,) = NativeEngine(model, tokenizer).generate([Request(prompt, 1, params)], seed=0, step=0)
     assert ended[0].token_ids == tokens[: tokens.index(end) + 1]
     assert ended[0].stop_reason is StopReason.EOS
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_guesses_beyond_the_limit_stay_in_their_row(copies: bool) -> None:
+    """At the limit of 64 tokens a row's cache is full: one place more would be the next row's first."""
+    cache = CacheLayout(None, copies_prompts=copies)
+    cache.reserve(rows=2, own_tokens=64 + 5 * copies, prompts=1, prompt_tokens=5)
+    positions = cache.begin_decode(
+        prompt_slots=[0, 0],
+        prompt_lengths=[5, 5],
+        own_lengths=[63, 10],
+        max_own=[64, 64],
+        device=torch.device("cpu"),
+        width=4,
+    )
+    assert positions.tolist() == [67, 68, 68, 68, 14, 15, 16, 17]
 
 
 def test_a_penalty_is_served_without_guesses(tokenizer: Any) -> None:

@@ -15,7 +15,7 @@ import pytest
 from transformers import TrainerCallback
 
 import tiny
-from burnish.errors import CheckFailed, ConfigError
+from burnish.errors import CheckFailed, ConfigError, EngineError
 from burnish.rollout import NativeEngine
 from burnish.stages.lookahead import Lookahead
 from local_server import LocalServer
@@ -174,6 +174,23 @@ def test_an_engine_that_ignores_a_sync_is_found(server: LocalServer, tmp_path: P
     engine = made.stage.sampler.engine
     sync, engine.sync = engine.sync, lambda version: sync(0)
     with pytest.raises(CheckFailed, match=r"sampled 2 optimizer steps ago, and max_staleness = 1 allows 1"):
+        made.train()
+    closed(made)
+
+
+def test_an_engine_that_does_not_name_its_weights_is_refused(server: LocalServer, tmp_path: Path) -> None:
+    made = trainer(tmp_path, server.url, max_staleness=1, max_steps=2)
+    ahead = made.stage.sampler.ahead
+    take = ahead.take
+
+    def unnamed(number: int) -> Any:
+        shards, requests, found = take(number)
+        for completion in found[0]:
+            completion.token.clear()
+        return shards, requests, found
+
+    ahead.take = unnamed
+    with pytest.raises(EngineError, match="VLLMServerEngine returns completions without the stream policy_version"):
         made.train()
     closed(made)
 

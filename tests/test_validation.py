@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ BROKEN: dict[str, tuple[Callable[[Rows], Any], str]] = {
     "too many log-probabilities": (changed(sampler_logprobs=[-1.0] * 4), "4 sampler_logprobs for 3 tokens"),
     "a short mask": (changed(loss_mask=[True]), "1 loss_mask for 3 tokens"),
     "unknown in one": (changed(policy_logprobs=None), "1 of 4 completions have no policy_logprobs"),
-    "no reason": (changed(stop_reason=None), "stop_reason = None: use one of eos, stop, length"),
+    "no reason": (changed(stop_reason=None), "stop_reason = None: use one of eos, stop, length, settled"),
     "a reason as text": (changed(stop_reason="eos"), "stop_reason = 'eos': use one of"),
     "an end that is none": (changed(token_ids=[5, 6, 7]), "the last token 7 is not one of"),
     "a cut that is an end": (changed(stop_reason=StopReason.LENGTH), "the last token 0 is an end-of-sequence token"),
@@ -72,10 +73,14 @@ def test_a_broken_contract_is_named(case: str) -> None:
         check_completions(requests, rows, vocab_size=96)
 
 
-def test_a_stop_that_nobody_asked_for() -> None:
-    completion = Completion([5], text="a", stop_reason=StopReason.STOP)
-    with pytest.raises(EngineError, match="the request has no stop strings"):
-        check_completions([Request([1], 1, SamplingParams(4, eos_token_ids=(0,)))], [[completion]])
+@pytest.mark.parametrize(("reason", "what"), [(StopReason.STOP, "stop strings"), (StopReason.SETTLED, "is_settled")])
+def test_a_stop_that_nobody_asked_for(reason: StopReason, what: str) -> None:
+    completion = Completion([5], text="a", stop_reason=reason)
+    request = Request([1], 1, SamplingParams(4, eos_token_ids=(0,)))
+    with pytest.raises(EngineError, match=f"the request has no {what}"):
+        check_completions([request], [[completion]])
+    asking = replace(request, params=replace(request.params, stop=("b",)), is_settled=bool)
+    check_completions([asking], [[completion]])
 
 
 class Broken:

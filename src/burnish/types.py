@@ -39,6 +39,8 @@ class StopReason(StrEnum):
     """A stop string appeared in the text."""
     LENGTH = "length"
     """The token limit cut it."""
+    SETTLED = "settled"
+    """The engine stopped it, because no continuation could change its reward (`stop_settled`)."""
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from burnish.config.stages import STAGES
 from burnish.data import EncodeStats
 from burnish.data.tokens import decode_text
 from burnish.rewards import Rubric, check_gold
-from burnish.rewards.answers import extract_answer, render_answer
+from burnish.rewards.answers import render_answer
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.online import OnlineStage
@@ -137,7 +137,7 @@ def _show_answers(console: Console, row: Mapping[str, Any], rubric: Rubric) -> N
             continue
         for answer in verifier.gold(dict(row)):
             text = render_answer(answer, tag=verifier.tag, sources=verifier.sources)
-            read = extract_answer(text, tag=verifier.tag, sources=verifier.sources)
+            read = verifier.extract(text)
             console.print(f"{criterion.name}: from {text!r} the rubric reads {read!r} (gold answer {answer!r})")
     console.print()
 

@@ -126,6 +126,12 @@ class OnlineFields(CommonFields):
     stop: Annotated[list[Text], MinLen(1)] | None = own(
         None, "Strings that end a completion.", SAMPLING, fix="use a list of non-empty strings, or leave it out"
     )
+    stop_settled: bool = own(
+        False,
+        "Stop sampling a completion once no continuation could change its reward, as the is_settled of every criterion "
+        "with a weight tells. Its loss is that of the tokens sampled.",
+        SAMPLING,
+    )
     chat_template: Text | None = own(None, CHAT_TEMPLATE_HELP, DATA)
     chat_template_kwargs: dict[str, Any] | None = own(None, "Extra arguments of the chat template.", DATA)
     disable_dropout: Annotated[bool, Meets(_always_on)] = own(
@@ -274,6 +280,16 @@ class OnlineFields(CommonFields):
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."
+        if self.stop_settled and self.use_vllm:
+            yield (
+                "stop_settled = True with use_vllm = True: vLLM samples whole completions and cannot ask a predicate; "
+                "remove one of the two, or end completions by stop."
+            )
+        if self.stop_settled and buffer is not None and self.overlong_penalty:
+            yield (
+                f"stop_settled = True with overlong_buffer = {buffer!r}: that penalty depends on the whole length, so "
+                "no reward is settled before a completion ends; set overlong_penalty = 0, or remove stop_settled."
+            )
         if self.dynamic_sampling and self.num_generations < 2:
             yield "dynamic_sampling = True: one completion has no reward variance; set num_generations to at least 2."
         accumulation, asked = self.gradient_accumulation_steps, self.steps_per_generation

@@ -401,3 +401,11 @@ class PPOFields(PolicyFields):
     missing_eos_penalty: NonNegative | None = own(
         None, "Penalty subtracted from the reward of a completion without EOS. None: no penalty.", REWARDS
     )
+
+    def contradictions(self) -> Iterator[str]:
+        if self.stop_settled and self.missing_eos_penalty:
+            yield (
+                f"stop_settled = True with missing_eos_penalty = {self.missing_eos_penalty!r}: whether a completion "
+                "would have ended by itself is unknown once it is stopped; remove one of the two."
+            )
+        yield from super().contradictions()

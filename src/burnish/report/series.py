@@ -23,6 +23,7 @@ _PANELS: tuple[tuple[str, str, str, str], ...] = (
     (r"frac_reward_zero_std", "Groups of equal rewards", "fraction", "Rewards"),
     (r"completions/mean_length", "Completion length", "tokens, mean", "Completions"),
     (r"completions/clipped_ratio", "Cut at the token limit", "fraction", "Completions"),
+    (r"completions/settled_ratio", "Stopped, reward settled", "fraction", "Completions"),
     (r"entropy", "Entropy", "nats per token", "Completions"),
     (r"(eval_)?loss", "Loss", "", "Optimisation"),
     (r"(eval_)?mean_token_accuracy", "Token accuracy", "fraction", "Optimisation"),

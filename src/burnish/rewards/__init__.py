@@ -18,6 +18,7 @@ from burnish.rewards.catalogue import (
     think_format_reward,
 )
 from burnish.rewards.diagnosis import AnswerCounts, count_answers
+from burnish.rewards.formats import format_tags
 from burnish.rewards.pool import WorkerPool
 from burnish.rewards.registry import CRITERIA, rubric_from_config
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
@@ -26,7 +27,6 @@ from burnish.rewards.verifiers import (
     GoldFailure,
     check_gold,
     exact_answer,
-    format_tags,
     gym_answer,
     math_answer,
     numeric_answer,

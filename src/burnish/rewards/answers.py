@@ -14,6 +14,7 @@ __all__ = [
     "answer_text",
     "boxed_answers",
     "extract_answer",
+    "first_answer",
     "parse_number",
     "render_answer",
 ]
@@ -67,7 +68,8 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
     """
     for source in sources:
         if source == "tag":
-            found = _last_tag(text, tag)
+            tags = _tags(text, tag)
+            found = text[slice(*tags[-1])] if tags else None
         elif source == "boxed":
             boxes = _boxes(text)
             found = text[slice(*boxes[-1])] if boxes else None
@@ -81,6 +83,19 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
         if found is not None and found.strip():
             return found.strip()
     return None
+
+
+def first_answer(text: str, *, tag: str, sources: Sequence[str]) -> str | None:
+    """Extract the non-empty answer that is closed first, out of the sources "tag" and "boxed"; None if there is none.
+
+    Text that follows never changes it.
+    """
+    spans = [span for source in sources for span in (_tags(text, tag) if source == "tag" else _boxes(text))]
+    closed = [(end, start) for start, end in spans if text[start:end].strip()]
+    if not closed:
+        return None
+    end, start = min(closed)
+    return text[start:end].strip()
 
 
 def render_answer(answer: str, *, tag: str, sources: Sequence[str]) -> str:
@@ -97,15 +112,16 @@ def answer_text(value: object) -> str:
     return str(value)
 
 
-def _last_tag(text: str, tag: str) -> str | None:
-    found: tuple[int, int] | None = None
+def _tags(text: str, tag: str) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
     start: int | None = None
     for match in re.finditer(rf"<(/?){re.escape(tag)}>", text):
         if not match[1]:
             start = match.end()
         elif start is not None:
-            found, start = (start, match.start()), None
-    return text[slice(*found)] if found else None
+            found.append((start, match.start()))
+            start = None
+    return found
 
 
 def boxed_answers(text: str) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from burnish.errors import RewardError, contained
 from burnish.progress import format_seconds, say
 
-__all__ = ["Call", "CallTimeout"]
+__all__ = ["Call", "CallTimeout", "accepted", "parameters_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,21 @@ _WATCH_SECONDS = 60.0
 _TICK_SECONDS = 1.0
 _GRACE_SECONDS = 2.0
 """Seconds for a coroutine to be cancelled; one that takes longer blocks the event loop."""
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function; `**arguments` where it has no signature, as some built-in ones."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
+
+
+def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a function's signature names; all of them where it takes `**kwargs`."""
+    parameters = parameters_of(function)
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in arguments.items() if takes_all or name in parameters}
 
 
 class CallTimeout(RewardError, TimeoutError):

@@ -102,6 +102,14 @@ def think_format_reward(completions: Sequence[Any], **kwargs: Any) -> list[float
     return [float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t) for t in texts]
 
 
+def _breaks_think_format(text: str, **kwargs: Any) -> bool:
+    """Tell that a text begins with something else than `<think>`, or repeats it: the reward stays 0."""
+    return text.count("<think>") > 1 or not (text + "<think>"[len(text) :]).startswith("<think>")
+
+
+think_format_reward.is_settled = _breaks_think_format  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
     """Create DAPO's penalty of long completions, equation 13 (2503.14476); see `burnish.rewards.soft_overlong`.
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
+from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.verifiers import (
     exact_answer,
-    format_tags,
     gym_answer,
     math_answer,
     numeric_answer,

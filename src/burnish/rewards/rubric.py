@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 
 from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import ConfigError, DataError, RewardError
-from burnish.rewards.calls import Call, CallTimeout
+from burnish.rewards.calls import Call, CallTimeout, accepted, parameters_of
 from burnish.rewards.notes import Notes, as_list
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.types import Group, Score
@@ -43,7 +43,8 @@ class Criterion:
             which adds a column to the transcripts, and `log_metric(name, value)`; without `**kwargs` it gets only the
             arguments that its signature names. Completions are strings, or
             `[{"role": "assistant", "content": text}]` if the prompt is a list of messages. It returns one value per
-            completion: a number, None (does not apply), or an Exception (could not be graded).
+            completion: a number, None (does not apply), or an Exception (could not be graded). It may have an attribute
+            `is_settled`, see `burnish.rewards.settled.SettledRule`.
         weight: factor in the total; finite. A criterion of weight 0 is logged, and its failures do not void the total.
         isolate: if the call raises, repeat it with one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
@@ -170,7 +171,7 @@ class Rubric:
     @property
     def logs_metrics(self) -> bool:
         """True if a function names `log_metric` as a parameter, so that metrics are not known in advance."""
-        return any("log_metric" in _parameters(criterion.function) for criterion in self.criteria)
+        return any("log_metric" in parameters_of(criterion.function) for criterion in self.criteria)
 
     def check_columns(self, groups: Sequence[Group]) -> None:
         """Refuse columns with reserved names, and rows without the gold answers of a criterion.
@@ -307,10 +308,8 @@ class _Calls:
         size = len(self.batch.labels)
         call, notes = Call(criterion.name, size, criterion.timeout_seconds), Notes(size)
         loggers = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
-        arguments, parameters = self.batch.arguments() | self.shared | loggers, _parameters(criterion.function)
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-            arguments = {name: arguments[name] for name in parameters if name in arguments}
-        call.start(criterion.function, arguments)
+        arguments = self.batch.arguments() | self.shared | loggers
+        call.start(criterion.function, accepted(criterion.function, arguments))
         return call, notes
 
     def finish(self, criterion: Criterion, call: Call, notes: Notes) -> list[_Outcome]:
@@ -343,13 +342,6 @@ class _Calls:
             untried if call is None else single.finish(criterion, *call)[0]
             for call, single in zip(started, singles, strict=True)
         ]
-
-
-def _parameters(function: RewardFunction) -> dict[str, Any]:
-    try:
-        return dict(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # some built-in callables have no signature
-        return {"arguments": inspect.Parameter("arguments", inspect.Parameter.VAR_KEYWORD)}
 
 
 def _as_number(value: Any) -> _Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,14 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from burnish.errors import ConfigError, RewardError
-from burnish.rewards.answers import SOURCES, answer_text, extract_answer, parse_number, render_answer
+from burnish.rewards.answers import (
+    SOURCES,
+    answer_text,
+    extract_answer,
+    first_answer,
+    parse_number,
+    render_answer,
+)
 from burnish.rewards.pool import WorkerPool, default_pool
 
 if TYPE_CHECKING:
@@ -25,7 +31,6 @@ __all__ = [
     "check_gold",
     "completion_text",
     "exact_answer",
-    "format_tags",
     "gym_answer",
     "math_answer",
     "numeric_answer",
@@ -58,6 +63,11 @@ class AnswerVerifier:
         gold_column: required column.
         sources: sources of answers, see :func:`burnish.rewards.extract_answer`.
         tag: name of the tag for the source "tag".
+        until_closed: read a text until an answer is closed for the first time, so that what follows does not count;
+            `sources` are then "tag", "boxed" or both, of which the first to close counts.
+
+    Raises:
+        ConfigError: an unknown source, a tag that is not a plain name, or `until_closed` with another source.
     """
 
     kind: str
@@ -66,6 +76,7 @@ class AnswerVerifier:
     gold_column: str
     sources: tuple[str, ...] = ("tag",)
     tag: str = "answer"
+    until_closed: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources or any(source not in SOURCES for source in self.sources):
@@ -74,6 +85,11 @@ class AnswerVerifier:
             )
         if not re.fullmatch(r"[\w-]+", self.tag):
             raise ConfigError(f"tag = {self.tag!r} of {self.kind}: use letters, digits, '_' and '-', without brackets.")
+        if self.until_closed and (open_ended := [s for s in self.sources if s not in ("tag", "boxed")]):
+            raise ConfigError(
+                f"until_closed = True of {self.kind} with the source {open_ended[0]!r}, which is never closed: use "
+                "tag, boxed or both."
+            )
 
     @property
     def __name__(self) -> str:
@@ -81,7 +97,16 @@ class AnswerVerifier:
 
     def extract(self, completion: Any) -> str | None:
         """Extract the answer of a completion, or None."""
-        return extract_answer(completion_text(completion), tag=self.tag, sources=self.sources)
+        extracted = first_answer if self.until_closed else extract_answer
+        return extracted(completion_text(completion), tag=self.tag, sources=self.sources)
+
+    @property
+    def is_settled(self) -> Callable[..., bool] | None:
+        """Predicate of `stop_settled`; None where the last answer counts, since another may always follow."""
+        return self._is_settled if self.until_closed else None
+
+    def _is_settled(self, text: str, **columns: Any) -> bool:
+        return columns.get(self.gold_column, "") is None or self.extract(text) is not None
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -142,7 +167,12 @@ def _positive(kind: str, name: str, value: Any) -> None:
 
 
 def exact_answer(
-    *, column: str = "answer", sources: Sequence[str] = ("tag",), tag: str = "answer", ignore_case: bool = False
+    *,
+    column: str = "answer",
+    sources: Sequence[str] = ("tag",),
+    tag: str = "answer",
+    ignore_case: bool = False,
+    until_closed: bool = False,
 ) -> AnswerVerifier:
     """Create a verifier of exact answers: 1 if the answer equals a gold answer up to white space, else 0.
 
@@ -151,6 +181,7 @@ def exact_answer(
         sources: sources of the answer, see :func:`burnish.rewards.extract_answer`.
         tag: name of the answer tag.
         ignore_case: ignore case.
+        until_closed: grade the first answer to be closed instead of the last.
 
     Raises:
         ConfigError: an invalid option.
@@ -164,7 +195,7 @@ def exact_answer(
     def grade_one(answer: str, row: Row) -> float:
         return float(norm(answer) in {norm(text) for text in gold(row)})
 
-    return AnswerVerifier("exact_answer", _each(grade_one), gold, column, tuple(sources), tag)
+    return AnswerVerifier("exact_answer", _each(grade_one), gold, column, tuple(sources), tag, until_closed)
 
 
 def numeric_answer(
@@ -174,6 +205,7 @@ def numeric_answer(
     tag: str = "answer",
     absolute_tolerance: float = 0.0,
     relative_tolerance: float = 0.0,
+    until_closed: bool = False,
 ) -> AnswerVerifier:
     r"""Create a verifier of numbers: 1 if |answer - gold| <= max(absolute, relative * |gold|), exactly, else 0.
 
@@ -186,6 +218,7 @@ def numeric_answer(
         tag: name of the answer tag.
         absolute_tolerance: in the unit of the answer, at least 0.
         relative_tolerance: as a fraction of the gold answer, at least 0.
+        until_closed: grade the first answer to be closed instead of the last.
 
     Raises:
         ConfigError: an invalid option.
@@ -205,7 +238,7 @@ def numeric_answer(
             return 0.0
         return float(any(g is not None and abs(number - g) <= max(absolute, relative * abs(g)) for _, g in golds))
 
-    return AnswerVerifier("numeric_answer", _each(grade_one), gold, column, tuple(sources), tag)
+    return AnswerVerifier("numeric_answer", _each(grade_one), gold, column, tuple(sources), tag, until_closed)
 
 
 def math_answer(
@@ -214,6 +247,7 @@ def math_answer(
     sources: Sequence[str] = ("tag", "boxed"),
     tag: str = "answer",
     timeout_seconds: float = 5.0,
+    until_closed: bool = False,
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
     r"""Create a verifier of mathematics: 1 if math-verify finds the answer equal to the gold answer, else 0.
@@ -228,6 +262,7 @@ def math_answer(
         sources: sources of the answer, see :func:`burnish.rewards.extract_answer`.
         tag: name of the answer tag.
         timeout_seconds: time limit of one answer, without time in the queue.
+        until_closed: grade the first answer to be closed instead of the last.
         pool: worker processes; None for the shared pool.
 
     Raises:
@@ -250,7 +285,7 @@ def math_answer(
                 values[i] = result
         return values
 
-    return AnswerVerifier("math_answer", grade, gold, column, tuple(sources), tag)
+    return AnswerVerifier("math_answer", grade, gold, column, tuple(sources), tag, until_closed)
 
 
 def _quick_math(gold: str, answer: str) -> float | None:
@@ -269,6 +304,7 @@ def gym_answer(
     tag: str = "answer",
     binary: bool = False,
     timeout_seconds: float = 10.0,
+    until_closed: bool = False,
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
     """Create a verifier with the scores of reasoning-gym tasks, in [0, 1], including partial credit.
@@ -283,6 +319,7 @@ def gym_answer(
         tag: name of the answer tag.
         binary: round scores below 1 down to 0.
         timeout_seconds: time limit of one answer, without time in the queue.
+        until_closed: grade the first answer to be closed instead of the last.
         pool: worker processes; None for the shared pool.
 
     Raises:
@@ -308,62 +345,12 @@ def gym_answer(
         values = (pool or default_pool()).map("gym", calls, timeout_seconds=timeout_seconds) if calls else []
         return [v if isinstance(v, Exception) or not binary else float(v >= 1.0) for v in values]
 
-    return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag)
+    return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag, until_closed)
 
 
 def _require(module: str, extra: str, kind: str) -> None:
     if importlib.util.find_spec(module) is None:
         raise ConfigError(f"{kind} needs the package {module.replace('_', '-')}: pip install 'burnish[{extra}]'.")
-
-
-def format_tags(
-    *, tags: Sequence[str] = ("think", "answer"), prefix: str = "", allow_outside: bool = False
-) -> RewardFunction:
-    """Create a reward for the format `<a>...</a> <b>...</b>`, in [0, 1], with partial credit.
-
-    score = 1/2 * (fraction of tags that are well-formed) + 1/4 * [ordered] + 1/4 * [clean]. A tag is well-formed if it
-    opens once and then closes once, around something other than white space; ordered: all tags are well-formed and each
-    closes before the next opens; clean: ordered, with only white space outside the tags. Repeated tags score nothing,
-    so writing every tag many times does not pay.
-
-    Args:
-        tags: distinct names, in order.
-        prefix: start of the completion that the prompt already contains, such as "<think>"; prepended.
-        allow_outside: accept text outside the tags: ordered completions are clean.
-
-    Raises:
-        ConfigError: no tags, a repeated tag, or a tag that is not a plain name.
-    """
-    names = tuple(tags)
-    if not names or isinstance(tags, str) or len(set(names)) != len(names):
-        raise ConfigError(f"tags = {tags!r} of format_tags: use a list of distinct names such as ['think', 'answer'].")
-    for name in names:
-        if not re.fullmatch(r"[\w-]+", name):
-            raise ConfigError(f"tags holds {name!r} in format_tags: use names without brackets, such as 'think'.")
-
-    def format_tags(completions: Sequence[Any], **columns: Any) -> list[float]:
-        return [_format_score(prefix + completion_text(c), names, allow_outside) for c in completions]
-
-    return format_tags
-
-
-def _format_score(text: str, names: tuple[str, ...], allow_outside: bool) -> float:
-    spans = [_tag_span(text, name) for name in names]
-    found = [span for span in spans if span is not None]
-    score = 0.5 * len(found) / len(names)
-    if len(found) < len(names) or any(a[1] > b[0] for a, b in itertools.pairwise(found)):
-        return score
-    edges = [0, *(edge for span in found for edge in span), len(text)]
-    outside = "".join(text[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True))
-    return score + (0.5 if allow_outside or not outside.strip() else 0.25)
-
-
-def _tag_span(text: str, name: str) -> tuple[int, int] | None:
-    opening, closing = f"<{name}>", f"</{name}>"
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    start, end = text.index(opening), text.index(closing)
-    return (start, end + len(closing)) if text[start + len(opening) : end].strip() else None
 
 
 def soft_overlong(*, max_completion_length: int, cache: int) -> RewardFunction:
@@ -436,7 +423,7 @@ def _check_verifier(name: str, verifier: AnswerVerifier, rows: Sequence[Row]) ->
                 continue
             for answer in verifier.gold(row):
                 text = render_answer(answer, tag=verifier.tag, sources=verifier.sources)
-                extracted = extract_answer(text, tag=verifier.tag, sources=verifier.sources)
+                extracted = verifier.extract(text)
                 if extracted is None:
                     failures.append(GoldFailure(index, name, answer, 0.0, f"no answer can be read from {text!r}"))
                     continue

@@ -19,7 +19,7 @@ from burnish.model.self_test import without_router_logits
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.engine import Request
 from burnish.rollout.sampling import SamplingBatch, draw, stream_key, uniforms
-from burnish.rollout.stop_strings import StopMatcher
+from burnish.rollout.stop_strings import GrowingText, StopMatcher
 from burnish.types import Completion, StopReason
 
 __all__ = [
@@ -32,6 +32,9 @@ __all__ = [
     "draw_for",
     "sampling_mode",
 ]
+
+_CHECK_TOKENS = 8
+"""Tokens between two checks of whether the reward of a completion is settled."""
 
 OnProgress = Callable[[int, int, int], None]
 """Called with (finished completions, all completions, tokens drawn so far)."""
@@ -73,7 +76,7 @@ class Track:
         step: see `seed`.
     """
 
-    __slots__ = ("_eos", "_matcher", "_stopped_text", "completion", "key", "request", "sample")
+    __slots__ = ("_ends", "_eos", "_growing", "_matcher", "_stopped_text", "completion", "key", "request", "sample")
 
     def __init__(self, request: Request, sample: int, tokenizer: Any, *, seed: int, step: int) -> None:
         self.request = request
@@ -81,8 +84,10 @@ class Track:
         self.key: np.uint64 = stream_key(seed, step, request.index, request.first_sample + sample)
         self.completion = Completion([], sampler_logprobs=[], policy_logprobs=[])
         self._eos = frozenset(request.params.eos_token_ids)
+        self._ends = self._eos | {tokenizer.pad_token_id}
         self._matcher = StopMatcher(tokenizer, request.params.stop) if request.params.stop else None
         self._stopped_text: str | None = None
+        self._growing = GrowingText(tokenizer) if request.is_settled is not None else None
 
     @property
     def length(self) -> int:
@@ -117,13 +122,28 @@ class Track:
         if len(done.token_ids) >= self.request.params.max_new_tokens:
             done.stop_reason = StopReason.LENGTH
             return True
+        if self._growing is not None and len(done.token_ids) % _CHECK_TOKENS == 0 and self._is_settled(self._growing):
+            done.stop_reason = StopReason.SETTLED
+            return True
         return False
+
+    def _is_settled(self, growing: GrowingText) -> bool:
+        """Decode the tokens since the last check, and ask whether any continuation could change the reward."""
+        rest = growing.push(*self.completion.token_ids[-_CHECK_TOKENS:])
+        if self.completion.token_ids[-1] in self._ends:  # padding at the end is not part of the final text
+            return False
+        text = growing.text + rest
+        # The beginning of a stop string would be cut from the text once the rest of it follows.
+        stops = self.request.params.stop
+        begun = max((n for s in stops for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        assert self.request.is_settled is not None
+        return self.request.is_settled(text[: len(text) - begun])
 
     def finish(self, tokenizer: Any) -> Completion:
         """Decode the text and return the completion."""
         text = self._stopped_text
         if text is None:
-            text = decode_text(tokenizer, self.completion.token_ids, self._eos | {tokenizer.pad_token_id})
+            text = decode_text(tokenizer, self.completion.token_ids, self._ends)
         self.completion.text = text
         return self.completion
 

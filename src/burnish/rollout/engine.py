@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -64,6 +64,9 @@ class Request:
         params: how to sample.
         index: the prompt's identity in its source: with (seed, step, sample) it keys the random numbers.
         first_sample: number of the first sample, where the group's earlier ones are sampled elsewhere (another rank).
+        is_settled: tells of the text of a completion so far that no continuation changes its reward; the engine may
+            then stop it, with `StopReason.SETTLED`. None never stops one.
+        expected_tokens: expected length of a completion, by which an engine may order its work; None if unknown.
     """
 
     prompt_ids: Sequence[int]
@@ -71,10 +74,16 @@ class Request:
     params: SamplingParams
     index: int = 0
     first_sample: int = 0
+    is_settled: Callable[[str], bool] | None = None
+    expected_tokens: float | None = None
 
 
 class Engine(Protocol):
-    """A sampler of completions: in-process, a vLLM server, a colocated vLLM."""
+    """A sampler of completions: in-process, a vLLM server, a colocated vLLM.
+
+    An engine that heeds `Request.is_settled` says so by an attribute `stops_settled = True`; `stop_settled` is an error
+    with any other.
+    """
 
     def generate(self, requests: Sequence[Request], *, seed: int, step: int) -> list[list[Completion]]:
         """Sample completions for each request, in order; randomness depends on (seed, step, index, sample) only.

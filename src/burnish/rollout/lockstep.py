@@ -54,6 +54,8 @@ class LockstepEngine(Engine):
         ConfigError: a bound below 1.
     """
 
+    stops_settled = True
+
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, max_running: int = 64, max_cache_tokens: int | None = None
     ) -> None:

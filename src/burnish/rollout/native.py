@@ -116,6 +116,8 @@ class NativeEngine(Engine):
         ModelError: the model's attention cannot be replaced; `make_engine` then chooses `LockstepEngine`.
     """
 
+    stops_settled = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -157,8 +159,8 @@ class NativeEngine(Engine):
         """
         check_requests(requests)
         check_request_lengths(requests, self._lm)
-        run = self._new_run(requests, seed, step)
-        prompts = list(run.pending)
+        prompts = [_Prompt(r, [None] * r.num_samples, DraftSource(r.prompt_ids)) for r in requests]
+        run = self._new_run(prompts, seed, step)
         self.last_stats = RolloutStats()
         started = time.perf_counter()
         total = sum(request.num_samples for request in requests)
@@ -188,13 +190,20 @@ class NativeEngine(Engine):
         """Device of the model."""
         return self._lm.device
 
-    def _new_run(self, requests: Sequence[Request], seed: int, step: int) -> _Run:
-        prompts = [_Prompt(r, [None] * r.num_samples, DraftSource(r.prompt_ids)) for r in requests]
-        longest = max((len(request.prompt_ids) for request in requests), default=0)
+    def _new_run(self, prompts: Sequence[_Prompt], seed: int, step: int) -> _Run:
+        longest = max((len(prompt.request.prompt_ids) for prompt in prompts), default=0)
+        expected = [tokens for prompt in prompts if (tokens := prompt.request.expected_tokens) is not None]
+        mean = sum(expected) / max(len(expected), 1)
+
+        def expected_tokens(prompt: _Prompt) -> float:
+            tokens = prompt.request.expected_tokens
+            return mean if tokens is None else tokens
+
         # Under a bound on the cache, rows are worth more than the time that a copy saves.
         copies = self._max_cache_tokens is None and longest <= _COPIED_PROMPT_TOKENS
         return _Run(
-            deque(prompts),
+            # Long completions first: one that starts last would run alone at the end.
+            deque(sorted(prompts, key=expected_tokens, reverse=True)),
             CacheLayout(self._max_cache_tokens, copies_prompts=copies),
             seed=seed,
             step=step,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from burnish.errors import EngineError
-from burnish.rollout.engine import Request, SamplingParams
+from burnish.rollout.engine import Request
 from burnish.types import Completion, StopReason
 
 __all__ = ["check_completions", "check_requests"]
@@ -51,7 +51,7 @@ def check_completions(
                 f"{request.num_samples}."
             )
         for number, completion in enumerate(completions):
-            problem = next(_problems(completion, request.params, vocab_size), None)
+            problem = next(_problems(completion, request, vocab_size), None)
             if problem is not None:
                 raise EngineError(f"{engine}, prompt {index}, sample {number}: {problem}.")
     returned = [completion for completions in found for completion in completions]
@@ -63,7 +63,8 @@ def check_completions(
             )
 
 
-def _problems(completion: Any, params: SamplingParams, vocab_size: int | None) -> Iterator[str]:
+def _problems(completion: Any, request: Request, vocab_size: int | None) -> Iterator[str]:
+    params = request.params
     if not isinstance(completion, Completion):
         yield f"a {type(completion).__name__} instead of a burnish.types.Completion"
         return
@@ -103,3 +104,5 @@ def _problems(completion: Any, params: SamplingParams, vocab_size: int | None) -
         yield f"stop_reason = {reason.value!r}, but the last token {last} is an end-of-sequence token: use 'eos'"
     elif reason is StopReason.STOP and not params.stop:
         yield "stop_reason = 'stop', but the request has no stop strings"
+    elif reason is StopReason.SETTLED and request.is_settled is None:
+        yield "stop_reason = 'settled', but the request has no is_settled"

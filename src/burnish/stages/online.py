@@ -21,6 +21,7 @@ from burnish.model.packing import partition
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.rewards.settled import SettledRule
 from burnish.rollout import Engine, make_engine
 from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
@@ -82,11 +83,17 @@ class OnlineStage(Stage):
             raise ConfigError("beta = 0.0 does not use a reference: remove ref_model, or set beta.")
         if engine is not None and args.use_vllm:
             raise ConfigError("use_vllm = True with an engine: remove one of the two.")
+        if engine is not None and args.stop_settled and not getattr(engine, "stops_settled", False):
+            raise ConfigError(
+                f"stop_settled = True with {type(engine).__name__}, which does not heed Request.is_settled: remove one "
+                "of the two."
+            )
         if args.staleness_bound:
             _check_overlap(args, engine)
         self.algorithm = algorithm
         self.whole_groups = algorithm.whole_groups
         self.rubric = as_rubric(reward_funcs, args.reward_weights, reward_processing_classes)
+        self.settled = SettledRule(self.rubric) if args.stop_settled else None
         self.reference: Reference | None = None
         self._engine, self._ref_model, self.compute_metrics = engine, ref_model, compute_metrics
         self._pool: ServerPool | None = None
@@ -384,6 +391,7 @@ class OnlineStage(Stage):
             buffer=self._buffer,
             replay=self.sampler.replay.groups,
             algorithm=self.algorithm.state_dict(),
+            lengths=self.sampler.lengths,
         )
         state.save(folder, self.run.ranks.index)
         if self.run.ranks.is_first:
@@ -395,7 +403,7 @@ class OnlineStage(Stage):
         state = RolloutState.load(folder, rank=ranks.index, world=ranks.count, prompts=sampler.source.prompts)
         self._rollouts, sampler.rounds = state.rollouts, state.rounds
         sampler.position, sampler.source.level = state.position, state.level
-        self._buffer, sampler.replay.groups = state.buffer, state.replay
+        self._buffer, sampler.replay.groups, sampler.lengths = state.buffer, state.replay, state.lengths
         self.algorithm.load_state_dict(state.algorithm)
         self.algorithm.load_state(folder, changed)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from burnish.config.online_fields import micro_batches_per_rollout
-from burnish.errors import CheckFailed
+from burnish.errors import CheckFailed, EngineError
 from burnish.model.scoring import causal_lm
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
@@ -17,7 +19,7 @@ from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.prompts import PromptSource, Shard, gather_by_prompt, shards_of, whole_groups
 from burnish.rollout.validation import check_completions
 from burnish.stages.lookahead import Lookahead
-from burnish.types import Completion, Group
+from burnish.types import Completion, Group, StopReason
 
 if TYPE_CHECKING:
     from burnish.stages.online import OnlineStage
@@ -59,6 +61,8 @@ class Sampler:
             self.ahead = Lookahead(engine, self._requests, seed=stage.args.seed)
         self.rounds = 0
         """Rounds of sampling so far, of which a rollout may have several; part of the key of every random number."""
+        self.lengths: dict[int, int] = {}
+        """Mean completion length of each prompt when it was last sampled, by its index."""
 
     def sample(self) -> tuple[list[Shard], list[Shard]]:
         """Sample and score the groups of one rollout, with refills for groups without reward variance.
@@ -94,7 +98,7 @@ class Sampler:
         args, run = self._args, self._run
         if self.ahead is None:
             shards = self._next_prompts(num_prompts)
-            self.generate(shards, seed=args.seed, step=self.rounds)
+            self.generate(shards, seed=args.seed, step=self.rounds, is_training=True)
         else:
             shards = self._overlapping(self.ahead, num_prompts)
         groups = [shard.group for shard in shards]
@@ -104,6 +108,7 @@ class Sampler:
         run.num_tokens += sum(group.num_tokens for group in groups)
         run.metrics.add_logged(self.score(groups))
         self._report(groups)
+        self._note_lengths(groups)
         rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
         run.metrics.add_rewards(list(rewards.values()))
         known = [reward for row in rewards.values() for reward in row if reward is not None]
@@ -132,6 +137,11 @@ class Sampler:
         with self._run.phases.phase("sampling"):
             shards, requests, found = ahead.take(num_prompts)
         self._fill(shards, requests, found)
+        if any("policy_version" not in completion.token for completion in _completions(shards)):
+            raise EngineError(
+                f"max_staleness = {args.staleness_bound}: {type(self.engine).__name__} returns completions without the "
+                "stream policy_version, the version of the weights that sampled each token."
+            )
         lags = [state.global_step - version for c in _completions(shards) for version in c.token["policy_version"]]
         if max(lags) > bound:
             raise CheckFailed(
@@ -152,16 +162,35 @@ class Sampler:
             self.ahead.give_up()
         self.source.position = value
 
-    def _requests(self, shards: Sequence[Shard]) -> list[Request]:
+    def _requests(self, shards: Sequence[Shard], *, is_training: bool = True) -> list[Request]:
+        """Ask for the completions of shards: of an evaluation's prompts whole ones, whose lengths are not known."""
+        rule = self._stage.settled if is_training else None
+        lengths = self.lengths if is_training else {}
         # Keyed by position: a prompt may come twice in a round, at the end of one epoch and the start of the next.
         return [
-            Request(s.group.prompt_ids, len(s.group.completions), self.params, index=s.position, first_sample=s.first)
-            for s in shards
+            Request(
+                shard.group.prompt_ids,
+                len(shard.group.completions),
+                self.params,
+                index=shard.position,
+                first_sample=shard.first,
+                is_settled=rule and partial(rule, row=shard.group.row),
+                expected_tokens=lengths.get(shard.group.index),
+            )
+            for shard in shards
         ]
 
-    def generate(self, shards: Sequence[Shard], *, seed: int, step: int) -> None:
+    def _note_lengths(self, groups: Sequence[Group]) -> None:
+        """Remember the mean completion lengths of groups, of which other ranks may have other completions."""
+        found: dict[int, list[int]] = defaultdict(list)
+        own = [(group.index, [len(completion.token_ids) for completion in group.completions]) for group in groups]
+        for index, tokens in self._run.ranks.gathered(own):
+            found[index] += tokens
+        self.lengths |= {index: round(fmean(tokens)) for index, tokens in found.items()}
+
+    def generate(self, shards: Sequence[Shard], *, seed: int, step: int, is_training: bool = False) -> None:
         """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample)."""
-        requests = self._requests(shards)
+        requests = self._requests(shards, is_training=is_training)
         with self._run.phases.phase("sampling"):
             found = self.engine.generate(requests, seed=seed, step=step)
         self._fill(shards, requests, found)
@@ -203,6 +232,9 @@ class Sampler:
 
     def _report(self, groups: Sequence[Group]) -> None:
         clipped = self._run.metrics.add_completions(groups, self._stage.rubric.names)
+        if self._stage.settled is not None:
+            reasons = [completion.stop_reason for group in groups for completion in group.completions]
+            self._run.metrics.add("completions/settled_ratio", reasons.count(StopReason.SETTLED) / len(reasons))
         failed = [c.score for g in groups for c in g.completions if c.score is not None and c.score.total is None]
         if failed:
             logger.warning(

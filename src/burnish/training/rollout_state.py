@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ class RolloutState:
         buffer: groups of the remaining optimizer steps of the last rollout.
         replay: groups in the replay buffer, by position.
         algorithm: state of the algorithm.
+        lengths: mean completion length of each prompt when it was last sampled, by its index.
     """
 
     rollouts: int
@@ -36,6 +37,7 @@ class RolloutState:
     buffer: list[list[Group]]
     replay: dict[int, Group]
     algorithm: dict[str, Any]
+    lengths: dict[int, int] = field(default_factory=dict[int, int])
 
     def save(self, folder: Path, rank: int) -> None:
         """Write this rank's file, without the columns of rows, which need not be JSON."""
@@ -68,6 +70,7 @@ class RolloutState:
         rows = {prompt.index: prompt.row for prompt in prompts}
         state["buffer"] = [[_group_from_dict(group, rows) for group in groups] for groups in state["buffer"]]
         state["replay"] = {int(position): _group_from_dict(group, rows) for position, group in state["replay"].items()}
+        state["lengths"] = {int(index): tokens for index, tokens in state.get("lengths", {}).items()}
         return cls(**state)
 
 
