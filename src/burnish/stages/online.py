@@ -433,8 +433,8 @@ def _check_overlap(args: Any, engine: Engine | None) -> None:
     if not ((args.use_vllm and args.vllm_mode == "server") or isinstance(engine, OverlappingEngine)):
         name = "vLLM" if args.use_vllm else "the native engine" if engine is None else type(engine).__name__
         raise ConfigError(
-            f"{shown}: {name} samples in the trainer's process with the weights that change; sample from servers "
-            "(docs/vllm.md), or leave it out."
+            f"{shown}: {name} samples in the trainer's process with the weights that change; with use_vllm, "
+            'set vllm_mode = "server" and start one with `burnish serve MODEL`, or leave it out.'
         )
     if args.world_size > 1:
         raise ConfigError(
