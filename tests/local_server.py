@@ -139,8 +139,9 @@ class _Handler(JsonHandler):
         while server.paused and path == "/v1/completions":
             time.sleep(0.01)
         try:
-            # Looks are answered while others sample, as a server of several processes does.
-            with nullcontext() if path in ("/health", "/metrics", "/pause", "/weight_info") else server.lock:
+            # Looks are answered, and others sample, while a group is sampled.
+            is_free = is_sampling or path in ("/health", "/metrics", "/pause", "/weight_info")
+            with nullcontext() if is_free else server.lock:
                 answer = self._route(path, body)
         except KeyError as error:
             return self._send(404, {"error": {"message": f"{error} does not exist", "code": 404}})

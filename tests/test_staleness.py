@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from transformers import TrainerCallback
 import tiny
 from burnish.errors import CheckFailed, ConfigError, EngineError
 from burnish.rollout import NativeEngine
+from burnish.rollout.prompts import Shard
 from burnish.stages.lookahead import Lookahead
+from burnish.types import Group
 from local_server import LocalServer
 from test_vllm_config import ROWS, logged, trainer
+from vllm_rank_worker import in_order, run_ranks
+from vllm_sources import fresh
 
 
 @pytest.fixture
@@ -134,6 +139,24 @@ def test_a_resumed_run_loses_no_group_and_repeats_none(server: LocalServer, tmp_
     closed(resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("per_device", [4, 2])
+def test_two_ranks_sample_ahead(tmp_path: Path, per_device: int) -> None:
+    """With whole groups on a rank, and with groups that lie on both."""
+    with LocalServer(fresh(seed=5), tiny.tokenizer()) as server:
+        server.token_seconds = 0.01
+        fields = {"vllm_server_base_url": server.url, "shuffle_dataset": False, "max_steps": 4}
+        fields |= {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": 4 // per_device}
+        now, _ = run_ranks(1, tmp_path / "one", **{**fields, "per_device_train_batch_size": 2 * per_device})
+        if per_device == 4:  # a server numbers the samples of each request
+            same, _ = run_ranks(2, tmp_path / "two", **fields)
+            assert in_order(same) == in_order(now)
+        ahead, logs = run_ranks(2, tmp_path / "ahead", max_staleness=2, **fields)
+    assert [row[:3] for row in in_order(ahead)] == [row[:3] for row in in_order(now)]
+    assert 0 < max(logs["sampling/staleness/max"]) <= 2
+    assert max(logs["sampling/logprob_difference/max"]) < 1e-4
+
+
 @pytest.mark.kills
 @pytest.mark.parametrize("seed", range(4))
 def test_a_killed_run_loses_no_group_and_repeats_none(server: LocalServer, tmp_path: Path, seed: int) -> None:
@@ -163,7 +186,7 @@ def test_a_run_that_was_interrupted_trains_again(server: LocalServer, tmp_path: 
     made.add_callback(Stop())
     made.train()
     made.pop_callback(Stop)
-    made.stage.sampler.ahead._begun[0].version = -5
+    made.stage.sampler.ahead._spans[0].version = -5
     made.train()
     assert max(logged(made, "sampling/staleness/max")) <= 1
     closed(made)
@@ -206,20 +229,39 @@ def test_what_cannot_overlap_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, "http://127.0.0.1:9", model=model, max_staleness=1, top_p=0.9)
 
 
+class Promises:
+    """An engine whose completions are there at once, or never."""
+
+    def __init__(self, *, kept: bool) -> None:
+        self.kept, self.given_up = kept, list[Any]()
+
+    def start(self, requests: Any, *, seed: int, step: int) -> Any:
+        begun: list[Any] = [Future() for _ in requests]
+        for samples in begun if self.kept else []:
+            samples.set_result([])
+        return begun
+
+    def cancel(self, begun: Any) -> None:
+        self.given_up.extend(begun)
+
+
+def test_a_rank_counts_prompts_of_which_it_has_no_samples() -> None:
+    ahead = Lookahead(Promises(kept=True), list, seed=0)  # type: ignore[arg-type]
+    ahead.begin([Shard(7, 0, Group([1], []))], range(6, 8), step=0, version=4)
+    ahead.begin([Shard(8, 0, Group([1], []))], range(8, 10), step=0, version=5)
+    assert (len(ahead), ahead.oldest()) == (4, 4)
+    assert ahead.take(1)[0] == []
+    assert [shard.position for shard in ahead.take(2)[0]] == [7, 8]
+    assert (len(ahead), ahead.oldest()) == (1, 5)
+    assert ahead.take(1)[0] == []
+    assert (len(ahead), ahead.oldest()) == (0, None)
+
+
 def test_groups_that_are_given_up_are_cancelled() -> None:
-    from concurrent.futures import Future
-
-    given_up: list[Any] = []
-
-    class Engine:
-        def start(self, requests: Any, *, seed: int, step: int) -> Any:
-            return [Future() for _ in requests]
-
-        def cancel(self, begun: Any) -> None:
-            given_up.extend(begun)
-
-    ahead = Lookahead(Engine(), list, seed=0)  # type: ignore[arg-type]
-    ahead.begin([1, 2, 3], step=0, version=4)  # type: ignore[list-item]
+    engine = Promises(kept=False)
+    shards = [Shard(position, 0, Group([1], [])) for position in (7, 8, 9)]
+    ahead = Lookahead(engine, list, seed=0)  # type: ignore[arg-type]
+    ahead.begin(shards, range(7, 10), step=0, version=4)
     assert (len(ahead), ahead.oldest()) == (3, 4)
     assert ahead.give_up() == 3
-    assert (len(ahead), ahead.oldest(), len(given_up)) == (0, None, 3)
+    assert (len(ahead), ahead.oldest(), len(engine.given_up)) == (0, None, 3)

@@ -7,11 +7,8 @@ with servers is in test_vllm_engines.py.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,9 +27,9 @@ from burnish.rollout import NativeEngine, Request, SamplingParams
 from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, VLLMColocatedEngine, check_embedding
 from burnish.rollout.vllm.weights import checkpoint_weights
-from burnish.runs.files import read_json_lines
 from local_llm import LocalLLM
 from test_vllm_config import logged, lora, trainer
+from vllm_rank_worker import in_order, run_ranks
 from vllm_sources import VOCAB, fresh
 from vllm_sources import lora as adapted
 
@@ -398,18 +395,11 @@ def test_two_ranks_sample_what_one_does(tmp_path: Path) -> None:
     """Each with weights of its own, and with one copy for both."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not in this environment: make servers")
-    worker, found = Path(__file__).parent / "vllm_rank_worker.py", {}
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONWARNINGS": "ignore"}
+    found = {}
     for ranks, size in ((1, 1), (2, 1), (2, 2)):
-        folder = tmp_path / f"{ranks}-{size}"
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        command = [sys.executable, *launcher, str(worker), str(folder), str(8 // ranks), str(size)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        rows = [(r["step"], r["prompt_index"], r["sample"], r["completion"]) for r in read_json_lines(
-            folder / "transcripts.jsonl"
-        )]  # fmt: skip
-        found[ranks, size] = sorted(rows), json.loads((folder / "differences.json").read_text())
+        fields = {"vllm_mode": "colocate", "vllm_tensor_parallel_size": size, "max_steps": 2}
+        rows, logs = run_ranks(ranks, tmp_path / f"{ranks}-{size}", **fields)
+        found[ranks, size] = in_order(rows), logs["sampling/probe/difference"]
     assert found[1, 1][0]
     assert found[2, 1][0] == found[2, 2][0] == found[1, 1][0]
     assert all(max(differences) < 1e-5 for _, differences in found.values())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -53,10 +56,12 @@ def _closing() -> Iterator[None]:
         _OPEN.pop().close()
 
 
-def engine(model: Any, servers: list[LocalServer], deadlines: Deadlines = DEADLINES) -> VLLMServerEngine:
+def engine(
+    model: Any, servers: list[LocalServer], deadlines: Deadlines = DEADLINES, **collectives: Any
+) -> VLLMServerEngine:
     pool = ServerPool([(server.url, server.token) for server in servers], tiny.tokenizer(), deadlines)
     pool.call(pool.connect())
-    _OPEN.append(VLLMServerEngine(model, tiny.tokenizer(), pool, bound=1e-6))
+    _OPEN.append(VLLMServerEngine(model, tiny.tokenizer(), pool, bound=1e-6, **collectives))
     return _OPEN[-1]
 
 
@@ -117,8 +122,9 @@ def test_a_server_is_paused_while_its_weights_change(servers: list[LocalServer],
     made = engine(model, [server])
     made.sync(3)
     at = {path: (paused, version) for path, paused, version in seen}
-    assert at["/collective_rpc"] == (True, "updating")
-    assert at["/reset_prefix_cache"] == (True, "updating")
+    between = f"{server.weight_version}, on its way"
+    assert at["/collective_rpc"] == (True, between)
+    assert at["/reset_prefix_cache"] == (True, between)
     assert server.weight_version.startswith("burnish-")
     assert not server.paused
 
@@ -288,6 +294,118 @@ def test_groups_go_on_over_a_change_of_weights(
     found = [samples.result() for samples in begun]
     check_completions(requests, found, vocab_size=96)
     assert (3.0, 4.0) in versions_of(requests, found, {3: before, 4: trained}, within=1e-4)
+
+
+class ThreadRanks:
+    """Two ranks as threads of this process, with the collectives of `burnish.training.ranks`."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=60)
+        self._slots: list[list[Any]] = [[], []]
+
+    def of(self, rank: int) -> dict[str, Any]:
+        def gathered(rows: list[Any]) -> list[Any]:
+            self._slots[rank] = list(rows)
+            self._barrier.wait()
+            found = [*self._slots[0], *self._slots[1]]
+            self._barrier.wait()
+            return found
+
+        def agreed(work: Any) -> Any:
+            return gathered([work()] if rank == 0 else [])[0]
+
+        return {"agreed": agreed, "gathered": gathered}
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(work, (0, 1)))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_ranks_change_the_weights_of_the_servers_that_they_share(
+    servers: list[LocalServer], model: Any, lost: bool
+) -> None:
+    """Groups of both ranks end at the change and go on after it, also where a server is lost at that moment."""
+    ranks = ThreadRanks()
+    made = [engine(model, servers, **ranks.of(rank)) for rank in (0, 1)]
+    for server in servers:
+        server.token_seconds = 0.05
+    requests = [Request([5 + i, 6, 7], 2, SamplingParams(30), index=i) for i in range(8)]
+    before = copy.deepcopy(model)
+
+    def sample(rank: int) -> list[Any]:
+        made[rank].sync(3)
+        begun = made[rank].start(requests[4 * rank :][:4], seed=1, step=0)
+        if rank == 0:
+            time.sleep(0.7)
+            tiny.move(model, 0.1)
+            if lost:
+                servers[1].faults.add("deaf")
+        made[rank].sync(4)
+        return [samples.result() for samples in begun]
+
+    for rank, found in enumerate(ranks.run(sample)):
+        mine = requests[4 * rank :][:4]
+        check_completions(mine, found, vocab_size=96)
+        assert (3.0, 4.0) in versions_of(mine, found, {3: before, 4: model}, within=1e-4)
+    assert servers[0].calls.count("/collective_rpc") == 2, "one rank delivers, for both"
+
+
+def test_weights_change_only_once_every_rank_has_ended_its_groups(servers: list[LocalServer], model: Any) -> None:
+    """The first rank has nothing to end, and the second takes its time."""
+    ranks, server = ThreadRanks(), servers[0]
+    made = [engine(model, [server], **ranks.of(rank)) for rank in (0, 1)]
+    server.token_seconds = 0.05
+    pool = made[1]._pool
+    drain = pool.drain
+
+    async def slow_drain(lost: Any) -> None:
+        await asyncio.sleep(1.0)
+        assert server.calls.count("/collective_rpc") == 1
+        await drain(lost)
+
+    pool.drain = slow_drain
+
+    def sample(rank: int) -> list[Any]:
+        made[rank].sync(3)
+        begun = made[rank].start([Request([5, 6, 7], 1, SamplingParams(30))], seed=1, step=0) if rank == 1 else []
+        if rank == 0:
+            time.sleep(0.5)
+            tiny.move(model, 0.1)
+        made[rank].sync(4)
+        return [samples.result() for samples in begun]
+
+    (completion,) = ranks.run(sample)[1][0]
+    assert set(completion.token["policy_version"]) == {3.0, 4.0}
+
+
+def test_a_server_that_another_rank_restores_is_waited_for(servers: list[LocalServer], model: Any) -> None:
+    """Both ranks find that a server was restarted; only one loads its weights, and nothing runs meanwhile."""
+    ranks = ThreadRanks()
+    made = [engine(model, servers[:1], **ranks.of(rank)) for rank in (0, 1)]
+    ranks.run(lambda rank: made[rank].sync(0))
+    server = servers[0]
+    server.model, server.weight_version, server.token_seconds = tiny.model(seed=9), "default", 0.02
+    server.calls.clear()
+    is_loading, was_seen = threading.Event(), threading.Event()
+
+    def watch(path: str, body: dict[str, Any]) -> None:
+        if path == "/collective_rpc":
+            is_loading.set()
+            was_seen.wait(20)
+        elif path == "/weight_info" and is_loading.is_set():
+            was_seen.set()
+
+    server.before_answer = watch
+
+    def sample(rank: int) -> list[Any]:
+        if rank == 1:
+            assert is_loading.wait(20)
+        return made[rank].generate(REQUESTS, seed=1, step=0)
+
+    found = ranks.run(sample)
+    assert tokens(found[0]) == tokens(found[1])
+    assert server.calls.count("/collective_rpc") == 1
 
 
 def test_a_server_that_dies_while_weights_change_loses_no_group(servers: list[LocalServer], model: Any) -> None:

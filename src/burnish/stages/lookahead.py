@@ -17,18 +17,26 @@ __all__ = ["Lookahead"]
 
 @dataclass(slots=True)
 class _Begun:
-    """A shard whose completions are being sampled, and the version of the weights at its start."""
+    """A shard of this rank whose completions are being sampled."""
 
     shard: Shard
     request: Request
     samples: Future[list[Completion]]
+
+
+@dataclass(slots=True)
+class _Span:
+    """Prompts of all ranks that were begun together: position after the last one, and version of the weights then."""
+
+    end: int
     version: int
 
 
 class Lookahead:
-    """A queue of groups in the order of their positions.
+    """A queue of groups in the order of their positions, of which each rank samples its shards.
 
-    A checkpoint does not hold them: a resumed run samples them again, so it loses none and repeats none.
+    Lengths, positions and versions are those of the prompts, equal on all ranks, whether a rank has a shard of them or
+    not. A checkpoint does not hold them: a resumed run samples them again, so it loses none and repeats none.
 
     Args:
         engine: samples in the background.
@@ -41,34 +49,53 @@ class Lookahead:
     ) -> None:
         self._engine, self._requests, self._seed = engine, requests, seed
         self._begun: deque[_Begun] = deque()
+        self._spans: deque[_Span] = deque()
+        self._first = 0
+        """Position of the first prompt that is not taken."""
 
     def __len__(self) -> int:
-        return len(self._begun)
+        return self._spans[-1].end - self._first if self._spans else 0
 
-    def begin(self, shards: Sequence[Shard], *, step: int, version: int) -> None:
-        """Begin to sample shards; `step` is the round, part of the key of their random numbers."""
+    def begin(self, shards: Sequence[Shard], positions: range, *, step: int, version: int) -> None:
+        """Begin to sample prompts that follow those begun before.
+
+        Args:
+            shards: this rank's.
+            positions: of the prompts.
+            step: the round, part of the key of their random numbers.
+            version: of the weights now.
+        """
         requests = self._requests(shards)
         samples = self._engine.start(requests, seed=self._seed, step=step)
-        self._begun += map(_Begun, shards, requests, samples, [version] * len(shards))
+        self._begun += map(_Begun, shards, requests, samples)
+        if not self._spans:
+            self._first = positions.start
+        self._spans.append(_Span(positions.stop, version))
 
     def oldest(self) -> int | None:
-        """Return the version of the weights that the first group was begun with; None without a group."""
-        return self._begun[0].version if self._begun else None
+        """Return the version of the weights that the first prompt was begun with; None without a prompt."""
+        return self._spans[0].version if self._spans else None
 
     def take(self, number: int) -> tuple[list[Shard], list[Request], list[list[Completion]]]:
-        """Wait for the first groups, and remove them.
+        """Wait for this rank's shards of the first prompts, and remove them.
 
         Raises:
             EngineError: they cannot be sampled.
         """
-        first = [self._begun[index] for index in range(number)]
+        end = self._first + number
+        first = [begun for begun in self._begun if begun.shard.position < end]
         found = [begun.samples.result() for begun in first]
         for _ in first:
             self._begun.popleft()
+        self._first = end
+        while self._spans and self._spans[0].end <= end:
+            self._spans.popleft()
         return [begun.shard for begun in first], [begun.request for begun in first], found
 
     def give_up(self) -> int:
-        """Stop sampling; return the number of groups that are not taken."""
-        left, self._begun = self._begun, deque()
-        self._engine.cancel([begun.samples for begun in left])
-        return len(left)
+        """Stop sampling; return the number of prompts that are not taken."""
+        left, number = [begun.samples for begun in self._begun], len(self)
+        self._begun.clear()
+        self._spans.clear()
+        self._engine.cancel(left)
+        return number

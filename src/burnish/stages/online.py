@@ -310,7 +310,8 @@ class OnlineStage(Stage):
             "weights_dir": args.vllm_weights_dir,
         }
         if self._pool is not None:
-            return VLLMServerEngine(run.model, self.tokenizer, self._pool, agreed=run.ranks.agreed, **shared)
+            ranks = {"agreed": run.ranks.agreed, "gathered": run.ranks.gathered}
+            return VLLMServerEngine(run.model, self.tokenizer, self._pool, **ranks, **shared)
         micro_batches = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
         options = EmbeddedOptions(
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
@@ -435,8 +436,4 @@ def _check_overlap(args: Any, engine: Engine | None) -> None:
         raise ConfigError(
             f"{shown}: {name} samples in the trainer's process with the weights that change; with use_vllm, "
             'set vllm_mode = "server" and start one with `burnish serve MODEL`, or leave it out.'
-        )
-    if args.world_size > 1:
-        raise ConfigError(
-            f"{shown} on {args.world_size} processes: sampling ahead of training runs on one so far; leave it out."
         )

@@ -132,8 +132,11 @@ class Sampler:
             self.source.position -= ahead.give_up()  # a run that was interrupted, and trains again
         later = max(math.ceil((state.max_steps - state.global_step) / steps) - 1, 0)
         wanted = num_prompts + min(args.staleness_bound, later) * prompts_per_rollout(args)
-        if (missing := wanted - len(ahead)) > 0:
-            ahead.begin(self._next_prompts(missing), step=self.rounds, version=state.global_step)
+        while (missing := wanted - len(ahead)) > 0:
+            # The completions of one rollout are shared out over the ranks, not those of all that are begun.
+            number, start = min(missing, prompts_per_rollout(args)), self.source.position
+            shards = self._next_prompts(number)
+            ahead.begin(shards, range(start, start + number), step=self.rounds, version=state.global_step)
         with self._run.phases.phase("sampling"):
             shards, requests, found = ahead.take(num_prompts)
         self._fill(shards, requests, found)
@@ -143,12 +146,13 @@ class Sampler:
                 "stream policy_version, the version of the weights that sampled each token."
             )
         lags = [state.global_step - version for c in _completions(shards) for version in c.token["policy_version"]]
-        if max(lags) > bound:
+        stalest = self._run.ranks.max(max(lags, default=0.0))
+        if stalest > bound:
             raise CheckFailed(
-                f"step {state.global_step}: a token was sampled {max(lags):.0f} optimizer steps ago, and max_staleness "
+                f"step {state.global_step}: a token was sampled {stalest:.0f} optimizer steps ago, and max_staleness "
                 f"= {args.staleness_bound} allows {bound}: {type(self.engine).__name__} does not keep to its syncs."
             )
-        self._run.metrics.add_all({"sampling/staleness/mean": fmean(lags), "sampling/staleness/max": max(lags)})
+        self._run.metrics.add_all({"sampling/staleness/mean": fmean(lags or [0]), "sampling/staleness/max": stalest})
         return shards
 
     @property

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
 from burnish.rollout.vllm.identity import Served
 from burnish.rollout.vllm.updates import Proof, Update
 from burnish.rollout.vllm.wire import parse_prompt_logprobs, probe_request
 
-__all__ = ["Server", "confirm", "deliver", "prove"]
+__all__ = ["Server", "confirm", "deliver", "has", "prove"]
 
-_UPDATING = "updating"
-"""Version of a server between its weights; no run asks for it."""
+
+def _on_its_way(update: Update) -> str:
+    """Return the version of a server between its weights; no group is sampled at it."""
+    return f"{update.tag}, on its way"
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +71,7 @@ async def _deliver_weights(server: Server, update: Update, deadlines: Deadlines)
     client = server.client
     # Paused first: no request may see half of the weights, or keys and values of the old ones.
     await client.post("/pause?mode=abort", {}, deadline=deadlines.sync)
-    await client.post("/update_weight_version", {"new_version": _UPDATING})
+    await client.post("/update_weight_version", {"new_version": _on_its_way(update)})
     call = {
         "method": "reload_weights",
         "kwargs": {"weights_path": update.folder},
@@ -109,6 +113,20 @@ async def _deliver_adapter(server: Server, update: Update, deadlines: Deadlines)
             await client.post("/v1/unload_lora_adapter", {"lora_name": before})
 
 
+async def has(server: Server, update: Update, deadlines: Deadlines) -> bool:
+    """Return whether a server says that it has an update; wait while another process of the run delivers it.
+
+    Raises:
+        ServerLost, ServerRefused: it does not say.
+    """
+    if update.is_adapter:
+        return server.adapter == update.tag
+    until = time.monotonic() + deadlines.sync
+    while (found := await _version(server)) == _on_its_way(update) and time.monotonic() < until:
+        await asyncio.sleep(deadlines.heartbeat)
+    return found == update.tag
+
+
 async def prove(server: Server, update: Update, deadlines: Deadlines) -> None:
     """Compare the server's log-probabilities of the probe with the trainer's.
 
@@ -133,6 +151,9 @@ async def confirm(server: Server, tag: str) -> None:
     """
     if server.adapter is not None:
         return  # requests name the adapter, and a server without it refuses them
-    found = (await server.client.get("/weight_info")).get("weight_version")
-    if found != tag:
+    if (found := await _version(server)) != tag:
         raise ServerLost(f"{server.client.url} was restarted, or another run uses it: its weights are {found!r}.")
+
+
+async def _version(server: Server) -> Any:
+    return (await server.client.get("/weight_info")).get("weight_version")

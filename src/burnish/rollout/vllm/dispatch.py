@@ -101,17 +101,26 @@ class Dispatcher:
             self._loop = asyncio.create_task(self._run())
         return [job.future for job in jobs]
 
-    async def hold(self) -> None:
-        """End what runs, keeping the tokens sampled so far, and start nothing until `release`."""
+    def hold(self) -> set[str]:
+        """Start nothing until `release`; return the URLs of servers with running groups."""
         self._is_held = True
-        tag = None if self._pool.update is None else self._pool.update.tag
-        for server in {owner: None for owner, _, _ in self._running.values()}:
+        return {owner.client.url for owner, _, _ in self._running.values()}
+
+    async def end(self, urls: Collection[str]) -> set[str]:
+        """Have servers end what runs on them, for any process; return the URLs of those that are lost meanwhile."""
+        update, lost = self._pool.update, set[str]()
+        for server in [server for server in self._pool.servers if server.client.url in urls]:
             try:
                 # Who answers now has had these weights all along.
-                await confirm(server, tag or "")
+                await confirm(server, "" if update is None else update.tag)
                 await server.client.post("/pause?mode=abort", {}, deadline=self._pool.deadlines.sync)
             except (ServerLost, ServerRefused) as error:
-                self._drop(server, str(error))
+                self.drop(server, str(error))
+                lost.add(server.client.url)
+        return lost
+
+    async def drain(self) -> None:
+        """Wait until nothing runs; groups that were ended wait with their tokens so far."""
         while self._running:
             await asyncio.wait(self._running, timeout=_TICK_SECONDS)
             await asyncio.sleep(0)
@@ -232,7 +241,7 @@ class Dispatcher:
         watched = self._watches.pop(task, None)
         if watched is not None:
             if isinstance(error := task.exception(), ServerLost):
-                self._drop(watched, str(error))
+                self.drop(watched, str(error))
             elif error is not None:
                 raise error
             return
@@ -241,7 +250,7 @@ class Dispatcher:
         server, job, started = self._running.pop(task)
         self._waiting.appendleft(job)
         if isinstance(error := task.exception(), ServerLost):
-            self._drop(server, str(error))
+            self.drop(server, str(error))
         elif error is not None:
             raise error
         elif job.add(task.result()):
@@ -250,7 +259,7 @@ class Dispatcher:
             self._waiting.popleft()
             job.future.set_result(found)
 
-    def _drop(self, server: Server, reason: str) -> None:
+    def drop(self, server: Server, reason: str) -> None:
         """Drop a server; its running groups wait again, in their order."""
         self._pool.drop(server, reason)
         mine = [(task, job) for task, (owner, job, _) in self._running.items() if owner is server]
@@ -274,4 +283,4 @@ class Dispatcher:
         for server in slow:
             # A replay is compared with a longer time, so that a long group is not passed around.
             self._seconds.append(limit)
-            self._drop(server, f"{server.client.url} is slow: a group took more than {limit:.0f} s; others did it.")
+            self.drop(server, f"{server.client.url} is slow: a group took more than {limit:.0f} s; others did it.")

@@ -39,6 +39,7 @@ class VLLMServerEngine(OverlappingEngine):
         bound: largest KL of the probe that rounding explains, in nats per token.
         weights_dir: folder that trainer and servers see; None for shared memory.
         agreed: runs a function on the first rank and returns its result on all.
+        gathered: concatenates the lists of all ranks.
 
     Raises:
         ConfigError: weights train that a server would ignore.
@@ -53,10 +54,12 @@ class VLLMServerEngine(OverlappingEngine):
         bound: float,
         weights_dir: str | None = None,
         agreed: Callable[[Callable[[], T]], T] = _alone,
+        gathered: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
         refuse_unsupported(model)
         self._pool = pool
         self._agreed: Callable[[Callable[[], Any]], Any] = agreed
+        self._gathered = gathered
         self._folders = WeightFolders(weights_dir)
         self._updates = Updates(model, tokenizer, bound=bound, folders=self._folders)
         self.version = 0
@@ -104,7 +107,10 @@ class VLLMServerEngine(OverlappingEngine):
             EngineError: no server took them in time.
         """
         self.version = version
-        update, ready, is_new = self._agreed(lambda: self._deliver(version))
+        update, is_new = self._agreed(lambda: self._updates.next(version, longest=self._longest() or None))
+        if is_new:
+            self._end_running()
+        ready = self._agreed(lambda: self._deliver(update))
         self._pool.call(self._pool.adopt(update, ready))
         if not is_new:
             return {}
@@ -114,13 +120,23 @@ class VLLMServerEngine(OverlappingEngine):
         """Unload adapters, close the connections, remove the weights."""
         self._finalizer()
 
-    def _deliver(self, version: int) -> tuple[Update, list[tuple[str, str | None]], bool]:
-        """Deliver an update if it is a new one, or restore lost servers."""
+    def _longest(self) -> int:
+        return min((s.served.max_model_len or 0 for s in self._pool.servers if s.served is not None), default=0)
+
+    def _end_running(self) -> None:
+        """End the groups of all ranks that are running, keeping their tokens so far."""
         pool = self._pool
-        longest = min((s.served.max_model_len or 0 for s in pool.servers if s.served is not None), default=0)
-        update, is_new = self._updates.next(version, longest=longest or None)
-        pool.call(pool.sync(update))
-        return update, [(server.client.url, server.adapter) for server in pool.ready], is_new
+        # Each step waits for the one before on all ranks: a group must not start on a paused server, nor end after the
+        # weights have changed.
+        busy = set(self._gathered(list(pool.call(pool.hold()))))
+        lost = self._agreed(lambda: pool.call(pool.end(busy)))
+        pool.call(pool.drain(lost))
+        self._gathered([])
+
+    def _deliver(self, update: Update) -> list[tuple[str, str | None]]:
+        """Deliver an update, or restore lost servers; return what is ready."""
+        self._pool.call(self._pool.sync(update))
+        return [(server.client.url, server.adapter) for server in self._pool.ready]
 
 
 def _close(pool: ServerPool, folders: WeightFolders) -> None:

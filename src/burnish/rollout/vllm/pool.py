@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from burnish.errors import EngineError
 from burnish.rollout.engine import Request
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
-from burnish.rollout.vllm.delivery import Server, confirm, deliver, prove
+from burnish.rollout.vllm.delivery import Server, deliver, has, prove
 from burnish.rollout.vllm.dispatch import Dispatcher, Samples
 from burnish.rollout.vllm.identity import check_logprobs_mode, check_tokenizer, read_served
 from burnish.rollout.vllm.updates import Update
@@ -108,23 +108,31 @@ class ServerPool:
         """
         await self._until_one(lambda server: self._identify(server))
 
+    async def hold(self) -> set[str]:
+        """Start no group until `adopt`; return the URLs of servers on which groups of this process run."""
+        return self._dispatcher.hold()
+
+    async def end(self, urls: Collection[str]) -> set[str]:
+        """End what runs on servers, for any process; return the URLs of those that are lost meanwhile."""
+        return await self._dispatcher.end(urls)
+
+    async def drain(self, lost: Collection[str]) -> None:
+        """Wait until no group of this process runs, giving up those on lost servers."""
+        for server in self.servers:
+            if server.client.url in lost and server.version is not None:
+                self._dispatcher.drop(server, f"{server.client.url} was lost before its weights could change.")
+        await self._dispatcher.drain()
+
     async def sync(self, update: Update) -> None:
-        """Deliver an update to every server that answers; groups that are running go on with it.
+        """Deliver an update to every server that answers, while no process has running groups.
 
         Raises:
             CheckFailed: a server samples from other weights.
             EngineError: no server took it in time.
         """
-        is_new = self.update is None or self.update.tag != update.tag
-        if is_new:
-            await self._dispatcher.hold()
-        try:
-            async with self._lock:
-                self.update = update
-                await self._until_one(lambda server: self._restore(server, update))
-        finally:
-            if is_new:
-                self._dispatcher.release()
+        async with self._lock:
+            self.update = update
+            await self._until_one(lambda server: self._restore(server, update))
 
     async def _until_one(self, work: Any) -> None:
         """Do a work on every server, and again on the lost ones until one is done; deadlines.start at most."""
@@ -174,9 +182,8 @@ class ServerPool:
         if server.version == update.tag:
             return
         was_lost = bool(server.reason)
-        if server.proof.last is not None and server.proof.last.version == update.tag:
-            with contextlib.suppress(ServerLost, ServerRefused):
-                await confirm(server, update.tag)
+        with contextlib.suppress(ServerLost, ServerRefused):
+            if await has(server, update, self.deadlines):
                 await prove(server, update, self.deadlines)
                 server.version, server.reason = update.tag, ""
         if server.version is None or server.version != update.tag:
@@ -187,7 +194,7 @@ class ServerPool:
             logger.info("vLLM server ready: %s at %s", server.client.url, update.tag)
 
     async def adopt(self, update: Update, ready: Sequence[tuple[str, str | None]]) -> None:
-        """Take over what the first rank has synced: the URL and adapter of each server that is ready."""
+        """Start groups again with what the first rank has synced: URL and adapter of each server that is ready."""
         self.update = update
         adapters = dict(ready)
         for server in self.servers:
@@ -196,6 +203,7 @@ class ServerPool:
             server.adapter = adapters.get(server.client.url)
             if is_ready and server.served is None:
                 server.served = await read_served(server.client)
+        self._dispatcher.release()
 
     async def submit(self, requests: Sequence[Request], *, seed: int, step: int) -> list[Samples]:
         """Begin to sample; whatever happens to servers, no request is lost and none sampled twice.
