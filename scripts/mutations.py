@@ -40,6 +40,9 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/native.py", "return mean if tokens is None else tokens", "return 0.0 if tokens is None else tokens", ADMISSION),
     ("stages/sampler.py", "lengths = self.lengths if is_training else {}", "lengths = self.lengths", ADMISSION),
     ("stages/online.py", "= state.buffer, state.replay, state.lengths", "= state.buffer, state.replay, {}", ADMISSION),
+    ("rollout/compiled.py", "_adapter_state(base))", "())", "test_compiled.py"),
+    ("rollout/compiled.py", " or not graph.takes(len(tokens))", "", "test_compiled.py"),
+    ("model/attention.py", "    with _disable_current_modes():", "    if True:", "test_compiled.py"),
     # settled rewards
     ("rollout/decoding.py", "len(done.token_ids) % _CHECK_TOKENS == 0 and", "len(done.token_ids) >= 8 and", SETTLED),
     ("rollout/decoding.py", "text[: len(text) - begun]", "text", SETTLED),

@@ -201,6 +201,13 @@ class OnlineFields(CommonFields):
         LOGGING,
     )
 
+    compile_rollouts: bool = own(
+        False,
+        "Compile the native engine's decode forward: tens of seconds once, cached on disk, then less time per token. "
+        "Needs a C++ compiler on a CPU, triton on a GPU.",
+        SAMPLING,
+        resume="free",
+    )
     use_vllm: bool = own(
         False,
         "Sample completions with vLLM, which gets the weights before every rollout; otherwise with the native engine.",
@@ -280,6 +287,8 @@ class OnlineFields(CommonFields):
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."
+        if self.compile_rollouts and self.use_vllm:
+            yield "compile_rollouts = True with use_vllm = True: vLLM compiles by itself; remove compile_rollouts."
         if self.stop_settled and self.use_vllm:
             yield (
                 "stop_settled = True with use_vllm = True: vLLM samples whole completions and cannot ask a predicate; "

@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
@@ -116,6 +117,7 @@ class _Active:
 
     layout: Layout
     model: nn.Module | None
+    checks_mask: bool
     calls: int = 0
 
 
@@ -135,7 +137,7 @@ _active: ContextVar[_Active | None] = ContextVar("burnish_layout", default=None)
 
 
 @contextmanager
-def use_layout(layout: Layout, model: nn.Module | None = None) -> Generator[None]:
+def use_layout(layout: Layout, model: nn.Module | None = None, *, checks_mask: bool = True) -> Generator[None]:
     """Run the forwards inside with `layout`; the backward pass, with recomputation, may come later.
 
     Pass an all-ones two-dimensional `attention_mask` and `use_cache=False` to the forward: without a mask,
@@ -144,11 +146,12 @@ def use_layout(layout: Layout, model: nn.Module | None = None) -> Generator[None
     Args:
         layout: computes the attention of every layer.
         model: named in the error only.
+        checks_mask: refuse an `attention_mask` with zeros, for which the host waits for the device.
 
     Raises:
         CheckFailed: no layer attended through the layout, so the model ran with another attention implementation.
     """
-    active = _Active(layout, model)
+    active = _Active(layout, model, checks_mask)
     token = _active.set(active)
     try:
         yield
@@ -273,7 +276,7 @@ def _mask(
             "overlay, or packed sequences guessed from position_ids). Pass an all-ones attention_mask of shape "
             "[1, T] and no cache; a model that overlays its own mask cannot use a layout."
         )
-    if attention_mask is not None and not bool(attention_mask.all()):
+    if active.checks_mask and attention_mask is not None and not bool(attention_mask.all()):
         raise ModelError("attention_mask: it has zeros, but rows of a layout have no padding; pass all ones.")
     return _BoundMask(active, _bind_rule(mask_function, local_size, device))
 
@@ -287,10 +290,11 @@ def _bind_rule(
     rule = MaskRule(mask_function)
     if local_size is None:
         return rule
-    near = torch.tensor([0, 1, 2], device=device)
-    positions = torch.cat((near, near + max(local_size - 2, 0), near + 2 * local_size))
-    window = SlidingWindow(local_size)
-    return window if bool((window(positions, positions) == rule(positions, positions)).all()) else rule
+    with _disable_current_modes():  # a traced forward is probed too
+        near = torch.tensor([0, 1, 2], device=device)
+        positions = torch.cat((near, near + max(local_size - 2, 0), near + 2 * local_size))
+        window = SlidingWindow(local_size)
+        return window if bool((window(positions, positions) == rule(positions, positions)).all()) else rule
 
 
 def _attention(

@@ -26,6 +26,7 @@ from burnish.model.head import head_spec
 from burnish.model.scoring import causal_lm
 from burnish.model.tiled_head import HeadSpec
 from burnish.rollout.cache import CacheLayout, PromptSpan, round_up
+from burnish.rollout.compiled import CompiledForward
 from burnish.rollout.decoding import (
     OnProgress,
     RolloutStats,
@@ -110,6 +111,7 @@ class NativeEngine(Engine):
         spec: scale and softcap of the logits; None reads them from the model's configuration.
         pack_weights: hold a prepacked copy of the linear layers during `generate` where that is faster (bf16 on a CPU).
         speculate: compute guessed tokens where few completions run; it changes speed, not what is drawn.
+        compile_forward: compile the decode forward, which takes tens of seconds once; it changes speed and rounding.
 
     Raises:
         ConfigError: a bound below 1.
@@ -128,6 +130,7 @@ class NativeEngine(Engine):
         spec: HeadSpec | None = None,
         pack_weights: bool = True,
         speculate: bool = True,
+        compile_forward: bool = False,
     ) -> None:
         check_bounds(max_running, max_cache_tokens)
         self._model = model
@@ -139,6 +142,7 @@ class NativeEngine(Engine):
         self._spec = head_spec(self._lm.config) if spec is None else spec
         self._pack_weights = pack_weights
         self._speculate = speculate
+        self._compiled = CompiledForward(self._lm) if compile_forward else None
         self.version = 0
         self.last_stats = RolloutStats()
         install(model)
@@ -166,7 +170,8 @@ class NativeEngine(Engine):
         total = sum(request.num_samples for request in requests)
         rows = min(total, self._max_running)
         pack = packed_linears(self._lm, rows, self._forward_once) if self._pack_weights else nullcontext()
-        with sampling_mode(self._model), pack:
+        weights = nullcontext() if self._compiled is None else self._compiled.current_weights()
+        with sampling_mode(self._model), pack, weights:
             while run.pending or run.prompts:
                 self._admit(run)
                 if run.rows:
@@ -337,7 +342,7 @@ class NativeEngine(Engine):
             for row, guess in zip(run.rows, guesses, strict=True)
             for token in ([row.track.last_token, *guess] + [row.track.last_token] * (width - 1 - len(guess)))
         ]
-        hidden = self._forward(run.cache, torch.tensor(tokens, device=self.device), positions)
+        hidden = self._decoded(run.cache, torch.tensor(tokens, device=self.device), positions)
         ended = self._draw(self._head(hidden), run.rows, guesses, run.width)
         self.last_stats.forwards += 1
         for index in reversed([index for index, is_done in enumerate(ended) if is_done]):
@@ -376,9 +381,14 @@ class NativeEngine(Engine):
                 run.prompts[slot] = run.prompts[last]
             run.prompts.pop()
 
+    def _decoded(self, cache: CacheLayout, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the [T, H] last hidden states of a decode forward, compiled where that is wanted and possible."""
+        hidden = None if self._compiled is None else self._compiled(cache, tokens, positions)
+        return self._forward(cache, tokens, positions) if hidden is None else hidden
+
     def _forward(self, cache: CacheLayout, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the [T, H] last hidden states of one row."""
-        with use_layout(cache, self._lm):
+        with use_layout(cache, self._lm, checks_mask=False):
             output = self._lm.base_model(
                 input_ids=tokens[None],
                 position_ids=positions[None],

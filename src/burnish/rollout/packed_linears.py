@@ -10,16 +10,34 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
-__all__ = ["packed_linears", "siblings"]
+__all__ = ["num_products", "packed_linears", "siblings"]
 
 _MOST_ROWS = 128
 """With more rows, reordering is a small part of the product and a packing made for few rows no longer pays."""
+
+
+_products: ContextVar[Sequence[_Product]] = ContextVar("burnish_products", default=())
+_library = torch.library.Library("burnish", "FRAGMENT")
+_library.define("packed_product(Tensor input, int number, int size) -> Tensor")
+
+
+def _packed_product(hidden: Tensor, number: int, size: int) -> Tensor:
+    """Return the outputs of a product in use, for graphs that were traced with another copy of the weights."""
+    return _products.get()[number].multiply(hidden)
+
+
+_library.impl("packed_product", _packed_product, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "burnish::packed_product", lambda hidden, number, size: hidden.new_empty(*hidden.shape[:-1], size), lib=_library
+)
 
 
 @contextmanager
@@ -36,15 +54,24 @@ def packed_linears(model: nn.Module, rows: int, run: Callable[[], Any]) -> Gener
         run: runs a forward of the model, however short, which shows the layers that read the same input.
     """
     layers = [layer for layer in model.modules() if rows <= _MOST_ROWS and _is_packable(layer)]
+    products: list[_Product] = []
+    token = _products.set(products)
     try:
         for group in siblings(layers, run):
-            product = _Product(group, rows)
+            product = _Product(group, rows, len(products))
+            products.append(product)
             for index, layer in enumerate(group):
                 layer.__dict__["forward"] = partial(product, index)
         yield
     finally:
+        _products.reset(token)
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+def num_products() -> int:
+    """Return the number of packed products that are in use."""
+    return len(_products.get())
 
 
 def siblings(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[list[nn.Linear]]:
@@ -98,11 +125,12 @@ class _Product:
     Args:
         layers: layers of equal input size.
         rows: typical number of rows.
+        number: place among the products in use.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], rows: int) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], rows: int, number: int = 0) -> None:
         weights = [layer.weight.detach() for layer in layers]
-        self._layers = layers
+        self._layers, self._number = layers, number
         self._sizes = [len(weight) for weight in weights]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -121,14 +149,20 @@ class _Product:
             layer = self._layers[index]
             return nn.functional.linear(hidden, layer.weight, layer.bias)
         if len(self._sizes) == 1:
-            return self._multiply(hidden)
+            return self._output(hidden)
         if hidden is not self._input or hidden._version != self._version or index not in self._outputs:
             self._input, self._version = hidden, hidden._version
-            self._outputs = dict(enumerate(self._multiply(hidden).split(self._sizes, dim=-1)))
+            self._outputs = dict(enumerate(self._output(hidden).split(self._sizes, dim=-1)))
         output = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
         return output
 
-    def _multiply(self, hidden: Tensor) -> Tensor:
+    def _output(self, hidden: Tensor) -> Tensor:
+        if is_fake(hidden):  # in a traced forward
+            return torch.ops.burnish.packed_product(hidden, self._number, sum(self._sizes))
+        return self.multiply(hidden)
+
+    def multiply(self, hidden: Tensor) -> Tensor:
+        """Return the outputs of all layers, one after another."""
         return torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")

@@ -23,6 +23,7 @@ from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.rewards.settled import SettledRule
 from burnish.rollout import Engine, make_engine
+from burnish.rollout.compiled import check_compiler
 from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
 from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, ServerPool, VLLMColocatedEngine, VLLMServerEngine
@@ -88,6 +89,13 @@ class OnlineStage(Stage):
                 f"stop_settled = True with {type(engine).__name__}, which does not heed Request.is_settled: remove one "
                 "of the two."
             )
+        if args.compile_rollouts:
+            if engine is not None:
+                raise ConfigError(
+                    "compile_rollouts = True with an engine: NativeEngine(..., compile_forward=True) does it; remove "
+                    "compile_rollouts."
+                )
+            check_compiler(args.device.type)
         if args.staleness_bound:
             _check_overlap(args, engine)
         self.algorithm = algorithm
@@ -302,7 +310,7 @@ class OnlineStage(Stage):
         if self._engine is not None:
             return self._engine
         if not args.use_vllm:
-            return make_engine(run.model, self.tokenizer)
+            return make_engine(run.model, self.tokenizer, compile_forward=args.compile_rollouts)
         bound = args.logprob_check_bound or default_bound(run.model.dtype)
         shared: dict[str, Any] = {
             # A loss that corrects the mismatch tolerates more of it, but never other weights.
