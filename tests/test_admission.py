@@ -1,4 +1,4 @@
-"""Prompts with long completions are admitted first, by the lengths of earlier passes."""
+"""Prompts with long completions are admitted first, by the lengths of earlier passes; waves keep a bound."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 import test_native
 import tiny
 from burnish import GRPOConfig, GRPOTrainer
+from burnish.errors import ConfigError
 from burnish.rollout import Request, SamplingParams
 from burnish.rollout.native import NativeEngine
 from burnish.types import Completion
 from test_native import build, prompts
-from test_trainers import PROMPTS, digits, settings, weights
+from test_trainers import PROMPTS, digits, grpo, settings, weights
 
 tokenizer = test_native.tokenizer
 
@@ -132,3 +133,14 @@ def test_a_resumed_run_knows_the_lengths(tmp_path: Path) -> None:
     assert asked[0] == asked[1]
     assert resumed.stage.sampler.lengths == whole.stage.sampler.lengths
     assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
+
+
+def test_a_run_samples_within_its_memory(tmp_path: Path) -> None:
+    bound = 4e-5
+    made = grpo(tmp_path, rollout_cache_gib=bound, max_steps=2)
+    made.train()
+    stats = made.stage.sampler.engine.last_stats
+    assert 0 < stats.peak_cache_bytes <= bound * 2**30
+    assert stats.peak_rows < 12
+    with pytest.raises(ConfigError, match=r"rollout_cache_gib = 1e-06: one completion .* raise it to that at least"):
+        grpo(tmp_path, rollout_cache_gib=1e-6)

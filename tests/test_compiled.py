@@ -162,6 +162,13 @@ def test_a_missing_compiler_is_an_error_with_the_fix(tmp_path: Path) -> None:
 
 
 def test_contradictions_are_errors(tmp_path: Path) -> None:
+    model = tiny.model()
+    engine = NativeEngine(model, tiny.tokenizer())
+    for fields in ({"compile_rollouts": True}, {"rollout_cache_gib": 1.0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(fields))} = .* with an engine"):
+            grpo(tmp_path, model, engine=engine, **fields)
+    with pytest.raises(ConfigError, match=r"rollout_cache_gib = 2\.0 with use_vllm = True"):
+        GRPOConfig(rollout_cache_gib=2.0, use_vllm=True)
     with pytest.raises(ConfigError, match="compile_rollouts = True with use_vllm = True"):
         GRPOConfig(compile_rollouts=True, use_vllm=True)
 

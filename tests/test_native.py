@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from burnish.errors import ConfigError, EngineError
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Request, SamplingParams
-from burnish.rollout.engines import make_engine
+from burnish.rollout.engines import cache_tokens, make_engine
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
 from burnish.rollout.packed_linears import packed_linears, siblings
@@ -236,6 +236,29 @@ def test_admission_keeps_the_bounds(tokenizer: Any, max_cache_tokens: int | None
     if max_cache_tokens is not None:
         bytes_per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head size, fp32
         assert stats.peak_cache_bytes <= max_cache_tokens * bytes_per_token
+
+
+@pytest.mark.parametrize(("name", "bytes_per_token"), [("llama", 2 * 2 * 2 * 8 * 4), ("gpt2", 2 * 2 * 4 * 8 * 4)])
+def test_a_bound_in_bytes_is_kept_by_waves(name: str, bytes_per_token: int, tokenizer: Any) -> None:
+    model, params = build(name), SamplingParams(40)
+    asked = [Request(prompt, 8, params, index=i) for i, prompt in enumerate(prompts(20, 33, 5))]
+    fitting = 4 * 48 + 48  # four completions and a prompt, in steps of 16 tokens
+    gib = fitting * bytes_per_token / 2**30
+    tokens = cache_tokens(model, gib, prompt=33, completion=40)
+    assert tokens == fitting
+    free, bounded = NativeEngine(model, tokenizer), NativeEngine(model, tokenizer, max_cache_tokens=tokens)
+    wanted, found = (engine.generate(asked, seed=1, step=0) for engine in (free, bounded))
+    assert [c.token_ids for group in found for c in group] == [c.token_ids for group in wanted for c in group]
+    assert bounded.last_stats.peak_cache_bytes <= gib * 2**30 < free.last_stats.peak_cache_bytes
+    assert bounded.last_stats.peak_rows == 4
+    with pytest.raises(
+        ConfigError, match=r"max_completion_length = 400 after a prompt of 33 .* takes .* GiB; raise it"
+    ):
+        cache_tokens(model, gib, prompt=33, completion=400)
+
+
+def test_a_model_without_keys_and_values_has_no_bound() -> None:
+    assert cache_tokens(build("mamba"), 1e-9, prompt=100, completion=100) is None
 
 
 def test_what_cannot_be_served_is_said(tokenizer: Any) -> None:

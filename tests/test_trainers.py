@@ -54,7 +54,9 @@ def sft(folder: Path, model: Any = None, **changes: Any) -> SFTTrainer:
 
 def grpo(folder: Path, model: Any = None, rewards: Any = digits, **changes: Any) -> GRPOTrainer:
     defaults = {"per_device_train_batch_size": 12, "num_generations": 4, "max_completion_length": 8}
-    keywords = {name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset") if name in changes}
+    keywords = {
+        name: changes.pop(name) for name in ("peft_config", "ref_model", "eval_dataset", "engine") if name in changes
+    }
     args = GRPOConfig(**settings(folder, **{**defaults, **changes}))
     return GRPOTrainer(
         model if model is not None else tiny.model(),

@@ -208,6 +208,14 @@ class OnlineFields(CommonFields):
         SAMPLING,
         resume="free",
     )
+    rollout_cache_gib: Positive | None = own(
+        None,
+        "Most memory of the native engine's keys and values, in GiB; completions are sampled in waves under it. None: "
+        "what 64 completions at a time need.",
+        SAMPLING,
+        resume="free",
+        fix="use a number of GiB above 0, or leave it out",
+    )
     use_vllm: bool = own(
         False,
         "Sample completions with vLLM, which gets the weights before every rollout; otherwise with the native engine.",
@@ -287,6 +295,11 @@ class OnlineFields(CommonFields):
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."
+        if self.rollout_cache_gib is not None and self.use_vllm:
+            yield (
+                f"rollout_cache_gib = {self.rollout_cache_gib} with use_vllm = True: vLLM has a cache of its own; set "
+                "vllm_gpu_memory_utilization, or the options of the server."
+            )
         if self.compile_rollouts and self.use_vllm:
             yield "compile_rollouts = True with use_vllm = True: vLLM compiles by itself; remove compile_rollouts."
         if self.stop_settled and self.use_vllm:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
+from burnish.errors import ConfigError
 from burnish.model.scoring import causal_lm
 from burnish.model.self_test import supports_prefix
+from burnish.rollout.cache import round_up
+from burnish.rollout.decoding import sampling_mode
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
 
-__all__ = ["make_engine"]
+__all__ = ["cache_tokens", "make_engine"]
 
 _logger = logging.getLogger(__name__)
 
@@ -51,3 +55,36 @@ def make_engine(
             "compile_rollouts = True has no effect on %s: only the native engine compiles", type(lm).__name__
         )
     return LockstepEngine(model, tokenizer, max_running=max_running, max_cache_tokens=max_cache_tokens)
+
+
+def cache_tokens(model: nn.Module, gib: float, *, prompt: int, completion: int) -> int | None:
+    """Return how many tokens' keys and values fit in so much memory; None for a model that keeps none.
+
+    Args:
+        model: a transformers causal language model, bare or with peft adapters.
+        gib: memory in GiB.
+        prompt: tokens of the longest prompt.
+        completion: most tokens of a completion.
+
+    Raises:
+        ConfigError: a single completion does not fit.
+    """
+    lm: Any = causal_lm(model)
+
+    def held(tokens: int) -> int:
+        row = torch.ones(1, tokens, dtype=torch.long, device=lm.device)
+        cache = lm(input_ids=row, use_cache=True).get("past_key_values")
+        tensors = (value for layer in getattr(cache, "layers", ()) for value in vars(layer).values())
+        return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+
+    with sampling_mode(model):
+        per_token = held(2) - held(1)
+    if per_token == 0:
+        return None
+    tokens, least = int(gib * 2**30) // per_token, round_up(prompt) + round_up(completion)
+    if tokens < least:
+        raise ConfigError(
+            f"rollout_cache_gib = {gib}: one completion of max_completion_length = {completion} after a prompt of "
+            f"{prompt} tokens takes {least * per_token / 2**30:.3g} GiB; raise it to that at least."
+        )
+    return tokens

@@ -25,6 +25,7 @@ from burnish.rewards.settled import SettledRule
 from burnish.rollout import Engine, make_engine
 from burnish.rollout.compiled import check_compiler
 from burnish.rollout.engine import OverlappingEngine
+from burnish.rollout.engines import cache_tokens
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
 from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, ServerPool, VLLMColocatedEngine, VLLMServerEngine
 from burnish.stages.algorithm import Algorithm
@@ -89,12 +90,13 @@ class OnlineStage(Stage):
                 f"stop_settled = True with {type(engine).__name__}, which does not heed Request.is_settled: remove one "
                 "of the two."
             )
-        if args.compile_rollouts:
-            if engine is not None:
+        for name, own in (("compile_rollouts", "compile_forward"), ("rollout_cache_gib", "max_cache_tokens")):
+            if engine is not None and getattr(args, name):
                 raise ConfigError(
-                    "compile_rollouts = True with an engine: NativeEngine(..., compile_forward=True) does it; remove "
-                    "compile_rollouts."
+                    f"{name} = {getattr(args, name)} with an engine: it is for the one that the trainer makes; give "
+                    f"NativeEngine {own}, and remove {name}."
                 )
+        if args.compile_rollouts:
             check_compiler(args.device.type)
         if args.staleness_bound:
             _check_overlap(args, engine)
@@ -310,7 +312,7 @@ class OnlineStage(Stage):
         if self._engine is not None:
             return self._engine
         if not args.use_vllm:
-            return make_engine(run.model, self.tokenizer, compile_forward=args.compile_rollouts)
+            return self._native_engine(run)
         bound = args.logprob_check_bound or default_bound(run.model.dtype)
         shared: dict[str, Any] = {
             # A loss that corrects the mismatch tolerates more of it, but never other weights.
@@ -333,6 +335,15 @@ class OnlineStage(Stage):
         return VLLMColocatedEngine(
             run.model, self.tokenizer, llm, rank=run.ranks.index, gathered=run.ranks.gathered, **shared
         )
+
+    def _native_engine(self, run: Run) -> Engine:
+        args, bound = self.args, None
+        if args.rollout_cache_gib is not None:
+            sets = [self._source.prompts, *run.eval_sets.values()]
+            longest = max(len(group.prompt_ids) for groups in sets for group in groups)
+            completion = args.max_completion_length
+            bound = cache_tokens(run.model, args.rollout_cache_gib, prompt=longest, completion=completion)
+        return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=args.compile_rollouts)
 
     @property
     def _tolerates_mismatch(self) -> bool:
