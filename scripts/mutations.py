@@ -96,6 +96,9 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),
     ("stages/online.py", "fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)", "pass", "test_staleness.py"),
     ("config/policy_fields.py", "(\"token_truncate\" if self.max_staleness else None)", "None", "test_staleness.py"),
+    ("stages/policy_gradient.py", "return \"policy_logprobs\" if self.args.staleness_bound else", "return \"policy_logprobs\" if False else", "test_staleness.py"),
+    ("rollout/vllm/identity.py", "if all(abs(value - k) < _ROUNDED_NATS", "if all(abs(value - k) < 99", "test_vllm_pool.py"),
+    ("rollout/vllm/wire.py", "sampled if mode == \"processed\" or samples_policy(params) else None", "sampled", "test_vllm_wire.py"),
     # phases
     ("training/phases.py", "seconds / max(self._steps, 1)", "seconds", "test_phases.py"),
     ("training/phases.py", "if self._current != \"evaluation\":", "if self._current is None:", "test_phases.py"),

@@ -25,9 +25,9 @@ class LocalServer(ThreadServer):
     """Serves a model; `faults` change what it does.
 
     ignore_reload, keep_head, drop_adapter: weights that do not arrive, in whole or in part. hot: samples at twice the
-    temperature. raw: log-probabilities before the sampling parameters. refuse_rank: adapters are refused. hang: answers
-    no request for completions. deaf: answers nothing. break: closes the connection in the middle of an answer. dribble:
-    sends an answer byte by byte, slowly.
+    temperature. raw: log-probabilities before the sampling parameters. logits: no log-probabilities. refuse_rank:
+    adapters are refused. hang: answers no request for completions. deaf: answers nothing. break: closes the connection
+    in the middle of an answer. dribble: sends an answer byte by byte, slowly.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, port: int = 0, token: str | None = None) -> None:
@@ -101,16 +101,13 @@ class LocalServer(ThreadServer):
             time.sleep(self.token_seconds)
             raw = self.logprobs(model, prompt + ids)[-1]
             row = self.logprobs(model, prompt + ids, used)[-1]
-            if body["temperature"] == 0 or body.get("top_k") == 1:
-                token = int(row.argmax())
-                row = (
-                    row if body["temperature"] == 0 else torch.full_like(row, -torch.inf).index_fill(0, row.argmax(), 0)
-                )
-            else:
-                token = int(torch.multinomial(row.exp(), 1, generator=generator))
+            if (kept := body.get("top_k") or 0) > 0:
+                row = row.masked_fill(row < row.topk(kept).values[-1], -torch.inf).log_softmax(-1)
+            is_greedy = body["temperature"] == 0
+            token = int(row.argmax() if is_greedy else torch.multinomial(row.exp(), 1, generator=generator))
             ids.append(token)
             self.tokens += 1
-            values.append(float((raw if "raw" in self.faults else row)[token]))
+            values.append(float((raw if "raw" in self.faults else row)[token]) + 3 * ("logits" in self.faults))
             if token in body.get("stop_token_ids", ()):
                 return ids, values, "stop", token
             if found := [s for s in body.get("stop", ()) if s in self.tokenizer.decode(ids)]:

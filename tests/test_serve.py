@@ -65,6 +65,7 @@ def test_the_command_line_makes_a_sync_possible() -> None:
     line = " ".join(command)
     assert line.startswith("vllm serve folder --host 127.0.0.1 --port 9")
     assert "--logprobs-mode processed_logprobs" in line
+    assert "--logprobs-mode raw_logprobs" in " ".join(server_command("vllm", "folder", parsed("m", "--raw-logprobs")))
     assert "--generation-config vllm" in line
     assert "--max-model-len 100" in line
     # The smallest of vLLM's ranks that holds 12, and room for the next adapter beside the one in use.

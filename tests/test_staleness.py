@@ -114,6 +114,20 @@ def test_stale_samples_are_weighted_and_fresh_ones_checked(server: LocalServer, 
     closed(made)
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 4}, {"top_k": 90}])
+def test_first_weights_are_1_under_truncation(server: LocalServer, tmp_path: Path, fields: dict[str, Any]) -> None:
+    made = trainer(tmp_path, server.url, max_staleness=1, **fields)
+    with pytest.raises(ConfigError, match="burnish serve MODEL --raw-logprobs"):
+        made.train()
+    closed(made)
+    server.faults.add("raw")
+    made = trainer(tmp_path, server.url, max_staleness=1, **fields)
+    made.train()
+    assert logged(made, "sampling/correction/mean")[0] == pytest.approx(1, abs=1e-4)
+    assert logged(made, "sampling/logprob_difference/max")[0] < 1e-4
+    closed(made)
+
+
 def test_a_resumed_run_loses_no_group_and_repeats_none(server: LocalServer, tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "max_staleness": 2, "max_steps": 6, "shuffle_dataset": False, "log_completions": True, "save_strategy": "steps",
@@ -225,8 +239,8 @@ def test_what_cannot_overlap_is_refused(tmp_path: Path) -> None:
     engine = NativeEngine(model, tiny.tokenizer())
     with pytest.raises(ConfigError, match=r"max_staleness = 1: NativeEngine samples in"):
         trainer(tmp_path, "http://127.0.0.1:9", model=model, use_vllm=False, max_staleness=1, engine=engine)
-    with pytest.raises(ConfigError, match=r"top_p = 0\.9 with max_staleness = 1: .* use 1\.0"):
-        trainer(tmp_path, "http://127.0.0.1:9", model=model, max_staleness=1, top_p=0.9)
+    with pytest.raises(ConfigError, match=r"top_p = 0\.9 with max_staleness = 1 and temperature = 0\.7: .* use 1\.0"):
+        trainer(tmp_path, "http://127.0.0.1:9", model=model, max_staleness=1, top_p=0.9, temperature=0.7)
 
 
 class Promises:

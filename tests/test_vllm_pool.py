@@ -469,11 +469,44 @@ def test_another_tokenizer_is_refused_when_connecting() -> None:
         pool.close()
 
 
-def test_raw_logprobs_are_refused(servers: list[LocalServer], model: Any) -> None:
-    servers[0].faults.add("raw")
+@pytest.mark.parametrize(
+    ("faults", "modes", "message"),
+    [
+        ("raw raw", ("processed",), "before temperature and truncation.*--logprobs-mode processed_logprobs"),
+        ("- -", ("raw",), "after truncation, .*burnish serve MODEL --raw-logprobs.*no top_p"),
+        (
+            "raw -",
+            ("processed", "raw"),
+            "log-probabilities and another server .* start all of them with --raw-logprobs",
+        ),
+        ("logits logits", ("processed", "raw"), "neither those before .*--logprobs-mode processed_logprobs"),
+    ],
+)
+def test_log_probabilities_that_the_run_cannot_use_are_refused(
+    servers: list[LocalServer], model: Any, faults: str, modes: tuple[Any, ...], message: str
+) -> None:
+    for server, fault in zip(servers, faults.split(), strict=True):
+        server.faults.add(fault)
     made = engine(model, servers)
-    with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
+    made._pool._modes = modes
+    with pytest.raises(ConfigError, match=message):
         made.sync(0)
+
+
+def test_raw_log_probabilities_are_the_policys_under_truncation(servers: list[LocalServer], model: Any) -> None:
+    for server in servers:
+        server.faults.add("raw")
+    made = engine(model, servers)
+    made._pool._modes = ("raw",)
+    made.sync(0)
+    request = Request([5, 6, 7], 3, SamplingParams(6, top_k=4))
+    (found,) = made.generate([request], seed=1, step=0)
+    for completion in found:
+        with torch.no_grad():
+            rows = model(input_ids=torch.tensor([[*request.prompt_ids, *completion.token_ids]])).logits[0, 2:-1]
+        expected = rows.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert completion.policy_logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+        assert completion.sampler_logprobs is None
 
 
 def test_the_token_of_a_server_is_found_by_its_port(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -287,3 +287,26 @@ def test_a_death_in_the_middle_of_a_sync_is_no_mixture(server: Served, other: Se
     tiny.move(model, 1e-2, seed=8)
     assert made.sync(2)["sampling/servers"] == 2
     timed(made, REQUESTS)
+
+
+def test_a_raw_server_reports_the_policys_log_probabilities(folder: Path) -> None:
+    """Under truncation and a penalty, of which another server's are not the policy's."""
+    made, model = Served(folder, folder.parent / "raw.log", "--raw-logprobs"), fresh(tie_word_embeddings=True)
+    try:
+        made.wait()
+        pool = ServerPool([(made.url, token_of(made.url))], tiny.tokenizer(), DEADLINES, ("raw",))
+        pool.call(pool.connect())
+        engine = VLLMServerEngine(model, tiny.tokenizer(), pool, bound=1e-6)
+        tiny.move(model, 0.05)
+        engine.sync(0)
+        params = SamplingParams(12, top_k=4, top_p=0.9, repetition_penalty=1.3)
+        for completion in engine.generate([Request([5, 6, 7], 4, params)], seed=1, step=0)[0]:
+            ids = torch.tensor([[5, 6, 7, *completion.token_ids]])
+            with torch.no_grad():
+                rows = model(input_ids=ids).logits[0, 2:-1].log_softmax(-1)
+            expected = rows.gather(1, ids[0, 3:, None])[:, 0].tolist()
+            assert completion.policy_logprobs == pytest.approx(expected, abs=2e-4)
+            assert completion.sampler_logprobs is None
+        engine.close()
+    finally:
+        made.stop()

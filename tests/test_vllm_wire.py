@@ -14,6 +14,7 @@ from burnish.rollout import Request, SamplingParams
 from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm.dispatch import Job
 from burnish.rollout.vllm.wire import (
+    assemble_group,
     completion_request,
     parse_pieces,
     parse_prompt_logprobs,
@@ -90,6 +91,10 @@ def test_truncated_samples_have_no_log_probabilities_of_the_policy(changes: dict
     (found,) = read([choice([4, 7])], params)
     assert found.sampler_logprobs == [-0.5, -1.5]
     assert found.policy_logprobs == ([-0.5, -1.5] if is_policy else None)
+    pieces = [parse_pieces({"choices": [choice([4, 7])]}, 1, 0)]
+    (raw,) = assemble_group(pieces, Request([5], 1, params), TOKENIZER, "raw")
+    assert raw.policy_logprobs == [-0.5, -1.5]
+    assert raw.sampler_logprobs == ([-0.5, -1.5] if is_policy else None)
 
 
 def test_ends_are_told_apart() -> None:

@@ -96,6 +96,11 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32; the dtype that is trained")
     serve.add_argument("--max-model-len", type=int, help="most tokens of a prompt with its completion")
     serve.add_argument("--lora-rank", type=int, help="accept LoRA adapters of up to this rank")
+    serve.add_argument(
+        "--raw-logprobs",
+        action="store_true",
+        help="report log-probabilities before truncation, for max_staleness with top_p, top_k, min_p or a penalty",
+    )
     serve.add_argument("--vllm", metavar="PROGRAM", help="vLLM's program (default: .venv-vllm/bin/vllm, or the PATH's)")
     serve.add_argument("--restarts", type=int, default=3, help="how often to start it again (default: %(default)s)")
     serve.add_argument("--expose", action="store_true", help="listen at an address that others reach")

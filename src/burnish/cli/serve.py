@@ -78,7 +78,8 @@ def find_vllm(given: str | None) -> str:
 def server_command(executable: str, folder: str, args: argparse.Namespace) -> list[str]:
     """Build the command line: log-probabilities of what was sampled, no defaults of the model, adapters if wanted."""
     command = [executable, "serve", folder, "--host", args.host, "--port", str(args.port)]
-    command += ["--served-model-name", args.model, "--logprobs-mode", "processed_logprobs"]
+    mode = "raw_logprobs" if args.raw_logprobs else "processed_logprobs"
+    command += ["--served-model-name", args.model, "--logprobs-mode", mode]
     command += ["--generation-config", "vllm", "--dtype", args.dtype]
     if args.max_model_len is not None:
         command += ["--max-model-len", str(args.max_model_len)]

@@ -269,6 +269,12 @@ class OnlineFields(CommonFields):
     )
 
     @property
+    def samples_part(self) -> bool:
+        """Whether completions are sampled from a part of the policy's distribution, or from a changed one."""
+        is_whole = self.top_p == 1 and not self.top_k and not self.min_p
+        return not is_whole or self.repetition_penalty != 1
+
+    @property
     def staleness_bound(self) -> int:
         """Rollouts that sampling may run ahead of training: 0 where the loss is for fresh samples only."""
         return 0

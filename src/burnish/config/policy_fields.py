@@ -250,15 +250,16 @@ class PolicyFields(OnlineFields):
             yield f"sampling_correction_min = {low!r}: not below sampling_correction_max = {high!r}; use a smaller one."
 
     def _staleness_contradictions(self) -> Iterator[str]:
-        if not (self.max_staleness and self.use_vllm):
+        if not (self.max_staleness and self.use_vllm and self.temperature != 1):
             return
         whole = {"top_p": (self.top_p, 1.0), "top_k": (self.top_k or 0, 0), "min_p": (self.min_p or 0.0, 0.0)}
         whole["repetition_penalty"] = (self.repetition_penalty, 1.0)
         for name, (value, default) in whole.items():
             if value != default:
                 yield (
-                    f"{name} = {value!r} with max_staleness = {self.max_staleness}: a server returns log-probabilities "
-                    f"of the truncated distribution only, by which stale samples cannot be weighted; use {default!r}."
+                    f"{name} = {value!r} with max_staleness = {self.max_staleness} and temperature = "
+                    f"{self.temperature}: a server's log-probabilities before truncation, by which stale samples are "
+                    f"weighted, are those of temperature 1; use {default!r}, or a temperature of 1."
                 )
 
 

@@ -304,7 +304,11 @@ class OnlineStage(Stage):
     def load(self, model: Any) -> tuple[Any, dict[torch.nn.Parameter, torch.Tensor]]:
         """Load the model, once the servers that will sample from it have been found and checked."""
         if self.args.use_vllm and self.args.vllm_mode == "server":
-            self._pool = ServerPool.connected(self.args.server_urls, self.tokenizer, self.args.vllm_server_timeout)
+            args = self.args
+            # At temperature 1 the model's own log-probabilities serve too; of stale samples under truncation only they.
+            needs_own = args.staleness_bound and args.samples_part
+            modes = ("processed",) if args.temperature != 1 else ("raw",) if needs_own else ("processed", "raw")
+            self._pool = ServerPool.connected(args.server_urls, self.tokenizer, args.vllm_server_timeout, modes)
         return super().load(model)
 
     def _chosen_engine(self, run: Run) -> Engine:

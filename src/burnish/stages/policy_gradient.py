@@ -110,11 +110,21 @@ class PolicyGradient(Algorithm):
         """Whether samples are weighted by the ratio of policy and sampler probabilities."""
         return self.args.correction is not None
 
+    @property
+    def _sampled_logprobs(self) -> str:
+        """Which log-probabilities of a sample the policy's are compared with.
+
+        Weights of stale samples correct the change of the weights alone, so they are 1 at the first step under
+        truncation too.
+        """
+        return "policy_logprobs" if self.args.staleness_bound else "sampler_logprobs"
+
     def check_samples(self, completions: Sequence[Completion], engine: str) -> None:
         """Refuse samples without the log-probabilities that the correction needs."""
-        if self.corrects_sampling and any(c.sampler_logprobs is None for c in completions):
+        needed = self._sampled_logprobs
+        if self.corrects_sampling and any(getattr(c, needed) is None for c in completions):
             raise ConfigError(
-                f"sampling_correction = {self.args.correction!r}: {engine} returns no sampler_logprobs, "
+                f"sampling_correction = {self.args.correction!r}: {engine} returns no {needed}, "
                 "which the correction needs; use an engine that does, or remove the field."
             )
 
@@ -307,7 +317,7 @@ class PolicyGradient(Algorithm):
             return None
         return correction_weights(
             old_N,
-            batch.token["sampler_logprobs"],
+            batch.token[self._sampled_logprobs],
             kind=args.correction,
             maximum=args.sampling_correction_max,
             minimum=args.sampling_correction_min,

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from burnish.rollout.engine import Request
 from burnish.rollout.vllm.client import ServerLost, ServerRefused
 from burnish.rollout.vllm.delivery import Server, confirm
-from burnish.rollout.vllm.wire import Piece, assemble_group, completion_request, continuation, parse_pieces
+from burnish.rollout.vllm.wire import (
+    LogprobsMode,
+    Piece,
+    assemble_group,
+    completion_request,
+    continuation,
+    parse_pieces,
+)
 from burnish.types import Completion
 
 if TYPE_CHECKING:
@@ -68,9 +75,9 @@ class Job:
             self.pieces[number].append(piece)
         return all(pieces and pieces[-1].finish != "abort" for pieces in self.pieces)
 
-    def result(self, tokenizer: Any) -> list[Completion]:
+    def result(self, tokenizer: Any, mode: LogprobsMode = "processed") -> list[Completion]:
         """Return the completions, once all samples are done."""
-        return assemble_group(self.pieces, self.request, tokenizer)
+        return assemble_group(self.pieces, self.request, tokenizer, mode)
 
 
 class Dispatcher:
@@ -255,7 +262,7 @@ class Dispatcher:
             raise error
         elif job.add(task.result()):
             self._seconds.append(time.monotonic() - started)
-            found = job.result(self._pool.tokenizer)
+            found = job.result(self._pool.tokenizer, self._pool.mode or "processed")
             self._waiting.popleft()
             job.future.set_result(found)
 

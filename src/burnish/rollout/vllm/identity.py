@@ -11,11 +11,15 @@ from typing import Any, cast
 from burnish.data.tokens import plain_ids
 from burnish.errors import ConfigError
 from burnish.rollout.vllm.client import ServerClient, ServerRefused
+from burnish.rollout.vllm.wire import LogprobsMode, parse_prompt_logprobs, probe_request
 
-__all__ = ["Served", "check_logprobs_mode", "check_tokenizer", "read_served"]
+__all__ = ["Served", "check_tokenizer", "read_logprobs_mode", "read_served"]
 
 _CHUNK = 4096
 """Tokens of one request that decodes them."""
+
+_ROUNDED_NATS = 0.25
+"""Largest difference between decoding a token and scoring it in a prompt, in 16 bits."""
 
 _TEXT = "Répondez: 12 * 7 = 84,\n\tif x<=y: return '…'  # ok; 日本語, naïve café — 1e-6"
 
@@ -89,21 +93,29 @@ def _other_tokenizer(client: ServerClient, difference: str) -> ConfigError:
     )
 
 
-async def check_logprobs_mode(client: ServerClient, served: Served, prompt: Sequence[int]) -> None:
-    """Check that log-probabilities are of the distribution sampled from: -log m where top_k = 1 keeps m equal logits.
+async def read_logprobs_mode(client: ServerClient, served: Served, prompt: Sequence[int]) -> LogprobsMode:
+    """Find out which log-probabilities a server returns.
 
-    m is mostly 1; logits of 16 bits tie now and then.
+    Those of the distribution sampled from are -log m where top_k = 1 keeps m equal logits. m is mostly 1; logits of 16
+    bits tie now and then. Those of the model are what it says of the same tokens in a prompt.
 
     Raises:
-        ConfigError: the server reports those before the sampling parameters apply.
+        ConfigError: they are neither.
     """
     body = {"model": served.name, "prompt": list(prompt), "max_tokens": 4, "temperature": 1.0, "top_k": 1}
     body |= {"logprobs": 0, "ignore_eos": True, "seed": 1, "return_token_ids": True, "add_special_tokens": False}
     answer = await client.post("/v1/completions", body, deadline=120.0)
-    values = answer["choices"][0]["logprobs"]["token_logprobs"]
+    choice = answer["choices"][0]
+    values = [float(value) for value in choice["logprobs"]["token_logprobs"]]
     allowed = [-math.log(ties) for ties in range(1, 9)]
-    if not all(isinstance(v, int | float) and min(abs(v - a) for a in allowed) < 1e-3 for v in values):
-        raise ConfigError(
-            f"{client.url} reports log-probabilities before temperature and truncation ({values}): start it with "
-            "--logprobs-mode processed_logprobs, as `burnish serve` does."
-        )
+    if all(min(abs(value - a) for a in allowed) < 1e-3 for value in values):
+        return "processed"
+    tokens = [*prompt, *choice["token_ids"]]
+    scored = await client.post("/v1/completions", probe_request(tokens, model=served.name), deadline=120.0)
+    known = parse_prompt_logprobs(scored, tokens)[-len(values) :]
+    if all(abs(value - k) < _ROUNDED_NATS for value, k in zip(values, known, strict=True)):
+        return "raw"
+    raise ConfigError(
+        f"{client.url} reports log-probabilities that are neither those before temperature and truncation nor those "
+        f"after ({values}): start it with --logprobs-mode processed_logprobs, as `burnish serve` does."
+    )

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from burnish.errors import EngineError
+from burnish.errors import ConfigError, EngineError
 from burnish.rollout.engine import Request
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
 from burnish.rollout.vllm.delivery import Server, deliver, has, prove
 from burnish.rollout.vllm.dispatch import Dispatcher, Samples
-from burnish.rollout.vllm.identity import check_logprobs_mode, check_tokenizer, read_served
+from burnish.rollout.vllm.identity import check_tokenizer, read_logprobs_mode, read_served
 from burnish.rollout.vllm.updates import Update
+from burnish.rollout.vllm.wire import LogprobsMode
 
 __all__ = ["ServerPool"]
 
@@ -32,10 +33,19 @@ class ServerPool:
         clients: URL of each server, and its token; None looks the token up.
         tokenizer: the trainer's.
         deadlines: see `Deadlines`.
+        modes: log-probabilities that the run can use; all servers report the same.
     """
 
-    def __init__(self, clients: Sequence[tuple[str, str | None]], tokenizer: Any, deadlines: Deadlines) -> None:
+    def __init__(
+        self,
+        clients: Sequence[tuple[str, str | None]],
+        tokenizer: Any,
+        deadlines: Deadlines,
+        modes: Collection[LogprobsMode] = ("processed",),
+    ) -> None:
         self.deadlines, self.tokenizer = deadlines, tokenizer
+        self._modes: Collection[LogprobsMode] = modes
+        self.mode: LogprobsMode | None = None
         self.servers = [Server(ServerClient(url, token, deadlines)) for url, token in clients]
         self.update: Update | None = None
         self._dispatcher, self._lock = Dispatcher(self), asyncio.Lock()
@@ -44,19 +54,22 @@ class ServerPool:
         self._thread.start()
 
     @classmethod
-    def connected(cls, urls: Sequence[str], tokenizer: Any, timeout: float) -> ServerPool:
+    def connected(
+        cls, urls: Sequence[str], tokenizer: Any, timeout: float, modes: Collection[LogprobsMode] = ("processed",)
+    ) -> ServerPool:
         """Connect to servers, waiting until one is up.
 
         Args:
             urls: one or more.
             tokenizer: the trainer's.
             timeout: longest wait in seconds.
+            modes: log-probabilities that the run can use.
 
         Raises:
             ConfigError: a server has another tokenizer.
             EngineError: none is up in time.
         """
-        pool = cls([(url, None) for url in urls], tokenizer, Deadlines(start=timeout))
+        pool = cls([(url, None) for url in urls], tokenizer, Deadlines(start=timeout), modes)
         try:
             pool.call(pool.connect())
         except BaseException:
@@ -190,8 +203,28 @@ class ServerPool:
             await deliver(server, update, self.deadlines)
         assert server.served is not None
         if was_lost:
-            await check_logprobs_mode(server.client, server.served, update.sequences[0][:2])
+            self._check_mode(server, await read_logprobs_mode(server.client, server.served, update.sequences[0][:2]))
             logger.info("vLLM server ready: %s at %s", server.client.url, update.tag)
+
+    def _check_mode(self, server: Server, mode: LogprobsMode) -> None:
+        url = server.client.url
+        if mode == "raw" and mode not in self._modes:
+            raise ConfigError(
+                f"{url} reports log-probabilities before temperature and truncation, and this run needs those after: "
+                "start it with --logprobs-mode processed_logprobs, as `burnish serve` does."
+            )
+        if mode not in self._modes:
+            raise ConfigError(
+                f"{url} reports log-probabilities after truncation, by which stale samples cannot be weighted: start "
+                "it with `burnish serve MODEL --raw-logprobs`, or sample from all tokens (no top_p, top_k, min_p or "
+                "repetition_penalty)."
+            )
+        if self.mode not in (None, mode):
+            raise ConfigError(
+                f"{url} reports {mode} log-probabilities and another server {self.mode} ones: start all of them with "
+                "--raw-logprobs, or none."
+            )
+        self.mode = mode
 
     async def adopt(self, update: Update, ready: Sequence[tuple[str, str | None]]) -> None:
         """Start groups again with what the first rank has synced: URL and adapter of each server that is ready."""

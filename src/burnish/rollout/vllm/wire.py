@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from burnish.data.tokens import decode_text
 from burnish.errors import EngineError
@@ -16,6 +16,7 @@ from burnish.types import Completion, StopReason
 
 __all__ = [
     "PROBE_FIELDS",
+    "LogprobsMode",
     "Piece",
     "assemble",
     "assemble_group",
@@ -58,12 +59,13 @@ class Piece:
     version: int
 
 
-def samples_policy(params: SamplingParams) -> bool:
-    """Return whether the sampling distribution is the policy's at that temperature: no truncation, no penalty.
+LogprobsMode = Literal["processed", "raw"]
+"""Which log-probability a server returns of a token: that of the distribution sampled from, or that of the model at
+temperature 1, before truncation and penalty."""
 
-    A server returns one log-probability per token, that of the distribution sampled from; only then it is the
-    policy's too.
-    """
+
+def samples_policy(params: SamplingParams) -> bool:
+    """Return whether the sampling distribution is the policy's at that temperature: no truncation, no penalty."""
     is_whole = params.top_p == 1 and params.top_k == 0 and params.min_p == 0
     return params.repetition_penalty == 1 and (is_whole or params.temperature == 0)
 
@@ -162,20 +164,23 @@ def parse_pieces(answer: Any, wanted: int, version: int) -> list[Piece]:
     return [_piece(choice, version) for choice in choices]
 
 
-def assemble_group(pieces: Sequence[Sequence[Piece]], request: Request, tokenizer: Any) -> list[Completion]:
+def assemble_group(
+    pieces: Sequence[Sequence[Piece]], request: Request, tokenizer: Any, mode: LogprobsMode = "processed"
+) -> list[Completion]:
     """Join the pieces of each sample of a request, or of the one that stands for all greedy ones.
 
     Returns:
         G completions; see `assemble`.
     """
-    return [assemble(one, request, tokenizer) for one in [*pieces] * (request.num_samples // len(pieces))]
+    return [assemble(one, request, tokenizer, mode) for one in [*pieces] * (request.num_samples // len(pieces))]
 
 
-def assemble(pieces: Sequence[Piece], request: Request, tokenizer: Any) -> Completion:
+def assemble(pieces: Sequence[Piece], request: Request, tokenizer: Any, mode: LogprobsMode = "processed") -> Completion:
     """Join the pieces of a completion, the last of which is not aborted.
 
     Returns:
-        A completion with the stream `policy_version`. `policy_logprobs` are None under truncation or a penalty.
+        A completion with the stream `policy_version`. Under truncation or a penalty a server tells either
+        `policy_logprobs` or `sampler_logprobs`, as its mode says, and the others are None.
 
     Raises:
         EngineError: it was cut short, or stopped at something that the request did not ask for.
@@ -207,8 +212,8 @@ def assemble(pieces: Sequence[Piece], request: Request, tokenizer: Any) -> Compl
         ids,
         text=_text(ids, params, ends | {tokenizer.pad_token_id}, tokenizer, is_stopped=reason is StopReason.STOP),
         stop_reason=reason,
-        sampler_logprobs=sampled,
-        policy_logprobs=list(sampled) if samples_policy(params) else None,
+        sampler_logprobs=sampled if mode == "processed" or samples_policy(params) else None,
+        policy_logprobs=list(sampled) if mode == "raw" or samples_policy(params) else None,
         token={"policy_version": versions},
     )
 
