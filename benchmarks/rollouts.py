@@ -71,6 +71,8 @@ def contenders(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Engines by name: which worker, with which options, in which environment."""
     own = {"engine": "native", "python": Path(sys.executable)}
     found: dict[str, dict[str, Any]] = {"native": own, "hf": own | {"engine": "hf"}}
+    if options.compiled:
+        found["native-compiled"] = own | {"options": {"compile_forward": True}}
     for name in options.vllm:
         found[f"vllm-{name}"] = {"engine": "vllm", "python": options.vllm_python, "variables": variables(name, options)}
     if options.no_speculate:
@@ -200,10 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--workloads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--compiled", action="store_true", help="also the native engine with a compiled forward")
     parser.add_argument("--no-speculate", action="store_true", help="also the native engine without guesses")
     parser.add_argument("--no-pack", action="store_true", help="also the native engine without packed weights")
     parser.add_argument(
-        "--vllm", nargs="+", choices=VLLM, default=["iomp", "gomp"], help="; ".join(map(": ".join, VLLM.items()))
+        "--vllm", nargs="*", choices=VLLM, default=["iomp", "gomp"], help="; ".join(map(": ".join, VLLM.items()))
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")

@@ -28,7 +28,7 @@ __all__ = ["CompiledForward", "Lower", "check_compiler"]
 _logger = logging.getLogger(__name__)
 
 _TRACED_TOKENS = 29
-"""Tokens of the traced forward: a size that no dimension of a model has, so that none is taken for it."""
+"""Tokens of the traced forward: a number that no model compares its length with."""
 
 Lower = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 """Turn a graph and its fake inputs into a function of the inputs, which returns a sequence of outputs."""
