@@ -248,7 +248,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/packing.py", "positions += range(prompt_length, prompt_length + length)", "positions += range(length)", SCORING),
     ("model/packing.py", "else prompt_start + prompt_length - 1 for j in scored", "else start for j in scored", SCORING),
     ("model/scoring.py", "torch.ones_like(batch.input_ids),", "None,", SCORING),
-    ("model/prefix.py", "positions[query] - positions[key] < rule.window", "positions[query] - positions[key] <= rule.window", SCORING),
+    ("model/prefix.py", "positions[query] - positions[key] < rule.window", "positions[query] - positions[key] <= rule.window", "test_attention.py"),
     ("model/prefix.py", "torch.tanh(scores / softcap)", "torch.tanh(scores)", SCORING),
     ("model/tiled_head.py", "return self.spec.scale / self.temperature", "return self.spec.scale * self.temperature", HEAD),
     ("model/tiled_head.py", ".square_().neg_().add_(1)", ".square_().add_(1)", HEAD),

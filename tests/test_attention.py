@@ -14,7 +14,7 @@ from burnish.errors import CheckFailed, ModelError
 from burnish.model import prefix
 from burnish.model import self_test as support_module
 from burnish.model.attention import IMPLEMENTATION, AttentionCall, SlidingWindow, install, math_attention, use_layout
-from burnish.model.prefix import PrefixLayout
+from burnish.model.prefix import PrefixLayout, _mask_mod
 from burnish.model.self_test import supports_prefix
 from burnish.types import GroupSpan
 
@@ -88,6 +88,24 @@ def packed_row(groups: tuple[tuple[int, tuple[int, ...]], ...] = GROUPS) -> tupl
         spans.append(GroupSpan(prompt, tuple(completions)))
     tokens = torch.randint(61, (1, end), generator=torch.Generator().manual_seed(1))
     return tokens, PrefixLayout(tuple(spans), torch.cat(positions)[None]), sequences
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 4])
+def test_the_mask_of_flex_attention_is_that_of_the_sequences(window: int | None) -> None:
+    """A token sees what comes before it in its own sequence; the kernel that reads the mask needs a GPU."""
+    tokens, layout, _ = packed_row()
+    length = tokens.shape[1]
+    expected = torch.zeros(length, length, dtype=torch.bool)
+    for span in layout.spans:
+        for start, size in span.completions or ((0, 0),):
+            row = [*range(span.prompt[0], sum(span.prompt)), *range(start, start + size)]
+            for place, query in enumerate(row):
+                first = 0 if window is None else max(place - window + 1, 0)
+                expected[query, row[first : place + 1]] = True
+    index, zero = torch.arange(length), torch.zeros((), dtype=torch.long)
+    rule = None if window is None else SlidingWindow(window)
+    mask = _mask_mod(layout.spans, layout.position_ids[0], rule)(zero, zero, index[:, None], index[None])
+    assert torch.equal(mask.expand(length, length), expected)
 
 
 def packed_logits(model: nn.Module, tokens: Tensor, layout: PrefixLayout) -> Tensor:

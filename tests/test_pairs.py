@@ -67,6 +67,8 @@ def test_ranking_of_pairs() -> None:
     assert found.pairs_by_kind == {"form": 1, "right": 2}
     win = 1 / (1 + math.exp(-2))
     assert found.brier_score == pytest.approx(((1 - win) ** 2 + 0.25 + win**2) / 3)
+    longer = rank_pairs(lambda prompts, completions: [float(len(c)) for c in completions], rows[:1])
+    assert longer.brier_score == pytest.approx((1 - win) ** 2)
     # Bins of both orders: two at win (one right), two at 1 - win (one right), two at 0.5 (one right).
     assert found.calibration_error == pytest.approx((2 * (win - 0.5) + 2 * (0.5 - (1 - win))) / 6)
     with pytest.raises(DataError, match="at least one pair"):

@@ -39,9 +39,10 @@ def test_phases_of_two_steps_by_hand() -> None:
     clock.now = 1.0
     with phases.phase("sampling"):
         clock.now = 4.0
+        phases.add_tokens("sampling", 60)
         with phases.phase("rewards"):  # stays with the outer phase
             clock.now = 5.0
-    phases.add_tokens("sampling", 70)
+    phases.add_tokens("sampling", 10)
     phases.begin("update")
     clock.now = 7.0
     with phases.phase("scoring"):

@@ -81,7 +81,7 @@ def test_loss_and_step_equal_plain_forwards(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "split",
-    [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, {"token_budget": 25}],
+    [{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, {"token_budget": 25}, {"token_budget": 5}],
 )
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "aot_unpaired", ["sigmoid", "aot", "sft"], "ipo"])
 def test_dpo_is_independent_of_the_split(tmp_path: Path, split: dict[str, int], loss_type: Any) -> None:

@@ -18,7 +18,7 @@ from burnish import CheckFailed, ConfigError, DataError, GRPOConfig, GRPOTrainer
 from burnish.rollout import Request
 from burnish.training.sampler_check import SamplerCheck
 from burnish.training.step import Loss
-from burnish.types import Completion, Group
+from burnish.types import Completion, Group, Score, StopReason
 
 TEXTS = [{"prompt": f"{i}+{i}=", "completion": str(2 * i) * (1 + i % 3)} for i in range(24)]
 PROMPTS = [{"prompt": f"{i}+{i % 7}=" + "0" * (i % 5), "answer": str(i)} for i in range(24)]
@@ -331,6 +331,25 @@ def test_agreement_judges_2048_tokens_at_least_and_the_last_ones() -> None:
     steps([200] * 2, 0.8, check)
     steps([500] * 6, 0.0, check)
     steps([200] * 2, 0.8, check)
+
+
+def test_agreement_forgets_what_is_2048_tokens_ago() -> None:
+    """A difference of 0.2 nats is a divergence of 0.021: over the last two steps above the bound, over all below."""
+    check = SamplerCheck(0.01, mean_bound=1.0)
+    for step in range(6):
+        check.add(torch.zeros(1024), torch.zeros(1024))
+        check.flush(step, float, float)
+    check.add(torch.full((1024,), 0.2), torch.zeros(1024))
+    with pytest.raises(CheckFailed, match=r"step 6: .* over the last 2048 tokens"):
+        check.flush(6, float, float)
+
+
+def test_only_truncated_completions_are_masked(tmp_path: Path) -> None:
+    algorithm = grpo(tmp_path, mask_truncated_completions=True).stage.algorithm
+    for reason in StopReason:
+        completion = Completion([1, 2], stop_reason=reason, score=Score(1.0))
+        assert algorithm.in_loss(completion) is (reason is not StopReason.LENGTH)
+    assert not algorithm.in_loss(Completion([1, 2], stop_reason=StopReason.EOS, score=Score(None)))
 
 
 def test_one_token_far_off_is_no_mismatch() -> None:
