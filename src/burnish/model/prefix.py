@@ -132,12 +132,13 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def _mask_mod(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callable[..., Tensor]:
     """Build FlexAttention's mask_mod of the row: (batch, head, query index, key index) -> mask."""
-    own, prompt = torch.empty_like(positions), torch.empty_like(positions)
-    for start, length, prompt_start in (
-        (start, length, span.prompt[0]) for span in spans for start, length in (span.prompt, *span.completions)
-    ):
-        own[start : start + length] = start
-        prompt[start : start + length] = prompt_start
+    # By number, not by place: an empty prompt starts where its first completion does.
+    own, prompt, number = torch.empty_like(positions), torch.empty_like(positions), 0
+    for span in spans:
+        for part, (start, length) in enumerate((span.prompt, *span.completions)):
+            own[start : start + length] = number + part
+            prompt[start : start + length] = number
+        number += 1 + len(span.completions)
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (key <= query) & ((own[key] == own[query]) | (own[key] == prompt[query]))
