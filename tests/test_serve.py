@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from burnish.cli.main import build_parser, split_overrides
@@ -67,6 +68,7 @@ def test_the_command_line_makes_a_sync_possible() -> None:
     assert "--logprobs-mode processed_logprobs" in line
     assert "--logprobs-mode raw_logprobs" in " ".join(server_command("vllm", "folder", parsed("m", "--raw-logprobs")))
     assert "--generation-config vllm" in line
+    assert ("--no-enable-chunked-prefill" in line) is not torch.cuda.is_available()
     assert "--max-model-len 100" in line
     # The smallest of vLLM's ranks that holds 12, and room for the next adapter beside the one in use.
     assert "--enable-lora --max-loras 2 --max-cpu-loras 2 --max-lora-rank 16" in line

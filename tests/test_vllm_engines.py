@@ -171,6 +171,17 @@ def test_many_tiny_requests_and_long_prompts(source: Any, engine: Any) -> None:
 # Syncs.
 
 
+def test_more_prompt_tokens_than_a_forward_takes(engine: Any) -> None:
+    """A prompt that the rest of a forward has no room for waits for the next; its samples have seeds."""
+    model = fresh(seed=11)
+    made = engine(model)
+    made.sync(0)
+    requests = [Request([(i * j) % (VOCAB - 3) + 3 for j in range(1, 181)], 2, SamplingParams(4), index=i) for i in range(60)]
+    found = made.generate(requests, seed=1, step=0)
+    check_completions(requests, found, vocab_size=VOCAB)
+    assert tokens(found) == tokens(made.generate(requests, seed=1, step=0))
+
+
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3])
 def test_all_weights_arrive_the_tied_head_too(engine: Any, size: float) -> None:
     model = fresh(seed=12, tie_word_embeddings=True)

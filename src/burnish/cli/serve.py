@@ -81,6 +81,10 @@ def server_command(executable: str, folder: str, args: argparse.Namespace) -> li
     mode = "raw_logprobs" if args.raw_logprobs else "processed_logprobs"
     command += ["--served-model-name", args.model, "--logprobs-mode", mode]
     command += ["--generation-config", "vllm", "--dtype", args.dtype]
+    if not _has_gpu():
+        # A seeded prompt that is prefilled in parts ends the engine of the CPU build (vLLM 0.32), whose generators have
+        # no offset to set back.
+        command += ["--no-enable-chunked-prefill"]
     if args.max_model_len is not None:
         command += ["--max-model-len", str(args.max_model_len)]
     if args.lora_rank is not None:
@@ -103,14 +107,19 @@ def server_environment(token: str) -> dict[str, str]:
     }
 
 
+def _has_gpu() -> bool:
+    """Return whether vLLM would run on a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @contextlib.contextmanager
 def servable(model: str, *, bf16: bool) -> Generator[str]:
     """Yield a folder or name that vLLM loads, and reloads whole.
 
     A GGUF file is exported first, and adapters stand for their base. A tied head gets a weight of its own on a CPU.
     """
-    import torch
-
     name, source = model, find_model(model)
     if (adapters := saved_adapters(source.name)) is not None:
         name, source = adapters.base, find_model(adapters.base)
@@ -125,7 +134,7 @@ def servable(model: str, *, bf16: bool) -> Generator[str]:
             loaded.save_pretrained(folder)
             load_processing_class(name).save_pretrained(folder)
             del loaded
-        if folder.is_dir() and not torch.cuda.is_available():
+        if folder.is_dir() and not _has_gpu():
             folder = untied(folder, Path(made, "untied"))
         yield str(folder) if folder.is_dir() else source.name
 

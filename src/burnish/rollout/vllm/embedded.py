@@ -155,9 +155,11 @@ class EmbeddedLLM:
             "enable_sleep_mode": options.enable_sleep_mode and not self.is_cpu,
             "max_num_seqs": options.max_sequences,
             "max_num_batched_tokens": _BATCHED_TOKENS,
-            # Compiling takes minutes on a CPU.
-            "enforce_eager": self.is_cpu,
         }
+        if self.is_cpu:
+            # Compiling takes minutes. A seeded prompt that is prefilled in parts ends the engine (vLLM 0.32): a CPU's
+            # generator has no offset to set back.
+            arguments |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": None}
         if processes > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
         if has_adapters(model):
