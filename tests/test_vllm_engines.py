@@ -176,7 +176,8 @@ def test_more_prompt_tokens_than_a_forward_takes(engine: Any) -> None:
     model = fresh(seed=11)
     made = engine(model)
     made.sync(0)
-    requests = [Request([(i * j) % (VOCAB - 3) + 3 for j in range(1, 181)], 2, SamplingParams(4), index=i) for i in range(60)]
+    prompts = [[i * j % (VOCAB - 3) + 3 for j in range(1, 181)] for i in range(60)]
+    requests = [Request(prompt, 2, SamplingParams(4), index=i) for i, prompt in enumerate(prompts)]
     found = made.generate(requests, seed=1, step=0)
     check_completions(requests, found, vocab_size=VOCAB)
     assert tokens(found) == tokens(made.generate(requests, seed=1, step=0))
