@@ -98,7 +98,7 @@ _ROWS_OF_SFT: tuple[Any, ...] = (
     {"instruction": "a", "output": "b"}, {"instruction": "a", "input": "b", "output": "c"},
     {"question": "a", "answer": "b"}, {"conversations": [{"from": "human", "value": "x"}]},
 )  # fmt: skip
-"""Good there, and refused elsewhere."""
+"""Good there, and where prompts are sampled, but for a conversation; refused elsewhere."""
 
 
 def cases() -> Iterator[Case]:
@@ -158,7 +158,8 @@ def _of_rows(stage: str) -> Iterator[Case]:
             yield Case("data set", f"{stage} {i} {_label(row)}", partial(_build, stage, row))
     for i, row in enumerate(_ROWS_OF_SFT):
         rows = [*good(stage), row]
-        yield Case("row", f"{stage} {i} {_label(row)}, of SFT", partial(_build, stage, rows), stage != "sft")
+        is_good = stage == "sft" or (stage in ("grpo", "online_dpo") and "conversations" not in row)
+        yield Case("row", f"{stage} {i} {_label(row)}, of SFT", partial(_build, stage, rows), not is_good)
     for column in plain(stage):
         rows = good(stage)
         for place in range(6):
