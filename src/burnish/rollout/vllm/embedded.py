@@ -37,8 +37,11 @@ _ELSEWHERE = f"Sample with the native engine (use_vllm = false), or {_SERVER}."
 _BATCHED_TOKENS = 4096
 """Tokens of a forward, which bound its activations: vLLM's default for large GPUs leaves too little to the trainer."""
 
-_GROUP_VARIABLES = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
-"""Variables that vLLM sets for its own workers, and that every process started later would inherit."""
+_NEEDED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+_DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+"""Variables that vLLM reads at its start."""
+_OWN_VARIABLES = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+"""Variables that vLLM sets for its own workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,6 @@ class EmbeddedLLM:
 
     def __init__(self, model: Any, tokenizer: Any, options: EmbeddedOptions, *, processes: int = 1) -> None:
         lm = causal_lm(model)
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
-            os.environ.setdefault(name, value)
         self._folder = tempfile.TemporaryDirectory(prefix="burnish-vllm-")
         self._owns_group = not torch.distributed.is_initialized()
         self.options, self._adapters, self._adapter = options, 0, None
@@ -312,8 +312,9 @@ def _kept_random_state() -> Generator[None]:
 
 @contextmanager
 def _undisturbed() -> Generator[None]:
-    """Undo what a start of vLLM changes for the whole process."""
-    variables = {name: os.environ.get(name) for name in _GROUP_VARIABLES}
+    """Undo what a start of vLLM changes for the whole process, and for every process that it starts later."""
+    variables = {name: os.environ.get(name) for name in (*_NEEDED, *_DEFAULTS, *_OWN_VARIABLES)}
+    os.environ |= {**_DEFAULTS, **os.environ, **_NEEDED}
     set_num_threads = torch.set_num_threads
     with _kept_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
