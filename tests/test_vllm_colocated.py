@@ -277,7 +277,8 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def state_of_the_process() -> list[Any]:
     names = ["LD_PRELOAD", "LOCAL_WORLD_SIZE", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS"]
-    names += [name for name in os.environ if name.startswith("VLLM_")]
+    # A server that this process starts later would inherit them.
+    names += ["VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"]
     return [
         torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), torch.set_num_threads,
         torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
