@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -198,14 +199,16 @@ class CompiledForward:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Silence torch's own report of an operator that cannot be traced, which is ours to give."""
+    """Silence torch's report of an operator that cannot be traced, which is ours to give, and its deprecations."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _adapter_state(model: nn.Module) -> tuple[Any, ...]:
