@@ -91,6 +91,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/lookahead.py", "if begun.shard.position < end]", "][:number]", "test_staleness.py"),
     ("rollout/vllm/engine.py", "busy = set(self._gathered(list(pool.call(pool.hold()))))", "busy = pool.call(pool.hold())", "test_vllm_pool.py"),
     ("rollout/vllm/engine.py", "        self._gathered([])", "        pass", "test_vllm_pool.py"),
+    ("rollout/vllm/pool.py", "self.update, self.mode = update, mode", "self.update = update", "test_vllm_pool.py::test_every_rank_knows_which_log_probabilities_it_gets"),
     ("rollout/vllm/delivery.py", "== _on_its_way(update) and", "== 0 and", "test_vllm_pool.py"),
     ("stages/sampler.py", "return self.source.position - (0 if self.ahead is None else len(self.ahead))", "return self.source.position", "test_staleness.py"),
     ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),

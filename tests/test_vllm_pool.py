@@ -381,6 +381,24 @@ def test_weights_change_only_once_every_rank_has_ended_its_groups(servers: list[
     assert set(completion.token["policy_version"]) == {3.0, 4.0}
 
 
+def test_every_rank_knows_which_log_probabilities_it_gets(servers: list[LocalServer], model: Any) -> None:
+    """The first rank alone asks the servers."""
+    ranks = ThreadRanks()
+    for server in servers:
+        server.faults.add("raw")
+    made = [engine(model, servers, **ranks.of(rank)) for rank in (0, 1)]
+    for each in made:
+        each._pool._modes = ("raw",)
+
+    def sample(rank: int) -> list[Any]:
+        made[rank].sync(0)
+        return made[rank].generate([Request([5, 6, 7], 2, SamplingParams(4, top_k=4))], seed=1, step=0)
+
+    for (group,) in ranks.run(sample):
+        assert all(completion.sampler_logprobs is None for completion in group)
+        assert all(completion.policy_logprobs is not None for completion in group)
+
+
 def test_a_server_that_another_rank_restores_is_waited_for(servers: list[LocalServer], model: Any) -> None:
     """Both ranks find that a server was restarted; only one loads its weights, and nothing runs meanwhile."""
     ranks = ThreadRanks()

@@ -14,6 +14,7 @@ from burnish.rollout.vllm.dispatch import Samples
 from burnish.rollout.vllm.pool import ServerPool
 from burnish.rollout.vllm.updates import Update, Updates, check_fits, probe_metrics
 from burnish.rollout.vllm.weights import WeightFolders, refuse_unsupported
+from burnish.rollout.vllm.wire import LogprobsMode
 from burnish.types import Completion
 
 __all__ = ["VLLMServerEngine"]
@@ -110,8 +111,8 @@ class VLLMServerEngine(OverlappingEngine):
         update, is_new = self._agreed(lambda: self._updates.next(version, longest=self._longest() or None))
         if is_new:
             self._end_running()
-        ready = self._agreed(lambda: self._deliver(update))
-        self._pool.call(self._pool.adopt(update, ready))
+        ready, mode = self._agreed(lambda: self._deliver(update))
+        self._pool.call(self._pool.adopt(update, ready, mode))
         if not is_new:
             return {}
         return {"sampling/servers": float(len(ready)), **probe_metrics(s.proof for s in self._pool.ready)}
@@ -133,10 +134,10 @@ class VLLMServerEngine(OverlappingEngine):
         pool.call(pool.drain(lost))
         self._gathered([])
 
-    def _deliver(self, update: Update) -> list[tuple[str, str | None]]:
-        """Deliver an update, or restore lost servers; return what is ready."""
+    def _deliver(self, update: Update) -> tuple[list[tuple[str, str | None]], LogprobsMode | None]:
+        """Deliver an update, or restore lost servers; return what is ready, and the log-probabilities it reports."""
         self._pool.call(self._pool.sync(update))
-        return [(server.client.url, server.adapter) for server in self._pool.ready]
+        return [(server.client.url, server.adapter) for server in self._pool.ready], self._pool.mode
 
 
 def _close(pool: ServerPool, folders: WeightFolders) -> None:

@@ -226,9 +226,15 @@ class ServerPool:
             )
         self.mode = mode
 
-    async def adopt(self, update: Update, ready: Sequence[tuple[str, str | None]]) -> None:
-        """Start groups again with what the first rank has synced: URL and adapter of each server that is ready."""
-        self.update = update
+    async def adopt(self, update: Update, ready: Sequence[tuple[str, str | None]], mode: LogprobsMode | None) -> None:
+        """Start groups again with what the first rank has synced.
+
+        Args:
+            update: what was delivered.
+            ready: URL and adapter of each server that is ready.
+            mode: log-probabilities that the servers report.
+        """
+        self.update, self.mode = update, mode
         adapters = dict(ready)
         for server in self.servers:
             is_ready = server.client.url in adapters
