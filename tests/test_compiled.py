@@ -18,11 +18,11 @@ import tiny
 from burnish import GRPOConfig
 from burnish.errors import ConfigError
 from burnish.rollout import NativeEngine, Request, SamplingParams
-from burnish.rollout.compiled import CompiledForward, check_compiler
+from burnish.rollout.compiled import CompiledForward, check_compiler, compiling_pays
 from burnish.rollout.engines import make_engine
 from burnish.types import Completion
 from test_native import CONFIGS, build, tokenizer
-from test_trainers import grpo
+from test_trainers import PROMPTS, grpo
 
 __all__ = ["tokenizer"]
 
@@ -159,6 +159,37 @@ def test_a_missing_compiler_is_an_error_with_the_fix(tmp_path: Path) -> None:
             grpo(tmp_path, compile_rollouts=True)
     with pytest.raises(ConfigError, match="compile_rollouts = True on cuda: triton is missing"):
         check_compiler("cuda")
+
+
+@pytest.mark.parametrize(
+    ("fields", "compiles"),
+    [
+        ({"max_steps": 625}, True),
+        ({"max_steps": 624}, False),
+        ({"max_steps": 1250, "gradient_accumulation_steps": 1, "steps_per_generation": 2}, True),
+        ({"max_steps": 1248, "gradient_accumulation_steps": 1, "steps_per_generation": 2}, False),
+        ({"num_train_epochs": 79}, True),
+        ({"num_train_epochs": 78}, False),
+        ({"max_steps": 625, "compile_rollouts": False}, False),
+        ({"max_steps": 2, "compile_rollouts": True}, True),
+    ],
+)
+def test_a_long_run_compiles_by_itself(tmp_path: Path, fields: dict[str, Any], compiles: bool) -> None:
+    """A rollout has 8 tokens at most; without max_steps, 24 prompts in rollouts of 3."""
+    made = grpo(tmp_path, tiny.model().bfloat16(), bf16=True, **{"max_steps": -1, **fields})
+    assert len(PROMPTS) == 24
+    assert (made.stage.sampler.engine._compiled is not None) == compiles
+
+
+def test_what_is_not_measured_or_cannot_be_compiled_does_not_compile_by_itself(tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    half = tiny.model().bfloat16()
+    assert compiling_pays(half, 5000)
+    assert not compiling_pays(tiny.model(), 1e9)
+    assert not compiling_pays(half.to("meta"), 1e9)
+    with config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}):
+        assert not compiling_pays(tiny.model().bfloat16(), 5000)
 
 
 def test_contradictions_are_errors(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
+import time
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -54,9 +56,26 @@ def test_a_terminal_has_a_bar_with_the_same(
 def test_a_notebook_without_widgets_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    progress._console.cache_clear()
     for installed, redraws in ((None, False), (object(), True)):
         monkeypatch.setattr(progress, "find_spec", lambda name, found=installed: found)
         assert (progress._live_console() is not None) == redraws
+    progress._console.cache_clear()
+
+
+def test_a_phase_inside_a_bar_stands_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.console.Console", partial(Console, file=screen, force_terminal=True, width=120))
+    progress._console.cache_clear()
+    with Progress("work", 100) as shown:
+        with phase("compiling"):
+            time.sleep(0.3)
+        shown.update(50, "loss 1.5")
+    progress._console.cache_clear()
+    drawn = screen.getvalue()
+    assert "compiling ..." in drawn
+    assert "50/100" in drawn
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.05, ""), (0.31, "0.3 s"), (12.4, "12 s")])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -107,12 +108,18 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@cache
+def _console() -> Any:
+    """Return the one console of the process: what is shown on it while a bar runs stands below the bar."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _live_console() -> Any:
     """Return a console that can redraw lines; None in logs, notebooks without widgets and on other ranks."""
     if not _is_main() or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
         return None
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = _console()
     redraws = console.is_interactive or (console.is_jupyter and find_spec("ipywidgets") is not None)
     return console if redraws else None

@@ -201,10 +201,11 @@ class OnlineFields(CommonFields):
         LOGGING,
     )
 
-    compile_rollouts: bool = own(
-        False,
+    compile_rollouts: bool | None = own(
+        None,
         "Compile the native engine's decode forward: tens of seconds once, cached on disk, then less time per token. "
-        "Needs a C++ compiler on a CPU, triton on a GPU.",
+        "Needs a C++ compiler on a CPU, triton on a GPU. None: in bf16 on a CPU that has one, if the run may take more "
+        "than 5,000 decode forwards.",
         SAMPLING,
         resume="free",
     )

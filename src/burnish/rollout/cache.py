@@ -50,6 +50,8 @@ class _LayerCache:
     prompt_value: Tensor
     own_key: Tensor
     own_value: Tensor
+    _window: tuple[int, int] = (0, 0)
+    _views: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -57,6 +59,29 @@ class _LayerCache:
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.prompt_key, self.prompt_value, self.own_key, self.own_value
+
+    def resize(self, *, rows: int, own_tokens: int, prompts: int, prompt_tokens: int) -> None:
+        self.prompt_key = _resized(self.prompt_key, prompts, prompt_tokens)
+        self.prompt_value = _resized(self.prompt_value, prompts, prompt_tokens)
+        self.own_key = _resized(self.own_key, rows, own_tokens)
+        self.own_value = _resized(self.own_value, rows, own_tokens)
+        self._views = None
+
+    def add(self, call: AttentionCall, index: Tensor, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Store new keys and values at `index`; return the first `tokens` of each row, [rows, kv_heads, tokens, D]."""
+        # A decode forward is many small operators: views stay from one to the next while their shape does.
+        if self._views is None or self._window != (rows, tokens):
+            self._window = (rows, tokens)
+            self._views = (
+                self.own_key.flatten(0, 1),
+                self.own_value.flatten(0, 1),
+                self.own_key[:rows, :tokens].transpose(1, 2),
+                self.own_value[:rows, :tokens].transpose(1, 2),
+            )
+        all_keys, all_values, key, value = self._views
+        all_keys.index_copy_(0, index, call.key.squeeze(0).transpose(0, 1))
+        all_values.index_copy_(0, index, call.value.squeeze(0).transpose(0, 1))
+        return key, value
 
 
 @dataclass(slots=True)
@@ -161,10 +186,9 @@ class CacheLayout:
             return
         self._rows, self._own_tokens, self._prompts, self._prompt_tokens = grown
         for layer in self._layers.values():
-            layer.prompt_key = _resized(layer.prompt_key, self._prompts, self._prompt_tokens)
-            layer.prompt_value = _resized(layer.prompt_value, self._prompts, self._prompt_tokens)
-            layer.own_key = _resized(layer.own_key, self._rows, self._own_tokens)
-            layer.own_value = _resized(layer.own_value, self._rows, self._own_tokens)
+            layer.resize(
+                rows=self._rows, own_tokens=self._own_tokens, prompts=self._prompts, prompt_tokens=self._prompt_tokens
+            )
         self._note_bytes()
 
     def begin_prefill(self, spans: Sequence[PromptSpan]) -> None:
@@ -271,26 +295,29 @@ class CacheLayout:
         return torch.cat(outputs, dim=1)
 
     def _attend_rows(self, call: AttentionCall, layer: _LayerCache, step: _Step) -> Tensor:
-        tokens, heads, kv_heads = call.query.shape[2], call.query.shape[1], call.key.shape[1]
-        rows, repeats = tokens // step.width, heads // kv_heads
-        layer.own_key.flatten(0, 1).index_copy_(0, step.write_index, call.key[0].transpose(0, 1))
-        layer.own_value.flatten(0, 1).index_copy_(0, step.write_index, call.value[0].transpose(0, 1))
-        query = call.query[0].transpose(0, 1).unflatten(1, (kv_heads, repeats))  # [T, kv_heads, repeats, D]
-        out, norm = _partial(
-            call,
-            query.unflatten(0, (rows, step.width)).transpose(1, 2).flatten(2, 3),
-            layer.own_key[:rows, : step.own_tokens],
-            layer.own_value[:rows, : step.own_tokens],
-            _own_mask(call, step),
-        )
-        out, norm = (part.unflatten(1, (step.width, repeats)).flatten(0, 1) for part in (out, norm))
-        if call.sinks is not None:
-            sinks = call.sinks.to(norm.dtype).unflatten(0, (kv_heads, -1)).t()[None]
-            out = out * torch.sigmoid(norm - sinks)[..., None].to(out.dtype)
-            norm = torch.logaddexp(norm, sinks)
-        if step.grid is not None:
-            out = _merge_prompts(call, layer, step, step.grid, query, out, norm)
-        return out.transpose(1, 2).reshape(1, tokens, heads, call.value.shape[3])
+        _, heads, tokens, size = call.query.shape
+        kv_heads, rows = call.key.shape[1], tokens // step.width
+        key, value = layer.add(call, step.write_index, rows, step.own_tokens)
+        query = call.query.view(kv_heads, heads // kv_heads, rows, step.width, size).permute(2, 0, 3, 1, 4)
+        out, norm = _partial(call, query.flatten(2, 3), key, value, _own_mask(call, step))
+        out = _by_token(out, step.width)
+        if call.sinks is not None or step.grid is not None:
+            norm = _by_token(norm, step.width)
+            if call.sinks is not None:
+                sinks = call.sinks.to(norm.dtype).view(kv_heads, -1)
+                out = out * torch.sigmoid(norm - sinks)[..., None].to(out.dtype)
+                norm = torch.logaddexp(norm, sinks)
+            if step.grid is not None:
+                by_token = query.transpose(1, 2).flatten(0, 1)
+                out = _merge_prompts(call, layer, step, step.grid, by_token, out, norm)
+        return out.reshape(1, tokens, heads, value.shape[3])
+
+
+def _by_token(part: Tensor, width: int) -> Tensor:
+    """Turn [N, kv_heads, width * repeats, ...] into [N * width, kv_heads, repeats, ...]."""
+    if width == 1:
+        return part
+    return part.unflatten(2, (width, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _merge_prompts(
@@ -304,18 +331,18 @@ def _merge_prompts(
         step: masks by rule.
         grid: tokens by prompt.
         query: [T, kv_heads, repeats, D].
-        own: [T, repeats, kv_heads, D].
-        own_norm: [T, repeats, kv_heads] its log normaliser.
+        own: [T, kv_heads, repeats, D].
+        own_norm: [T, kv_heads, repeats] its log normaliser.
     """
     grouped = (query if grid.is_full else query.index_select(0, grid.token)).unflatten(0, (grid.groups, grid.width))
-    found = _partial(
+    shared, norm = _partial(
         call,
         grouped.transpose(1, 2).flatten(2, 3),  # [groups, kv_heads, width * repeats, D]
-        layer.prompt_key[: grid.groups, : grid.prompt_tokens],
-        layer.prompt_value[: grid.groups, : grid.prompt_tokens],
+        layer.prompt_key[: grid.groups, : grid.prompt_tokens].transpose(1, 2),
+        layer.prompt_value[: grid.groups, : grid.prompt_tokens].transpose(1, 2),
         _prompt_mask(call, step, grid),
     )
-    shared, norm = (part.unflatten(1, (grid.width, -1)).flatten(0, 1) for part in found)
+    shared, norm = _by_token(shared, grid.width), _by_token(norm, grid.width)
     if not grid.is_full:
         shared, norm = shared.index_select(0, grid.cell), norm.index_select(0, grid.cell)
     return torch.lerp(own, shared, torch.sigmoid(norm - own_norm)[..., None].to(own.dtype))
@@ -369,28 +396,25 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend to part of the keys; return the output [N, Q, heads, D] and its log normaliser [N, Q, heads].
+    """Attend to part of the keys; return the output [N, heads, Q, D] and its log normaliser [N, heads, Q].
 
     Args:
         call: scale and softcap.
         query: [N, heads, Q, D].
-        key: [N, K, heads, D].
-        value: [N, K, heads, D].
+        key: [N, heads, K, D].
+        value: [N, heads, K, D].
         mask: additive, broadcastable to [N, heads, Q, K].
     """
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
     if query.device.type == "cpu" and call.softcap is None and key.shape[3] == value.shape[3]:
-        out, norm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=call.scaling
         )
-        return out.transpose(1, 2), norm.transpose(1, 2)
     scores = torch.matmul(query, key.transpose(-1, -2)).to(mask.dtype) * call.scaling
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     scores = scores + mask
     norm = scores.logsumexp(dim=-1)
-    out = torch.matmul((scores - norm[..., None]).exp().to(value.dtype), value)
-    return out.transpose(1, 2), norm.transpose(1, 2)
+    return torch.matmul((scores - norm[..., None]).exp().to(value.dtype), value), norm
 
 
 def _causal(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.rewards.settled import SettledRule
 from burnish.rollout import Engine, make_engine
-from burnish.rollout.compiled import check_compiler
+from burnish.rollout.compiled import check_compiler, compiling_pays
 from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.engines import cache_tokens
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
@@ -347,7 +347,18 @@ class OnlineStage(Stage):
             longest = max(len(group.prompt_ids) for groups in sets for group in groups)
             completion = args.max_completion_length
             bound = cache_tokens(run.model, args.rollout_cache_gib, prompt=longest, completion=completion)
-        return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=args.compile_rollouts)
+        compiles = args.compile_rollouts
+        if compiles is None:
+            compiles = compiling_pays(causal_lm(run.model), self._most_rollouts * args.max_completion_length)
+        return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=compiles)
+
+    @property
+    def _most_rollouts(self) -> float:
+        """Number of rollouts of a run from its start to its end."""
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps / (self.steps_per_pass * self.algorithm.passes)
+        return args.num_train_epochs * len(self._source.prompts) / prompts_per_rollout(args)
 
     @property
     def _tolerates_mismatch(self) -> bool:
