@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from burnish.errors import ModelError
 from burnish.model.tiled_head import HeadOutput, HeadSpec, tiled_logprobs
@@ -184,7 +185,7 @@ def _plain_linear(module: nn.Module) -> nn.Linear:
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise _unreadable(module, "exclude the head from quantisation and adapters")
     weight = module.weight
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    if (type(weight) not in (nn.Parameter, Tensor) and not is_fake(weight)) or not weight.is_floating_point():
         raise _unreadable(
             module,
             f"its weight is a {type(weight).__name__} of {weight.dtype}: exclude the head from "

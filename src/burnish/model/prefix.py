@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -33,6 +34,7 @@ _MIN_BUCKET = 16
 """Completions up to this length share a bucket regardless of padding."""
 
 _Rule = SlidingWindow | MaskRule | None
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,16 @@ class PrefixLayout:
     """The layout of packed groups, for `use_layout`.
 
     Args:
-        spans: positions of the groups in the row, which they cover.
-        position_ids: [1, T] position of each token in its own sequence.
+        spans: places of the groups in the row, which they cover.
     """
 
     spans: tuple[GroupSpan, ...]
-    position_ids: Tensor
     _cache: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False, compare=False)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[1, T] position of each token in its own sequence, on the host."""
+        return torch.tensor(_row_positions(self.spans))[None]
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the attention output [1, T, heads, D] of one layer; differentiable in query, key, value and sinks."""
@@ -79,7 +84,7 @@ class PrefixLayout:
         autocast, query = torch.is_autocast_enabled(call.query.device.type), call.query
         dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
         query, key, value = (tensor.to(dtype) for tensor in (call.query, call.key, call.value))
-        assert query.shape[0] == 1 and query.shape[2] == self.position_ids.shape[1] == key.shape[2]
+        assert query.shape[0] == 1 and query.shape[2] == key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
             # FlexAttention's kernels take neither float64 nor heads smaller than 16.
             fits_flex = query.dtype != torch.float64 and min(query.shape[-1], value.shape[-1]) >= 16
@@ -91,7 +96,7 @@ class PrefixLayout:
 
     def _tiles(self, rule: _Rule, device: torch.device) -> list[_Tile]:
         if (rule, device) not in self._cache:
-            positions = self.position_ids[0].cpu()
+            positions = _row_positions(self.spans)
             self._cache[rule, device] = [
                 tile for span in self.spans for tile in _group_tiles(span, positions, rule, device)
             ]
@@ -102,8 +107,7 @@ class PrefixLayout:
 
         block_key = ("flex", call.rule, query.device)
         if block_key not in self._cache:
-            mask_mod = _mask_mod(self.spans, self.position_ids[0].to(query.device), call.rule)
-            length = query.shape[2]
+            mask_mod, length = _mask_mod(self.spans, query.device, call.rule), query.shape[2]
             self._cache[block_key] = create_block_mask(mask_mod, None, None, length, length, device=str(query.device))
         cap = call.softcap
 
@@ -130,15 +134,27 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return cast("Callable[..., Tensor]", torch.compile(flex_attention, dynamic=True))
 
 
-def _mask_mod(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Callable[..., Tensor]:
+def _row_positions(spans: Sequence[GroupSpan]) -> _Ints:
+    """Return the [T] position of each token of a row in its own sequence: completions continue their prompt."""
+    parts = [np.arange(0)]
+    for span in spans:
+        parts.append(np.arange(span.prompt[1]))
+        parts += [np.arange(span.prompt[1], span.prompt[1] + length) for _, length in span.completions]
+    return np.concatenate(parts)
+
+
+def _mask_mod(spans: Sequence[GroupSpan], device: torch.device, rule: _Rule) -> Callable[..., Tensor]:
     """Build FlexAttention's mask_mod of the row: (batch, head, query index, key index) -> mask."""
     # By number, not by place: an empty prompt starts where its first completion does.
-    own, prompt, number = torch.empty_like(positions), torch.empty_like(positions), 0
+    owners: list[int] = []
+    prompts: list[int] = []
+    number = 0
     for span in spans:
-        for part, (start, length) in enumerate((span.prompt, *span.completions)):
-            own[start : start + length] = number + part
-            prompt[start : start + length] = number
+        for part, (_, length) in enumerate((span.prompt, *span.completions)):
+            owners += [number + part] * length
+            prompts += [number] * length
         number += 1 + len(span.completions)
+    own, prompt, positions = (torch.tensor(x, device=device) for x in (owners, prompts, _row_positions(spans)))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (key <= query) & ((own[key] == own[query]) | (own[key] == prompt[query]))
@@ -151,7 +167,7 @@ def _mask_mod(spans: Sequence[GroupSpan], positions: Tensor, rule: _Rule) -> Cal
     return mask_mod
 
 
-def _group_tiles(span: GroupSpan, positions: Tensor, rule: _Rule, device: torch.device) -> list[_Tile]:
+def _group_tiles(span: GroupSpan, positions: _Ints, rule: _Rule, device: torch.device) -> list[_Tile]:
     """Tile one group: the prompt, then its completions in buckets of similar length."""
     start, length = span.prompt
     tiles = _bucket_tiles([(start, length)], (start, 0), positions, rule, device) if length else []
@@ -167,7 +183,7 @@ def _group_tiles(span: GroupSpan, positions: Tensor, rule: _Rule, device: torch.
 
 
 def _bucket_tiles(
-    bucket: Sequence[tuple[int, int]], prompt: tuple[int, int], positions: Tensor, rule: _Rule, device: torch.device
+    bucket: Sequence[tuple[int, int]], prompt: tuple[int, int], positions: _Ints, rule: _Rule, device: torch.device
 ) -> list[_Tile]:
     """Tile sequences (longest first) of one prompt, within the bounds on queries and scores."""
     longest = bucket[0][1]
@@ -187,36 +203,43 @@ def _tile(
     sequences: Sequence[tuple[int, int]],
     block: tuple[int, int],
     prompt: tuple[int, int],
-    positions: Tensor,
+    positions: _Ints,
     rule: _Rule,
     device: torch.device,
 ) -> _Tile:
-    """Build the tile of queries `block` of each sequence, with prompt keys and own keys up to the block's end."""
+    """Build the tile of queries `block` of each sequence, with prompt keys and own keys up to the block's end.
+
+    The indices are made on the host, from lengths alone: a device would have to be waited for.
+    """
     first, last = block
     # Keys beyond the window of the block's first query are skipped.
     unseen = max(0, prompt[1] + first - rule.window + 1) if isinstance(rule, SlidingWindow) else 0
     skipped = min(unseen, prompt[1])
     prompt = (prompt[0] + skipped, prompt[1] - skipped)
     low = unseen - skipped
-    offset = torch.arange(last)
-    own = torch.stack([start + offset.clamp(max=length - 1) for start, length in sequences])
-    valid = torch.stack([offset[first:] < length for _, length in sequences]).flatten()
+    offset = np.arange(last)
+    own = np.stack([start + np.minimum(offset, length - 1) for start, length in sequences])
+    valid = np.stack([offset[first:] < length for _, length in sequences]).ravel()
+    queries, padded = own[:, first:].ravel(), not valid.all()
+
+    def placed(values: _Ints) -> Tensor:
+        return torch.tensor(values, device=device)
+
     if rule is None:
-        hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
+        hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=device).triu(1)
     else:
         longest = own[0]
-        visible = torch.cat((torch.arange(prompt[0], prompt[0] + prompt[1]), longest[low:]))
-        hidden = ~rule(positions[longest[first:]], positions[visible])
-    queries, padded = own[:, first:].flatten(), not bool(valid.all())
+        visible = np.concatenate((np.arange(prompt[0], prompt[0] + prompt[1]), longest[low:]))
+        hidden = ~rule(placed(positions[longest[first:]]), placed(positions[visible]))
     return _Tile(
-        queries=queries.to(device),
-        keys=own[:, low:].flatten().to(device),
+        queries=placed(queries),
+        keys=placed(own[:, low:].ravel()),
         prompt=prompt,
         shape=(len(sequences), last - first, last - low),
-        targets=queries[valid].to(device),
-        kept=valid.nonzero()[:, 0].to(device) if padded else None,
-        padding=(~valid).nonzero()[:, 0].to(device) if padded else None,
-        hidden=hidden.to(device),
+        targets=placed(queries[valid]),
+        kept=placed(valid.nonzero()[0]) if padded else None,
+        padding=placed((~valid).nonzero()[0]) if padded else None,
+        hidden=hidden,
     )
 
 

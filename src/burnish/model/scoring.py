@@ -235,7 +235,8 @@ def _as_tensors(output: HeadOutput) -> tuple[torch.Tensor, ...]:
 @contextmanager
 def attention_layout(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
     """Attend by a layout, or without one as the model itself does (one row per completion)."""
-    with recomputing(model), nullcontext() if layout is None else use_layout(layout, model):
+    # The mask of a packed row is ours: ones.
+    with recomputing(model), nullcontext() if layout is None else use_layout(layout, model, checks_mask=False):
         yield
 
 
@@ -310,4 +311,4 @@ def model_inputs(
         # All ones, not None: without a mask, transformers takes restarting positions for packed sequences.
         "attention_mask": torch.ones_like(batch.input_ids),
     }
-    return inputs, PrefixLayout(batch.spans, batch.position_ids), batch.score_index
+    return inputs, PrefixLayout(batch.spans), batch.score_index

@@ -216,7 +216,7 @@ def _test(model: PreTrainedModel) -> PrefixSupport:
         model.set_attn_implementation("eager")
         expected = [_logprobs(model(tokens[:, index], use_cache=False)) for index in sequences]
         install(model)
-        ones, positions = torch.ones_like(tokens), layout.position_ids
+        ones, positions = torch.ones_like(tokens), layout.position_ids.to(model.device)
         with use_layout(layout, model):
             actual, after = (
                 _logprobs(model(row, attention_mask=ones, position_ids=positions, use_cache=False))
@@ -247,21 +247,18 @@ def _logprobs(output: Any) -> Tensor:
 def _test_row(model: PreTrainedModel) -> tuple[Tensor, PrefixLayout, list[Tensor]]:
     """Build tokens [1, T], their layout, and the row indices of each sequence, on the model's device."""
     spans: list[GroupSpan] = []
-    positions: list[Tensor] = []
     sequences: list[Tensor] = []
     end = 0
     for prompt_length, lengths in _PROMPTS_AND_COMPLETIONS:
         prompt = torch.arange(end, end + prompt_length)
-        positions.append(torch.arange(prompt_length))
         end += prompt_length
         completions: list[tuple[int, int]] = []
         for length in lengths:
             completions.append((end, length))
             sequences.append(torch.cat((prompt, torch.arange(end, end + length))))
-            positions.append(torch.arange(prompt_length, prompt_length + length))
             end += length
         spans.append(GroupSpan((int(prompt[0]), prompt_length), tuple(completions)))
     vocabulary = min(int(model.config.get_text_config().vocab_size), 64)
     tokens = torch.randint(vocabulary, (1, end), generator=torch.Generator().manual_seed(0))
-    layout = PrefixLayout(tuple(spans), torch.cat(positions)[None].to(model.device))
+    layout = PrefixLayout(tuple(spans))
     return tokens.to(model.device), layout, sequences
