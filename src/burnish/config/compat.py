@@ -52,8 +52,7 @@ _PAD_TOKEN = _fields("rows are not padded; pass a processing_class that has the 
 
 # fmt: off
 _COMMON = (
-    _fields("set gradient_checkpointing = true, which saves more memory", activation_offloading=(False, bool))
-    | _fields("log-probabilities are always computed in fp32; remove the field", cast_lm_head_to_fp32=(False, bool))
+    _fields("log-probabilities are always computed in fp32; remove the field", cast_lm_head_to_fp32=(False, bool))
     | _fields("rows are encoded one by one; remove the field", dataset_batch_size=(None, int))
     | _fields("rows are read as they are; describe them in [data], or prepare them", dataset_kwargs=(None,))
     | _fields("rows are encoded in one process; remove the field", dataset_num_proc=(None, int))

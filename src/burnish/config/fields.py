@@ -107,6 +107,13 @@ class CommonFields:
         MODEL,
         fix="use a number of tokens of at least 1; a large one sets no limit",
     )
+    activation_offloading: bool = own(
+        False,
+        "Keep what the backward pass needs in host memory, with copies beside the computation and the same gradient. "
+        "Use it with gradient_checkpointing. No effect on a CPU.",
+        MODEL,
+        resume="free",
+    )
     bf16: bool | None = own(
         None,
         "Compute in bf16 with fp32 master weights. None: true on hardware with fast bf16.",

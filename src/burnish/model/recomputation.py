@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -18,6 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from burnish.model.offload import Saved, restore, saver
 
 __all__ = ["recomputing", "save_less"]
 
@@ -62,8 +64,9 @@ class _Saved:
 
 @dataclass(slots=True)
 class _RecomputeCache:
-    """Recompute functions of live tensors, by address."""
+    """Recompute functions of live tensors, by address; `save` keeps the others."""
 
+    save: Callable[[Tensor], Saved]
     entries: dict[int, tuple[weakref.ref[Tensor], int, _Recompute]] = field(
         default_factory=dict[int, tuple[weakref.ref[Tensor], int, _Recompute]]
     )
@@ -78,7 +81,7 @@ class _RecomputeCache:
         found = self.entries.get(tensor.untyped_storage().data_ptr())
         # The address of a dead tensor may be reused, and an in-place change is not recomputed.
         if found is None or (alive := found[0]()) is None or tensor._version != found[1] or tensor.dtype != alive.dtype:
-            return tensor
+            return self.save(tensor)
         found[2].num_saved += 1
         return _Saved(found[2], tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
@@ -87,7 +90,7 @@ class _RecomputeCache:
         """Return what autograd saved, recomputed where it was replaced."""
         if isinstance(saved, _Saved):
             return saved.recompute.run().as_strided(saved.shape, saved.stride, saved.offset)
-        return cast(Tensor, saved)
+        return restore(saved)
 
 
 _cache: ContextVar[_RecomputeCache | None] = ContextVar("burnish_recompute_cache", default=None)
@@ -103,10 +106,12 @@ def recomputing(model: nn.Module) -> Generator[None]:
         getattr(module, "gradient_checkpointing", False) is True or type(module).__name__ == "CheckpointWrapper"
         for module in model.modules()
     )
+    save = saver()
     if not torch.is_grad_enabled() or checkpoints:
-        yield
+        with nullcontext() if save is None else torch.autograd.graph.saved_tensors_hooks(save, restore):
+            yield
         return
-    cache = _RecomputeCache()
+    cache = _RecomputeCache(save or (lambda tensor: tensor))
     token = _cache.set(cache)
     try:
         with torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack):

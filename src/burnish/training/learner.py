@@ -20,6 +20,7 @@ from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
 from burnish.model.masters import MasterWeights, over_masters
+from burnish.model.offload import offloading
 from burnish.model.packing import partition, zero_weight_group
 from burnish.model.scoring import eval_mode
 from burnish.training.arguments import check_constructor, check_parts
@@ -264,7 +265,8 @@ class Learner(Trainer, Generic[S]):
             last = number == len(inputs.parts) - 1
             # Masters average their own fp32 gradients over the ranks, once a step.
             reduces = last and self.master_weights is None
-            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model):
+            offload = offloading(model) if self.args.activation_offloading else contextlib.nullcontext()
+            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model), offload:
                 loss = self.stage.loss(model, part.to(self.args.device), inputs.step)
                 value = loss.value * scale
                 self.accelerator.backward(value)
