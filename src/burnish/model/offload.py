@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Saved", "offloading", "restore", "saver"]
+__all__ = ["Saved", "offloading", "restore", "saver", "storage_key"]
 
 _MIN_BYTES = 2**20
 """Smaller tensors stay: a copy costs more than they hold."""
@@ -26,6 +26,11 @@ _IN_FLIGHT = 2
 
 Saved = Tensor | Callable[[], Tensor]
 """What autograd keeps: a tensor, or a function that brings it back."""
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Return a number that tensors of one storage share while it lives; fake tensors have no address."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def restore(saved: Saved) -> Tensor:
@@ -133,7 +138,7 @@ class _Offload:
         is_host = tensor.device.type == "cpu"
         if (is_host and not self.copies) or tensor.nbytes < _MIN_BYTES or not tensor.is_floating_point():
             return tensor
-        if tensor.untyped_storage()._cdata in self.kept:
+        if storage_key(tensor) in self.kept:
             return tensor
         if tensor.device not in self.movers:
             self.movers[tensor.device] = _StreamMover(tensor.device) if tensor.is_cuda else _Mover()
@@ -167,7 +172,7 @@ def offloading(model: nn.Module, *, copies_on_cpu: bool = False) -> Generator[No
         model: its parameters and buffers stay where they are.
         copies_on_cpu: copy there too, as tests and traces do.
     """
-    kept = frozenset(t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers()))
+    kept = frozenset(storage_key(t) for t in (*model.parameters(), *model.buffers()))
     token = _offload.set(_Offload(kept, copies_on_cpu))
     try:
         yield

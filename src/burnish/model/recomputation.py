@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from burnish.model.offload import Saved, restore, saver
+from burnish.model.offload import Saved, restore, saver, storage_key
 
 __all__ = ["recomputing", "save_less"]
 
@@ -64,7 +64,7 @@ class _Saved:
 
 @dataclass(slots=True)
 class _RecomputeCache:
-    """Recompute functions of live tensors, by address; `save` keeps the others."""
+    """Recompute functions of live tensors, by storage; `save` keeps the others."""
 
     save: Callable[[Tensor], Saved]
     entries: dict[int, tuple[weakref.ref[Tensor], int, _Recompute]] = field(
@@ -73,13 +73,12 @@ class _RecomputeCache:
 
     def add(self, tensor: Tensor, recompute: _Recompute) -> None:
         """Remember how to recompute a tensor."""
-        key = tensor.untyped_storage().data_ptr()
-        self.entries[key] = (weakref.ref(tensor), tensor._version, recompute)
+        self.entries[storage_key(tensor)] = (weakref.ref(tensor), tensor._version, recompute)
 
     def pack(self, tensor: Tensor) -> Any:
         """Replace a tensor that autograd saves by its recompute function, if it has one."""
-        found = self.entries.get(tensor.untyped_storage().data_ptr())
-        # The address of a dead tensor may be reused, and an in-place change is not recomputed.
+        found = self.entries.get(storage_key(tensor))
+        # The key of a dead tensor may be reused, and an in-place change is not recomputed.
         if found is None or (alive := found[0]()) is None or tensor._version != found[1] or tensor.dtype != alive.dtype:
             return self.save(tensor)
         found[2].num_saved += 1

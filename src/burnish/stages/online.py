@@ -173,9 +173,7 @@ class OnlineStage(Stage):
         fresh_N = ~sampled_N.isnan()
         if (version_N := batch.token.get("policy_version")) is not None:
             fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)
-        if not fresh_N.any():
-            return
-        self.sampler_check.add(logprobs_N[fresh_N], sampled_N[fresh_N])
+        self.sampler_check.add(logprobs_N, sampled_N, fresh_N)
         if self.reference is not None and self.reference.is_initial_policy and self.run.is_untouched:
             bound = max(default_bound(self.run.model.dtype), self.args.logprob_check_bound or 0.0)
             check_untrained(logprobs_N[fresh_N], batch.token["ref_logprobs"][fresh_N], bound=bound)

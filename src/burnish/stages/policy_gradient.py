@@ -282,7 +282,7 @@ class PolicyGradient(Algorithm):
         if correction_N is not None and not loss.takes_correction:
             losses_N = losses_N * correction_N
         by: dict[str, Any] = {"reduction": loss.reduction, "denominator": step.denominator, **layout}
-        surrogate = float(aggregate(losses_N.detach(), **by))
+        surrogate = aggregate(losses_N.detach(), **by)
         means: dict[str, torch.Tensor] = {
             "entropy": entropy_N,
             "clip_ratio/high_mean": (clipped_N & (advantages_N > 0)).float(),

@@ -54,12 +54,15 @@ def with_logged(metrics: Mapping[str, float], logged: Mapping[str, float]) -> di
 
 
 class StepMetrics:
-    """Collect numbers by name; `flush` reduces them over steps and ranks."""
+    """Collect numbers by name; `flush` reduces them over steps and ranks.
+
+    Numbers on a device stay there until then: reading one would make the host wait in the middle of a step.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
-        self._tokens: dict[str, list[tuple[float, int]]] = defaultdict(list)
-        self._parts: dict[str, dict[int, float]] = defaultdict(dict)
+        self._tokens: dict[str, list[tuple[float | torch.Tensor, int]]] = defaultdict(list)
+        self._parts: dict[str, dict[int, list[float | torch.Tensor]]] = defaultdict(dict)
         self._logged: dict[str, list[float]] = defaultdict(list)
 
     def add(self, name: str, value: float) -> None:
@@ -68,7 +71,7 @@ class StepMetrics:
 
     def add_tokens(self, name: str, values_N: torch.Tensor) -> None:
         """Add a number per token; the log shows its mean over all tokens."""
-        self._tokens[name].append((float(values_N.detach().sum()), values_N.numel()))
+        self._tokens[name].append((values_N.detach().sum(), values_N.numel()))
 
     def add_all(self, values: Mapping[str, float]) -> None:
         """Add several numbers of this step."""
@@ -86,7 +89,7 @@ class StepMetrics:
         for name, values in loss.means.items():
             self.add_tokens(name, values)
         for name, value in loss.sums.items():
-            self._parts[name][step] = self._parts[name].get(step, 0.0) + value * scale
+            self._parts[name].setdefault(step, []).append(value * scale)
 
     def add_logged(self, logged: Iterable[tuple[str, float]]) -> None:
         """Add metrics logged by reward functions, equal on all ranks; the log shows their mean over rounds."""
@@ -129,8 +132,10 @@ class StepMetrics:
             gathered: concatenates the lists of all ranks.
         """
         means = {name: fmean(values) for name, values in self._values.items()}
-        means |= {name: fmean(sums.values()) for name, sums in self._parts.items()}
-        tokens = {name: [sum(s for s, _ in parts), sum(n for _, n in parts)] for name, parts in self._tokens.items()}
+        means |= {name: fmean(sums.values()) for name, sums in self._sums().items()}
+        tokens = {
+            name: [sum(float(s) for s, _ in parts), sum(n for _, n in parts)] for name, parts in self._tokens.items()
+        }
         logged = {name: fmean(values) for name, values in sorted(self._logged.items())}  # the same on every rank
         for collected in (self._values, self._tokens, self._parts, self._logged):
             collected.clear()
@@ -144,15 +149,22 @@ class StepMetrics:
                 logs[name] = total / count
         return with_logged(logs, logged)
 
+    def _sums(self) -> dict[str, dict[int, float]]:
+        return {
+            name: {step: sum(map(float, values)) for step, values in steps.items()}
+            for name, steps in self._parts.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what was collected since the last flush, as JSON."""
-        parts = {name: list(sums.items()) for name, sums in self._parts.items()}
-        own = {"values": dict(self._values), "tokens": dict(self._tokens), "logged": dict(self._logged)}
-        return {**own, "parts": parts}
+        parts = {name: list(sums.items()) for name, sums in self._sums().items()}
+        tokens = {name: [(float(s), n) for s, n in found] for name, found in self._tokens.items()}
+        return {"values": dict(self._values), "tokens": tokens, "logged": dict(self._logged), "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._values = defaultdict(list, state["values"])
         self._logged = defaultdict(list, state.get("logged", {}))
         self._tokens = defaultdict(list, {name: [(s, n) for s, n in parts] for name, parts in state["tokens"].items()})
-        self._parts = defaultdict(dict, {name: dict(sums) for name, sums in state.get("parts", {}).items()})
+        parts = {name: {step: [value] for step, value in sums} for name, sums in state.get("parts", {}).items()}
+        self._parts = defaultdict(dict, parts)

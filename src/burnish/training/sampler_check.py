@@ -46,22 +46,29 @@ class SamplerCheck:
     def __init__(self, bound: float, mean_bound: float | None = None) -> None:
         self.bound = bound
         self.mean_bound = math.sqrt(bound) if mean_bound is None else mean_bound
-        self._sums = torch.zeros(3, dtype=torch.float64)  # sums of k3, of |difference|, of tokens
-        self._largest = 0.0
+        self._parts: list[torch.Tensor] = []  # sums of k3, of |difference|, of tokens; the largest |difference|
         self._window: deque[tuple[float, float]] = deque()
 
     def report_only(self) -> None:
         """Fail only on values that are not finite: the loss corrects for the mismatch."""
         self.bound = self.mean_bound = math.inf
 
-    def add(self, logprobs_N: torch.Tensor, sampled_logprobs_N: torch.Tensor) -> None:
-        """Add fresh samples by their [N] log-probabilities under the trainer and the sampler."""
-        difference_N = (logprobs_N - sampled_logprobs_N).double()
-        divergence = float(kl_k3(torch.zeros_like(difference_N), difference_N.clamp(-_CLIP_NATS, _CLIP_NATS)).sum())
+    def add(
+        self, logprobs_N: torch.Tensor, sampled_logprobs_N: torch.Tensor, fresh_N: torch.Tensor | None = None
+    ) -> None:
+        """Add samples.
+
+        Args:
+            logprobs_N: [N] log-probabilities under the trainer.
+            sampled_logprobs_N: [N] log-probabilities under the sampler.
+            fresh_N: [N] mask of the tokens to compare; None for all.
+        """
+        fresh_N = torch.ones_like(logprobs_N, dtype=torch.bool) if fresh_N is None else fresh_N
+        difference_N = torch.where(fresh_N, logprobs_N - sampled_logprobs_N, 0.0).double()
+        divergence_N = kl_k3(torch.zeros_like(difference_N), difference_N.clamp(-_CLIP_NATS, _CLIP_NATS))
         size_N = difference_N.abs()
-        clipped = float(size_N.clamp(max=_CLIP_NATS).sum())
-        self._sums += torch.tensor([divergence, clipped, size_N.numel()], dtype=torch.float64)
-        self._largest = max(self._largest, float(size_N.max()))
+        sums = (divergence_N.sum(), size_N.clamp(max=_CLIP_NATS).sum(), fresh_N.sum().double())
+        self._parts.append(torch.stack((*sums, size_N.max())))  # read once a step, when the device has got there
 
     def flush(
         self, step: int, sum_over_ranks: Callable[[float], float], max_over_ranks: Callable[[float], float]
@@ -71,10 +78,10 @@ class SamplerCheck:
         Raises:
             CheckFailed: the divergence is above the bound, or not a number.
         """
-        divergence, difference, count = (sum_over_ranks(value) for value in self._sums.tolist())
-        largest = max_over_ranks(self._largest)
-        self._sums.zero_()
-        self._largest = 0.0
+        parts = torch.stack(self._parts) if self._parts else torch.zeros(1, 4, dtype=torch.float64)
+        self._parts = []
+        divergence, difference, count = (sum_over_ranks(value) for value in parts[:, :3].sum(0).tolist())
+        largest = max_over_ranks(float(parts[:, 3].max()))
         if count == 0:
             return {}
         self._window.append((divergence, count))

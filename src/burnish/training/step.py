@@ -51,7 +51,7 @@ class Loss:
 
     value: torch.Tensor
     means: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    sums: Mapping[str, float] = field(default_factory=dict[str, float])
+    sums: Mapping[str, float | torch.Tensor] = field(default_factory=dict[str, "float | torch.Tensor"])
     watched: torch.Tensor | None = None
 
 
