@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from burnish.model.traced import device_type, on_host
+
 __all__ = ["Saved", "offloading", "restore", "saver", "storage_key"]
 
 _MIN_BYTES = 2**20
@@ -64,7 +66,8 @@ class _Mover:
 
     def copy_out(self, tensor: Tensor, before: _Parked | None) -> _Parked:
         """Begin a copy to the host."""
-        return _Parked(tensor.to("cpu", copy=True), tensor.device, before)
+        with on_host():
+            return _Parked(tensor.to("cpu", copy=True), tensor.device, before)
 
     def begin_back(self, parked: _Parked) -> None:
         """Begin a copy to the device."""
@@ -135,7 +138,7 @@ class _Offload:
     last: _Parked | None = None
 
     def save(self, tensor: Tensor) -> Saved:
-        is_host = tensor.device.type == "cpu"
+        is_host = device_type(tensor) == "cpu"
         if (is_host and not self.copies) or tensor.nbytes < _MIN_BYTES or not tensor.is_floating_point():
             return tensor
         if storage_key(tensor) in self.kept:

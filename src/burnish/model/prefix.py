@@ -19,9 +19,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
 from burnish.model.attention import AttentionCall, MaskRule, SlidingWindow
+from burnish.model.traced import device_type
 from burnish.types import GroupSpan
 
 __all__ = ["PrefixLayout"]
@@ -88,7 +90,9 @@ class PrefixLayout:
         with torch.autocast(query.device.type, enabled=False):
             # FlexAttention's kernels take neither float64 nor heads smaller than 16.
             fits_flex = query.dtype != torch.float64 and min(query.shape[-1], value.shape[-1]) >= 16
-            if query.is_cuda and call.sinks is None and fits_flex:
+            if device_type(query) == "cuda" and call.sinks is None and fits_flex:
+                if is_fake(query):
+                    return cast(Tensor, _KernelAttention.apply(query, key, value))
                 return self._attend_flex(call, query, key, value)
             tiles = self._tiles(call.rule, query.device)
             attended = _TileAttention.apply(query, key, value, call.sinks, tiles, call.scaling, call.softcap)
@@ -124,6 +128,22 @@ class PrefixLayout:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return attended.transpose(1, 2).contiguous()
+
+
+class _KernelAttention(torch.autograd.Function):
+    """Allocate what FlexAttention's kernels allocate, on fake tensors: output, log normalisers, gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:3], value.shape[3])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return output.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, _, norm = ctx.saved_tensors
+        _delta = torch.empty_like(norm)
+        return tuple(torch.empty_like(x) for x in (query, key, value))
 
 
 @cache

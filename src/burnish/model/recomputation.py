@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 
 from burnish.model.offload import Saved, restore, saver, storage_key
@@ -159,6 +160,8 @@ _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 @torch.no_grad()
 def _is_gated(module: Any, dtype: torch.dtype) -> bool:
     weight = next(module.gate_proj.parameters())
+    if is_fake(weight):  # in a trace, what looks like one is taken for one
+        return True
     width = getattr(module.gate_proj, "in_features", None)
     if width is None or weight.is_meta:
         return False

@@ -27,6 +27,7 @@ from burnish.model.quantization import keep_layout
 from burnish.model.recomputation import recomputing, save_less
 from burnish.model.self_test import supports_prefix
 from burnish.model.tiled_head import HeadOutput, HeadSpec
+from burnish.model.traced import is_traced
 from burnish.types import PackedBatch
 
 __all__ = [
@@ -174,6 +175,8 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
 @torch.no_grad()
 def _probe_head(lm: Any) -> float | None:
     """Return the largest difference of tiled and plain log-probabilities on a short row, or None where they agree."""
+    if is_traced(lm):
+        return None
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     device = lm.get_input_embeddings().weight.device
     ids = (torch.arange(8, device=device) * 7919 + 11)[None] % vocabulary

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
 from burnish.errors import ConfigError
+from burnish.model.traced import device_type, has_values
 
 __all__ = ["HeadOutput", "HeadSpec", "tiled_logprobs"]
 
@@ -267,11 +267,6 @@ def _gradients(
     return out
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Return whether values can be read without waiting for a device."""
-    return tensor.device.type == "cpu" and not is_fake(tensor)
-
-
 class _TiledLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -295,7 +290,7 @@ class _TiledLogprobs(torch.autograd.Function):
         if entropy_grad is not None:
             columns += [entropy_N, entropy_grad * -options.slope]
         partial, keep = False, target_N
-        if _has_values(target_N):
+        if has_values(target_N):
             keep = torch.stack(columns[1::2]).ne(0).any(0).nonzero()[:, 0]  # skips clipped and masked tokens
             partial = keep.numel() < target_N.numel()
         if partial:
@@ -361,10 +356,10 @@ def tiled_logprobs(
     assert bias_V is None or bias_V.shape == (num_vocab,)
     u_NR, b_VR = low_rank if low_rank is not None else (None, None)
     assert u_NR is None or b_VR is None or (u_NR.shape[0], b_VR.shape[0]) == (num_tokens, num_vocab)
-    if num_tokens > 0 and _has_values(target_N):
+    if num_tokens > 0 and has_values(target_N):
         assert bool(((target_N >= 0) & (target_N < num_vocab)).all()), "target outside the vocabulary"
     if tile_bytes is None:
-        tile_bytes = _TILE_BYTES.get(hidden_NH.device.type, _TILE_BYTES_ACCELERATOR)
+        tile_bytes = _TILE_BYTES.get(device_type(hidden_NH), _TILE_BYTES_ACCELERATOR)
     options = _Options(spec, temperature, with_entropy, with_collision, tile_bytes)
     outputs: Any = _TiledLogprobs.apply(options, target_N, hidden_NH, weight_VH, bias_V, u_NR, b_VR)
     return HeadOutput(*outputs)

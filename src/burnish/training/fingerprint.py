@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.config.stages import resume_class
@@ -89,7 +90,8 @@ def model_digest(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weights in model.named_parameters():
         digest.update(f"{name}{tuple(weights.shape)}{weights.dtype}".encode())
-        if "lora_A" not in name and "lora_embedding_A" not in name and weights.device.type != "meta":
+        has_values = weights.device.type != "meta" and not is_fake(weights)
+        if "lora_A" not in name and "lora_embedding_A" not in name and has_values:
             indices = torch.tensor(list(_spaced(weights.numel(), _SAMPLED_WEIGHTS)), device=weights.device)
             digest.update(weights.detach().flatten()[indices].double().cpu().numpy().tobytes())
     return f"{type(model).__name__} {digest.hexdigest()[:16]}"

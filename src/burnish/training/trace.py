@@ -1,0 +1,198 @@
+"""Trace an update: a trainer's own step on fake tensors, with every byte counted and no weights.
+
+The model is built on the meta device and its tensors are replaced by fake ones, so a model of any size takes no memory.
+Its forward, loss, backward pass and optimizer step run as they are; what only a GPU's kernels allocate is replaced by
+what these allocate: attention (`burnish.model.prefix`) and products with 4-bit weights (below).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from burnish.model.packing import pack
+from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.model.traced import standing_for
+from burnish.training.ledger import Ledger, Peak
+from burnish.training.step import MicroBatch, Step
+from burnish.types import Completion, Group, PackedBatch
+
+__all__ = ["Trace", "fake_groups", "fake_model", "trace_update"]
+
+_NF4_BLOCK, _NF4_SUPERBLOCK = 64, 256
+"""Weights that share a scale, and scales that share one, of bitsandbytes' double quantisation."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trace:
+    """Peaks of the phases of an optimizer step.
+
+    Attributes:
+        scoring: a forward pass without gradient, as for reference and old log-probabilities.
+        update: forward and backward passes, with the optimizer's states.
+        optimizer: the optimizer's own step.
+    """
+
+    scoring: Peak
+    update: Peak
+    optimizer: Peak
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """x W^T from a packed weight, which is unpacked for the product, in the forward and the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, packed: Tensor, size: tuple[int, int]) -> Tensor:
+        ctx.size, ctx.dtype = size, hidden.dtype
+        ctx.save_for_backward(packed)
+        return hidden @ hidden.new_empty(size).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_out @ grad_out.new_empty(ctx.size), None, None
+
+
+class _QuantizedLinear(nn.Linear):
+    """A linear layer whose weight takes the bytes of NF4 with double quantisation."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        count = self.weight.numel()
+        scales = -(-count // _NF4_BLOCK)
+        stored = -(-count // 2) + scales + 4 * -(-scales // _NF4_SUPERBLOCK) + 4
+        self.weight = nn.Parameter(torch.empty(stored, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply as bitsandbytes does on a GPU."""
+        out = _QuantizedProduct.apply(input, self.weight, (self.out_features, self.in_features))
+        return out if self.bias is None else out + self.bias
+
+
+def fake_model(
+    config: Any, *, dtype: torch.dtype = torch.bfloat16, quantized: bool = False, peft_config: Any = None
+) -> tuple[Any, FakeTensorMode]:
+    """Build a model of fake tensors.
+
+    Args:
+        config: a transformers configuration.
+        dtype: of the weights.
+        quantized: hold the linear layers but the head in NF4.
+        peft_config: adapters to add, or None.
+
+    Returns:
+        The model, and the mode to run it in.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantized:
+        head = model.get_output_embeddings()
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear and child is not head:
+                    setattr(module, name, _QuantizedLinear(child))
+    if peft_config is not None:
+        model = get_peft_model(model, peft_config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Any] = {}
+
+    def faked(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # tied weights stay tied
+            with mode:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
+            tensors.update({name: faked(tensor) for name, tensor in tensors.items() if tensor is not None})
+    # torch would exchange the tensors' contents, which fake ones do not allow; there is nowhere to move them.
+    model.to = lambda *args, **kwargs: model
+    return model, mode
+
+
+def trace_update(
+    trainer: Any, mode: FakeTensorMode, groups: Sequence[Group], *, device: str = "cuda", num_parts: int = 1
+) -> Trace:
+    """Run a trainer's step on fake groups.
+
+    Args:
+        trainer: a trainer on a model of `fake_model`.
+        mode: the model's.
+        groups: one part of a micro-batch; only lengths matter.
+        device: type of the device that the trace stands for.
+        num_parts: passes whose gradients add up before the optimizer's step.
+    """
+    ledger, model = Ledger(), trainer.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ledger.own("trained weights", trained)
+    ledger.own("frozen weights", (t for t in (*model.parameters(), *model.buffers()) if t not in set(trained)))
+    batch, small = (_faked(pack(part), mode) for part in (groups, [_shortened(groups[0])]))
+    step = _step_of(trainer, groups)
+    if trainer.args.gradient_checkpointing:
+        lm = causal_lm(model)
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    with standing_for(device), mode, ledger:
+        with ledger.component("optimizer"):
+            trainer.create_optimizer()
+        # The first step makes the optimizer's states; the second is measured.
+        _take_step(trainer, step, [small], ledger)
+        with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
+            score(model, batch, temperature=1.0)
+        update, optimizer = _take_step(trainer, step, [batch] * num_parts, ledger)
+    return Trace(scoring, update, optimizer)
+
+
+def fake_groups(prompt: int, completions: Sequence[int]) -> list[Group]:
+    """Make a group of these lengths, with every stream that a policy's loss may read."""
+    made: list[Completion] = []
+    for length in completions:
+        zeros = [0.0] * length
+        streams = {"old_logprobs": zeros, "ref_logprobs": zeros}
+        made.append(
+            Completion(
+                [0] * length, sampler_logprobs=zeros, policy_logprobs=zeros, token=streams, sequence={"advantages": 1.0}
+            )
+        )
+    return [Group([0] * prompt, made)]
+
+
+def _shortened(group: Group) -> Group:
+    """Return a group of the same kind with a few tokens."""
+    return fake_groups(2, [2] * len(group.completions))[0]
+
+
+def _faked(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
+    def faked(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: faked(tensor) for name, tensor in value.items()}
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    return PackedBatch(**{f.name: faked(getattr(batch, f.name)) for f in dataclasses.fields(batch)})
+
+
+def _step_of(trainer: Any, groups: Sequence[Group]) -> Step:
+    algorithm = getattr(trainer.stage, "algorithm", None)
+    if algorithm is not None:
+        return algorithm.begin_step(list(groups), is_on_policy=False)
+    return trainer.stage.next_step(iter([list(groups)]), 1)
+
+
+def _take_step(trainer: Any, step: Step, parts: list[PackedBatch], ledger: Ledger) -> tuple[Peak, Peak]:
+    with ledger.phase() as update:
+        trainer.training_step(trainer.model, MicroBatch(step, parts))
+    with ledger.phase() as optimizer, ledger.component("optimizer"):
+        if (masters := trainer.master_weights) is not None:
+            masters.clip_gradients(1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+    return update, optimizer
