@@ -7,13 +7,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 import tiny
+from burnish.errors import ConfigError
 from burnish.model import recomputation, scoring
 from burnish.model.packing import pack
-from burnish.model.recomputation import recomputing, save_less
+from burnish.model.offload import offloading
+from burnish.model.recomputation import recomputing, save_less, tile_mlps
 from burnish.model.scoring import prepare_for_scoring, score
 from burnish.types import Completion, Group
 from live_bytes import LiveBytes
@@ -67,6 +70,58 @@ def test_a_llama_in_bf16_keeps_less_than_half_as_much_a_token(monkeypatch: pytes
     model = tiny.model("llama", dtype=torch.bfloat16, num_hidden_layers=8).train()
     prepare_for_scoring(model)
     assert run(model)[2] < 0.5 * keeping_all(monkeypatch, model)[2]
+
+
+@pytest.mark.parametrize("tiles", [2, 7, 1000])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_tiled_mlps_compute_the_same_values_and_gradients(
+    kind: str, lora: bool, checkpointing: bool, tiles: int
+) -> None:
+    """Also with more tiles than tokens. Sums over tokens are cut at the tiles, so the last places differ."""
+    model: Any = tiny.model(kind, dtype=torch.float64).train()
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    if checkpointing:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
+            {"use_reentrant": False}
+        )
+        model.enable_input_require_grads()
+    prepare_for_scoring(model)
+    whole = run(model)
+    tile_mlps(model, tiles)
+    with offloading(model, copies_on_cpu=True):
+        tiled = run(model)
+    torch.testing.assert_close(tiled[0], whole[0], rtol=1e-12, atol=1e-12)
+    assert tiled[1].keys() == whole[1].keys()
+    for name, grad in tiled[1].items():
+        torch.testing.assert_close(grad, whole[1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_tiled_mlps_hold_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama", dtype=torch.float32, intermediate_size=1024).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False}) if not hasattr(
+        model, "activation_checkpointing_enable"
+    ) else model.activation_checkpointing_enable({"use_reentrant": False})
+    prepare_for_scoring(model)
+
+    def peak() -> int:
+        with LiveBytes() as counted:
+            score(model, pack(groups())).logprobs.sum().backward()
+        model.zero_grad()
+        return counted.peak
+
+    whole = peak()
+    tile_mlps(model, 8)
+    assert peak() < 0.4 * whole
+
+
+def test_a_model_without_gated_mlps_cannot_be_tiled(tmp_path: Path) -> None:
+    model = tiny.model("gpt2")
+    prepare_for_scoring(model)
+    with pytest.raises(ConfigError, match="mlp_tiles = 2: GPT2LMHeadModel has no MLP of gate_proj"):
+        tile_mlps(model, 2)
 
 
 @pytest.mark.parametrize("modules", [["q_proj", "down_proj"], ["gate_proj", "up_proj"]])

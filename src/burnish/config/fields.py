@@ -114,6 +114,20 @@ class CommonFields:
         MODEL,
         resume="free",
     )
+    embedding_offloading: bool = own(
+        False,
+        "Keep the input embedding in host memory and look tokens up there, where it is frozen and not the head's "
+        "weight too.",
+        MODEL,
+        resume="free",
+    )
+    mlp_tiles: Count = own(
+        1,
+        "Parts of its tokens that a gated MLP computes one after another, recomputed in the backward pass: less memory "
+        "for long rows, one more forward pass of the MLPs.",
+        MODEL,
+        resume="free",
+    )
     bf16: bool | None = own(
         None,
         "Compute in bf16 with fp32 master weights. None: true on hardware with fast bf16.",

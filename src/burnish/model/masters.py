@@ -197,12 +197,12 @@ class _Master:
         self.rest.copy_(bits)  # the lower 16 bits, signed: a negative rest belongs to a number rounded up
         self.parameter.data.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
 
-    def begin_step(self, scale: float) -> None:
+    def begin_step(self, scale: torch.Tensor) -> None:
         """Give the handle the master and its gradient, if any, in fp32."""
         self.handle.data = self.value()
         if (gradient := self.gradient) is not None:
             self.handle.grad = gradient.to(torch.float32)
-            self.handle.grad.mul_(scale)
+            self.handle.grad.mul_(scale.to(self.handle.grad.device))
 
     def end_step(self) -> None:
         """Store the updated master."""
@@ -263,7 +263,7 @@ class MasterWeights(torch.optim.Optimizer):
         self._masters: dict[torch.nn.Parameter, _Master] = {}
         """Masters by handle."""
         self._blocks: list[_Gradients] = []
-        self._scale = 1.0
+        self._scale = torch.ones(())
         master_groups: list[dict[str, Any]] = []
         for group in groups:
             handles: list[torch.nn.Parameter] = []
@@ -324,7 +324,7 @@ class MasterWeights(torch.optim.Optimizer):
         """Clip the next step's gradients to a total norm of `max_norm`; return the norm before clipping."""
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients]
         norm = torch.stack([n.to(norms[0].device) for n in norms]).norm() if norms else torch.zeros(())
-        self._scale = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
 
     @torch.no_grad()
@@ -341,7 +341,7 @@ class MasterWeights(torch.optim.Optimizer):
             self.inner.param_groups = self.param_groups
             for master in chosen:
                 master.end_step()
-        self._scale = 1.0
+        self._scale = torch.ones(())
         return None
 
     def _chunks(self) -> Iterator[list[dict[str, Any]]]:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 
+from burnish.errors import ConfigError
 from burnish.model.offload import Saved, restore, saver, storage_key
 
-__all__ = ["recomputing", "save_less"]
+__all__ = ["recomputing", "save_less", "tile_mlps"]
 
 
 @dataclass(slots=True)
@@ -186,7 +187,40 @@ def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _recomputed(MethodType(plain, self), args[0])
 
 
+def tile_mlps(model: nn.Module, tiles: int) -> None:
+    """Run the gated MLPs of a model prepared by `save_less` over so many parts of their tokens, one after another.
+
+    The widest activations of a layer, T * M numbers several times over, then exist for a part of the tokens only; the
+    backward pass recomputes each part. The number of parts is fixed, since wrappers that gather weights within
+    submodules need as many calls on every rank.
+
+    Raises:
+        ConfigError: no gated MLP was recognised.
+    """
+    found = [module for module in model.modules() if getattr(module.forward, "__func__", None) is _gated_forward]
+    if tiles > 1 and not found:
+        raise ConfigError(
+            f"mlp_tiles = {tiles}: {type(model).__name__} has no MLP of gate_proj, up_proj, down_proj and act_fn to "
+            "tile; remove mlp_tiles."
+        )
+    for module in found:
+        cast(Any, module).burnish_tiles = tiles
+
+
+def _tiled(mlp: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
+    rows = x.flatten(0, -2)
+    keeps = torch.is_grad_enabled()
+    # Empty parts are run too: see above.
+    outputs = [
+        checkpoint(mlp, part, use_reentrant=False, preserve_rng_state=False) if keeps else mlp(part)
+        for part in rows.tensor_split(tiles)
+    ]
+    return torch.cat(outputs).view_as(x)
+
+
 def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if len(args) == 1 and not kwargs and getattr(self, "burnish_tiles", 1) > 1:
+        return _tiled(MethodType(type(self).forward, self), args[0], self.burnish_tiles)
     if len(args) != 1 or kwargs or not _recomputes(args[0]):
         return type(self).forward(self, *args, **kwargs)
 

@@ -19,9 +19,11 @@ from transformers.trainer_utils import speed_metrics
 from burnish.errors import CheckFailed, ConfigError, DataError
 from burnish.model.adapters import add_adapters, saving_adapters
 from burnish.model.finite import check_finite
+from burnish.model.host_embedding import keep_embedding_on_host
 from burnish.model.masters import MasterWeights, over_masters
 from burnish.model.offload import offloading
 from burnish.model.packing import partition, zero_weight_group
+from burnish.model.recomputation import tile_mlps
 from burnish.model.scoring import eval_mode
 from burnish.training.arguments import check_constructor, check_parts
 from burnish.training.callbacks import MetricsCallback, ProgressCallback
@@ -128,6 +130,9 @@ class Learner(Trainer, Generic[S]):
         check_optimizer(optimizers[0], loaded)
         use_non_reentrant_checkpointing(args)
         stage.prepare(loaded)
+        tile_mlps(loaded, args.mlp_tiles)
+        if args.embedding_offloading:
+            keep_embedding_on_host(loaded)
         super().__init__(
             model=loaded,
             args=args,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from burnish.model.packing import pack
 from burnish.model.scoring import causal_lm, eval_mode, score
-from burnish.model.traced import standing_for
+from burnish.model.traced import on_host, standing_for
 from burnish.training.ledger import Ledger, Peak
 from burnish.training.step import MicroBatch, Step
 from burnish.types import Completion, Group, PackedBatch
@@ -100,6 +101,9 @@ def fake_model(
                     setattr(module, name, _QuantizedLinear(child))
     if peft_config is not None:
         model = get_peft_model(model, peft_config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, Any] = {}
 
@@ -120,28 +124,30 @@ def fake_model(
 
 
 def trace_update(
-    trainer: Any, mode: FakeTensorMode, groups: Sequence[Group], *, device: str = "cuda", num_parts: int = 1
+    trainer: Any, groups: Sequence[Group], *, mode: FakeTensorMode | None, device: str = "cuda", num_parts: int = 1
 ) -> Trace:
-    """Run a trainer's step on fake groups.
+    """Run a trainer's step and count its bytes.
 
     Args:
         trainer: a trainer on a model of `fake_model`.
-        mode: the model's.
         groups: one part of a micro-batch; only lengths matter.
-        device: type of the device that the trace stands for.
+        mode: the model's; None for a model with values, which is trained and measured.
+        device: type of the device that fake tensors stand for.
         num_parts: passes whose gradients add up before the optimizer's step.
     """
     ledger, model = Ledger(), trainer.model
     trained = [p for p in model.parameters() if p.requires_grad]
     ledger.own("trained weights", trained)
     ledger.own("frozen weights", (t for t in (*model.parameters(), *model.buffers()) if t not in set(trained)))
+    with on_host():
+        ledger.own("frozen weights", [causal_lm(model).get_input_embeddings().weight])
     batch, small = (_faked(pack(part), mode) for part in (groups, [_shortened(groups[0])]))
     step = _step_of(trainer, groups)
     if trainer.args.gradient_checkpointing:
         lm = causal_lm(model)
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    with standing_for(device), mode, ledger:
+    with standing_for(device), nullcontext() if mode is None else mode, ledger:
         with ledger.component("optimizer"):
             trainer.create_optimizer()
         # The first step makes the optimizer's states; the second is measured.
@@ -171,11 +177,11 @@ def _shortened(group: Group) -> Group:
     return fake_groups(2, [2] * len(group.completions))[0]
 
 
-def _faked(batch: PackedBatch, mode: FakeTensorMode) -> PackedBatch:
+def _faked(batch: PackedBatch, mode: FakeTensorMode | None) -> PackedBatch:
     def faked(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: faked(tensor) for name, tensor in value.items()}
-        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+        return value if mode is None or not isinstance(value, Tensor) else mode.from_tensor(value)
 
     return PackedBatch(**{f.name: faked(getattr(batch, f.name)) for f in dataclasses.fields(batch)})
 
