@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from burnish.planner.devices import Device
-from burnish.planner.memory import PREFILL_TOKENS, Method, Part, cache_bytes, cache_tokens, checkpoint_bytes, weight_bytes
+from burnish.planner.memory import (
+    PREFILL_TOKENS,
+    Method,
+    Part,
+    cache_bytes,
+    cache_tokens,
+    checkpoint_bytes,
+    weight_bytes,
+)
 from burnish.planner.run import Run
 from burnish.planner.shapes import ModelShape
 
@@ -72,7 +80,9 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
     per_step = run.accumulation * forwards
     scored = _passes(run, device, backward=False)
     if per_step:
-        costs["scoring"] = scored * (per_step * (fraction * run.rollout_batches / run.accumulation if run.rollout_batches else 1))
+        costs["scoring"] = scored * (
+            per_step * (fraction * run.rollout_batches / run.accumulation if run.rollout_batches else 1)
+        )
     if run.has_critic:
         values = _passes(run, device, backward=False, with_head=False) * (run.rollout_batches * fraction)
         costs["scoring"] = costs.get("scoring", Cost()) + values
@@ -85,7 +95,7 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
 def _passes(run: Run, device: Device, *, backward: bool, with_head: bool = True) -> Cost:
     """Cost of the parts of one micro-batch."""
     shape, method = run.shape, run.method
-    weights = sum(weight_bytes(shape, method)[name] for name in ("weights",))
+    weights = weight_bytes(shape, method)["weights"]
     flops = seconds = 0.0
     for part in run.parts:
         if backward:
@@ -112,8 +122,7 @@ def _dequantising(run: Run, device: Device) -> float:
     bits = run.method.bits
     if bits is None:
         return 0.0
-    linear = sum(one.weights for one in run.shape.linears)
-    return linear * (bits / 8 + 2 * run.method.item) / (device.bandwidth * BANDWIDTH)
+    return run.shape.linear_weights * (bits / 8 + 2 * run.method.item) / (device.bandwidth * BANDWIDTH)
 
 
 def _rollout(run: Run, device: Device, completions: int) -> Cost:

@@ -109,7 +109,9 @@ def detect_device() -> Device:
 def _named(name: str, memory: int) -> Device:
     """Return a GPU by the driver's name, with the rates of the most similar one of the table."""
     key = _key(name)
-    fitting = [device for known, device in DEVICES.items() if _key(known).partition("80")[0].partition("40gb")[0] in key]
+    fitting = [
+        device for known, device in DEVICES.items() if _key(known).partition("80")[0].partition("40gb")[0] in key
+    ]
     fitting = fitting or [device for known, device in DEVICES.items() if _key(known.partition("-")[0]) in key]
     like = min(fitting or DEVICES.values(), key=lambda device: abs(device.memory_bytes - memory))
     return Device(name, memory, like.flops, like.bandwidth, like.link, like.fast_bf16)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from burnish.planner.shapes import Linear, ModelShape
@@ -90,9 +90,7 @@ class Adapters:
 
     def num_parameters(self, shape: ModelShape) -> int:
         """Number of trained parameters: r (n + m) for an n by m layer, and those trained in full."""
-        added = sum(
-            rank * (one.inputs + one.outputs) * one.count * one.experts for one, rank in self.matched(shape)
-        )
+        added = sum(rank * (one.inputs + one.outputs) * one.count * one.experts for one, rank in self.matched(shape))
         added = added if self.layers is None else added * self.layers // shape.layers
         whole = sum(name.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for name in self.whole)
         return added + whole * shape.vocabulary * shape.hidden
@@ -100,6 +98,11 @@ class Adapters:
     def saved_ranks(self, shape: ModelShape) -> int:
         """Sum of the ranks in a layer: the outputs of A, which the backward pass needs."""
         return sum(rank * one.count for one, rank in self.matched(shape) if one.experts == 1) // shape.layers
+
+
+@cache
+def _adapter_sizes(adapters: Adapters, shape: ModelShape) -> tuple[int, int]:
+    return adapters.num_parameters(shape), adapters.saved_ranks(shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +139,11 @@ class Method:
 
     def trained(self, shape: ModelShape) -> int:
         """Number of trained parameters."""
-        return shape.num_parameters if self.adapters is None else self.adapters.num_parameters(shape)
+        return shape.num_parameters if self.adapters is None else _adapter_sizes(self.adapters, shape)[0]
 
     def ranks(self, shape: ModelShape) -> int:
         """Sum of the ranks of the adapters in a layer."""
-        return 0 if self.adapters is None else self.adapters.saved_ranks(shape)
+        return 0 if self.adapters is None else _adapter_sizes(self.adapters, shape)[1]
 
 
 class Part(NamedTuple):
@@ -207,7 +210,7 @@ def split_rows(
 
 def weight_bytes(shape: ModelShape, method: Method) -> Bytes:
     """Count the weights that stay for the whole run: base, adapters, lower halves of masters, optimizer states."""
-    linear = sum(one.weights for one in shape.linears)
+    linear = shape.linear_weights
     rest = shape.num_parameters - linear
     bits = 8 * method.item if method.bits is None else method.bits
     trained = method.trained(shape)
@@ -369,8 +372,3 @@ def _rounded(tokens: int) -> int:
 def cache_bytes(shape: ModelShape, method: Method) -> int:
     """Bytes of the keys and values of a token: 2 K L numbers."""
     return method.item * 2 * shape.keys * shape.layers
-
-
-def total(found: Mapping[str, int]) -> int:
-    """Sum of the components."""
-    return sum(found.values())

@@ -106,4 +106,6 @@ def _from_hub(name: str, field: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the library's errors differ between versions
-        raise ModelError(f"{shown}: the hub has no config.json for it ({' '.join(str(error).split()):.200}). {fix}.") from error
+        raise ModelError(
+            f"{shown}: the hub has no config.json for it ({' '.join(str(error).split()):.200}). {fix}."
+        ) from error

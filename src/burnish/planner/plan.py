@@ -73,10 +73,14 @@ class Plan:
     notes: tuple[str, ...]
 
     def total(self, phase: Phase) -> int:
-        """Bytes on the device during a phase; weights are loaded before anything else is allocated."""
+        """Bytes on the device during a phase."""
+        return sum(self.held(phase).values()) + phase.device_bytes
+
+    def held(self, phase: Phase) -> Bytes:
+        """Fixed components during a phase; weights are loaded before anything else is allocated."""
         if phase.name == "loading":
-            return phase.device_bytes + self.fixed["context"]
-        return sum(self.fixed.values()) + phase.device_bytes
+            return {name: size for name, size in self.fixed.items() if name in ("context", "process")}
+        return self.fixed
 
     @property
     def peak_phase(self) -> Phase:
@@ -150,8 +154,8 @@ def plan_run(run: Run, device: Device) -> Plan:
     fixed, fixed_host = _fixed(run, device)
     costs = phase_costs(run, device)
     loaded = run.shape.num_parameters
-    # Weights are read in fp32 and rounded to bf16; quantised ones are read in the compute dtype.
-    width = run.method.item if run.method.bits is not None or not run.method.bf16 else 6
+    # Read in fp32, and held in bf16 beside that until masters are made; an explicit dtype is read as it is.
+    width = 6 if run.reads_fp32 else run.method.item
     phases = [Phase("loading", {}, {"weights as read": width * loaded}, Cost())]
     if "rollout" in costs:
         phases.append(Phase("rollout", _rollout(run, device), {}, costs["rollout"]))
@@ -239,7 +243,7 @@ def _rollout(run: Run, device: Device) -> Bytes:
     found = {"key-value cache": tokens * per_token, "logits": 12 * rows * shape.vocabulary}
     found |= forward_bytes(shape, method, Part(prefill, 0, 0), on_cpu=device.is_cpu, with_head=False)
     if device.is_cpu and device.fast_bf16 and method.bf16:
-        linear = 0 if method.bits is not None else sum(one.weights for one in shape.linears)
+        linear = 0 if method.bits is not None else shape.linear_weights
         adapters = 0 if method.adapters is None else method.trained(shape)
         found["packed weights"] = 2 * (linear + shape.vocabulary * shape.hidden + adapters)
     if run.ranks > 1 and run.sharding in ("fsdp2", "zero3"):

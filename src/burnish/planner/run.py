@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal, TypeAlias, cast
 
 from burnish.config.algorithms import apply_algorithm
@@ -86,6 +87,7 @@ class Run:
         vllm_sleeps: whether it frees that between rollouts.
         ranks: number of devices.
         sharding: how the ranks divide a model.
+        reads_fp32: whether weights are read in fp32 and then rounded.
         assumed: settings that the run does not make, in words.
     """
 
@@ -110,6 +112,7 @@ class Run:
     vllm_sleeps: bool
     ranks: int
     sharding: Sharding
+    reads_fp32: bool
     assumed: tuple[str, ...]
 
     @property
@@ -127,7 +130,7 @@ def read_run(request: Request) -> Run:
     """Resolve a request: defaults of the stage, the algorithm's fields, lengths, and the split into parts."""
     kind, shape = request.kind, request.model.shape
     given = dict(request.training)
-    values = {name: info.default for name, info in known_fields(kind).items()} | given
+    values = _defaults(kind) | given
     values = apply_algorithm(kind, values, given) if "algorithm" in values else values
     online = STAGES[kind].online
     method = _method(request, values)
@@ -168,8 +171,14 @@ def read_run(request: Request) -> Run:
         vllm_sleeps=bool(values.get("vllm_enable_sleep_mode", False)),
         ranks=request.ranks,
         sharding=request.sharding,
+        reads_fp32=method.bits is None and method.bf16 and "dtype" not in request.model_init,
         assumed=assumed,
     )
+
+
+@cache
+def _defaults(kind: Kind) -> dict[str, Any]:
+    return {name: info.default for name, info in known_fields(kind).items()}
 
 
 def _group(kind: Kind, values: Mapping[str, Any]) -> int:
@@ -261,4 +270,3 @@ def _reference(
     if method.adapters is not None:
         return "adapters off"
     return "freed copy" if values.get("precompute_ref_log_probs") else "copy"
-

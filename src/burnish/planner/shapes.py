@@ -120,7 +120,11 @@ class ModelShape:
             found.append(Linear(path, inputs, outputs, count, bias))
 
         if self.model_type == "gpt2" or self.fused:
-            add(f"{attention}.{'c_attn' if self.model_type == 'gpt2' else 'qkv_proj'}", self.queries + 2 * self.keys, *qkv)
+            add(
+                f"{attention}.{'c_attn' if self.model_type == 'gpt2' else 'qkv_proj'}",
+                self.queries + 2 * self.keys,
+                *qkv,
+            )
         else:
             add(f"{attention}.q_proj", self.queries, *qkv)
             add(f"{attention}.k_proj", self.keys, *qkv)
@@ -172,16 +176,21 @@ class ModelShape:
             "head": 0 if self.tied else self.vocabulary * self.hidden,
         }
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         """Number of all parameters."""
         return sum(self.parameters.values())
 
-    @property
+    @cached_property
+    def linear_weights(self) -> int:
+        """Weights of the linear layers of the decoder."""
+        return sum(one.weights for one in self.linears)
+
+    @cached_property
     def decoder_weights(self) -> int:
         """Weights that one token is multiplied with in the decoder, without embedding and head."""
         visited = sum(one.weights // one.experts * self.experts_per_token for one in self.expert_tensors)
-        return sum(one.weights for one in self.linears) + visited + self.hidden * self.experts * self.mixture_layers
+        return self.linear_weights + visited + self.hidden * self.experts * self.mixture_layers
 
     @property
     def layer_parameters(self) -> int:
