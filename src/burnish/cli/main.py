@@ -19,7 +19,7 @@ from burnish.config import STAGES, Kind, known_fields
 from burnish.config.declare import GROUPS
 from burnish.config.stages import met_fields, refused_fields
 from burnish.errors import BurnishError, Interrupted
-from burnish.planner.run import SHARDINGS
+from burnish.planner.devices import SHARDINGS
 
 __all__ = ["build_parser", "console", "main", "split_overrides"]
 

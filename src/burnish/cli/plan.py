@@ -1,4 +1,4 @@
-"""`burnish plan FILE|MODEL`: bytes by component and phase, seconds, and whether a run fits, before anything is loaded."""
+"""`burnish plan FILE|MODEL`: bytes by component and phase, seconds, and whether a run fits its device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value}: use a number of at least 1.")
     target = str(args.target)
-    stages: dict[Kind, Mapping[str, Any]]
+    stages: Mapping[Kind, Mapping[str, Any]]
     if Path(target).suffix not in (".toml", ".yaml", ".yml"):
         kind = args.stage or "grpo"
         document = apply_overrides({"model": target}, args.overrides)
@@ -129,16 +129,17 @@ def _proposal(proposal: Proposal, training: str) -> dict[str, Any]:
 
 def _print(console: Console, request: Request, plan: Plan, proposals: Sequence[Proposal], training: str) -> None:
     """Print the setting, the table of bytes, the verdict and the proposals."""
-    planned, method = plan.run, plan.run.method
-    trained = method.trained(planned.shape)
+    planned, shape = plan.run, plan.run.shape
+    ranks = f", {planned.ranks} ranks ({planned.sharding})" if planned.ranks > 1 else ""
     console.print(
-        f"{STAGES[planned.kind].title}, {planned.shape.model_type} of {_count(planned.shape.num_parameters)} parameters "
-        f"from {request.model.origin}, {_count(trained)} trained; {plan.device.name}"
-        + (f", {planned.ranks} ranks ({planned.sharding})" if planned.ranks > 1 else "")
+        f"{STAGES[planned.kind].title}, {shape.model_type} of {_count(shape.num_parameters)} parameters from "
+        f"{request.model.origin}, {_count(planned.method.trained(shape))} trained; {plan.device.name}{ranks}"
     )
+    passes = len(planned.parts) * planned.accumulation
     console.print(
-        f"prompts of {planned.prompt_tokens} and completions of {planned.completion_tokens} tokens, {planned.completions} a "
-        f"micro-batch; {len(planned.parts) * planned.accumulation} passes of up to {planned.largest.tokens} tokens a step"
+        f"prompts of {planned.prompt_tokens} and completions of {planned.completion_tokens} tokens, "
+        f"{planned.completions} a micro-batch; {passes} {'pass' if passes == 1 else 'passes'} of up to "
+        f"{planned.largest.tokens} tokens a step"
     )
     console.print(_table(plan))
     headroom = plan.usable_bytes - plan.peak_bytes

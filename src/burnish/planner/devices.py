@@ -8,10 +8,14 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from burnish.errors import ConfigError, show
 
-__all__ = ["DEVICES", "Device", "detect_device", "find_device"]
+__all__ = ["DEVICES", "SHARDINGS", "Device", "Sharding", "detect_device", "find_device"]
+
+Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True, slots=True)

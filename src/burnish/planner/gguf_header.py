@@ -65,8 +65,8 @@ def config_of_gguf(path: str | Path) -> dict[str, Any]:
 def _header(file: BinaryIO) -> tuple[dict[str, Any], set[str]]:
     """Return the metadata, with arrays as their lengths, and the names of the tensors."""
 
-    def read(format: str) -> Any:
-        return struct.unpack("<" + format, file.read(struct.calcsize("<" + format)))[0]
+    def read(code: str) -> Any:
+        return struct.unpack("<" + code, file.read(struct.calcsize("<" + code)))[0]
 
     def text() -> str:
         return file.read(read("Q")).decode("utf-8")

@@ -68,8 +68,19 @@ class Adapters:
 
     def matched(self, shape: ModelShape) -> list[tuple[Linear, int]]:
         """Return the linear layers that get adapters, each with its rank."""
-        tensors = [one for one in shape.expert_tensors if any(one.path.endswith(name) for name in self.parameters)]
-        return [(one, self._rank_of(one.path)) for one in (*filter(self._takes, shape.linears), *tensors)]
+        tensors = [(one, self._rank_of(one.path)) for one in shape.expert_tensors if self._names(one.path)]
+        if self._takes_experts(shape):
+            # peft adapts fused experts per expert, two fused projections with twice the rank, and the router.
+            router = Linear("mlp.gate", shape.hidden, shape.experts, shape.mixture_layers)
+            ranks = (2 * self.rank, self.rank, self.rank)
+            tensors = list(zip((*shape.expert_tensors, router), ranks, strict=True))
+        return [*((one, self._rank_of(one.path)) for one in shape.linears if self._takes(one)), *tensors]
+
+    def _names(self, path: str) -> bool:
+        return any(path.endswith(name) for name in self.parameters)
+
+    def _takes_experts(self, shape: ModelShape) -> bool:
+        return bool(shape.mixture_layers) and self.targets == "all-linear"
 
     def _takes(self, linear: Linear) -> bool:
         targets = self.targets
@@ -90,14 +101,14 @@ class Adapters:
 
     def num_parameters(self, shape: ModelShape) -> int:
         """Number of trained parameters: r (n + m) for an n by m layer, and those trained in full."""
-        added = sum(rank * (one.inputs + one.outputs) * one.count * one.experts for one, rank in self.matched(shape))
+        added = sum(rank * (one.inputs + one.outputs) * one.number * one.experts for one, rank in self.matched(shape))
         added = added if self.layers is None else added * self.layers // shape.layers
         whole = sum(name.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for name in self.whole)
         return added + whole * shape.vocabulary * shape.hidden
 
     def saved_ranks(self, shape: ModelShape) -> int:
         """Sum of the ranks in a layer: the outputs of A, which the backward pass needs."""
-        return sum(rank * one.count for one, rank in self.matched(shape) if one.experts == 1) // shape.layers
+        return sum(rank * one.number for one, rank in self.matched(shape) if one.experts == 1) // shape.layers
 
 
 @cache

@@ -19,8 +19,8 @@ from burnish.planner.shapes import ModelShape, shape_from_config
 
 __all__ = ["FoundModel", "find_shape", "known_models"]
 
-_VARIANT = re.compile(r"(-(instruct|it|pt|base|chat|hf|bnb|4bit|unsloth|v1\.0|\d{4}))+$")
-"""Endings of names that have the dimensions of the name without them."""
+_VARIANT = re.compile(r"-(instruct|it|pt|base|chat|hf|bnb|4bit|unsloth|v1\.0|2507)(?=-|$)")
+"""Parts of names that say nothing of dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _from_hub(name: str, field: str) -> Path:
     """Return the model's config.json from the hub or its cache."""
     shown = f"{field} = {name!r}"
     fix = (
-        "Name a folder with config.json, a .gguf file, a hub name where there is a network, or a model of the same size "
+        "Name a folder with config.json, a .gguf file, a hub name where there is a network, or a model of that size "
         f"({', '.join(known_models())})"
     )
     if "/" not in name:

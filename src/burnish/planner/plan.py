@@ -206,7 +206,7 @@ def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
     if run.reference == "copy":
         fixed["reference"] = method.item * shape.num_parameters // _divisor(run, "weights")
     if run.has_critic:
-        # A critic shares a frozen base with the policy's adapters; else it is a decoder of its own. Ranks hold it whole.
+        # It shares a frozen base with the policy's adapters, or is a decoder of its own; ranks hold it whole.
         head = 0 if shape.tied else shape.vocabulary * shape.hidden
         trained = method.trained(shape) if method.adapters is not None else shape.num_parameters - head
         fixed["critic's weights"] = method.item * trained + 4 * shape.hidden

@@ -112,10 +112,11 @@ def _with(request: Request, changes: Sequence[Change]) -> Plan:
 
 def _mildest(request: Request, options: Sequence[Sequence[Change]]) -> list[Change] | None:
     """Raise the levels of some kinds of change, the one that saves most first, until the request fits."""
+    # Quantised weights are frozen: they need adapters.
     quantised = any("quantization_config" in levels[0].values for levels in options)
-    if quantised and request.peft is None and request.model.adapters is None:
-        if not any(levels[0].table == "peft" for levels in options):
-            return None
+    has_adapters = request.peft is not None or request.model.adapters is not None
+    if quantised and not has_adapters and not any(levels[0].table == "peft" for levels in options):
+        return None
     if not _with(request, [levels[-1] for levels in options]).fits:
         return None
     levels = [0] * len(options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 from burnish.config.algorithms import apply_algorithm
 from burnish.config.fields import LOSSES_WITHOUT_REFERENCE
@@ -13,15 +13,12 @@ from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.config.quantization import check_quantization
 from burnish.config.stages import STAGES, Kind, known_fields
 from burnish.errors import ConfigError
-from burnish.planner.devices import Device
+from burnish.planner.devices import Device, Sharding
 from burnish.planner.memory import Adapters, Method, Part, split_rows
 from burnish.planner.models import FoundModel
 from burnish.planner.shapes import ModelShape
 
-__all__ = ["SHARDINGS", "Request", "Run", "Sharding", "read_run"]
-
-Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
-SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+__all__ = ["Request", "Run", "read_run"]
 
 _PROMPT_TOKENS = 512
 """Prompt length where a run names no limit."""

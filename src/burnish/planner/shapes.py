@@ -21,7 +21,7 @@ class Linear(NamedTuple):
         path: name within a decoder layer, such as `self_attn.q_proj`.
         inputs: input features.
         outputs: output features.
-        count: number in the model.
+        number: how many the model has.
         bias: whether each has a bias.
         experts: experts whose weights one tensor holds; 1 for an ordinary layer.
     """
@@ -29,14 +29,14 @@ class Linear(NamedTuple):
     path: str
     inputs: int
     outputs: int
-    count: int
+    number: int
     bias: bool = False
     experts: int = 1
 
     @property
     def weights(self) -> int:
         """Weights of all of them, without biases."""
-        return self.inputs * self.outputs * self.count * self.experts
+        return self.inputs * self.outputs * self.number * self.experts
 
 
 @dataclass(frozen=True)
@@ -112,30 +112,23 @@ class ModelShape:
     @cached_property
     def linears(self) -> list[Linear]:
         """Linear layers of the decoder, which adapters and quantisation apply to; experts are fused tensors."""
-        attention, mlp = ("attn", "mlp") if self.model_type == "gpt2" else ("self_attn", "mlp")
-        qkv, out = (self.hidden, self.layers, self.qkv_bias), (self.queries, self.hidden, self.layers, self.output_bias)
-        found: list[Linear] = []
-
-        def add(path: str, outputs: int, inputs: int, count: int, bias: bool) -> None:
-            found.append(Linear(path, inputs, outputs, count, bias))
-
-        if self.model_type == "gpt2" or self.fused:
-            add(
-                f"{attention}.{'c_attn' if self.model_type == 'gpt2' else 'qkv_proj'}",
-                self.queries + 2 * self.keys,
-                *qkv,
-            )
+        is_gpt2 = self.model_type == "gpt2"
+        attention, mlp = "attn" if is_gpt2 else "self_attn", "mlp"
+        if is_gpt2 or self.fused:
+            projections = {"c_attn" if is_gpt2 else "qkv_proj": self.queries + 2 * self.keys}
         else:
-            add(f"{attention}.q_proj", self.queries, *qkv)
-            add(f"{attention}.k_proj", self.keys, *qkv)
-            add(f"{attention}.v_proj", self.keys, *qkv)
-        found.append(Linear(f"{attention}.{'c_proj' if self.model_type == 'gpt2' else 'o_proj'}", *out))
+            projections = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys}
+        found = [
+            Linear(f"{attention}.{name}", self.hidden, outputs, self.layers, self.qkv_bias)
+            for name, outputs in projections.items()
+        ]
+        out = f"{attention}.{'c_proj' if is_gpt2 else 'o_proj'}"
+        found.append(Linear(out, self.queries, self.hidden, self.layers, self.output_bias))
         found += self._mlp_linears(mlp, self.width, self.layers - self.mixture_layers)
-        if self.mixture_layers:
-            if self.shared_width:
-                found += self._mlp_linears(f"{mlp}.shared_expert", self.shared_width, self.mixture_layers)
-                found.append(Linear(f"{mlp}.shared_expert_gate", self.hidden, 1, self.mixture_layers))
-        return [linear for linear in found if linear.count]
+        if self.mixture_layers and self.shared_width:
+            found += self._mlp_linears(f"{mlp}.shared_expert", self.shared_width, self.mixture_layers)
+            found.append(Linear(f"{mlp}.shared_expert_gate", self.hidden, 1, self.mixture_layers))
+        return [linear for linear in found if linear.number]
 
     def _mlp_linears(self, path: str, width: int, count: int) -> list[Linear]:
         if self.model_type == "gpt2":
@@ -163,7 +156,7 @@ class ModelShape:
         """Number of parameters by component; a tied head counts with the embedding."""
 
         def of(linears: Iterator[Linear]) -> int:
-            return sum(one.weights + one.bias * one.outputs * one.count for one in linears)
+            return sum(one.weights + one.bias * one.outputs * one.number for one in linears)
 
         norm = self.hidden * (1 + self.norm_bias)
         router = self.hidden * self.experts * self.mixture_layers
@@ -202,7 +195,13 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How an architecture differs from Llama: fields of `ModelShape` that its configuration does not set, and defaults."""
+    """How an architecture differs from Llama.
+
+    Attributes:
+        fixed: fields of `ModelShape` that its configuration does not set.
+        defaults: values of fields that a configuration may leave out.
+        names: names of transformers -> its own.
+    """
 
     fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -299,7 +298,8 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     shape = dataclasses.replace(shape, **family.fixed)
     if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return shape
-    experts = get("num_local_experts" if kind == "mixtral" else "num_experts")
+    # transformers 5 writes the second name for all of them.
+    experts = get("num_local_experts" if "num_local_experts" in values else "num_experts")
     sparse_step, dense = get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
     mixture = [i for i in range(layers) if i not in dense and experts > 0 and (i + 1) % max(sparse_step, 1) == 0]
     return dataclasses.replace(
