@@ -171,7 +171,10 @@ def test_the_language_model_of_a_multimodal_one() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "lama"}, r"model_type = 'lama': its bytes are not known; did you mean llama"),
+        (
+            {"model_type": "lama"},
+            r"model_type = 'lama': did you mean llama, or plan with a known model of the same size",
+        ),
         ({"model_type": "llama", "hidden_size": 8}, "num_hidden_layers = None: use the number of the model"),
         ({"model_type": "llama", **TINY, "num_hidden_layers": 0}, "is 0"),
     ],

@@ -43,9 +43,11 @@ def run(args: argparse.Namespace) -> None:
         _print(console, request, plan, proposals, request.kind if is_pipeline else "training")
     if args.json is not None:
         found = [
-            plan.as_dict()
-            | {"proposals": [_proposal(one, request.kind if is_pipeline else "training") for one in rest]}
-            for request, plan, rest in plans
+            {
+                **plan.as_dict(),
+                "proposals": [one.as_dict(request.kind if is_pipeline else "training") for one in proposals],
+            }
+            for request, plan, proposals in plans
         ]
         write_json(args.json, {"plans": found})
     if args.svg is not None:
@@ -115,16 +117,6 @@ def _stage_of(path: str, overrides: Sequence[str]) -> Kind:
     if not fitting:
         raise ConfigError(f"{path}: no stage has all fields of [training]; name the one it is for by --stage.")
     return fitting[0]
-
-
-def _proposal(proposal: Proposal, training: str) -> dict[str, Any]:
-    return {
-        "toml": proposal.toml(training),
-        "effects": [change.effect for change in proposal.changes],
-        "peak_bytes": proposal.plan.peak_bytes,
-        "seconds_per_step": proposal.plan.seconds,
-        "slowdown": proposal.slowdown,
-    }
 
 
 def _print(console: Console, request: Request, plan: Plan, proposals: Sequence[Proposal], training: str) -> None:

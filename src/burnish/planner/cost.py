@@ -88,7 +88,13 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
         costs["scoring"] = costs.get("scoring", Cost()) + values
         costs["critic update"] = _passes(run, device, backward=True, with_head=False) * run.accumulation
     costs["update"] = _passes(run, device, backward=True, with_head=run.has_head) * run.accumulation
-    costs["update"] += _synchronisation(run, device)
+    if run.ranks > 1:
+        # Gradients between ranks, and the weights that each pass of a sharded model gathers.
+        moved = 2 * run.method.item * run.method.trained(run.shape)
+        if run.sharding in ("fsdp2", "zero3"):
+            gathers = (3 if run.method.checkpoints else 2) * len(run.parts) * run.accumulation
+            moved += gathers * weight_bytes(run.shape, run.method)["weights"]
+        costs["update"] += Cost(0.0, moved / device.link * (1 - LINK_OVERLAP))
     return costs
 
 
@@ -146,14 +152,3 @@ def _rollout(run: Run, device: Device, completions: int) -> Cost:
     read += per_token * (rows * length // 2 + -(-rows // run.group) * prompt)
     decode = max(step / (device.flops * MATMUL), read / (device.bandwidth * BANDWIDTH)) + launch
     return Cost(flops + steps * step, seconds + steps * decode)
-
-
-def _synchronisation(run: Run, device: Device) -> Cost:
-    """Cost of gradients between ranks, and of gathered weights."""
-    if run.ranks == 1:
-        return Cost()
-    trained, weights = run.method.trained(run.shape), weight_bytes(run.shape, run.method)["weights"]
-    moved = 2 * run.method.item * trained
-    if run.sharding in ("fsdp2", "zero3"):
-        moved += (3 if run.method.checkpoints else 2) * weights * len(run.parts) * run.accumulation
-    return Cost(0.0, moved / device.link * (1 - LINK_OVERLAP))

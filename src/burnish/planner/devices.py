@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -104,21 +105,14 @@ def detect_device() -> Device:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
             name, _, mib = done.stdout.splitlines()[0].rpartition(",")
-            return _named(name.strip(), int(mib) * _MIB)
+            memory, key = int(mib) * _MIB, _key(name)
+            # The rates of the table's most similar GPU: of its kind if it has that, and of the nearest size.
+            kinds = [device for known, device in DEVICES.items() if _key(known.partition("-")[0]) in key]
+            like = min(kinds or DEVICES.values(), key=lambda device: abs(device.memory_bytes - memory))
+            return dataclasses.replace(like, name=name.strip(), memory_bytes=memory)
         except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             pass  # a driver without a device: the CPU trains
     return _cpu()
-
-
-def _named(name: str, memory: int) -> Device:
-    """Return a GPU by the driver's name, with the rates of the most similar one of the table."""
-    key = _key(name)
-    fitting = [
-        device for known, device in DEVICES.items() if _key(known).partition("80")[0].partition("40gb")[0] in key
-    ]
-    fitting = fitting or [device for known, device in DEVICES.items() if _key(known.partition("-")[0]) in key]
-    like = min(fitting or DEVICES.values(), key=lambda device: abs(device.memory_bytes - memory))
-    return Device(name, memory, like.flops, like.bandwidth, like.link, like.fast_bf16)
 
 
 def _cpu() -> Device:

@@ -68,19 +68,13 @@ class Adapters:
 
     def matched(self, shape: ModelShape) -> list[tuple[Linear, int]]:
         """Return the linear layers that get adapters, each with its rank."""
-        tensors = [(one, self._rank_of(one.path)) for one in shape.expert_tensors if self._names(one.path)]
-        if self._takes_experts(shape):
+        tensors = [(one, self._rank_of(one.path)) for one in shape.expert_tensors if one.path.endswith(self.parameters)]
+        if shape.mixture_layers and self.targets == "all-linear":
             # peft adapts fused experts per expert, two fused projections with twice the rank, and the router.
             router = Linear("mlp.gate", shape.hidden, shape.experts, shape.mixture_layers)
             ranks = (2 * self.rank, self.rank, self.rank)
             tensors = list(zip((*shape.expert_tensors, router), ranks, strict=True))
         return [*((one, self._rank_of(one.path)) for one in shape.linears if self._takes(one)), *tensors]
-
-    def _names(self, path: str) -> bool:
-        return any(path.endswith(name) for name in self.parameters)
-
-    def _takes_experts(self, shape: ModelShape) -> bool:
-        return bool(shape.mixture_layers) and self.targets == "all-linear"
 
     def _takes(self, linear: Linear) -> bool:
         targets = self.targets

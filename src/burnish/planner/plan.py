@@ -167,11 +167,20 @@ def plan_run(run: Run, device: Device) -> Plan:
     for name in ("critic update", "update"):
         if name in costs:
             phases.append(_update(run, device, name, costs[name]))
+    notes = [f"assumed: {text}" for text in run.assumed]
+    if run.ranks > 1 and run.sharding != "ddp":
+        notes.append(f"burnish trains with DDP on several devices; {run.sharding} is planned and not run yet")
+    if run.shape.experts and run.method.bits is not None:
+        notes.append("experts are fused tensors, which bitsandbytes leaves in 16 bits")
+    if run.shape.softcap:
+        notes.append("capped attention scores are computed without a fused kernel on a CPU, which is not counted")
+    if run.sampler == "server":
+        notes.append("vLLM servers are not counted: they sample on devices of their own")
     if device.is_cpu:
         fixed = fixed | {name: fixed.get(name, 0) + size for name, size in fixed_host.items()}
         phases = [Phase(phase.name, phase.device | phase.host, {}, phase.cost) for phase in phases]
         fixed_host = {}
-    return Plan(run, device, fixed, fixed_host, tuple(phases), _notes(run))
+    return Plan(run, device, fixed, fixed_host, tuple(phases), tuple(notes))
 
 
 def _divisor(run: Run, component: str) -> int:
@@ -219,14 +228,6 @@ def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
     return {name: size for name, size in fixed.items() if size or name == "context"}, host
 
 
-def _gathered(run: Run) -> Bytes:
-    """Weights that a sharded forward pass gathers: two layers, and the head."""
-    if run.ranks == 1 or run.sharding not in ("fsdp2", "zero3"):
-        return {}
-    table = run.shape.vocabulary * run.shape.hidden
-    return {"gathered weights": run.method.item * (2 * run.shape.layer_parameters + table)}
-
-
 def _rollout(run: Run, device: Device) -> Bytes:
     """Key-value cache, logits, one prefill, and copies of weights that the engine needs."""
     shape, method = run.shape, run.method
@@ -260,22 +261,12 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     for found in moments.values():
         if name == "update":
             found["gradients"] //= _divisor(run, "gradients")
-            found |= _gathered(run)
+            if run.ranks > 1 and run.sharding in ("fsdp2", "zero3"):
+                # Two layers, of which one is on its way, and the head.
+                gathered = 2 * shape.layer_parameters + shape.vocabulary * shape.hidden
+                found["gathered weights"] = method.item * gathered
     largest = max(moments.values(), key=lambda found: sum(found.values()))
     host: Bytes = {}
     if method.activation_offloading:
         host["offloaded activations"] = checkpoint_bytes(shape, method, run.largest.tokens)
     return Phase(name, {component: size for component, size in largest.items() if size}, host, cost)
-
-
-def _notes(run: Run) -> tuple[str, ...]:
-    notes = [f"assumed: {text}" for text in run.assumed]
-    if run.ranks > 1 and run.sharding != "ddp":
-        notes.append(f"burnish trains with DDP on several devices; {run.sharding} is planned and not run yet")
-    if run.shape.experts and run.method.bits is not None:
-        notes.append("experts are fused tensors, which bitsandbytes leaves in 16 bits")
-    if run.shape.softcap:
-        notes.append("capped attention scores are computed without a fused kernel on a CPU, which is not counted")
-    if run.sampler == "server":
-        notes.append("vLLM servers are not counted: they sample on devices of their own")
-    return tuple(notes)

@@ -72,6 +72,16 @@ class Proposal:
             lines += [toml_line(name, value) for change in changes for name, value in change.values.items()]
         return "\n".join(lines)
 
+    def as_dict(self, training: str = "training") -> dict[str, Any]:
+        """Return the proposal as JSON values; `training` as in `toml`."""
+        return {
+            "toml": self.toml(training),
+            "effects": [change.effect for change in self.changes],
+            "peak_bytes": self.plan.peak_bytes,
+            "seconds_per_step": self.plan.seconds,
+            "slowdown": self.slowdown,
+        }
+
 
 def _table(change: Change) -> str:
     return change.table
@@ -150,8 +160,11 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
     if "activation_offloading" in fields and not method.activation_offloading and not plan.device.is_cpu:
         checkpoints.append({"gradient_checkpointing": True, "activation_offloading": True})
     offer(checkpoints, "recomputes each layer in the backward pass; the same gradient")
-    budgets = [{"token_budget": size} for size in _budgets(plan)]
-    offer(budgets, "smaller forward and backward passes; the same gradient")
+    whole = request.kind in ("dpo", "reward", "online_dpo")
+    least = plan.run.prompt_tokens + plan.run.completion_tokens * (2 if whole else 1)
+    sizes = [size for power in range(24, 6, -1) if least < (size := 2**power) < plan.run.largest.tokens]
+    sizes += [least] if least < plan.run.largest.tokens else []
+    offer([{"token_budget": size} for size in sizes], "smaller forward and backward passes; the same gradient")
     if plan.run.reference == "copy" and "precompute_ref_log_probs" in fields and not training.get("sync_ref_model"):
         values = {"precompute_ref_log_probs": True}
         offer([values], "scores the reference once and frees it; the same gradient")
@@ -173,29 +186,12 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
         options.append([Change("model_init", {"quantization_config": "nf4"}, "rounds frozen weights to 4 bits")])
     name = "max_completion_length" if STAGES[request.kind].online else "max_length"
     length = plan.run.completion_tokens + (0 if STAGES[request.kind].online else plan.run.prompt_tokens)
-    shorter = [{name: size} for size in _halves(length, _LEAST_TOKENS)]
+    halves = [length // 2**power for power in range(1, 24)]
+    shorter = [{name: size} for size in halves if size >= _LEAST_TOKENS]
     if not STAGES[request.kind].online and request.prompt_tokens is not None:
         shorter = [values for values in shorter if values[name] > request.prompt_tokens]
     offer(shorter, "trains on shorter sequences", last=True)
     return options
-
-
-def _halves(size: int, least: int) -> list[int]:
-    found: list[int] = []
-    while size // 2 >= least:
-        size //= 2
-        found.append(size)
-    return found
-
-
-def _budgets(plan: Plan) -> list[int]:
-    """Powers of two below the largest part, down to a single completion with its prompt."""
-    run = plan.run
-    whole = run.kind in ("dpo", "reward", "online_dpo")
-    least = run.prompt_tokens + run.completion_tokens * (2 if whole else 1)
-    powers = [2**power for power in range(24, 6, -1)]
-    found = [power for power in powers if least <= power < run.largest.tokens]
-    return found + ([least] if least < min([*found, run.largest.tokens]) else [])
 
 
 def _cache_bounds(plan: Plan) -> list[float]:

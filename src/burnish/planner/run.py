@@ -136,7 +136,7 @@ def read_run(request: Request) -> Run:
             "quantization_config without adapters: quantised weights cannot be trained; add [peft], or --lora."
         )
     prompt, completion, assumed = _lengths(request, values)
-    group = _group(kind, values)
+    group = values["num_generations"] if online else 2 if kind in ("dpo", "reward") else 1
     completions = values["per_device_train_batch_size"] * (1 if online else group)
     accumulation = values["gradient_accumulation_steps"]
     rollout = micro_batches_per_rollout(values["steps_per_generation"], accumulation) if online else 0
@@ -178,12 +178,6 @@ def _defaults(kind: Kind) -> dict[str, Any]:
     return {name: info.default for name, info in known_fields(kind).items()}
 
 
-def _group(kind: Kind, values: Mapping[str, Any]) -> int:
-    if STAGES[kind].online:
-        return values["num_generations"]
-    return 2 if kind in ("dpo", "reward") else 1
-
-
 def _lengths(request: Request, values: Mapping[str, Any]) -> tuple[int, int, tuple[str, ...]]:
     """Return tokens of a prompt and of a completion, and what was assumed of them."""
     prompt = request.prompt_tokens
@@ -209,23 +203,17 @@ def _method(request: Request, values: Mapping[str, Any]) -> Method:
     if explicit in ("float32", "float64"):
         bf16 = False
     name = str(getattr(values["optim"], "value", values["optim"]))
-    state, paged = _optimizer(name)
-    kwargs = values.get("activation_checkpointing")
+    state = next((size for known, size in _OPTIMIZER_BYTES.items() if known in name), 8.0)
+    state /= 4 if "8bit" in name else 8 if "4bit" in name else 1
     return Method(
         bf16=bool(bf16),
         adapters=_adapters(request),
         bits=_bits(request.model_init.get("quantization_config")),
         optimizer_bytes=state,
-        paged_optimizer=paged,
-        gradient_checkpointing=bool(values["gradient_checkpointing"] or kwargs),
+        paged_optimizer=name.startswith("paged_"),
+        gradient_checkpointing=bool(values["gradient_checkpointing"] or values.get("activation_checkpointing")),
         activation_offloading=bool(values.get("activation_offloading", False)),
     )
-
-
-def _optimizer(name: str) -> tuple[float, bool]:
-    """Return the bytes of an optimizer's state per trained weight, and whether they are paged to the host."""
-    family = next((size for known, size in _OPTIMIZER_BYTES.items() if known in name), 8.0)
-    return family / (4 if "8bit" in name else 8 if "4bit" in name else 1), name.startswith("paged_")
 
 
 def _adapters(request: Request) -> Adapters | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -240,7 +239,7 @@ _FAMILIES: dict[str, _Family] = {
 }
 """Architectures by `model_type`."""
 
-_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
@@ -259,10 +258,8 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         config = {"model_type": f"{outer}_text" if outer == "gemma3" else outer, **inner}
     kind = config.get("model_type")
     if kind not in _FAMILIES:
-        raise ModelError(
-            f"{where}: model_type = {show(kind)}: its bytes are not known; {did_you_mean(str(kind), _FAMILIES)}. Plan "
-            "with a model of the same size instead."
-        )
+        known = did_you_mean(str(kind), _FAMILIES)
+        raise ModelError(f"{where}: model_type = {show(kind)}: {known}, or plan with a known model of the same size.")
     family = _FAMILIES[kind]
     values = {**family.defaults, **{name: value for name, value in config.items() if value is not None}}
 
@@ -272,41 +269,35 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
             raise ModelError(f"{where}: {family.names.get(name, name)} = {show(value)}: use the number of the model.")
         return value
 
-    layers, hidden, heads, vocabulary = (
-        get(name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    )
-    if not all((layers, hidden, heads, vocabulary)):
+    layers, hidden, heads, vocabulary = map(get, _REQUIRED)
+    if 0 in (layers, hidden, heads, vocabulary):
         raise ModelError(f"{where}: one of {', '.join(_REQUIRED)} is 0; use the numbers of the model.")
     has_bias = bool(values.get("attention_bias", False))
     longest = get("max_position_embeddings", 0)
-    shape = ModelShape(
-        model_type=kind,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
+    mixture: dict[str, int] = {}
+    if kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        # transformers 5 writes the second name for all of them.
+        experts = get("num_local_experts" if "num_local_experts" in values else "num_experts")
+        step, dense = max(get("decoder_sparse_step", 1), 1), values.get("mlp_only_layers") or []
+        mixture = {
+            "experts": experts,
+            "experts_per_token": get("num_experts_per_tok"),
+            "expert_width": get("intermediate_size" if kind == "mixtral" else "moe_intermediate_size"),
+            "shared_width": get("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
+            "dense_layers": sum(i in dense or not experts or (i + 1) % step > 0 for i in range(layers)),
+        }
+    rest: dict[str, Any] = {"qkv_bias": has_bias, "output_bias": has_bias, "mlp_bias": bool(values.get("mlp_bias"))}
+    return ModelShape(
+        kind,
+        layers,
+        hidden,
+        heads,
         kv_heads=get("num_key_value_heads", heads),
         head_dim=get("head_dim", hidden // heads),
         width=get("intermediate_size", 4 * hidden if kind == "gpt2" else None),
         vocabulary=vocabulary,
         tied=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=has_bias,
-        output_bias=has_bias,
-        mlp_bias=bool(values.get("mlp_bias", False)),
         positions=longest if kind == "gpt2" else 0,
         max_positions=longest,
-    )
-    shape = dataclasses.replace(shape, **family.fixed)
-    if kind not in ("mixtral", "qwen2_moe", "qwen3_moe"):
-        return shape
-    # transformers 5 writes the second name for all of them.
-    experts = get("num_local_experts" if "num_local_experts" in values else "num_experts")
-    sparse_step, dense = get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
-    mixture = [i for i in range(layers) if i not in dense and experts > 0 and (i + 1) % max(sparse_step, 1) == 0]
-    return dataclasses.replace(
-        shape,
-        experts=experts,
-        experts_per_token=get("num_experts_per_tok"),
-        expert_width=shape.width if kind == "mixtral" else get("moe_intermediate_size"),
-        shared_width=get("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
-        dense_layers=layers - len(mixture),
+        **{**rest, **mixture, **family.fixed},
     )
