@@ -274,7 +274,7 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         raise ModelError(f"{where}: one of {', '.join(_REQUIRED)} is 0; use the numbers of the model.")
     has_bias = bool(values.get("attention_bias", False))
     longest = get("max_position_embeddings", 0)
-    mixture: dict[str, int] = {}
+    mixture: dict[str, Any] = {}
     if kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
         # transformers 5 writes the second name for all of them.
         experts = get("num_local_experts" if "num_local_experts" in values else "num_experts")
