@@ -19,6 +19,7 @@ from burnish.config import STAGES, Kind, known_fields
 from burnish.config.declare import GROUPS
 from burnish.config.stages import met_fields, refused_fields
 from burnish.errors import BurnishError, Interrupted
+from burnish.planner.devices import SHARDINGS
 
 __all__ = ["build_parser", "console", "main", "split_overrides"]
 
@@ -29,6 +30,9 @@ _FILE_COMMANDS: dict[str, str] = {
     "pipeline": "run the stages of one file, measure each, report",
 }
 _FLAGS = frozenset({"--debug", "--dry-run", "--help"})
+_PLAN_FLAGS = _FLAGS | {
+    "--stage", "--device", "--ranks", "--sharding", "--lora", "--qlora", "--prompt-tokens", "--json", "--svg",
+}  # fmt: skip
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"
 
 
@@ -76,8 +80,32 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="HTML file to write (default: report.html in RUN_DIR)")
     report.add_argument("--max-transcripts", type=int, default=5000, help="maximum number of transcripts on the page")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_plan(commands)
     _add_serve(commands)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    summary = "predict memory and time of a run, and whether it fits a device"
+    plan = commands.add_parser(
+        "plan",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}, without loading anything.",
+        epilog=f"{_OVERRIDES}\nOf a MODEL too: --training.num_generations=16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_argument("target", metavar="FILE|MODEL", help="a run file, or a model: folder, .gguf file, package, name")
+    plan.add_argument("--stage", choices=list(STAGES), help="stage of a model (default: grpo) or of a file")
+    plan.add_argument("--device", default="auto", help="auto, cpu, a GPU such as H100, or a size such as 24GB")
+    plan.add_argument("--ranks", type=int, default=1, help="number of devices (default: %(default)s)")
+    plan.add_argument("--sharding", choices=SHARDINGS, default="ddp", help="how ranks divide a model (default: ddp)")
+    plan.add_argument("--lora", action="store_true", help="train adapters of rank 16 on all linear layers")
+    plan.add_argument("--qlora", action="store_true", help="the same over 4-bit weights")
+    plan.add_argument("--prompt-tokens", type=int, help="tokens of a prompt (default: max_prompt_length, or 512)")
+    plan.add_argument("--json", type=Path, help="write the plan to this file")
+    plan.add_argument("--svg", type=Path, help="draw the plan into this file")
+    plan.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_serve(commands: Any) -> None:
@@ -117,13 +145,14 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     if words and words[0] == "serve" and "--" in words:
         end = words.index("--")
         return list(words[:end]), list(words[end + 1 :])
-    if not words or words[0] not in _FILE_COMMANDS:
+    if not words or words[0] not in (*_FILE_COMMANDS, "plan"):
         return list(words), []
+    flags = _PLAN_FLAGS if words[0] == "plan" else _FLAGS
     kept, overrides = [words[0]], list[str]()
     rest = list(words[1:])
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--") or word in _FLAGS:
+        if not word.startswith("--") or word.partition("=")[0] in flags:
             kept.append(word)
             continue
         overrides.append(word)

@@ -40,6 +40,7 @@ from burnish.config.sources import Names
 
 __all__ = [
     "CHAT_TEMPLATE_HELP",
+    "LOSSES_WITHOUT_REFERENCE",
     "PREFERENCE_LOSS_NAMES",
     "SMOOTHED_EXO",
     "CommonFields",
@@ -317,7 +318,7 @@ class ReferenceFields(CommonFields):
 
 
 _LOSSES_OF_PAIRS = frozenset({"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"})
-_LOSSES_WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "alphapo", "orpo", "sft"})
+LOSSES_WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "alphapo", "orpo", "sft"})
 _PreferenceLoss = Annotated[str, one_of(PREFERENCE_LOSS_NAMES)]
 
 SMOOTHED_EXO = "label_smoothing = 0.0 with loss_type exo_pair: its target has a logarithm of 0; use 1e-3, as TRL does."
@@ -373,13 +374,13 @@ class DPOFields(ReferenceFields):
             yield f"loss_weights = {weights!r}: {len(weights)} weights for {len(names)} losses; give one per loss_type."
         if "exo_pair" in names and self.label_smoothing == 0:
             yield SMOOTHED_EXO
-        ignored = sorted((_LOSSES_OF_PAIRS | _LOSSES_WITHOUT_REFERENCE) & set(names))
+        ignored = sorted((_LOSSES_OF_PAIRS | LOSSES_WITHOUT_REFERENCE) & set(names))
         if self.f_divergence_type != "reverse_kl" and ignored:
             yield (
                 f"f_divergence_type = {self.f_divergence_type!r} with loss_type {ignored[0]}: that loss is defined on "
                 "log-ratios; use sigmoid, sigmoid_norm, robust, hinge, ipo, exo_pair or discopop, or reverse_kl."
             )
-        if set(names) <= _LOSSES_WITHOUT_REFERENCE and (self.precompute_ref_log_probs or self.sync_ref_model):
+        if set(names) <= LOSSES_WITHOUT_REFERENCE and (self.precompute_ref_log_probs or self.sync_ref_model):
             yield (
                 f"loss_type = {self.loss_type!r} does not use a reference: remove precompute_ref_log_probs and "
                 "sync_ref_model."

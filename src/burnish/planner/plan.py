@@ -1,0 +1,272 @@
+"""Plan a run: bytes by component and phase, the peak, a time estimate, and a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from burnish.planner.cost import Cost, phase_costs
+from burnish.planner.devices import Device
+from burnish.planner.memory import (
+    PREFILL_TOKENS,
+    Bytes,
+    Part,
+    cache_bytes,
+    cache_tokens,
+    checkpoint_bytes,
+    forward_bytes,
+    update_moments,
+    weight_bytes,
+)
+from burnish.planner.run import Request, Run, read_run
+
+__all__ = ["Phase", "Plan", "estimate", "plan_run"]
+
+CONTEXT_BYTES = 1_400_000_000
+"""CUDA context and libraries on a GPU."""
+PROCESS_BYTES = 600_000_000
+"""Interpreter and libraries of a process."""
+USABLE = 0.95
+"""Fraction of a device's memory that tensors can fill before fragmentation stops them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A phase of a run; phases take turns.
+
+    Attributes:
+        name: loading, rollout, scoring, critic update or update.
+        device: component -> bytes on the device, beside the plan's fixed ones.
+        host: component -> bytes in the host's memory, beside the fixed ones.
+        cost: FLOPs and seconds per optimizer step.
+    """
+
+    name: str
+    device: Bytes
+    host: Bytes
+    cost: Cost
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the phase alone on the device."""
+        return sum(self.device.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes and seconds of a run on each rank.
+
+    Attributes:
+        run: the resolved run.
+        device: device of the rank.
+        fixed: component -> bytes on the device in every phase.
+        fixed_host: component -> bytes in the host's memory in every phase.
+        phases: phases in order.
+        notes: assumptions, and what is not supported yet, in sentences.
+    """
+
+    run: Run
+    device: Device
+    fixed: Bytes
+    fixed_host: Bytes
+    phases: tuple[Phase, ...]
+    notes: tuple[str, ...]
+
+    def total(self, phase: Phase) -> int:
+        """Bytes on the device during a phase."""
+        return sum(self.held(phase).values()) + phase.device_bytes
+
+    def held(self, phase: Phase) -> Bytes:
+        """Fixed components during a phase; weights are loaded before anything else is allocated."""
+        if phase.name == "loading":
+            return {name: size for name, size in self.fixed.items() if name in ("context", "process")}
+        return self.fixed
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that takes most."""
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes on the device: the fixed ones with the largest phase, never the sum of phases."""
+        return self.total(self.peak_phase)
+
+    @property
+    def host_bytes(self) -> int:
+        """Most bytes in the host's memory."""
+        fixed = sum(self.fixed_host.values())
+        return max(sum(phase.host.values()) + fixed * (phase.name != "loading") for phase in self.phases)
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes of the device that a run can fill."""
+        return int(self.device.memory_bytes * USABLE)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the usable bytes."""
+        return self.peak_bytes <= self.usable_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of an optimizer step."""
+        return sum(phase.cost.seconds for phase in self.phases)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        run = self.run
+        return {
+            "stage": run.kind,
+            "model": {"model_type": run.shape.model_type, "parameters": run.shape.parameters,
+                      "num_parameters": run.shape.num_parameters, "num_trained": run.method.trained(run.shape)},
+            "device": {"name": self.device.name, "memory_bytes": self.device.memory_bytes,
+                       "usable_bytes": self.usable_bytes},
+            "ranks": run.ranks,
+            "sharding": run.sharding,
+            "prompt_tokens": run.prompt_tokens,
+            "completion_tokens": run.completion_tokens,
+            "part": run.largest._asdict(),
+            "num_parts": len(run.parts) * run.accumulation,
+            "fixed": self.fixed,
+            "fixed_host": self.fixed_host,
+            "phases": [
+                {"name": phase.name, "device": phase.device, "host": phase.host, "total_bytes": self.total(phase),
+                 "flops": phase.cost.flops, "seconds": phase.cost.seconds}
+                for phase in self.phases
+            ],
+            "peak_bytes": self.peak_bytes,
+            "peak_phase": self.peak_phase.name,
+            "host_bytes": self.host_bytes,
+            "seconds_per_step": self.seconds,
+            "fits": self.fits,
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def estimate(request: Request) -> Plan:
+    """Plan a request."""
+    return plan_run(read_run(request), request.device)
+
+
+def plan_run(run: Run, device: Device) -> Plan:
+    """Plan a resolved run on a device."""
+    fixed, fixed_host = _fixed(run, device)
+    costs = phase_costs(run, device)
+    loaded = run.shape.num_parameters
+    # Read in fp32, and held in bf16 beside that until masters are made; an explicit dtype is read as it is.
+    width = 6 if run.reads_fp32 else run.method.item
+    phases = [Phase("loading", {}, {"weights as read": width * loaded}, Cost())]
+    if "rollout" in costs:
+        phases.append(Phase("rollout", _rollout(run, device), {}, costs["rollout"]))
+    if "scoring" in costs:
+        scored = forward_bytes(run.shape, run.method, run.largest, on_cpu=device.is_cpu, with_head=run.has_head)
+        if run.reference == "freed copy":
+            scored["reference"] = run.method.item * run.shape.num_parameters // _divisor(run, "weights")
+        phases.append(Phase("scoring", scored, {}, costs["scoring"]))
+    for name in ("critic update", "update"):
+        if name in costs:
+            phases.append(_update(run, device, name, costs[name]))
+    notes = [f"assumed: {text}" for text in run.assumed]
+    if run.ranks > 1 and run.sharding != "ddp":
+        notes.append(f"burnish trains with DDP on several devices; {run.sharding} is planned and not run yet")
+    if run.shape.experts and run.method.bits is not None:
+        notes.append("experts are fused tensors, which bitsandbytes leaves in 16 bits")
+    if run.shape.softcap:
+        notes.append("capped attention scores are computed without a fused kernel on a CPU, which is not counted")
+    if run.sampler == "server":
+        notes.append("vLLM servers are not counted: they sample on devices of their own")
+    if device.is_cpu:
+        fixed = fixed | {name: fixed.get(name, 0) + size for name, size in fixed_host.items()}
+        phases = [Phase(phase.name, phase.device | phase.host, {}, phase.cost) for phase in phases]
+        fixed_host = {}
+    return Plan(run, device, fixed, fixed_host, tuple(phases), tuple(notes))
+
+
+def _divisor(run: Run, component: str) -> int:
+    """Return by how many ranks a component is divided."""
+    divided = {
+        "ddp": (),
+        "zero1": ("masters", "optimizer"),
+        "zero2": ("masters", "optimizer", "gradients"),
+        "zero3": ("masters", "optimizer", "gradients", "weights"),
+        "fsdp2": ("masters", "optimizer", "gradients", "weights"),
+    }[run.sharding]
+    return run.ranks if component in divided else 1
+
+
+def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
+    """Return the components that stay for the whole run, on the device and in the host's memory."""
+    shape, method = run.shape, run.method
+    own = weight_bytes(shape, method)
+    sharded = run.ranks > 1 and run.sharding != "ddp"
+    if sharded and method.bf16:
+        # DeepSpeed and FSDP2 keep whole fp32 masters; FSDP2's are the weights that train, its bf16 ones are temporary.
+        own["masters"] = 4 * method.trained(shape)
+        if run.sharding == "fsdp2":
+            trained_in = "weights" if method.adapters is None else "adapters"
+            own[trained_in] -= 2 * method.trained(shape)
+    fixed = {"context": 0 if device.is_cpu else CONTEXT_BYTES}
+    host: Bytes = {"process": PROCESS_BYTES}
+    for name, size in own.items():
+        size //= _divisor(run, "weights" if name == "adapters" else name)
+        target = host if name == "optimizer" and method.paged_optimizer else fixed
+        target[name] = size
+    if run.reference == "copy":
+        fixed["reference"] = method.item * shape.num_parameters // _divisor(run, "weights")
+    if run.has_critic:
+        # It shares a frozen base with the policy's adapters, or is a decoder of its own; ranks hold it whole.
+        head = 0 if shape.tied else shape.vocabulary * shape.hidden
+        trained = method.trained(shape) if method.adapters is not None else shape.num_parameters - head
+        fixed["critic's weights"] = method.item * trained + 4 * shape.hidden
+        fixed["critic's masters"] = 2 * trained * method.bf16
+        fixed["critic's optimizer"] = round(method.optimizer_bytes * trained)
+    if run.ranks > 1 and run.sharding == "ddp":
+        fixed["buckets"] = method.item * method.trained(shape)
+    if run.vllm_fraction and not run.vllm_sleeps:
+        fixed["vLLM"] = int(run.vllm_fraction * device.memory_bytes)
+    return {name: size for name, size in fixed.items() if size or name == "context"}, host
+
+
+def _rollout(run: Run, device: Device) -> Bytes:
+    """Key-value cache, logits, one prefill, and copies of weights that the engine needs."""
+    shape, method = run.shape, run.method
+    if run.sampler == "server":
+        return {}
+    if run.sampler == "colocate":
+        return {"vLLM": int(run.vllm_fraction * device.memory_bytes)} if run.vllm_sleeps else {}
+    completions = run.completions * run.rollout_batches
+    per_token = cache_bytes(shape, method)
+    bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // per_token
+    tokens = cache_tokens(run.prompt_tokens, run.completion_tokens, run.group, completions, bound=bound)
+    rows = min(completions, 64)
+    prefill = min(max(PREFILL_TOKENS, run.prompt_tokens), run.prompt_tokens * -(-rows // run.group))
+    found = {"key-value cache": tokens * per_token, "logits": 12 * rows * shape.vocabulary}
+    found |= forward_bytes(shape, method, Part(prefill, 0, 0), on_cpu=device.is_cpu, with_head=False)
+    if device.is_cpu and device.fast_bf16 and method.bf16:
+        linear = 0 if method.bits is not None else shape.linear_weights
+        adapters = 0 if method.adapters is None else method.trained(shape)
+        found["packed weights"] = 2 * (linear + shape.vocabulary * shape.hidden + adapters)
+    if run.ranks > 1 and run.sharding in ("fsdp2", "zero3"):
+        found["gathered weights"] = weight_bytes(shape, method)["weights"]
+    return found
+
+
+def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
+    """Take the larger moment of the policy's or the critic's backward pass."""
+    shape, method = run.shape, run.method
+    passes = len(run.parts) * run.accumulation
+    with_head = run.has_head and name == "update"
+    moments = update_moments(shape, method, run.largest, passes, on_cpu=device.is_cpu, with_head=with_head)
+    for found in moments.values():
+        if name == "update":
+            found["gradients"] //= _divisor(run, "gradients")
+            if run.ranks > 1 and run.sharding in ("fsdp2", "zero3"):
+                # Two layers, of which one is on its way, and the head.
+                gathered = 2 * shape.layer_parameters + shape.vocabulary * shape.hidden
+                found["gathered weights"] = method.item * gathered
+    largest = max(moments.values(), key=lambda found: sum(found.values()))
+    host: Bytes = {}
+    if method.activation_offloading:
+        host["offloaded activations"] = checkpoint_bytes(shape, method, run.largest.tokens)
+    return Phase(name, {component: size for component, size in largest.items() if size}, host, cost)
