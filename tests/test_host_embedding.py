@@ -74,5 +74,5 @@ def test_what_cannot_stay_on_the_host_is_an_error(tmp_path: Path) -> None:
     for model, reason in ((tied, "head's weight too"), (trained, "trains"), (with_rows, "TrainableTokens")):
         with pytest.raises(ConfigError, match=f"embedding_offloading = True: .*{reason}"):
             keep_embedding_on_host(model)
-    with pytest.raises(ConfigError, match="embedding_offloading = True: LlamaForCausalLM .* trains"):
+    with pytest.raises(ConfigError, match=r"embedding_offloading = True: LlamaForCausalLM .* trains"):
         grpo(tmp_path, tiny.model("llama", tie_word_embeddings=False), embedding_offloading=True)

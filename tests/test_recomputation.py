@@ -14,8 +14,8 @@ import torch
 import tiny
 from burnish.errors import ConfigError
 from burnish.model import recomputation, scoring
-from burnish.model.packing import pack
 from burnish.model.offload import offloading
+from burnish.model.packing import pack
 from burnish.model.recomputation import recomputing, save_less, tile_mlps
 from burnish.model.scoring import prepare_for_scoring, score
 from burnish.types import Completion, Group

@@ -42,7 +42,8 @@ def keep_embedding_on_host(model: nn.Module) -> None:
             "embedding_offloading, or train adapters on an untied model."
         )
     # Outside the parameters, `to` does not move it; the state dict still has it.
-    weight = embedding._parameters.pop("weight").detach().to("cpu")
+    weight = embedding.weight.detach().to("cpu")
+    del embedding.weight
     if torch.cuda.is_available():
         weight = weight.pin_memory()
     embedding.__dict__["weight"] = weight
@@ -54,7 +55,7 @@ def _add_weight(embedding: Any, state: dict[str, Any], prefix: str, local_metada
     state[f"{prefix}weight"] = embedding.weight
 
 
-def _forward(self: Any, input: Tensor) -> Tensor:
+def _forward(self: Any, token_ids: Tensor) -> Tensor:
     with on_host():
-        rows = type(self).forward(self, input.to("cpu"))
-    return rows.to(input.device, non_blocking=True, copy=is_fake(rows))
+        rows = type(self).forward(self, token_ids.to("cpu"))
+    return rows.to(token_ids.device, non_blocking=True, copy=is_fake(rows))

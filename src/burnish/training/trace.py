@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
@@ -64,17 +64,18 @@ class _QuantizedLinear(nn.Linear):
     """A linear layer whose weight takes the bytes of NF4 with double quantisation."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
         count = self.weight.numel()
         scales = -(-count // _NF4_BLOCK)
         stored = -(-count // 2) + scales + 4 * -(-scales // _NF4_SUPERBLOCK) + 4
         self.weight = nn.Parameter(torch.empty(stored, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = layer.bias
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Multiply as bitsandbytes does on a GPU."""
-        out = _QuantizedProduct.apply(input, self.weight, (self.out_features, self.in_features))
-        return out if self.bias is None else out + self.bias
+        out = cast(Tensor, _QuantizedProduct.apply(hidden, self.weight, (self.out_features, self.in_features)))
+        bias = cast("Tensor | None", self.bias)
+        return out if bias is None else out + bias
 
 
 def fake_model(
