@@ -7,6 +7,7 @@ tokens, r rank of adapters. What the trainers allocate is described in docs/plan
 from __future__ import annotations
 
 import heapq
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -122,6 +123,8 @@ class Method:
         paged_optimizer: whether that state is in the host's memory.
         gradient_checkpointing: keep the inputs of layers only, and recompute a layer in its backward pass.
         activation_offloading: keep those inputs in the host's memory.
+        mlp_tiles: parts of its tokens that an MLP computes one after another.
+        embedding_offloading: keep the input embedding in the host's memory.
     """
 
     bf16: bool = True
@@ -131,6 +134,8 @@ class Method:
     paged_optimizer: bool = False
     gradient_checkpointing: bool = False
     activation_offloading: bool = False
+    mlp_tiles: int = 1
+    embedding_offloading: bool = False
 
     @property
     def item(self) -> int:
@@ -242,12 +247,17 @@ def saved_bytes(shape: ModelShape, method: Method) -> int:
 def layer_bytes(shape: ModelShape, method: Method) -> int:
     """Bytes per token of a layer that is recomputed under checkpointing, at the largest moment of its backward pass.
 
-    All that it saves, 20 H + 4 K + 8 M (16 H with adapters) for Q = H, and the gradients in its MLP, 6 M.
+    All that it saves, 20 H + 4 K + 8 M (16 H with adapters) for Q = H, and two gradients in its MLP, 4 M.
     """
     trains_all = method.adapters is None
     numbers = (8 if trains_all else 6) * shape.hidden + 2 * shape.queries + 2 * shape.keys + method.ranks(shape)
     numbers += (shape.norms - 2) * 3 * shape.hidden + shape.qk_norm * 3 * (shape.queries + shape.keys)
-    return method.item * (numbers + _mlp_numbers(shape, recomputes=False) + 3 * _mlp_width(shape))
+    # Once the product's gradient has become those of gate and up, the product itself is gone.
+    mlp = _mlp_numbers(shape, recomputes=False) + 2 * _mlp_width(shape)
+    if method.mlp_tiles > 1:
+        # A part's, and the outputs of all, once in parts and once together.
+        mlp = mlp // method.mlp_tiles + 2 * shape.hidden
+    return method.item * (numbers + mlp)
 
 
 def _mlp_width(shape: ModelShape) -> int:
@@ -272,28 +282,43 @@ def checkpoint_bytes(shape: ModelShape, method: Method, tokens: int) -> int:
     return method.item * shape.layers * shape.hidden * tokens
 
 
-def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool) -> int:
-    """Bytes of one tile of logits with its gradient (`burnish.model.tiled_head`), never more than all logits."""
-    return min((16 if on_cpu else 256) * 2**20, 10 * scored * shape.vocabulary)
+def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, with_entropy: bool = False) -> int:
+    """Bytes of one tile of logits, cut as `burnish.model.tiled_head` cuts it.
+
+    Args:
+        shape: dimensions of the model.
+        scored: scored tokens, N.
+        on_cpu: whether the device is the CPU, which has smaller tiles.
+        item: bytes of a number in the compute dtype; fp32 logits stand beside those of a narrower one.
+        with_entropy: whether the tile has a second buffer.
+    """
+    limit = (16 if on_cpu else 256) * 2**20
+    element = 4 * (1 + with_entropy) + (2 if item == 2 else 0)
+    budget = limit // element
+    rows = min(max(scored, 1), max(4, math.isqrt(budget)))
+    columns = min(budget // rows, limit // (4 * shape.hidden), shape.vocabulary)
+    return rows * columns * element
 
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
     """Count a forward pass without gradients: a layer's intermediate values, or a tile of the head."""
     layer = part.tokens * method.item * (2 * shape.hidden + max(3 * _mlp_width(shape), shape.queries + 2 * shape.keys))
-    head = tile_bytes(shape, part.scored, on_cpu=on_cpu) + part.scored * (method.item * shape.hidden + 16)
+    head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=method.item)
+    head += part.scored * (method.item * shape.hidden + 16)
     residual = 2 * method.item * shape.hidden * part.tokens
     return {
         "activations": residual + (0 if with_head and head > layer else layer),
         "head": head if with_head and head > layer else 0,
-        "dequantised": _dequantised(shape, method),
+        "dequantised": 0 if with_head and head > layer else _dequantised(shape, method),
     }
 
 
-def _dequantised(shape: ModelShape, method: Method) -> int:
-    """Bytes of the largest linear layer as the matrix product gets it."""
+def _dequantised(shape: ModelShape, method: Method, spare: int = 0) -> int:
+    """Bytes of the largest linear layer as the matrix product gets it, beyond `spare` bytes that are free meanwhile."""
     if method.bits is None:
         return 0
-    return method.item * max((one.inputs * one.outputs for one in shape.linears), default=0)
+    largest = max((one.inputs * one.outputs for one in shape.linears), default=0)
+    return max(method.item * largest - spare, 0)
 
 
 def update_moments(
@@ -333,22 +358,25 @@ def update_moments(
     head = 0
     if with_head:
         # Rows in the compute dtype, their fp32 gradient, and that in the compute dtype.
-        head = tile_bytes(shape, part.scored, on_cpu=on_cpu) + part.scored * ((2 * item + 4) * hidden + 24)
+        head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=item, with_entropy=True)
+        head += part.scored * ((2 * item + 4) * hidden + 24)
     table = item * shape.vocabulary * hidden if trains_all else 0
+    # While a weight of the MLP is unpacked, one of its gradients is not there yet.
+    unpacked = _dequantised(shape, method, item * _mlp_width(shape) * tokens // method.mlp_tiles)
     begin = {
         "gradients": before,
         "activations": kept + final,
         "layer": 0 if head > layer else layer,
         "head": head if head > layer else 0,
         "head gradient": table if with_head else 0,
-        "dequantised": _dequantised(shape, method),
+        "dequantised": 0 if head > layer else unpacked,
     }
     end = {
         "gradients": wide * trained,
         "activations": kept // shape.layers,
         "layer": layer,
         "head gradient": table,
-        "dequantised": _dequantised(shape, method),
+        "dequantised": unpacked,
     }
     return {"begin": begin, "end": end}
 

@@ -212,6 +212,9 @@ def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
         size //= _divisor(run, "weights" if name == "adapters" else name)
         target = host if name == "optimizer" and method.paged_optimizer else fixed
         target[name] = size
+    if method.embedding_offloading:
+        host["embedding"] = method.item * shape.vocabulary * shape.hidden
+        fixed["weights"] -= host["embedding"]
     if run.reference == "copy":
         fixed["reference"] = method.item * shape.num_parameters // _divisor(run, "weights")
     if run.has_critic:

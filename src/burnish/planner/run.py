@@ -212,7 +212,9 @@ def _method(request: Request, values: Mapping[str, Any]) -> Method:
         optimizer_bytes=state,
         paged_optimizer=name.startswith("paged_"),
         gradient_checkpointing=bool(values["gradient_checkpointing"] or values.get("activation_checkpointing")),
-        activation_offloading=bool(values.get("activation_offloading", False)),
+        activation_offloading=bool(values["activation_offloading"] and not request.device.is_cpu),
+        mlp_tiles=values["mlp_tiles"],
+        embedding_offloading=bool(values["embedding_offloading"] and not request.device.is_cpu),
     )
 
 
