@@ -32,6 +32,7 @@ _FILE_COMMANDS: dict[str, str] = {
 _FLAGS = frozenset({"--debug", "--dry-run", "--help"})
 _PLAN_FLAGS = _FLAGS | {
     "--stage", "--device", "--ranks", "--sharding", "--lora", "--qlora", "--prompt-tokens", "--json", "--svg",
+    "--trace",
 }  # fmt: skip
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"
 
@@ -103,6 +104,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--lora", action="store_true", help="train adapters of rank 16 on all linear layers")
     plan.add_argument("--qlora", action="store_true", help="the same over 4-bit weights")
     plan.add_argument("--prompt-tokens", type=int, help="tokens of a prompt (default: max_prompt_length, or 512)")
+    plan.add_argument(
+        "--trace", action="store_true", help="also run the step on fake tensors, without weights, and count every byte"
+    )
     plan.add_argument("--json", type=Path, help="write the plan to this file")
     plan.add_argument("--svg", type=Path, help="draw the plan into this file")
     plan.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -22,6 +22,7 @@ from burnish.planner.models import find_shape
 from burnish.planner.plan import Plan, estimate
 from burnish.planner.proposals import Proposal, propose
 from burnish.planner.run import Request
+from burnish.progress import phase as timed
 from burnish.runs.files import write_json
 
 __all__ = ["draw_plans", "read_requests", "run"]
@@ -39,15 +40,19 @@ def run(args: argparse.Namespace) -> None:
     plans = [(request, estimate(request), propose(request)) for request in requests]
     is_pipeline = _is_pipeline(args.target)
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    traces: list[dict[str, Any]] = []
     for request, plan, proposals in plans:
         _print(console, request, plan, proposals, request.kind if is_pipeline else "training")
+        if args.trace:
+            traces.append(_trace(console, request, plan))
     if args.json is not None:
         found = [
             {
                 **plan.as_dict(),
                 "proposals": [one.as_dict(request.kind if is_pipeline else "training") for one in proposals],
+                **({"trace": traces[number]} if traces else {}),
             }
-            for request, plan, proposals in plans
+            for number, (request, plan, proposals) in enumerate(plans)
         ]
         write_json(args.json, {"plans": found})
     if args.svg is not None:
@@ -156,6 +161,33 @@ def _print(console: Console, request: Request, plan: Plan, proposals: Sequence[P
         )
         console.print("   " + proposal.toml(training).replace("\n", "\n   "))
     console.print()
+
+
+def _trace(console: Console, request: Request, plan: Plan) -> dict[str, Any]:
+    """Trace a run's step; print its bytes by component beside the formulas' total, and return them."""
+    from burnish.training.traced_run import trace_request
+
+    with timed("tracing the step"):
+        trace = trace_request(request)
+    context = plan.fixed.get("context", 0)
+    expected = {phase.name: plan.total(phase) - context for phase in plan.phases}
+    peaks = {"scoring": trace.scoring, "update": trace.update, "optimizer": trace.optimizer}
+    table = Table(box=None, pad_edge=False)
+    for title in ("traced", *peaks):
+        table.add_column(title, justify="left" if title == "traced" else "right")
+    for place in ("device", "host"):
+        found = {title: getattr(peak, place) for title, peak in peaks.items()}
+        for name in dict.fromkeys(name for sizes in found.values() for name in sizes):
+            label = name if place == "device" else f"{name} (host)"
+            table.add_row(label, *(_size(sizes[name]) if name in sizes else "" for sizes in found.values()))
+    table.add_row("total on the device", *(_size(peak.device_bytes) for peak in peaks.values()), style="bold")
+    differences = [
+        f"{expected[title] / peak.device_bytes - 1:+.1%}" if title in expected else "" for title, peak in peaks.items()
+    ]
+    table.add_row("formulas against it", *differences)
+    console.print(table)
+    console.print(f"with the context of {_size(context)}: {_size(trace.update.device_bytes + context)} in the update\n")
+    return {title: {"device": peak.device, "host": peak.host} for title, peak in peaks.items()}
 
 
 def _table(plan: Plan) -> Table:

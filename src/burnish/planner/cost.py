@@ -16,6 +16,7 @@ from burnish.planner.memory import (
     cache_bytes,
     cache_tokens,
     checkpoint_bytes,
+    mlp_width,
     weight_bytes,
 )
 from burnish.planner.run import Run
@@ -65,7 +66,9 @@ def update_flops(shape: ModelShape, method: Method, part: Part, *, with_head: bo
     trains_all = method.adapters is None
     backward = (2 if trains_all else 1) * (decoder - attention) + 2 * attention
     adapters = 0.0 if trains_all else 6.0 * method.trained(shape) * part.tokens
-    return decoder * (2 if method.checkpoints else 1) + backward + adapters + head * (4 if trains_all else 3)
+    # Tiled MLPs are recomputed once more.
+    mlps = 6.0 * shape.hidden * mlp_width(shape) * shape.layers * part.tokens * (method.mlp_tiles > 1)
+    return decoder * (2 if method.checkpoints else 1) + mlps + backward + adapters + head * (4 if trains_all else 3)
 
 
 def phase_costs(run: Run, device: Device) -> dict[str, Cost]:

@@ -27,6 +27,7 @@ __all__ = [
     "checkpoint_bytes",
     "forward_bytes",
     "layer_bytes",
+    "mlp_width",
     "saved_bytes",
     "split_rows",
     "tile_bytes",
@@ -253,14 +254,14 @@ def layer_bytes(shape: ModelShape, method: Method) -> int:
     numbers = (8 if trains_all else 6) * shape.hidden + 2 * shape.queries + 2 * shape.keys + method.ranks(shape)
     numbers += (shape.norms - 2) * 3 * shape.hidden + shape.qk_norm * 3 * (shape.queries + shape.keys)
     # Once the product's gradient has become those of gate and up, the product itself is gone.
-    mlp = _mlp_numbers(shape, recomputes=False) + 2 * _mlp_width(shape)
+    mlp = _mlp_numbers(shape, recomputes=False) + 2 * mlp_width(shape)
     if method.mlp_tiles > 1:
         # A part's, and the outputs of all, once in parts and once together.
         mlp = mlp // method.mlp_tiles + 2 * shape.hidden
     return method.item * (numbers + mlp)
 
 
-def _mlp_width(shape: ModelShape) -> int:
+def mlp_width(shape: ModelShape) -> int:
     """Features of the MLP that a token passes in the widest layer."""
     routed = shape.experts_per_token * shape.expert_width + shape.shared_width if shape.experts else 0
     return max(routed, shape.width if shape.dense_layers or not shape.experts else 0)
@@ -302,7 +303,7 @@ def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, w
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
     """Count a forward pass without gradients: a layer's intermediate values, or a tile of the head."""
-    layer = part.tokens * method.item * (2 * shape.hidden + max(3 * _mlp_width(shape), shape.queries + 2 * shape.keys))
+    layer = part.tokens * method.item * (2 * shape.hidden + max(3 * mlp_width(shape), shape.queries + 2 * shape.keys))
     head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=method.item)
     head += part.scored * (method.item * shape.hidden + 16)
     residual = 2 * method.item * shape.hidden * part.tokens
@@ -353,7 +354,7 @@ def update_moments(
         # Two inputs are on the device: one in use, one on its way.
         kept = min(kept, 2 * item * hidden * tokens) if method.activation_offloading else kept
     else:
-        layer = item * (4 * _mlp_width(shape) + 2 * hidden) * tokens
+        layer = item * (4 * mlp_width(shape) + 2 * hidden) * tokens
         kept = shape.layers * saved_bytes(shape, method) * tokens
     head = 0
     if with_head:
@@ -362,7 +363,7 @@ def update_moments(
         head += part.scored * ((2 * item + 4) * hidden + 24)
     table = item * shape.vocabulary * hidden if trains_all else 0
     # While a weight of the MLP is unpacked, one of its gradients is not there yet.
-    unpacked = _dequantised(shape, method, item * _mlp_width(shape) * tokens // method.mlp_tiles)
+    unpacked = _dequantised(shape, method, item * mlp_width(shape) * tokens // method.mlp_tiles)
     begin = {
         "gradients": before,
         "activations": kept + final,

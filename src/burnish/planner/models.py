@@ -31,11 +31,18 @@ class FoundModel:
         shape: its dimensions.
         origin: where they were read.
         adapters: adapter_config.json, if the model is a folder of adapters on a base.
+        config: config.json, or what stands for it.
     """
 
     shape: ModelShape
     origin: str
     adapters: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, config: dict[str, Any], where: str, origin: str, adapters: dict[str, Any] | None = None) -> FoundModel:
+        """Read the dimensions of a configuration, named `where` in errors."""
+        return cls(shape_from_config(config, where), origin, adapters, config)
 
 
 @cache
@@ -58,21 +65,21 @@ def find_shape(name: str, field: str = "model") -> FoundModel:
     folder = Path(source.name).expanduser()
     if source.gguf_file is not None:
         path = folder / source.gguf_file
-        return FoundModel(shape_from_config(config_of_gguf(path), str(path)), source.gguf_file)
+        return FoundModel.of(config_of_gguf(path), str(path), source.gguf_file)
     if is_folder(folder):
         adapters = _json(folder / "adapter_config.json") if is_file(folder / "adapter_config.json") else None
         if is_file(folder / "config.json"):
             path = folder / "config.json"
-            return FoundModel(shape_from_config(_json(path), str(path)), str(path), adapters)
+            return FoundModel.of(_json(path), str(path), str(path), adapters)
         base = str((adapters or {}).get("base_model_name_or_path") or "")
         found = find_shape(base, f"{folder / 'adapter_config.json'}: base_model_name_or_path")
-        return FoundModel(found.shape, found.origin, adapters)
+        return FoundModel(found.shape, found.origin, adapters, found.config)
     key = _VARIANT.sub("", name.rpartition("/")[2].lower().removeprefix("meta-"))
     for known, config in known_models().items():
         if key in (known.lower(), _VARIANT.sub("", known.lower())):
-            return FoundModel(shape_from_config(config, known), f"the table of well-known models ({known})")
+            return FoundModel.of(config, known, f"the table of well-known models ({known})")
     path = _from_hub(name, field)
-    return FoundModel(shape_from_config(_json(path), str(path)), f"the hub ({name})")
+    return FoundModel.of(_json(path), str(path), f"the hub ({name})")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -160,6 +160,12 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
     if "activation_offloading" in fields and not method.activation_offloading and not plan.device.is_cpu:
         checkpoints.append({"gradient_checkpointing": True, "activation_offloading": True})
     offer(checkpoints, "recomputes each layer in the backward pass; the same gradient")
+    if method.mlp_tiles == 1 and plan.run.shape.gated and not plan.run.shape.fused and not plan.run.shape.experts:
+        levels = [{"mlp_tiles": number} for number in (2, 4, 8, 16)]
+        offer(levels, "computes MLPs in parts; the same gradient up to rounding")
+    offloads = method.embedding_offloading or method.adapters is None or plan.run.shape.tied or plan.device.is_cpu
+    if not offloads:
+        offer([{"embedding_offloading": True}], "looks embeddings up in host memory; the same gradient")
     whole = request.kind in ("dpo", "reward", "online_dpo")
     least = plan.run.prompt_tokens + plan.run.completion_tokens * (2 if whole else 1)
     sizes = [size for power in range(24, 6, -1) if least < (size := 2**power) < plan.run.largest.tokens]

@@ -136,14 +136,18 @@ def trace_update(
         device: type of the device that fake tensors stand for.
         num_parts: passes whose gradients add up before the optimizer's step.
     """
-    ledger, model = Ledger(), trainer.model
+    ledger, model, stage = Ledger(), trainer.model, trainer.stage
     trained = [p for p in model.parameters() if p.requires_grad]
     ledger.own("trained weights", trained)
     ledger.own("frozen weights", (t for t in (*model.parameters(), *model.buffers()) if t not in set(trained)))
     with on_host():
         ledger.own("frozen weights", [causal_lm(model).get_input_embeddings().weight])
     batch, small = (_faked(pack(part), mode) for part in (groups, [_shortened(groups[0])]))
-    step = _step_of(trainer, groups)
+    step = (
+        stage.algorithm.begin_step(list(groups), is_on_policy=False)
+        if hasattr(stage, "algorithm")
+        else stage.next_step(iter([list(groups)]), 1)
+    )
     if trainer.args.gradient_checkpointing:
         lm = causal_lm(model)
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
@@ -155,7 +159,8 @@ def trace_update(
         _take_step(trainer, step, [small], ledger)
         with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
             score(model, batch, temperature=1.0)
-        update, optimizer = _take_step(trainer, step, [batch] * num_parts, ledger)
+        # Gradients are whole, and from the second pass on wide, after a pass of any size.
+        update, optimizer = _take_step(trainer, step, [small] * min(num_parts - 1, 2) + [batch], ledger)
     return Trace(scoring, update, optimizer)
 
 
@@ -185,13 +190,6 @@ def _faked(batch: PackedBatch, mode: FakeTensorMode | None) -> PackedBatch:
         return value if mode is None or not isinstance(value, Tensor) else mode.from_tensor(value)
 
     return PackedBatch(**{f.name: faked(getattr(batch, f.name)) for f in dataclasses.fields(batch)})
-
-
-def _step_of(trainer: Any, groups: Sequence[Group]) -> Step:
-    algorithm = getattr(trainer.stage, "algorithm", None)
-    if algorithm is not None:
-        return algorithm.begin_step(list(groups), is_on_policy=False)
-    return trainer.stage.next_step(iter([list(groups)]), 1)
 
 
 def _take_step(trainer: Any, step: Step, parts: list[PackedBatch], ledger: Ledger) -> tuple[Peak, Peak]:

@@ -1,0 +1,98 @@
+"""The trainer of a planned run on a model of fake tensors, and the trace of its step."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from burnish.config.stages import STAGES
+from burnish.errors import ConfigError
+from burnish.planner.run import Request, read_run
+from burnish.rollout.engine import Engine
+from burnish.training.trace import Trace, fake_groups, fake_model, trace_update
+
+__all__ = ["TRACED_STAGES", "trace_request"]
+
+TRACED_STAGES = ("sft", "grpo", "rloo")
+"""Stages whose step needs no values of an earlier forward."""
+
+
+class _NoEngine(Engine):
+    """An engine that never samples: the groups of a trace are given."""
+
+    version = 0
+    last_stats: Any = None
+
+    def generate(self, requests: Any, *, seed: int, step: int, on_progress: Any = None) -> list[Any]:
+        raise AssertionError("a trace samples nothing")
+
+    def sync(self, version: int) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def trace_request(request: Request) -> Trace:
+    """Trace the largest part of a run's step.
+
+    Raises:
+        ConfigError: the stage cannot be traced, or the run has several ranks.
+    """
+    if request.kind not in TRACED_STAGES:
+        raise ConfigError(
+            f"--trace with --stage = {request.kind!r}: its step reads scores of an earlier forward; trace one of "
+            f"{', '.join(TRACED_STAGES)}, or leave --trace out."
+        )
+    if request.ranks > 1 and request.sharding != "ddp":
+        raise ConfigError(
+            f"--trace with --sharding = {request.sharding!r}: a rank is traced whole; use ddp, or leave --trace out."
+        )
+    run, config = read_run(request), dict(request.model.config or {})
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", **(request.peft or {})}
+    adapters = None if request.peft is None else LoraConfig(**fields)
+    part, sizes = run.largest, run.prompt_tokens
+    groups = max((part.tokens - part.scored) // sizes, 1) if sizes else part.scored // run.completion_tokens
+    each, more = divmod(part.scored // run.completion_tokens, groups)
+    shapes = [[run.completion_tokens] * (each + (number < more)) for number in range(groups)]
+    model, mode = fake_model(
+        AutoConfig.for_model(**config), quantized=run.method.bits is not None, peft_config=adapters
+    )
+    with _trainer(request, model) as trainer:
+        return trace_update(
+            trainer,
+            [group for lengths in shapes for group in fake_groups(sizes, lengths)],
+            mode=mode,
+            device="cpu" if request.device.is_cpu else "cuda",
+            num_parts=len(run.parts) * run.accumulation,
+        )
+
+
+@contextlib.contextmanager
+def _trainer(request: Request, model: Any) -> Generator[Any]:
+    """Make the stage's trainer around a fake model, in a folder that is gone afterwards."""
+    stage = STAGES[request.kind]
+    module = import_module(f"burnish.trainers.{request.kind}")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")), eos_token="<eos>"
+    )
+    tokenizer.pad_token = "<eos>"
+    with tempfile.TemporaryDirectory() as folder:
+        fields: Mapping[str, Any] = {
+            **request.training, "output_dir": folder, "use_cpu": True, "report_to": [], "progress": False,
+            "bf16": True, "save_strategy": "no", "resume_from_checkpoint": None,
+        }  # fmt: skip
+        args = getattr(module, f"{stage.name}Config")(**fields)
+        rows: Sequence[Mapping[str, Any]] = [{"prompt": "a", "completion": "b"}] * 1024
+        given: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "processing_class": tokenizer}
+        if stage.online:
+            given |= {"reward_funcs": lambda completions, **columns: [0.0] * len(completions), "engine": _NoEngine()}
+        yield getattr(module, f"{stage.name}Trainer")(**given)
