@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+OFFLOAD, TRACE = "test_offload.py", "test_trace.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
@@ -43,6 +44,22 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/compiled.py", "_adapter_state(base))", "())", "test_compiled.py"),
     ("rollout/compiled.py", " or not graph.takes(len(tokens))", "", "test_compiled.py"),
     ("model/attention.py", "    with _disable_current_modes():", "    if True:", "test_compiled.py"),
+    ("stages/online.py", "args.max_steps / (self.steps_per_pass * self.algorithm.passes)", "args.max_steps", "test_compiled.py"),
+    # memory
+    ("model/offload.py", "if storage_key(tensor) in self.kept:", "if False:", OFFLOAD),
+    ("model/offload.py", "or not tensor.is_floating_point()", "", OFFLOAD),
+    ("model/offload.py", "parked.coming, parked.is_used = None, True", "parked.coming, parked.is_used = None, False", OFFLOAD),
+    ("model/offload.py", "tensor.to(\"cpu\", copy=True)", "tensor.to(\"cpu\")", OFFLOAD),
+    ("model/recomputation.py", "rows.tensor_split(tiles)", "rows.tensor_split(1)", "test_recomputation.py"),
+    ("model/recomputation.py", "return self.save(tensor)", "return tensor", OFFLOAD),
+    ("model/host_embedding.py", "embedding.register_state_dict_post_hook(_add_weight)", "pass", "test_host_embedding.py"),
+    ("model/host_embedding.py", "elif embedding.weight.requires_grad:", "elif False:", "test_host_embedding.py"),
+    ("training/ledger.py", "\"host\" if is_on_host() else \"device\"", "\"device\"", TRACE),
+    ("training/ledger.py", "self._live[place][component] -= size", "pass", TRACE),
+    ("training/trace.py", "-(-count // 2) + scales", "count + scales", TRACE),
+    ("training/trace.py", "[small] * min(num_parts - 1, 2) + [batch]", "[batch]", TRACE),
+    ("planner/memory.py", "mlp = mlp // method.mlp_tiles + 2 * shape.hidden", "mlp = mlp + 2 * shape.hidden", TRACE),
+    ("model/prefix.py", "np.arange(span.prompt[1], span.prompt[1] + length)", "np.arange(length)", "test_attention.py"),
     # settled rewards
     ("rollout/decoding.py", "len(done.token_ids) % _CHECK_TOKENS == 0 and", "len(done.token_ids) >= 8 and", SETTLED),
     ("rollout/decoding.py", "text[: len(text) - begun]", "text", SETTLED),
@@ -205,7 +222,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/algorithm.py", "masked = self.args.mask_truncated_completions and", "masked = self.args.mask_truncated_completions and not", TRAINERS),
     ("stages/algorithm.py", "completion.reward is not None and not masked", "not masked", TRAINERS),
     ("training/logprobs.py", "score(model, batch, temperature=args.temperature).logprobs", "score(model, batch).logprobs", GRADIENT),
-    ("training/sampler_check.py", "(logprobs_N - sampled_logprobs_N).double()", "(sampled_logprobs_N - logprobs_N).double()", TRAINERS),
+    ("training/sampler_check.py", "logprobs_N - sampled_logprobs_N, 0.0", "sampled_logprobs_N - logprobs_N, 0.0", TRAINERS),
     ("training/sampler_check.py", "and difference / count <= self.mean_bound", "", TRAINERS),
     ("training/sampler_check.py", "clamp(-_CLIP_NATS, _CLIP_NATS)", "clamp(-9, 9)", TRAINERS),
     ("training/sampler_check.py", "self._window.popleft()", "break", TRAINERS),
@@ -241,7 +258,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/masters.py", "            self.rest.copy_(rest)\n", "", MASTERS),
     ("model/masters.py", "bits.add_(0x8000)", "bits.add_(0)", MASTERS),
     ("model/masters.py", "nan_to_num_(nan=math.nan", "nan_to_num_(nan=0.0", MASTERS),
-    ("model/masters.py", "grad.mul_(scale)", "grad.mul_(1.0)", MASTERS),
+    ("model/masters.py", "grad.mul_(scale.to(", "grad.mul_(torch.ones_like(scale).to(", MASTERS),
     ("model/masters.py", "saved != self.sum_of_bits()", "False", MASTERS),
     ("model/masters.py", "if rests.any() and", "if", MASTERS),
     ("model/masters.py", "clamp_(max=0x7FFF)", "clamp_(max=0x8000)", MASTERS),

@@ -16,6 +16,7 @@ from burnish.model import offload
 from burnish.model.offload import offloading
 from burnish.model.packing import pack
 from burnish.model.scoring import prepare_for_scoring, score
+from test_ppo import critic_weights, ppo
 from test_recomputation import assert_same, groups
 from test_trainers import assert_same as assert_same_weights
 from test_trainers import grpo, weights
@@ -148,6 +149,19 @@ def test_a_run_with_offloading_takes_the_same_steps(
         assert bool(parked) is wanted
         trained.append(weights(made))
     assert_same_weights(*trained, tolerance=0.0)
+
+
+def test_a_critic_offloads_and_tiles_too(tmp_path: Path, parked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from burnish.training import critic
+
+    monkeypatch.setattr(critic, "offloading", lambda model: offloading(model, copies_on_cpu=True))
+    trained = []
+    for name, fields in (("plain", {}), ("saving", {"activation_offloading": True, "mlp_tiles": 3})):
+        made = ppo(tmp_path / name, max_steps=2, **fields)
+        made.train()
+        assert bool(parked) is bool(fields)
+        trained.append(critic_weights(made))
+    assert_same_weights(*trained, tolerance=1e-4)
 
 
 @pytest.mark.gpu

@@ -69,6 +69,8 @@ class ActorCritic(PolicyGradient):
             token_budget=args.token_budget,
             exact=exact,
             checkpointing=bool(args.gradient_checkpointing),
+            offloads=args.activation_offloading,
+            mlp_tiles=args.mlp_tiles,
             pad_token_id=cast(int, tokenizer.pad_token_id or 0),
             sum_over_ranks=run.ranks.sum,
             max_over_ranks=run.ranks.max,

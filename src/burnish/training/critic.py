@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from burnish.model.adapters import saving_adapters
 from burnish.model.classifier import reward_scores
 from burnish.model.finite import check_finite
 from burnish.model.masters import MasterWeights, average_gradients
+from burnish.model.offload import offloading
 from burnish.model.packing import pack, partition, split_by_tokens, unpack, zero_weight_group
+from burnish.model.recomputation import tile_mlps
 from burnish.model.scoring import eval_mode
 from burnish.objectives.value import clipped_value_loss, explained_variance, moments
 from burnish.training.checkpoint import writing_checkpoint
@@ -49,6 +52,8 @@ class Critic:
         token_budget: most tokens of one forward and backward, prompts counted once per group; None for no limit.
         exact: fp32 values of parameters that the loader rounded.
         checkpointing: recompute activations in the backward pass.
+        offloads: keep what the backward pass needs in host memory.
+        mlp_tiles: parts of its tokens that a gated MLP computes one after another.
         pad_token_id: any token, for empty batches.
         sum_over_ranks: sums a number over all ranks.
         max_over_ranks: takes the maximum of a number over all ranks.
@@ -66,6 +71,8 @@ class Critic:
         token_budget: int | None = None,
         exact: dict[torch.nn.Parameter, torch.Tensor] | None = None,
         checkpointing: bool = False,
+        offloads: bool = False,
+        mlp_tiles: int = 1,
         pad_token_id: int = 0,
         sum_over_ranks: Callable[[float], float] = _alone,
         max_over_ranks: Callable[[float], float] = _alone,
@@ -78,8 +85,10 @@ class Critic:
         self._sum, self._max = sum_over_ranks, max_over_ranks
         self._ranks = round(sum_over_ranks(1.0))
         self._filler = [_nothing(pad_token_id)]
+        self._offloads = offloads
         if checkpointing:
             _recompute_activations(model)
+        tile_mlps(model, mlp_tiles)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = self._make_optimizer(make_optimizer or torch.optim.AdamW, weight_decay, exact or {})
 
@@ -179,7 +188,8 @@ class Critic:
     def _backward(self, batch: PackedBatch, *, clip: float | None, scale: float) -> torch.Tensor:
         """Accumulate a part's gradient; return [9] sums: loss, clipped, old values, moments of errors and returns."""
         old_N, returns_N = batch.token["values"], batch.token["returns"]
-        values_N = reward_scores(self.model, batch)
+        with offloading(self.model) if self._offloads else nullcontext():
+            values_N = reward_scores(self.model, batch)
         losses_N, clipped_N = clipped_value_loss(values_N, old_N, returns_N, clip=clip)
         (losses_N.sum() * scale).backward()
         first = torch.stack([x.detach().double().sum() for x in (losses_N, clipped_N, old_N)])
