@@ -42,6 +42,11 @@ class Peak:
         return sum(self.host.values())
 
 
+def _key(tensor: torch.Tensor) -> int:
+    # A tensor in oneDNN's own layout hides its storage, which has at least as many bytes as its numbers.
+    return id(tensor) if tensor.is_mkldnn else storage_key(tensor)
+
+
 class Ledger(TorchDispatchMode):
     """Follow every storage from the operation that returns it until it is freed.
 
@@ -83,19 +88,20 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages that are new in its result."""
-        given = {storage_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and storage_key(tensor) not in given:
+            if isinstance(tensor, torch.Tensor) and _key(tensor) not in given:
                 self._add(tensor, self._component)
         return out
 
     def _add(self, tensor: torch.Tensor, component: str) -> None:
-        key = storage_key(tensor)
+        key = _key(tensor)
         if key in self._known:
             return
-        storage, place = tensor.untyped_storage(), "host" if is_on_host() else "device"
-        size = storage.nbytes()
+        place = "host" if is_on_host() else "device"
+        storage = tensor if tensor.is_mkldnn else tensor.untyped_storage()
+        size = tensor.numel() * tensor.element_size() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()
         self._known.add(key)
         self._live[place][component] += size
         weakref.finalize(storage, self._remove, key, place, component, size)
