@@ -98,6 +98,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "use_bias_correction_kl": ("false", False),
     "steps_per_generation": ("2", 2),
     "cliprange_value": ("none", None),
+    "compile_rollouts": ("false", False),
     "sampling_correction": ("token_mask", "token_mask"),
 }
 """Field -> words of the command line, and what they mean: every union that a config has."""

@@ -190,14 +190,17 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
         options.append([Change("peft", lora, "trains adapters instead of all weights")])
     if method.bits is None:
         options.append([Change("model_init", {"quantization_config": "nf4"}, "rounds frozen weights to 4 bits")])
-    name = "max_completion_length" if STAGES[request.kind].online else "max_length"
-    length = plan.run.completion_tokens + (0 if STAGES[request.kind].online else plan.run.prompt_tokens)
-    halves = [length // 2**power for power in range(1, 24)]
-    shorter = [{name: size} for size in halves if size >= _LEAST_TOKENS]
-    if not STAGES[request.kind].online and request.prompt_tokens is not None:
-        shorter = [values for values in shorter if values[name] > request.prompt_tokens]
-    offer(shorter, "trains on shorter sequences", last=True)
+    offer(_shorter(request, plan), "trains on shorter sequences", last=True)
     return options
+
+
+def _shorter(request: Request, plan: Plan) -> list[dict[str, Any]]:
+    """Halves of the longest sequence, down to 128 tokens and above the prompt."""
+    online = STAGES[request.kind].online
+    name = "max_completion_length" if online else "max_length"
+    length = plan.run.completion_tokens + (0 if online else plan.run.prompt_tokens)
+    least = max(_LEAST_TOKENS, 0 if online or request.prompt_tokens is None else request.prompt_tokens + 1)
+    return [{name: size} for power in range(1, 24) if (size := length // 2**power) >= least]
 
 
 def _cache_bounds(plan: Plan) -> list[float]:

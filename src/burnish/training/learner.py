@@ -128,11 +128,7 @@ class Learner(Trainer, Generic[S]):
             loaded, self._exact = add_adapters(loaded, peft_config, seed=args.seed)
         check_loaded(loaded, train_dataset=training_set, eval_dataset=held_out)
         check_optimizer(optimizers[0], loaded)
-        use_non_reentrant_checkpointing(args)
-        stage.prepare(loaded)
-        tile_mlps(loaded, args.mlp_tiles)
-        if args.embedding_offloading:
-            keep_embedding_on_host(loaded)
+        self._prepare(loaded, args)
         super().__init__(
             model=loaded,
             args=args,
@@ -156,6 +152,14 @@ class Learner(Trainer, Generic[S]):
         stage.join(self)
         for callback in stage.callbacks():
             self.add_callback(callback)
+
+    def _prepare(self, model: Any, args: Any) -> None:
+        """Let the stage prepare the model, then arrange what saves memory."""
+        use_non_reentrant_checkpointing(args)
+        self.stage.prepare(model)
+        tile_mlps(model, args.mlp_tiles)
+        if args.embedding_offloading:
+            keep_embedding_on_host(model)
 
     def _observe(self) -> None:
         """Replace the progress callbacks, and add those that record the run."""

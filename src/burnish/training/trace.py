@@ -96,25 +96,24 @@ def fake_model(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quantized:
         head = model.get_output_embeddings()
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and child is not head:
-                    setattr(module, name, _QuantizedLinear(child))
+        for path, module in list(model.named_modules()):
+            if type(module) is nn.Linear and module is not head:
+                model.set_submodule(path, _QuantizedLinear(module))
     if peft_config is not None:
         model = get_peft_model(model, peft_config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, Any] = {}
+    made: dict[Tensor, Any] = {}
 
     def faked(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # tied weights stay tied
+        if tensor not in made:  # tied weights stay tied
             with mode:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-        return made[id(tensor)]
+            made[tensor] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return made[tensor]
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):  # pyright: ignore[reportPrivateUsage]
