@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,9 @@ from burnish.planner.models import find_shape
 from burnish.planner.plan import Plan, estimate
 from burnish.planner.proposals import Proposal, propose
 from burnish.planner.run import Request
-from burnish.progress import phase as timed
 from burnish.runs.files import write_json
 
-__all__ = ["draw_plans", "read_requests", "run"]
+__all__ = ["draw_plans", "format_size", "read_requests", "run"]
 
 _LORA = {"r": 16, "target_modules": "all-linear"}
 _COLORS = (
@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> None:
     for request, plan, proposals in plans:
         _print(console, request, plan, proposals, request.kind if is_pipeline else "training")
         if args.trace:
-            traces.append(_trace(console, request, plan))
+            # By name: this module stays free of torch.
+            traces.append(import_module("burnish.cli.trace").show_trace(console, request, plan))
     if args.json is not None:
         found = [
             {
@@ -142,52 +143,24 @@ def _print(console: Console, request: Request, plan: Plan, proposals: Sequence[P
     headroom = plan.usable_bytes - plan.peak_bytes
     phase = plan.peak_phase.name
     if plan.fits:
-        console.print(f"fits: {_size(plan.peak_bytes)} during {phase}, {_size(headroom)} to spare")
+        console.print(f"fits: {format_size(plan.peak_bytes)} during {phase}, {format_size(headroom)} to spare")
     else:
         console.print(
-            f"does not fit: {_size(plan.peak_bytes)} during {phase}, {_size(-headroom)} more than the "
-            f"{_size(plan.usable_bytes)} that {plan.device.name} can hold"
+            f"does not fit: {format_size(plan.peak_bytes)} during {phase}, {format_size(-headroom)} more than the "
+            f"{format_size(plan.usable_bytes)} that {plan.device.name} can hold"
         )
     if plan.host_bytes and not plan.device.is_cpu:
-        console.print(f"host memory of each rank: {_size(plan.host_bytes)}")
+        console.print(f"host memory of each rank: {format_size(plan.host_bytes)}")
     for note in plan.notes:
         console.print(f"note: {note}")
     if not plan.fits and not proposals:
         console.print("no change of settings makes it fit: use a larger device, a smaller model or shorter prompts")
     for number, proposal in enumerate(proposals, 1):
         effects = "; ".join(change.effect for change in proposal.changes)
-        console.print(
-            f"\n{number}. {proposal.slowdown:.2f} times the time a step, {_size(proposal.plan.peak_bytes)} ({effects}):"
-        )
+        size = format_size(proposal.plan.peak_bytes)
+        console.print(f"\n{number}. {proposal.slowdown:.2f} times the time a step, {size} ({effects}):")
         console.print("   " + proposal.toml(training).replace("\n", "\n   "))
     console.print()
-
-
-def _trace(console: Console, request: Request, plan: Plan) -> dict[str, Any]:
-    """Trace a run's step; print its bytes by component beside the formulas' total, and return them."""
-    from burnish.training.traced_run import trace_request
-
-    with timed("tracing the step"):
-        trace = trace_request(request)
-    context = plan.fixed.get("context", 0)
-    expected = {phase.name: plan.total(phase) - context for phase in plan.phases}
-    peaks = {"scoring": trace.scoring, "update": trace.update, "optimizer": trace.optimizer}
-    table = Table(box=None, pad_edge=False)
-    for title in ("traced", *peaks):
-        table.add_column(title, justify="left" if title == "traced" else "right")
-    for place in ("device", "host"):
-        found = {title: getattr(peak, place) for title, peak in peaks.items()}
-        for name in dict.fromkeys(name for sizes in found.values() for name in sizes):
-            label = name if place == "device" else f"{name} (host)"
-            table.add_row(label, *(_size(sizes[name]) if name in sizes else "" for sizes in found.values()))
-    table.add_row("total on the device", *(_size(peak.device_bytes) for peak in peaks.values()), style="bold")
-    differences = [
-        f"{expected[title] / peak.device_bytes - 1:+.1%}" if title in expected else "" for title, peak in peaks.items()
-    ]
-    table.add_row("formulas against it", *differences)
-    console.print(table)
-    console.print(f"with the context of {_size(context)}: {_size(trace.update.device_bytes + context)} in the update\n")
-    return {title: {"device": peak.device, "host": peak.host} for title, peak in peaks.items()}
 
 
 def _table(plan: Plan) -> Table:
@@ -199,15 +172,16 @@ def _table(plan: Plan) -> Table:
     for name in names:
         sizes = [phase.device.get(name, 0) + plan.held(phase).get(name, 0) for phase in plan.phases]
         if any(sizes):
-            table.add_row(name, *(_size(size) if size else "" for size in sizes))
-    table.add_row("total", *(_size(plan.total(phase)) for phase in plan.phases), style="bold")
+            table.add_row(name, *(format_size(size) if size else "" for size in sizes))
+    table.add_row("total", *(format_size(plan.total(phase)) for phase in plan.phases), style="bold")
     times = [phase.cost for phase in plan.phases]
     table.add_row("TFLOP a step", *(f"{cost.flops / 1e12:,.1f}" if cost.flops else "" for cost in times))
     table.add_row("about, seconds a step", *(f"{cost.seconds:,.2g}" if cost.seconds else "" for cost in times))
     return table
 
 
-def _size(size: int) -> str:
+def format_size(size: int) -> str:
+    """Write bytes as GB."""
     return f"{size / 1e9:,.2f} GB"
 
 
