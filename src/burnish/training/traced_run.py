@@ -25,6 +25,18 @@ TRACED_STAGES = ("sft", "grpo", "rloo")
 """Stages whose step needs no values of an earlier forward."""
 
 
+_OF_ROLLOUTS = (
+    "compile_rollouts",
+    "rollout_cache_gib",
+    "stop_settled",
+    "max_staleness",
+    "use_vllm",
+    "vllm_",
+    "reward_",
+)
+"""Beginnings of fields that say how completions are sampled and scored, which a trace does not do."""
+
+
 class _NoEngine(Engine):
     """An engine that never samples: the groups of a trace are given."""
 
@@ -86,8 +98,9 @@ def _trainer(request: Request, model: Any) -> Generator[Any]:
     )
     tokenizer.pad_token = "<eos>"
     with tempfile.TemporaryDirectory() as folder:
+        kept = {name: value for name, value in request.training.items() if not name.startswith(_OF_ROLLOUTS)}
         fields: Mapping[str, Any] = {
-            **request.training, "output_dir": folder, "use_cpu": True, "report_to": [], "progress": False,
+            **kept, "output_dir": folder, "use_cpu": True, "report_to": [], "progress": False,
             "bf16": True, "save_strategy": "no", "resume_from_checkpoint": None,
         }  # fmt: skip
         args = getattr(module, f"{stage.name}Config")(**fields)
