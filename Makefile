@@ -8,7 +8,7 @@ VLLM_STAMP := .venv-vllm/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense preference rollouts servers sft slow test trl vllm
+.PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ algorithms: $(STAMP)  ## train every online algorithm on one task (an hour and a
 
 memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory.svg
 	$(BIN)/python benchmarks/online_memory.py
+
+planner: $(STAMP)  ## errors of the planner's formulas against traces of 75 configurations (a quarter of an hour)
+	$(BIN)/python benchmarks/planner.py
 
 trl: $(TRL_STAMP)  ## build .venv-trl, which the comparisons with TRL need
 
