@@ -56,7 +56,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/host_embedding.py", "elif embedding.weight.requires_grad:", "elif False:", "test_host_embedding.py"),
     ("training/ledger.py", "\"host\" if is_on_host() else \"device\"", "\"device\"", TRACE),
     ("training/ledger.py", "self._live[place][component] -= size", "pass", TRACE),
-    ("training/trace.py", "-(-count // 2) + scales", "count + scales", TRACE),
+    ("training/trace.py", "self.weight.numel() * bits / 8", "self.weight.numel() * bits / 4", TRACE),
     ("training/trace.py", "[small] * min(num_parts - 1, 2) + [batch]", "[batch]", TRACE),
     ("planner/memory.py", "mlp = mlp // method.mlp_tiles + 2 * shape.hidden", "mlp = mlp + 2 * shape.hidden", TRACE),
     ("model/prefix.py", "np.arange(span.prompt[1], span.prompt[1] + length)", "np.arange(length)", "test_attention.py"),

@@ -173,7 +173,7 @@ def offloading(model: nn.Module, *, copies_on_cpu: bool = False) -> Generator[No
 
     Args:
         model: its parameters and buffers stay where they are.
-        copies_on_cpu: copy there too, as tests and traces do.
+        copies_on_cpu: copy there too, as tests do.
     """
     kept = frozenset(storage_key(t) for t in (*model.parameters(), *model.buffers()))
     token = _offload.set(_Offload(kept, copies_on_cpu))

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from burnish.errors import ConfigError
 from burnish.model.attention import AttentionCall, Layout, use_layout
+from burnish.model.self_test import supports_prefix
 from burnish.progress import phase
 from burnish.rollout.packed_linears import num_products
 
@@ -247,6 +248,8 @@ def compiling_pays(model: Any, forwards: float) -> bool:
         forwards: decode forwards of the run.
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or forwards < _PAYING_FORWARDS:
+        return False
+    if not supports_prefix(model).ok:  # another engine samples from it
         return False
     try:
         check_compiler("cpu")

@@ -19,7 +19,7 @@ from burnish.model.traced import is_on_host
 __all__ = ["Ledger", "Peak"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Peak:
     """The moment of most device bytes within a phase.
 

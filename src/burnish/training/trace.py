@@ -8,6 +8,7 @@ what these allocate: attention (`burnish.model.prefix`) and products with 4-bit 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -26,9 +27,6 @@ from burnish.training.step import MicroBatch, Step
 from burnish.types import Completion, Group, PackedBatch
 
 __all__ = ["Trace", "fake_groups", "fake_model", "trace_update"]
-
-_NF4_BLOCK, _NF4_SUPERBLOCK = 64, 256
-"""Weights that share a scale, and scales that share one, of bitsandbytes' double quantisation."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,13 +59,11 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 class _QuantizedLinear(nn.Linear):
-    """A linear layer whose weight takes the bytes of NF4 with double quantisation."""
+    """A linear layer whose weight takes the bytes of 4 bits a number and its scales."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, bits: float) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
-        count = self.weight.numel()
-        scales = -(-count // _NF4_BLOCK)
-        stored = -(-count // 2) + scales + 4 * -(-scales // _NF4_SUPERBLOCK) + 4
+        stored = math.ceil(self.weight.numel() * bits / 8)
         self.weight = nn.Parameter(torch.empty(stored, dtype=torch.uint8, device="meta"), requires_grad=False)
         self.bias = layer.bias
 
@@ -79,14 +75,14 @@ class _QuantizedLinear(nn.Linear):
 
 
 def fake_model(
-    config: Any, *, dtype: torch.dtype = torch.bfloat16, quantized: bool = False, peft_config: Any = None
+    config: Any, *, dtype: torch.dtype = torch.bfloat16, bits: float | None = None, peft_config: Any = None
 ) -> tuple[Any, FakeTensorMode]:
     """Build a model of fake tensors.
 
     Args:
         config: a transformers configuration.
         dtype: of the weights.
-        quantized: hold the linear layers but the head in NF4.
+        bits: bits of a weight of the linear layers but the head, with its scales, such as 4.127; None for `dtype`.
         peft_config: adapters to add, or None.
 
     Returns:
@@ -94,11 +90,11 @@ def fake_model(
     """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if quantized:
+    if bits is not None:
         head = model.get_output_embeddings()
         for path, module in list(model.named_modules()):
             if type(module) is nn.Linear and module is not head:
-                model.set_submodule(path, _QuantizedLinear(module))
+                model.set_submodule(path, _QuantizedLinear(module, bits))
     if peft_config is not None:
         model = get_peft_model(model, peft_config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
         for parameter in model.parameters():
@@ -136,9 +132,9 @@ def trace_update(
         num_parts: passes whose gradients add up before the optimizer's step.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
-    trained = [p for p in model.parameters() if p.requires_grad]
-    ledger.own("trained weights", trained)
-    ledger.own("frozen weights", (t for t in (*model.parameters(), *model.buffers()) if t not in set(trained)))
+    ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
+    # Each storage is counted once: these are the others, and an embedding outside the parameters.
+    ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
     with on_host():
         ledger.own("frozen weights", [causal_lm(model).get_input_embeddings().weight])
     batch, small = (_faked(pack(part), mode) for part in (groups, [_shortened(groups[0])]))

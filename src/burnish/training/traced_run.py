@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -69,6 +70,13 @@ def trace_request(request: Request) -> Trace:
             f"--trace with --sharding = {request.sharding!r}: a rank is traced whole; use ddp, or leave --trace out."
         )
     run, config = read_run(request), dict(request.model.config or {})
+    if run.method.bits == 8:
+        raise ConfigError("--trace with quantization_config = 'int8': only 4-bit products are traced; use 'nf4'.")
+    if run.reference == "copy" or run.method.optimizer_bytes != 8:
+        raise ConfigError(
+            "--trace of a copied reference, or of an optimizer other than AdamW in fp32: neither is traced; set "
+            "beta = 0.0 and leave optim out, or leave --trace out."
+        )
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM", **(request.peft or {})}
     adapters = None if request.peft is None else LoraConfig(**fields)
     part, sizes = run.largest, run.prompt_tokens
@@ -76,9 +84,12 @@ def trace_request(request: Request) -> Trace:
     each, more = divmod(part.scored // run.completion_tokens, groups)
     shapes = [[run.completion_tokens] * (each + (number < more)) for number in range(groups)]
     model, mode = fake_model(
-        AutoConfig.for_model(**config), quantized=run.method.bits is not None, peft_config=adapters
+        AutoConfig.for_model(**config),
+        dtype=torch.bfloat16 if run.method.bf16 else torch.float32,
+        bits=run.method.bits,
+        peft_config=adapters,
     )
-    with _trainer(request, model) as trainer:
+    with _trainer(request, model, bf16=run.method.bf16) as trainer:
         return trace_update(
             trainer,
             [group for lengths in shapes for group in fake_groups(sizes, lengths)],
@@ -89,7 +100,7 @@ def trace_request(request: Request) -> Trace:
 
 
 @contextlib.contextmanager
-def _trainer(request: Request, model: Any) -> Generator[Any]:
+def _trainer(request: Request, model: Any, *, bf16: bool = True) -> Generator[Any]:
     """Make the stage's trainer around a fake model, in a folder that is gone afterwards."""
     stage = STAGES[request.kind]
     module = import_module(f"burnish.trainers.{request.kind}")
@@ -101,7 +112,7 @@ def _trainer(request: Request, model: Any) -> Generator[Any]:
         kept = {name: value for name, value in request.training.items() if not name.startswith(_OF_ROLLOUTS)}
         fields: Mapping[str, Any] = {
             **kept, "output_dir": folder, "use_cpu": True, "report_to": [], "progress": False,
-            "bf16": True, "save_strategy": "no", "resume_from_checkpoint": None,
+            "bf16": bf16, "save_strategy": "no", "resume_from_checkpoint": None,
         }  # fmt: skip
         args = getattr(module, f"{stage.name}Config")(**fields)
         rows: Sequence[Mapping[str, Any]] = [{"prompt": "a", "completion": "b"}] * 1024
