@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 TRL_STAMP := .venv-trl/.installed
 VLLM_STAMP := .venv-vllm/.installed
 PYTEST := $(BIN)/python -m pytest -q -n 2
+# Packages are installed without bytecode (below): where the environment forbids to write it, every process compiles pandas.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm

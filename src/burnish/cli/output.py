@@ -26,7 +26,9 @@ def set_up_output(words: Sequence[str] = ()) -> None:
             asks for quantisation.
     """
     logging.getLogger("burnish").addHandler(_SayHandler())
-    logging.getLogger("burnish.config").setLevel(logging.INFO)  # names accepted fields that change nothing
+    # Accepted fields that change nothing; settings that memory_budget chooses, and the memory that a run took.
+    for name in ("config", "training.memory_plan"):
+        logging.getLogger(f"burnish.{name}").setLevel(logging.INFO)
     # Filters are appended, so PYTHONWARNINGS and -W take precedence.
     # SyntaxWarnings appear when a package is first compiled; the user cannot fix its source.
     warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*[/\\]site-packages[/\\]", append=True)

@@ -18,14 +18,15 @@ from burnish.config.lora import check_lora
 from burnish.config.sections import model_init
 from burnish.config.stages import PIPELINE_STAGES, known_fields
 from burnish.errors import ConfigError
+from burnish.planner.budget import Budgeted, keep_budget
 from burnish.planner.devices import find_device
 from burnish.planner.models import find_shape
-from burnish.planner.plan import Plan, estimate
+from burnish.planner.plan import Plan, estimate, format_size
 from burnish.planner.proposals import Proposal, propose
 from burnish.planner.run import Request
 from burnish.runs.files import write_json
 
-__all__ = ["draw_plans", "format_size", "read_requests", "run"]
+__all__ = ["draw_plans", "read_requests", "run"]
 
 _LORA = {"r": 16, "target_modules": "all-linear"}
 _COLORS = (
@@ -36,13 +37,16 @@ _COLORS = (
 
 def run(args: argparse.Namespace) -> None:
     """Plan every stage of a file, or one stage of a model; print, and write what is asked for."""
-    requests = read_requests(args)
-    plans = [(request, estimate(request), propose(request)) for request in requests]
+    plans = [
+        (budgeted, estimate(budgeted.request), propose(budgeted.request))
+        for budgeted in map(keep_budget, read_requests(args))
+    ]
     is_pipeline = _is_pipeline(args.target)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     traces: list[dict[str, Any]] = []
-    for request, plan, proposals in plans:
-        _print(console, request, plan, proposals, request.kind if is_pipeline else "training")
+    for budgeted, plan, proposals in plans:
+        request = budgeted.request
+        _print(console, budgeted, plan, proposals, request.kind if is_pipeline else "training")
         if args.trace:
             # By name: this module stays free of torch.
             traces.append(import_module("burnish.cli.trace").show_trace(console, request, plan))
@@ -50,10 +54,11 @@ def run(args: argparse.Namespace) -> None:
         found = [
             {
                 **plan.as_dict(),
-                "proposals": [one.as_dict(request.kind if is_pipeline else "training") for one in proposals],
+                "chosen": dict(budgeted.chosen),
+                "proposals": [one.as_dict(plan.run.kind if is_pipeline else "training") for one in proposals],
                 **({"trace": traces[number]} if traces else {}),
             }
-            for number, (request, plan, proposals) in enumerate(plans)
+            for number, (budgeted, plan, proposals) in enumerate(plans)
         ]
         write_json(args.json, {"plans": found})
     if args.svg is not None:
@@ -125,9 +130,9 @@ def _stage_of(path: str, overrides: Sequence[str]) -> Kind:
     return fitting[0]
 
 
-def _print(console: Console, request: Request, plan: Plan, proposals: Sequence[Proposal], training: str) -> None:
+def _print(console: Console, budgeted: Budgeted, plan: Plan, proposals: Sequence[Proposal], training: str) -> None:
     """Print the setting, the table of bytes, the verdict and the proposals."""
-    planned, shape = plan.run, plan.run.shape
+    request, planned, shape = budgeted.request, plan.run, plan.run.shape
     ranks = f", {planned.ranks} ranks ({planned.sharding})" if planned.ranks > 1 else ""
     console.print(
         f"{STAGES[planned.kind].title}, {shape.model_type} of {_count(shape.num_parameters)} parameters from "
@@ -139,6 +144,8 @@ def _print(console: Console, request: Request, plan: Plan, proposals: Sequence[P
         f"{planned.completions} a micro-batch; {passes} {'pass' if passes == 1 else 'passes'} of up to "
         f"{planned.largest.tokens} tokens a step"
     )
+    for line in budgeted.reasons:
+        console.print(line)
     console.print(_table(plan))
     headroom = plan.usable_bytes - plan.peak_bytes
     phase = plan.peak_phase.name
@@ -178,11 +185,6 @@ def _table(plan: Plan) -> Table:
     table.add_row("TFLOP a step", *(f"{cost.flops / 1e12:,.1f}" if cost.flops else "" for cost in times))
     table.add_row("about, seconds a step", *(f"{cost.seconds:,.2g}" if cost.seconds else "" for cost in times))
     return table
-
-
-def format_size(size: int) -> str:
-    """Write bytes as GB."""
-    return f"{size / 1e9:,.2f} GB"
 
 
 def _count(number: int) -> str:

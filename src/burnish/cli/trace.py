@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from burnish.cli.plan import format_size
-from burnish.planner.plan import Plan
+from burnish.planner.plan import Plan, format_size
 from burnish.planner.run import Request
 from burnish.progress import phase
 from burnish.training.traced_run import trace_request

@@ -36,6 +36,7 @@ from burnish.config.declare import (
     own,
     stage,
 )
+from burnish.config.predicates import parse_size
 from burnish.config.sources import Names
 
 __all__ = [
@@ -61,6 +62,10 @@ CHAT_TEMPLATE_HELP = (
 
 def _steps(value: int) -> str | None:
     return None if value >= 1 or value == -1 else "use at least 1, or -1 to count by epochs"
+
+
+def _size(value: str) -> str | None:
+    return None if value == "auto" or parse_size(value) else "use a size such as 8GB or 7.5GiB, or auto"
 
 
 def _off(fix: str) -> Meets:
@@ -107,6 +112,19 @@ class CommonFields:
         "if necessary between completions of a group, with the same gradient. None: 2,048 on a CPU, 16,384 elsewhere.",
         MODEL,
         fix="use a number of tokens of at least 1; a large one sets no limit",
+    )
+    memory_budget: Annotated[str, Meets(_size)] | None = own(
+        None,
+        "Device memory for the run, such as 8GB, or auto for all of it. Where the planner's formulas need more, the "
+        "fastest settings that fit and leave the gradient as it is are set, and shown. On a CPU it counts the process. "
+        "None: nothing is set.",
+        MODEL,
+        fix="use a size such as 8GB or 7.5GiB, or auto",
+    )
+    check_memory: bool = own(
+        True,
+        "Refuse, before weights are loaded, a run that takes more than the device's memory by the planner's formulas.",
+        MODEL,
     )
     activation_offloading: bool = own(
         False,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
-__all__ = ["is_number", "is_seed", "is_text", "text_problem"]
+__all__ = ["is_number", "is_seed", "is_text", "parse_size", "text_problem"]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib)", re.IGNORECASE)
 
 
 def is_number(value: Any) -> bool:
@@ -25,6 +28,13 @@ def is_seed(value: Any) -> bool:
 def is_text(value: Any) -> bool:
     """Return True for a text that is not empty."""
     return isinstance(value, str) and value != ""
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as 8GB (10^9 bytes) or 7.5GiB (2^30), or None."""
+    found = _SIZE.fullmatch(text.strip())
+    size = 0 if found is None else round(float(found[1]) * (2**30 if found[2].lower() == "gib" else 1e9))
+    return size or None
 
 
 def text_problem(text: str) -> str | None:

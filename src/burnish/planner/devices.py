@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from burnish.config.predicates import parse_size
 from burnish.errors import ConfigError, show
 
-__all__ = ["DEVICES", "SHARDINGS", "Device", "Sharding", "detect_device", "find_device"]
+__all__ = ["DEVICES", "SHARDINGS", "Device", "Sharding", "detect_device", "find_device", "gpu_like"]
 
 Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -61,7 +62,6 @@ DEVICES = {
 }
 """GPUs by name: memory as reported, published dense rates with fp32 accumulation (of the T4 those of fp32)."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gb|gib)", re.IGNORECASE)
 _ACCELERATED, _PLAIN = 150e9, 30e9
 """FLOP/s of a CPU core with bf16 products in hardware, and in fp32 without."""
 
@@ -82,8 +82,7 @@ def find_device(name: str) -> Device:
     for known, device in DEVICES.items():
         if _key(known) == wanted or _key(known).removeprefix("rtx") == wanted:
             return device
-    if (size := _SIZE.fullmatch(name.strip())) is not None and float(size[1]) > 0:
-        memory = round(float(size[1]) * (2**30 if size[2].lower() == "gib" else 1e9))
+    if (memory := parse_size(name)) is not None:
         by_size = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
         like = next((device for device in by_size if device.memory_bytes >= memory), by_size[-1])
         return Device(f"{name.strip()} (as fast as {like.name})", memory, like.flops, like.bandwidth, like.link,
@@ -105,14 +104,18 @@ def detect_device() -> Device:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
             name, _, mib = done.stdout.splitlines()[0].rpartition(",")
-            memory, key = int(mib) * _MIB, _key(name)
-            # The rates of the table's most similar GPU: of its kind if it has that, and of the nearest size.
-            kinds = [device for known, device in DEVICES.items() if _key(known.partition("-")[0]) in key]
-            like = min(kinds or DEVICES.values(), key=lambda device: abs(device.memory_bytes - memory))
-            return dataclasses.replace(like, name=name.strip(), memory_bytes=memory)
+            return gpu_like(name.strip(), int(mib) * _MIB)
         except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             pass  # a driver without a device: the CPU trains
     return _cpu()
+
+
+def gpu_like(name: str, memory_bytes: int) -> Device:
+    """Describe a GPU by the rates of the table's most similar one: of its kind if it has that, and of nearest size."""
+    key = _key(name)
+    kinds = [device for known, device in DEVICES.items() if _key(known.partition("-")[0]) in key]
+    like = min(kinds or DEVICES.values(), key=lambda device: abs(device.memory_bytes - memory_bytes))
+    return dataclasses.replace(like, name=name, memory_bytes=memory_bytes)
 
 
 def _cpu() -> Device:

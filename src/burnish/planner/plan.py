@@ -20,7 +20,7 @@ from burnish.planner.memory import (
 )
 from burnish.planner.run import Request, Run, read_run
 
-__all__ = ["Phase", "Plan", "estimate", "plan_run"]
+__all__ = ["Phase", "Plan", "estimate", "format_size", "plan_run"]
 
 CONTEXT_BYTES = 1_400_000_000
 """CUDA context and libraries on a GPU."""
@@ -142,6 +142,11 @@ class Plan:
             "fits": self.fits,
             "notes": list(self.notes),
         }  # fmt: skip
+
+
+def format_size(size: int) -> str:
+    """Write bytes as GB."""
+    return f"{size / 1e9:,.2f} GB"
 
 
 def estimate(request: Request) -> Plan:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from burnish.config.stages import STAGES, known_fields
 from burnish.config.tips import toml_line
@@ -29,13 +29,14 @@ class Change:
         table: table of the run file: training, peft or model_init.
         values: fields that it sets.
         effect: what it does to the run, in words.
-        is_last_resort: whether it changes what the run is for.
+        alters: what is no longer the same: nothing but rounding in the last digits; the precision of weights or
+            optimizer states, or which weights train; or what the run is for.
     """
 
     table: str
     values: Mapping[str, Any]
     effect: str
-    is_last_resort: bool = False
+    alters: Literal["nothing", "method", "purpose"] = "nothing"
 
     def apply(self, request: Request) -> Request:
         """Return the request with the change."""
@@ -87,14 +88,18 @@ def _table(change: Change) -> str:
     return change.table
 
 
-def propose(request: Request) -> list[Proposal]:
+def propose(request: Request, *, only_exact: bool = False) -> list[Proposal]:
     """Return minimal sets of changes that make a request fit, fastest first; those that change its purpose come last.
 
     Each kind of change is used at its mildest level that fits. Empty where the request fits already, or where all
     changes together are not enough.
+
+    Args:
+        request: what does not fit.
+        only_exact: keep to changes that leave the gradient as it is.
     """
     base = estimate(request)
-    options = _options(request, base)
+    options = [levels for levels in _options(request, base) if not only_exact or levels[0].alters == "nothing"]
     if base.fits or not _with(request, [levels[-1] for levels in options]).fits:
         return []
     found: list[tuple[set[int], Proposal]] = []
@@ -110,7 +115,7 @@ def propose(request: Request) -> list[Proposal]:
                 proposal = Proposal(tuple(chosen), plan, plan.seconds / max(base.seconds, 1e-9))
                 found.append((set(numbers), proposal))
     proposals = [proposal for _, proposal in found]
-    proposals.sort(key=lambda one: (any(change.is_last_resort for change in one.changes), one.slowdown))
+    proposals.sort(key=lambda one: (any(change.alters == "purpose" for change in one.changes), one.slowdown))
     return proposals[:_MOST_PROPOSALS]
 
 
@@ -149,9 +154,11 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
     fields, training = known_fields(request.kind), dict(request.training)
     options: list[list[Change]] = []
 
-    def offer(levels: Sequence[Mapping[str, Any]], effect: str, *, last: bool = False) -> None:
+    def offer(
+        levels: Sequence[Mapping[str, Any]], effect: str, alters: Literal["nothing", "method", "purpose"] = "nothing"
+    ) -> None:
         if levels and all(field in fields for values in levels for field in values):
-            options.append([Change("training", values, effect, last) for values in levels])
+            options.append([Change("training", values, effect, alters) for values in levels])
 
     method = plan.run.method
     checkpoints: list[dict[str, Any]] = []
@@ -181,16 +188,17 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
         offer([{"vllm_enable_sleep_mode": True}], "frees vLLM's memory between rollouts; the same samples")
     if method.optimizer_bytes == 8 and not plan.device.is_cpu:
         optimizers = [{"optim": name} for name in ("adamw_bnb_8bit", "paged_adamw_8bit")]
-        offer(optimizers, "rounds the optimizer's states to 8 bits")
+        offer(optimizers, "rounds the optimizer's states to 8 bits", "method")
     if plan.run.reads_fp32:
         text = "reads weights in bf16; nothing is lost where they were saved in it"
-        options.append([Change("model_init", {"dtype": "bfloat16"}, text)])
+        options.append([Change("model_init", {"dtype": "bfloat16"}, text, "method")])
     if method.adapters is None:
         lora = {"r": 16, "target_modules": "all-linear"}
-        options.append([Change("peft", lora, "trains adapters instead of all weights")])
+        options.append([Change("peft", lora, "trains adapters instead of all weights", "method")])
     if method.bits is None:
-        options.append([Change("model_init", {"quantization_config": "nf4"}, "rounds frozen weights to 4 bits")])
-    offer(_shorter(request, plan), "trains on shorter sequences", last=True)
+        text = "rounds frozen weights to 4 bits"
+        options.append([Change("model_init", {"quantization_config": "nf4"}, text, "method")])
+    offer(_shorter(request, plan), "trains on shorter sequences", "purpose")
     return options
 
 

@@ -40,6 +40,7 @@ from burnish.training.evaluation_sets import (
 )
 from burnish.training.learning_signal import LearningMonitor
 from burnish.training.log_state import LogState
+from burnish.training.memory_plan import compare_with_plan, plan_memory
 from burnish.training.metrics import StepMetrics
 from burnish.training.model_state import restoring_model_state
 from burnish.training.optimizers import check_optimizer, masters_by_config
@@ -122,6 +123,7 @@ class Learner(Trainer, Generic[S]):
             args=args,
             eval_dataset=held_out,
         )
+        self._memory_plan = plan_memory(model, args, training_set, peft_config)
         loaded, self._exact = stage.load(model)
         self.checkpoints = RunCheckpoints(self, loaded)
         if peft_config is not None:
@@ -220,6 +222,7 @@ class Learner(Trainer, Generic[S]):
                 self.is_in_train = False  # transformers leaves it set where training fails
             self.learning_monitor.end_run()
             self.stage.end_training()
+            compare_with_plan(self._memory_plan, self.args.device)
             return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -112,7 +112,8 @@ def _trainer(request: Request, model: Any, *, bf16: bool = True) -> Generator[An
         kept = {name: value for name, value in request.training.items() if not name.startswith(_OF_ROLLOUTS)}
         fields: Mapping[str, Any] = {
             **kept, "output_dir": folder, "use_cpu": True, "report_to": [], "progress": False,
-            "bf16": bf16, "save_strategy": "no", "resume_from_checkpoint": None,
+            "bf16": bf16, "save_strategy": "no", "resume_from_checkpoint": None, "memory_budget": None,
+            "check_memory": False,
         }  # fmt: skip
         args = getattr(module, f"{stage.name}Config")(**fields)
         rows: Sequence[Mapping[str, Any]] = [{"prompt": "a", "completion": "b"}] * 1024

@@ -1,0 +1,129 @@
+"""Plan a run's memory before its weights are loaded, choose settings that fit, and compare with what it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from burnish.config.stages import known_fields
+from burnish.errors import ConfigError, ModelError
+from burnish.planner.budget import keep_budget, refuse_too_large
+from burnish.planner.devices import Device, find_device, gpu_like
+from burnish.planner.models import FoundModel, find_shape
+from burnish.planner.plan import Plan, estimate, format_size
+from burnish.planner.run import Request
+from burnish.types import Group
+
+__all__ = ["compare_with_plan", "plan_memory"]
+
+logger = logging.getLogger(__name__)
+
+
+def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> Plan | None:
+    """Plan a run, and set the fields of `args` that `memory_budget` chooses.
+
+    Args:
+        model: name, path, or model in memory.
+        args: the stage's config.
+        training_set: encoded rows; the longest decides the lengths that are planned.
+        peft_config: adapters to train, or None.
+
+    Returns:
+        The plan of what will run; None for a model whose dimensions the planner does not know.
+
+    Raises:
+        ConfigError: the run does not fit.
+    """
+    try:
+        request = _request(model, args, training_set, peft_config)
+    except ModelError as error:
+        if args.memory_budget is None:
+            return None
+        raise ConfigError(
+            f"memory_budget = {args.memory_budget!r}: the planner does not know the model's dimensions; leave the "
+            f"field out. {error}"
+        ) from error
+    if args.memory_budget is None and args.check_memory:
+        refuse_too_large(request)
+    budgeted = keep_budget(request)
+    vars(args).update(budgeted.chosen)
+    for line in budgeted.reasons:
+        logger.info(line)
+    return estimate(budgeted.request)
+
+
+def compare_with_plan(plan: Plan | None, device: torch.device) -> None:
+    """Log the most memory that the run took, the allocator's on a GPU and else the process's, beside the plan."""
+    if plan is None:
+        return
+    planned = plan.peak_bytes
+    if device.type == "cuda":
+        measured, planned = torch.cuda.max_memory_allocated(device), planned - plan.fixed.get("context", 0)
+    elif sys.platform == "win32":
+        return  # it has no module resource
+    else:
+        import resource
+
+        measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    logger.info("memory: %s at most, %s planned", format_size(measured), format_size(planned))
+
+
+def _request(model: Any, args: Any, training_set: Any, peft_config: Any) -> Request:
+    init = dict(args.model_init_kwargs or {})
+    in_memory = getattr(getattr(model, "config", None), "quantization_config", None)
+    if (quantization := init.pop("quantization_config", in_memory)) is not None:
+        init["quantization_config"] = _quantization(quantization)
+    if "dtype" in init:
+        init["dtype"] = str(init["dtype"]).removeprefix("torch.")
+    fields = {name: getattr(args, name) for name in known_fields(args.kind)}
+    prompt, length = _longest(training_set)
+    if length is not None and "max_length" in fields:
+        fields["max_length"] = length
+    peft = None if peft_config is None else peft_config.to_dict()
+    return Request(args.kind, _found(model), _device(args), fields, peft, init, prompt, args.world_size)
+
+
+def _found(model: Any) -> FoundModel:
+    """Find the dimensions of a model by its name, or read those of a model in memory."""
+    if isinstance(model, str | Path):
+        return find_shape(str(model))
+    adapters: Any = next(iter(getattr(model, "peft_config", {}).values()), None)
+    name = type(model).__name__
+    return FoundModel.of(model.config.to_dict(), name, name, None if adapters is None else adapters.to_dict())
+
+
+def _quantization(given: Any) -> str | Mapping[str, Any]:
+    """Reduce a quantisation, by word, table or object, to what decides its bytes."""
+    if isinstance(given, str):
+        return given
+    fields: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
+    if fields.get("load_in_8bit"):
+        return {"load_in_8bit": True}
+    if not fields.get("load_in_4bit"):
+        raise ModelError(f"quantization_config: its bytes are not known of {fields.get('quant_method')!r}.")
+    return {"load_in_4bit": True, "bnb_4bit_use_double_quant": bool(fields.get("bnb_4bit_use_double_quant"))}
+
+
+def _longest(training_set: Any) -> tuple[int | None, int | None]:
+    """Return prompt and row length of the group with most tokens; None each where rows come as a stream."""
+    if not isinstance(training_set, list) or not training_set:
+        return None, None
+    largest = max(cast("list[Group]", training_set), key=lambda group: group.num_tokens)
+    prompt = len(largest.prompt_ids)
+    return prompt, prompt + max([len(completion.token_ids) for completion in largest.completions] or [1])
+
+
+def _device(args: Any) -> Device:
+    """Describe the device of this rank; ranks on one CPU divide its memory."""
+    if args.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(args.device)
+        return gpu_like(properties.name, properties.total_memory)
+    cpu = find_device("cpu")
+    return dataclasses.replace(cpu, memory_bytes=cpu.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
