@@ -230,7 +230,7 @@ def test_published_anchor() -> None:
     assert 11.5e9 < peak < 13e9
     method = dataclasses.replace(method, activation_offloading=False)
     kept = update_moments(LLAMA_8B, method, Part.of(512, 19_488, 1), 8, on_cpu=False)
-    assert kept["begin"]["activations"] == 20_000 * (32 * 2 * 4096 + 4 * 4096)
+    assert kept["layer"]["activations"] == 20_000 * (32 * 2 * 4096 + 4 * 4096)
 
 
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "online_memory.json").read_text())
@@ -319,8 +319,8 @@ def test_what_a_larger_group_and_vocabulary_add() -> None:
     double = dataclasses.replace(LLAMA_8B, vocabulary=2 * LLAMA_8B.vocabulary)
     moments = [update_moments(shape, Method(), Part.of(512, 512, 8), 1, on_cpu=False) for shape in (LLAMA_8B, double)]
     table = LLAMA_8B.vocabulary * LLAMA_8B.hidden
-    assert moments[1]["end"]["head gradient"] - moments[0]["end"]["head gradient"] == 2 * table
-    assert moments[1]["begin"]["activations"] == moments[0]["begin"]["activations"]  # no logits of all tokens
+    assert moments[1]["embedding"]["head gradient"] - moments[0]["embedding"]["head gradient"] == 2 * table
+    assert moments[1]["layer"]["activations"] == moments[0]["layer"]["activations"]  # no logits of all tokens
 
 
 def test_cache_bounds() -> None:

@@ -242,7 +242,7 @@ def saved_bytes(shape: ModelShape, method: Method) -> int:
     queries, keys, hidden = shape.queries, shape.keys, shape.hidden
     # Inputs of the norms; queries, keys and values; the attention's output and its log normaliser.
     numbers = shape.norms * hidden + 2 * queries + 2 * keys + shape.qk_norm * (queries + keys) + method.ranks(shape)
-    return method.item * numbers + 4 * shape.heads + method.item * _mlp_numbers(shape, recomputes=True)
+    return method.item * numbers + 4 * shape.heads + method.item * _mlp_numbers(shape, method, recomputes=True)
 
 
 def layer_bytes(shape: ModelShape, method: Method) -> int:
@@ -254,11 +254,20 @@ def layer_bytes(shape: ModelShape, method: Method) -> int:
     numbers = (8 if trains_all else 6) * shape.hidden + 2 * shape.queries + 2 * shape.keys + method.ranks(shape)
     numbers += (shape.norms - 2) * 3 * shape.hidden + shape.qk_norm * 3 * (shape.queries + shape.keys)
     # Once the product's gradient has become those of gate and up, the product itself is gone.
-    mlp = _mlp_numbers(shape, recomputes=False) + 2 * mlp_width(shape)
+    mlp = _mlp_numbers(shape, method, recomputes=False) + 2 * mlp_width(shape)
     if method.mlp_tiles > 1:
         # A part's, and the outputs of all, once in parts and once together.
         mlp = mlp // method.mlp_tiles + 2 * shape.hidden
     return method.item * (numbers + mlp)
+
+
+def _norm_bytes(shape: ModelShape, method: Method) -> int:
+    """Bytes per token of a layer that is recomputed under checkpointing, in the backward pass of its second RMS norm.
+
+    28 H + 4 H + 6 Q + 4 K in bf16: norms compute in fp32, in seven tensors, one of them the first norm's input.
+    """
+    numbers = 2 * shape.hidden + 3 * shape.queries + 2 * shape.keys
+    return 28 * shape.hidden + method.item * numbers
 
 
 def mlp_width(shape: ModelShape) -> int:
@@ -267,13 +276,23 @@ def mlp_width(shape: ModelShape) -> int:
     return max(routed, shape.width if shape.dense_layers or not shape.experts else 0)
 
 
-def _mlp_numbers(shape: ModelShape, *, recomputes: bool) -> int:
+def _adapted_experts(shape: ModelShape, method: Method) -> tuple[int, ...]:
+    """Bytes of a layer's fused expert weights that have adapters: peft adds these to a copy at every forward."""
+    if method.adapters is None or not shape.mixture_layers:
+        return ()
+    matched = method.adapters.matched(shape)
+    return tuple(method.item * one.inputs * one.outputs * one.experts for one, _ in matched if one.experts > 1)
+
+
+def _mlp_numbers(shape: ModelShape, method: Method, *, recomputes: bool) -> int:
     """Numbers per token that an MLP saves, of the mean layer."""
     # gate and up; with them the activation and the product, which the fused form of phi3 and experts keep.
     dense = shape.width * ((2 if recomputes and not shape.fused else 4) if shape.gated else 5)
     if not shape.mixture_layers:
         return dense
-    routed = shape.experts_per_token * (2 * shape.hidden + 4 * shape.expert_width)
+    # What enters a frozen expert weight is not kept; what leaves it is, for the gradient of its router's weight.
+    trains = bool(_adapted_experts(shape, method)) or method.adapters is None
+    routed = shape.experts_per_token * ((1 + trains) * shape.hidden + (3 + trains) * shape.expert_width)
     routed += shape.shared_width * (2 if recomputes else 4)
     return (routed * shape.mixture_layers + dense * shape.dense_layers) // shape.layers
 
@@ -283,7 +302,7 @@ def checkpoint_bytes(shape: ModelShape, method: Method, tokens: int) -> int:
     return method.item * shape.layers * shape.hidden * tokens
 
 
-def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, with_entropy: bool = False) -> int:
+def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:
     """Bytes of one tile of logits, cut as `burnish.model.tiled_head` cuts it.
 
     Args:
@@ -291,14 +310,20 @@ def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, w
         scored: scored tokens, N.
         on_cpu: whether the device is the CPU, which has smaller tiles.
         item: bytes of a number in the compute dtype; fp32 logits stand beside those of a narrower one.
-        with_entropy: whether the tile has a second buffer.
+        scratches: buffers beside the logits, such as one for the entropy.
     """
     limit = (16 if on_cpu else 256) * 2**20
-    element = 4 * (1 + with_entropy) + (2 if item == 2 else 0)
+    element = 4 * (1 + scratches) + (2 if item == 2 else 0)
     budget = limit // element
     rows = min(max(scored, 1), max(4, math.isqrt(budget)))
-    columns = min(budget // rows, limit // (4 * shape.hidden), shape.vocabulary)
-    return rows * columns * element
+    columns = max(min(budget // rows, limit // (4 * shape.hidden)), 1)
+    return _slice(scored, rows) * _slice(shape.vocabulary, columns, 64) * element
+
+
+def _slice(size: int, limit: int, multiple: int = 1) -> int:
+    """Size of the equal slices, each of at most `limit`, into which `burnish.model.tiled_head` cuts."""
+    step = math.ceil(max(size, 1) / math.ceil(max(size, 1) / limit))
+    return min(math.ceil(step / multiple) * multiple, limit)
 
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
@@ -325,7 +350,7 @@ def _dequantised(shape: ModelShape, method: Method, spare: int = 0) -> int:
 def update_moments(
     shape: ModelShape, method: Method, part: Part, num_parts: int, *, on_cpu: bool, with_head: bool = True
 ) -> dict[str, Bytes]:
-    """Count the two moments of an update at which it may take most memory.
+    """Count the moments of an update at which it may take most memory.
 
     Args:
         shape: dimensions of the model.
@@ -337,16 +362,19 @@ def update_moments(
         with_head: whether the loss reads log-probabilities; false for reward models and critics.
 
     Returns:
-        `begin` and `end` of the last backward pass -> components: gradients, activations (what the forward pass keeps),
-        layer (working set of one layer), head (a tile, scored rows and their gradient), head gradient (of the embedding
-        or head, until it is accumulated) and dequantised (one layer of 4-bit weights).
+        Moments of the last pass -> components: gradients, activations (what the forward pass keeps), layer (working set
+        of one layer), head (a tile, scored rows and their gradient), head gradient (of the embedding or head, until it
+        is accumulated), experts (copies with their adapters added) and dequantised (one layer of 4-bit weights). The
+        moments are the head's forward and backward pass, and the backward passes of a layer, of its second norm, of the
+        first layer, and of the embedding.
     """
     trained = method.trained(shape)
     trains_all = method.adapters is None
     wide = 4 if num_parts > 1 or not method.bf16 else method.item
+    before = {1: 0, 2: method.item * trained}.get(num_parts, 4 * trained)
     # The second pass widens the gradients of the first, block by block.
-    before = {1: 0, 2: method.item * trained + method.bf16 * 4 * min(trained, MASTER_BLOCK)}.get(num_parts, 4 * trained)
-    item, hidden, tokens = method.item, shape.hidden, part.tokens
+    widened = 4 * min(trained, MASTER_BLOCK) if num_parts == 2 and method.bf16 else 0
+    item, hidden, tokens, scored = method.item, shape.hidden, part.tokens, part.scored
     final = 2 * item * hidden * tokens
     if method.checkpoints:
         layer = layer_bytes(shape, method) * tokens
@@ -356,30 +384,55 @@ def update_moments(
     else:
         layer = item * (4 * mlp_width(shape) + 2 * hidden) * tokens
         kept = shape.layers * saved_bytes(shape, method) * tokens
-    head = 0
-    if with_head:
-        # Rows in the compute dtype, their fp32 gradient, and that in the compute dtype.
-        head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=item, with_entropy=True)
-        head += part.scored * ((2 * item + 4) * hidden + 24)
     table = item * shape.vocabulary * hidden if trains_all else 0
+    waiting = table if with_head and shape.tied else 0  # the gradient of a tied head, for the embedding's
+    adapted = _adapted_experts(shape, method)
+    # Without checkpointing each layer keeps its copies.
+    copies = 0 if method.checkpoints else sum(adapted) * shape.mixture_layers
+    # Each has a gradient in turn, the second projection's copy is gone by the first's. A layer recomputes its copies.
+    least, most = min(adapted, default=0), max(adapted, default=0)
+    working = max(least, most - least) + (sum(adapted) if method.checkpoints else 0)
     # While a weight of the MLP is unpacked, one of its gradients is not there yet.
     unpacked = _dequantised(shape, method, item * mlp_width(shape) * tokens // method.mlp_tiles)
-    begin = {
-        "gradients": before,
-        "activations": kept + final,
-        "layer": 0 if head > layer else layer,
-        "head": head if head > layer else 0,
-        "head gradient": table if with_head else 0,
-        "dequantised": 0 if head > layer else unpacked,
+    moments: dict[str, Bytes] = {
+        "layer": {
+            "gradients": before + widened,
+            "activations": kept + final,
+            "layer": layer,
+            "head gradient": waiting,
+            "experts": copies + working,
+            "dequantised": unpacked,
+        },
+        "first layer": {
+            # The embedding's is not there yet, or not widened.
+            "gradients": wide * trained - {1: table, 2: (wide - item) * table // item}.get(num_parts, 0),
+            "activations": kept // shape.layers,
+            "layer": layer,
+            "head gradient": waiting,
+            "experts": copies // max(shape.mixture_layers, 1) + working,
+            "dequantised": unpacked,
+        },
+        "embedding": {
+            "gradients": wide * trained,
+            "activations": final,
+            # The first pass copies the sum, the second widens the first's gradient of the whole table beside it.
+            "head gradient": table + {1: 0, 2: table}.get(num_parts, waiting),
+        },
     }
-    end = {
-        "gradients": wide * trained,
-        "activations": kept // shape.layers,
-        "layer": layer,
-        "head gradient": table,
-        "dequantised": unpacked,
-    }
-    return {"begin": begin, "end": end}
+    if method.checkpoints and method.bf16 and shape.gated:
+        norm = {"gradients": before, "activations": kept, "layer": _norm_bytes(shape, method) * tokens}
+        moments["norm"] = norm | {"head gradient": waiting}
+    if with_head:
+        # Rows in the compute dtype and six statistics; in the backward pass their fp32 gradient, and that in the dtype.
+        tiles = [
+            tile_bytes(shape, scored, on_cpu=on_cpu, item=item, scratches=number) for number in (1, int(shape.softcap))
+        ]
+        held = {"gradients": before, "activations": kept + final, "experts": copies}
+        moments["head"] = held | {"head": tiles[0] + scored * (item * hidden + 24)}
+        moments["head's backward"] = held | {
+            "head": tiles[1] + scored * ((2 * item + 4) * hidden + 24), "head gradient": table,
+        }  # fmt: skip
+    return moments
 
 
 def cache_tokens(prompt: int, completion: int, group: int, completions: int, *, bound: int | None = None) -> int:

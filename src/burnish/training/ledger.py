@@ -60,6 +60,8 @@ class Ledger(TorchDispatchMode):
         self._live: dict[str, Counter[str]] = {"device": Counter(), "host": Counter()}
         self._known: set[int] = set()
         self._peaks: list[Peak] = []
+        self.tied_shapes: set[torch.Size] = set()
+        """Shapes of trained weights that the model uses twice."""
 
     def own(self, component: str, tensors: Iterable[torch.Tensor]) -> None:
         """Count storages that exist already, each once."""
@@ -88,12 +90,19 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages that are new in its result."""
+        if func is torch.ops.aten.add.Tensor and self._is_sum_of_gradients(*args[:2]):
+            func = torch.ops.aten.add_.Tensor
         given = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and _key(tensor) not in given:
                 self._add(tensor, self._component)
         return out
+
+    def _is_sum_of_gradients(self, one: Any, other: Any) -> bool:
+        """Return whether autograd adds two gradients of a tied weight, which it does in place where no mode is on."""
+        in_backward = torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+        return in_backward and all(getattr(given, "shape", None) in self.tied_shapes for given in (one, other))
 
     def _add(self, tensor: torch.Tensor, component: str) -> None:
         key = _key(tensor)

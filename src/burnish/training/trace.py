@@ -135,8 +135,11 @@ def trace_update(
     ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
     # Each storage is counted once: these are the others, and an embedding outside the parameters.
     ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
+    embedding, head = causal_lm(model).get_input_embeddings().weight, causal_lm(model).get_output_embeddings()
     with on_host():
-        ledger.own("frozen weights", [causal_lm(model).get_input_embeddings().weight])
+        ledger.own("frozen weights", [embedding])
+    if head is not None and head.weight is embedding and embedding.requires_grad:
+        ledger.tied_shapes.add(embedding.shape)
     batch, small = (_faked(pack(part), mode) for part in (groups, [_shortened(groups[0])]))
     step = (
         stage.algorithm.begin_step(list(groups), is_on_policy=False)
