@@ -15,6 +15,7 @@ why, and the next one runs. `gpu.log` has what all of them printed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -31,8 +32,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WHEELS = HERE / "wheels"
-WORK = ROOT / "outputs" / "gpu"
-SITE = WORK / "site"
 LEAST_SECONDS = 20
 """A stage that has less time is not begun."""
 ERROR_CHARACTERS = 3000
@@ -46,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="run these only, in this order")
     parser.add_argument("--seconds", type=float, default=560, help="time for everything, the installation included")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or HERE / "results"))
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "gpu", help="packages, logs, partial results")
     parser.add_argument("--trl-python", type=Path, help="interpreter that has TRL, if it is not this one")
     return parser.parse_args()
 
@@ -68,28 +68,40 @@ def missing() -> list[str]:
     return found
 
 
-def install() -> dict[str, Any]:
+def install(site: Path) -> dict[str, Any]:
     """Install missing packages beside the interpreter's own, one by one, so that one bad wheel costs only itself."""
-    shutil.rmtree(SITE, ignore_errors=True)
-    SITE.mkdir(parents=True)
+    shutil.rmtree(site, ignore_errors=True)
+    site.mkdir(parents=True)
     found: dict[str, Any] = {"installed": [], "failed": {}}
     for requirement in missing() if WHEELS.is_dir() else ():
         command = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-compile"]
-        command += ["--no-index", "--no-deps", "--find-links", WHEELS, "--target", SITE, requirement]
+        command += ["--no-index", "--no-deps", "--find-links", WHEELS, "--target", site, requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             found["failed"][requirement] = (done.stdout + done.stderr)[-ERROR_CHARACTERS:]
         else:
             found["installed"].append(requirement)
+    if (site / "datasets").is_dir() and (reason := import_error("datasets", str(site))):
+        # transformers imports it wherever it is found, so one that does not fit its pyarrow would break every stage.
+        found["failed"]["datasets"] = reason
+        for folder in site.glob("datasets*"):
+            shutil.rmtree(folder)
     try:
         metadata.version("burnish")
     except metadata.PackageNotFoundError:
         # A run records burnish's version, and the sources alone have no metadata.
         version = re.findall(r'__version__ = "(.+)"', (ROOT / "src" / "burnish" / "__init__.py").read_text())[0]
-        folder = SITE / f"burnish-{version}.dist-info"
+        folder = site / f"burnish-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: burnish\nVersion: {version}\n")
     return found
+
+
+def import_error(name: str, path: str) -> str:
+    """Return what importing a package prints where it fails; empty where it does not."""
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], env=environment, capture_output=True, check=False)
+    return done.stderr.decode(errors="replace")[-ERROR_CHARACTERS:] if done.returncode else ""
 
 
 def has_trl(python: Path, path: str) -> bool:
@@ -101,8 +113,9 @@ def has_trl(python: Path, path: str) -> bool:
 
 def run_stage(name: str, setup: Mapping[str, Any], log: Path) -> dict[str, Any]:
     """Run a stage in a session of its own, and end all that it started when its time is over."""
-    partial = Path(setup["out"])
+    partial, logs = Path(setup["work"]) / "stage.json", Path(setup["work"]) / "logs"
     partial.unlink(missing_ok=True)
+    shutil.rmtree(logs, ignore_errors=True)
     began, start = time.monotonic(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as stream:
         process = subprocess.Popen(
@@ -116,10 +129,8 @@ def run_stage(name: str, setup: Mapping[str, Any], log: Path) -> dict[str, Any]:
             status = "out of time"
         finally:
             # Workers outlive a stage that fails: the group is the stage's own.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     found: dict[str, Any] = {"status": status, "seconds": time.monotonic() - began}
     if partial.exists():
@@ -128,6 +139,7 @@ def run_stage(name: str, setup: Mapping[str, Any], log: Path) -> dict[str, Any]:
         with log.open("rb") as stream:
             stream.seek(start)
             found["error"] = stream.read().decode(errors="replace")[-ERROR_CHARACTERS:]
+        found["workers"] = {path.stem: path.read_text(errors="replace")[-ERROR_CHARACTERS:] for path in logs.glob("*")}
     return found
 
 
@@ -153,9 +165,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     out, log = options.out / "gpu.json", options.out / "gpu.log"
     log.unlink(missing_ok=True)
-    installation = install()
-    path = f"{ROOT / 'src'}{os.pathsep}{SITE}"
-    sys.path[:0] = [str(ROOT / "src"), str(SITE)]
+    site = options.work.resolve() / "site"
+    installation = install(site)
+    path = f"{ROOT / 'src'}{os.pathsep}{site}"
+    sys.path[:0] = [str(ROOT / "src"), str(site)]
     from gpu_stages import STAGES
 
     candidates = [options.trl_python, Path(sys.executable), ROOT / ".venv-trl" / "bin" / "python"]
@@ -174,7 +187,7 @@ def main() -> None:
         print(f"{name}: begun, {left:.0f} s left", flush=True)
         setup = {
             "device": options.device, "tiny": options.tiny, "seconds": min(STAGES[name][0], left),
-            "out": str(WORK / "stage.json"), "path": path, "trl_python": trl,
+            "work": str(site.parent), "path": path, "trl_python": trl,
         }  # fmt: skip
         results["stages"][name] = made = run_stage(name, setup, log)
         write(out, results)

@@ -21,7 +21,9 @@ FIRST_WORD = 2
 NUM_PROMPTS = 256
 
 
-def random_model(config: Mapping[str, Any], *, quantized: bool, device: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+def random_model(
+    config: Mapping[str, Any], *, quantized: bool, device: str, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """Build a model on the meta device and draw its weights where they will stay, one after another.
 
     Args:
@@ -60,11 +62,11 @@ def random_model(config: Mapping[str, Any], *, quantized: bool, device: str, dty
     return model.eval()
 
 
-def _drawn(module: nn.Module, name: str, parameter: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
+def _drawn(module: Any, name: str, parameter: Any, dtype: torch.dtype, generator: torch.Generator) -> Any:
     """Draw a weight; a quantised layer's is quantised at once, so that only one is ever held whole."""
     quantized = type(parameter).__name__ == "Params4bit"
-    shape = (module.out_features, module.in_features) if quantized else parameter.shape  # pyright: ignore
-    values = torch.empty(shape, dtype=dtype, device=generator.device)  # pyright: ignore
+    shape = (module.out_features, module.in_features) if quantized else parameter.shape
+    values = torch.empty(shape, dtype=dtype, device=generator.device)
     if len(shape) == 1:
         values.fill_(0.0 if name == "bias" else 1.0)
     else:

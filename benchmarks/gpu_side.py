@@ -161,7 +161,9 @@ def burnish_trainer(settings: Mapping[str, Any], model: Any, recorder: StepRecor
         def close(self) -> None:
             """Do nothing."""
 
-    fields = {CHECKPOINTING if name == "gradient_checkpointing" else name: v for name, v in settings["training"].items()}
+    fields = {
+        CHECKPOINTING if name == "gradient_checkpointing" else name: v for name, v in settings["training"].items()
+    }
     vocab_size = settings["config"]["vocab_size"]
     return GRPOTrainer(
         model=model,

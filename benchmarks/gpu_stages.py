@@ -6,15 +6,13 @@ torch is loaded here but by `environment`: the workers of `gpu_side.py` hold the
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -22,83 +20,20 @@ from typing import Any
 from xml.etree import ElementTree
 
 from driver import ROOT, Worker, hardware, say
-from gpu_plan import CONTEXT_BYTES, flops, planned, request_of, shape_of
+from gpu_plan import CONTEXT_BYTES, planned, request_of, shape_of
+from gpu_setup import LIMITS, TINY_LENGTHS, Found, Setup, failure, measure, summary
 
-WORK = ROOT / "outputs" / "gpu"
-
-MEMORY = {"2k": (512, 1536, 8e9), "20k": (512, 19_968, 16e9)}
-"""Tokens of a prompt and of a completion, and the bytes of the device that the run is to stay within."""
-TINY_LENGTHS = {"2k": (16, 48), "20k": (16, 112)}
 SAVING = {"gradient_checkpointing": True, "activation_offloading": True, "mlp_tiles": 8, "embedding_offloading": True}
 """Settings of docs/planning.md, beside a `token_budget` that holds one completion at a time."""
 GROUP = 8
 LARGEST = (19_968, 9_728, 4_608, 1_536)
 """Completion lengths at which TRL is tried, until one runs."""
-EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Keeps fragmentation out of a capped run; both sides get it."""
 TRL_SPEED: dict[str, dict[str, Any]] = {
     "trl-bf16": {"weights": "bfloat16", "bf16": False},
     "trl-autocast": {"weights": "float32", "bf16": True},
 }
 SPEED_PROMPTS, SPEED_MICRO_BATCH = 4, 4
 SAMPLED_TOKENS, SAMPLED_PROMPTS = 256, 8
-
-Found = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """How a stage runs.
-
-    Args:
-        device: "cuda" or "cpu".
-        tiny: a few small layers and short rows, to test the code.
-        seconds: time for the stage.
-        out: file of what the stage finds.
-        path: PYTHONPATH of the workers.
-        trl_python: interpreter that has TRL; None if there is none.
-        began: when the stage began, by `time.monotonic`.
-    """
-
-    device: str
-    tiny: bool
-    seconds: float
-    out: str
-    path: str
-    trl_python: str | None
-    began: float = dataclasses.field(default_factory=time.monotonic)
-
-    def allows(self, seconds: float) -> bool:
-        """Tell whether so many seconds are left, with some to end the workers."""
-        return time.monotonic() - self.began + seconds < self.seconds - 5
-
-    def save(self, found: Mapping[str, Any]) -> None:
-        """Replace the file of results, which is whole at any time."""
-        draft = Path(f"{self.out}.draft")
-        draft.write_text(json.dumps(found))
-        draft.replace(self.out)
-
-    def lengths(self, name: str) -> tuple[int, int]:
-        """Return the tokens of a prompt and of a completion."""
-        return TINY_LENGTHS[name] if self.tiny else MEMORY[name][:2]
-
-    def start(self, name: str, settings: Mapping[str, Any]) -> Worker:
-        """Start a worker, and wait until its model is built."""
-        python = sys.executable if settings["side"] != "trl" else self.trl_python
-        if python is None:
-            raise RuntimeError("TRL is not installed here: neither for this Python nor in .venv-trl")
-        threads = 1 if self.tiny else len(os.sched_getaffinity(0))
-        whole = {"device": self.device, "threads": threads, "output_dir": str(WORK / name), **settings}
-        own = {"PYTHONPATH": self.path, "TRL_EXPERIMENTAL_SILENCE": "1", **EXPANDABLE}
-        worker = Worker(Path(python), "gpu_side.py", whole, WORK / "logs" / f"{name}.log", own)
-        say(f"{name}: ready after {worker.info['start_seconds']:.0f} s")
-        return worker
-
-    def quantizes(self, side: str) -> bool:
-        """Tell whether a side's interpreter can hold weights in NF4; TRL's own environment may lack bitsandbytes."""
-        python = sys.executable if side != "trl" else self.trl_python
-        command = [str(python), "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('bitsandbytes') is None)"]
-        return subprocess.run(command, env=os.environ | {"PYTHONPATH": self.path}, check=False).returncode == 0
 
 
 def qlora(setup: Setup, side: str, model: str, lengths: tuple[int, int], training: Mapping[str, Any]) -> Found:
@@ -112,59 +47,13 @@ def qlora(setup: Setup, side: str, model: str, lengths: tuple[int, int], trainin
     }  # fmt: skip
 
 
-def summary(settings: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], device: str) -> Found:
-    """Rates of the steps after the first, which may still compile, and the peaks of all."""
-    seconds = median(step["seconds"] for step in (steps[1:] or steps))
-    request = request_of(settings, device)
-    needed, executed = flops(request, by_sequence=settings["side"] == "trl")
-    completions = steps[-1]["completions"]
-    prompt_tokens = settings["prompt"] * completions // settings["num_generations"]
-    found: Found = {
-        "seconds": seconds,
-        "tokens_per_second": (median(step["completion_tokens"] for step in steps) + prompt_tokens) / seconds,
-        "mfu": needed / seconds / request.device.flops,
-        "hfu": executed / seconds / request.device.flops,
-        "flops": needed,
-        "executed_flops": executed,
-    }
-    for name in ("max_allocated_bytes", "max_reserved_bytes", "used_bytes"):
-        values = [step[name] for step in steps if step[name] is not None]
-        found[name] = max(values) if values else None
-    return found
-
-
-def measure(
-    setup: Setup, name: str, settings: Mapping[str, Any], num_steps: int, save: Callable[[Found], None]
-) -> Found:
-    """Take steps of one worker, as many as the time allows; the first on full completions is always taken."""
-    worker = setup.start(name, settings)
-    found: Found = {"settings": settings | {"config": settings["config"]["model_type"]}, "start": worker.info}
-    steps: list[Found] = []
-    try:
-        found["short_steps"] = [worker.step() for _ in range(settings["short_steps"])]
-        save(found)
-        while len(steps) < num_steps and (not steps or setup.allows(1.1 * steps[-1]["seconds"])):
-            steps.append(worker.step())
-            found |= {"steps": steps, **summary(settings, steps, setup.device)}
-            save(found)
-            say(f"{name}: {steps[-1]['seconds']:.2f} s, {found['tokens_per_second']:.0f} tokens/s")
-    finally:
-        worker.close()
-    return found
-
-
-def failure(error: RuntimeError) -> Found:
-    """Describe a worker that ended early."""
-    return {"failed": str(error)[-3000:]}
-
-
 def memory(setup: Setup, model: str, name: str, *, fixed: bool = True) -> None:
     """Take capped QLoRA steps; where they fail, uncapped ones say how much was missing.
 
     The cap is the limit less the CUDA context that the planner assumes; what the context really takes is `used_bytes`
     less what the allocator has reserved.
     """
-    lengths, limit = setup.lengths(name), MEMORY[name][2]
+    lengths, limit = setup.lengths(name), LIMITS[name][2]
     settings = qlora(setup, "burnish", model, lengths, {**SAVING, "token_budget": sum(lengths)})
     settings |= {"fixed": fixed, "short_steps": int(fixed)}
     found: Found = {
@@ -205,7 +94,7 @@ def largest(setup: Setup) -> None:
             setup, "trl", "Llama-3.1-8B", (prompt, completion), {"gradient_checkpointing": True, "bf16": True}
         )
         try:
-            save(measure(setup, f"largest-trl-{completion}", settings, 2, save))
+            save(measure(setup, f"largest-trl-{completion}", settings, 2, save, kept_seconds=90))
         except RuntimeError as error:
             save(failure(error))
             continue
@@ -247,6 +136,8 @@ def speed(setup: Setup) -> None:
             except RuntimeError as error:
                 found["sides"][name] = failure(error)
             setup.save(found)
+        if not workers:
+            raise RuntimeError("no side could be started")
         longest, rounds = 0.0, 2 if setup.tiny else 5
         for number in range(rounds):
             if not setup.allows(longest):
@@ -327,9 +218,8 @@ def tests(setup: Setup) -> None:
         setup.save({"skipped": "no CUDA device"})
         return
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
-    report = WORK / "tests.xml"
+    report = Path(setup.work, "tests.xml")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--junitxml", str(report)]
-    WORK.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [*command, "--continue-on-collection-errors", *files], cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": setup.path},
@@ -343,14 +233,14 @@ def tests(setup: Setup) -> None:
 
 
 STAGES: dict[str, tuple[float, Callable[[Setup], None]]] = {
-    "environment": (40, environment),
-    "tests": (90, tests),
-    "memory-2k": (110, lambda setup: memory(setup, "Llama-3.1-8B", "2k")),
-    "memory-20k": (170, lambda setup: memory(setup, "Llama-3.1-8B", "20k")),
-    "largest": (190, largest),
+    "environment": (90, environment),
+    "tests": (120, tests),
+    "memory-2k": (150, lambda setup: memory(setup, "Llama-3.1-8B", "2k")),
+    "memory-20k": (200, lambda setup: memory(setup, "Llama-3.1-8B", "20k")),
+    "largest": (240, largest),
     "speed": (110, speed),
     "rollouts": (90, rollouts),
-    "memory-2k-qwen": (90, lambda setup: memory(setup, "Qwen3-8B", "2k")),
+    "memory-2k-qwen": (110, lambda setup: memory(setup, "Qwen3-8B", "2k")),
     "memory-2k-native": (240, lambda setup: memory(setup, "Llama-3.1-8B", "2k", fixed=False)),
 }
 """Seconds at most and function of each stage, the most important first."""
