@@ -171,6 +171,8 @@ def main() -> None:
     sys.path[:0] = [str(ROOT / "src"), str(site)]
     from gpu_stages import STAGES
 
+    if unknown := sorted(set(options.stages or ()) - set(STAGES)):
+        raise SystemExit(f"--stages {' '.join(unknown)}: use some of {', '.join(STAGES)}")
     candidates = [options.trl_python, Path(sys.executable), ROOT / ".venv-trl" / "bin" / "python"]
     trl = next((str(python) for python in candidates if python and python.exists() and has_trl(python, path)), None)
     results: dict[str, Any] = {

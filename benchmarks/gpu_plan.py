@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from burnish.planner.cost import update_flops
-from burnish.planner.devices import detect_device, find_device
+from burnish.planner.devices import Device, detect_device, find_device
 from burnish.planner.memory import Part
 from burnish.planner.models import FoundModel, known_models
 from burnish.planner.plan import CONTEXT_BYTES, estimate
@@ -27,6 +28,12 @@ def shape_of(model: str, *, tiny: bool) -> dict[str, Any]:
     return known_models()[model] | (TINY if tiny else {})
 
 
+@functools.cache
+def _device(kind: str) -> Device:
+    """Describe the device; nvidia-smi is asked once."""
+    return detect_device() if kind == "cuda" else find_device("cpu")
+
+
 def request_of(settings: Mapping[str, Any], device: str) -> Request:
     """Ask the planner for the run of a worker; TRL's batch is that of all its micro-batches."""
     training = dict(settings["training"])
@@ -42,7 +49,7 @@ def request_of(settings: Mapping[str, Any], device: str) -> Request:
     return Request(
         "grpo",
         FoundModel.of(dict(settings["config"]), "config", "config"),
-        detect_device() if device == "cuda" else find_device("cpu"),
+        _device(device),
         training | fixed,
         LORA if settings["lora"] else None,
         {"quantization_config": "nf4"} if settings["quantized"] else {},
