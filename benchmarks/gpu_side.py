@@ -140,9 +140,10 @@ def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
 def burnish_trainer(settings: Mapping[str, Any], model: Any, recorder: StepRecorder) -> Any:
     """Build burnish's GRPOTrainer: on fixed completions, or with its own engine."""
     from burnish import Completion, GRPOConfig, GRPOTrainer
+    from burnish.rollout import Engine
     from burnish.types import StopReason
 
-    class FixedEngine:
+    class FixedEngine(Engine):
         """An engine that has its completions ready; log-probabilities are unknown, so nothing is compared."""
 
         def __init__(self) -> None:
