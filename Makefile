@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm
+.PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,15 @@ memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory
 
 planner: $(STAMP)  ## errors of the planner's formulas against traces of 75 configurations (a quarter of an hour)
 	$(BIN)/python benchmarks/planner.py
+
+wheels: $(STAMP)  ## download what benchmarks/gpu.py carries to a GPU's machine (Python 3.12, x86-64); 64 MiB at most
+	rm -rf benchmarks/wheels
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		-d benchmarks/wheels -r benchmarks/requirements-gpu.txt
+	@du -h benchmarks/wheels/*.whl | sort -h
+	@du -sb benchmarks/wheels | awk '{printf "%.1f of 64 MiB\n", $$1 / 2^20; exit ($$1 > 2^26)}'
 
 trl: $(TRL_STAMP)  ## build .venv-trl, which the comparisons with TRL need
 
