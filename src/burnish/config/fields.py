@@ -116,8 +116,8 @@ class CommonFields:
     memory_budget: Annotated[str, Meets(_size)] | None = own(
         None,
         "Device memory for the run, such as 8GB, or auto for all of it. Where the planner's formulas need more, the "
-        "fastest settings that fit and leave the gradient as it is are set, and shown. On a CPU it counts the process. "
-        "None: nothing is set.",
+        "fastest settings that fit and leave the gradient as it is are set, and shown. On a CPU it counts the process, "
+        "which then returns freed memory at once, at some cost in speed. None: nothing is set.",
         MODEL,
         fix="use a size such as 8GB or 7.5GiB, or auto",
     )

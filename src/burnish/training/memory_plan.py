@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import logging
 import os
@@ -24,6 +26,9 @@ from burnish.types import Group
 __all__ = ["compare_with_plan", "plan_memory"]
 
 logger = logging.getLogger(__name__)
+
+_M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 
 
 def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> Plan | None:
@@ -56,6 +61,8 @@ def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> P
     vars(args).update(budgeted.chosen)
     for line in budgeted.reasons:
         logger.info(line)
+    if args.memory_budget is not None and request.device.is_cpu:
+        _return_freed_blocks()
     return estimate(budgeted.request)
 
 
@@ -73,6 +80,16 @@ def compare_with_plan(plan: Plan | None, device: torch.device) -> None:
 
         measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     logger.info("memory: %s at most, %s planned", format_size(measured), format_size(planned))
+
+
+def _return_freed_blocks() -> None:
+    """Let glibc return blocks of a megabyte and more to the system once they are freed.
+
+    It raises that size to 32 MiB as a process goes on, so that freed activations stay in fragments: a quarter of the
+    process in a small SFT. The system clears what it gives again, which cost that run a third of its speed.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _request(model: Any, args: Any, training_set: Any, peft_config: Any) -> Request:
