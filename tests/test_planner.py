@@ -431,6 +431,7 @@ def test_devices() -> None:
     assert find_device("4090") is DEVICES["RTX 4090"]
     assert find_device("A100-80GB") is DEVICES["A100-80"]
     assert find_device("16 GB").memory_bytes == 16_000_000_000
+    assert find_device("16 GB").fast_bf16  # not a T4, which has that size
     assert find_device("cpu").is_cpu
     with pytest.raises(ConfigError, match="--device = 'H1000': no such device; use auto, cpu"):
         find_device("H1000")

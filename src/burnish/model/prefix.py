@@ -135,7 +135,12 @@ class _KernelAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_empty(*query.shape[:3], value.shape[3])
+        # Inductor's kernel keeps the query's order of dimensions, which rotary embeddings leave as tokens, heads.
+        rows, heads, tokens, _ = query.shape
+        if query.transpose(1, 2).is_contiguous():
+            output = query.new_empty(rows, tokens, heads, value.shape[3]).transpose(1, 2)
+        else:
+            output = query.new_empty(rows, heads, tokens, value.shape[3])
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32))
         return output.transpose(1, 2).contiguous()
 

@@ -69,7 +69,7 @@ _ACCELERATED, _PLAIN = 150e9, 30e9
 def find_device(name: str) -> Device:
     """Return a device of the table, one of a given size such as `8GB`, `cpu`, or for `auto` that of this machine.
 
-    A size takes the rates of the smallest GPU of the table that has it.
+    A size takes the rates of the smallest GPU of the table that has it and computes in bf16.
 
     Raises:
         ConfigError: no such device.
@@ -83,7 +83,8 @@ def find_device(name: str) -> Device:
         if _key(known) == wanted or _key(known).removeprefix("rtx") == wanted:
             return device
     if (memory := parse_size(name)) is not None:
-        by_size = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
+        modern = [device for device in DEVICES.values() if device.fast_bf16]
+        by_size = sorted(modern, key=lambda device: device.memory_bytes)
         like = next((device for device in by_size if device.memory_bytes >= memory), by_size[-1])
         return Device(f"{name.strip()} (as fast as {like.name})", memory, like.flops, like.bandwidth, like.link,
                       like.fast_bf16)  # fmt: skip

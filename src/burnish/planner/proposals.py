@@ -14,7 +14,7 @@ from burnish.planner.memory import cache_bytes
 from burnish.planner.plan import Plan, estimate
 from burnish.planner.run import Request
 
-__all__ = ["Change", "Proposal", "propose"]
+__all__ = ["Change", "Proposal", "least_plan", "propose"]
 
 _MOST_PROPOSALS = 5
 _LEAST_TOKENS = 128
@@ -99,7 +99,7 @@ def propose(request: Request, *, only_exact: bool = False) -> list[Proposal]:
         only_exact: keep to changes that leave the gradient as it is.
     """
     base = estimate(request)
-    options = [levels for levels in _options(request, base) if not only_exact or levels[0].alters == "nothing"]
+    options = _exact(_options(request, base)) if only_exact else _options(request, base)
     if base.fits or not _with(request, [levels[-1] for levels in options]).fits:
         return []
     found: list[tuple[set[int], Proposal]] = []
@@ -117,6 +117,15 @@ def propose(request: Request, *, only_exact: bool = False) -> list[Proposal]:
     proposals = [proposal for _, proposal in found]
     proposals.sort(key=lambda one: (any(change.alters == "purpose" for change in one.changes), one.slowdown))
     return proposals[:_MOST_PROPOSALS]
+
+
+def least_plan(request: Request) -> Plan:
+    """Plan a request with all changes at their strongest that leave the gradient as it is."""
+    return _with(request, [levels[-1] for levels in _exact(_options(request, estimate(request)))])
+
+
+def _exact(options: Sequence[list[Change]]) -> list[list[Change]]:
+    return [levels for levels in options if levels[0].alters == "nothing"]
 
 
 def _with(request: Request, changes: Sequence[Change]) -> Plan:
