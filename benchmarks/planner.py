@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from burnish.config.stages import Kind
 from burnish.planner.devices import DEVICES
 from burnish.planner.models import FoundModel, known_models
 from burnish.planner.plan import estimate
@@ -48,9 +49,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def cases() -> list[tuple[str, Request]]:
-    """Name all cases: GRPO for every model, SFT for two."""
+    """Name all cases: GRPO for every model, other stages for two."""
     found: list[tuple[str, Request]] = []
-    for stage, models in (("grpo", list(LAYERS)), ("sft", ["Llama-3.1-8B", "Qwen3-0.6B"])):
+    stages: dict[Kind, list[str]] = {"grpo": list(LAYERS)}
+    stages |= {kind: ["Llama-3.1-8B", "Qwen3-0.6B"] for kind in ("sft", "dpo", "kto", "reward")}
+    for stage, models in stages.items():
         for model, (method, how), (mode, fields) in itertools.product(models, METHODS.items(), MODES.items()):
             config = known_models()[model] | {"num_hidden_layers": LAYERS[model]}
             if "layer_types" in config:
@@ -59,7 +62,7 @@ def cases() -> list[tuple[str, Request]]:
             is_mixture = model == "Qwen3-30B-A3B"
             if is_mixture and method != "LoRA":
                 continue
-            training = {"token_budget": 4096, **fields, **({"max_length": 1024} if stage == "sft" else {})}
+            training = {"token_budget": 4096, **fields, **({} if stage == "grpo" else {"max_length": 1024})}
             if is_mixture:
                 training.pop("mlp_tiles", None)
             request = Request(stage, FoundModel.of(config, model, model), DEVICES["H100"], training, **how)

@@ -114,7 +114,7 @@ def test_bad_sizes(value: Any, tmp_path: Path) -> None:
 
 
 def test_no_setting_keeps_a_budget_below_the_weights(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="memory_budget = '0.1GB': the run takes 0.60 GB .* give it more memory"):
+    with pytest.raises(ConfigError, match=r"memory_budget = '0.1GB': the run takes 0.60 GB .* give it more memory"):
         trainer("SFT", tmp_path, memory_budget="0.1GB")
 
 
@@ -142,7 +142,7 @@ def test_dimensions_that_are_not_known(tmp_path: Path) -> None:
         "bloom", vocab_size=96, hidden_size=32, n_layer=1, n_head=4, eos_token_id=0, bos_token_id=0, pad_token_id=0
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ConfigError, match="memory_budget = '8GB': the planner does not know .* leave the field out"):
+    with pytest.raises(ConfigError, match=r"memory_budget = '8GB': the planner does not know .* leave the field out"):
         trainer("SFT", tmp_path, model=model, memory_budget="8GB")
 
 

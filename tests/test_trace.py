@@ -119,6 +119,9 @@ CASES: list[Request] = [
         },
     ),
     request(name="Qwen3-0.6B", training={CHECKPOINTING: True}),
+    request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
+    request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
+    request("reward", training={"max_length": 1024, "token_budget": 4096}),
 ]  # fmt: skip
 
 
@@ -163,16 +166,23 @@ def test_a_step_reads_no_value_on_the_host(kind: str) -> None:
 
 
 def test_what_cannot_be_traced_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="--trace with --stage = 'dpo'"):
-        trace_request(request("dpo"))
+    with pytest.raises(ConfigError, match="--trace with --stage = 'ppo'"):
+        trace_request(request("ppo"))
     with pytest.raises(ConfigError, match="--trace with --sharding = 'fsdp2'"):
         trace_request(request(ranks=2, sharding="fsdp2"))
     lora = {"r": 4, "target_modules": ["q_proj"]}
     with pytest.raises(ConfigError, match="--trace with quantization_config = 'int8'"):
         trace_request(request(peft=lora, model_init={"quantization_config": "int8"}))
-    for training in ({"beta": 0.1}, {"optim": "adamw_bnb_8bit"}):
-        with pytest.raises(ConfigError, match="--trace of a copied reference, or of an optimizer"):
-            trace_request(request(training=training))
+    with pytest.raises(ConfigError, match="--trace with optim = 'adamw_bnb_8bit': only AdamW in fp32 is traced"):
+        trace_request(request(training={"optim": "adamw_bnb_8bit"}))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
+def test_a_copied_reference_is_counted(kind: str) -> None:
+    training = {"beta": 0.1, **({} if kind == "grpo" else {"max_length": 256})}
+    case = request(kind, "Qwen3-0.6B", training=training)
+    trace = trace_request(case)
+    assert trace.update.device["reference"] == pytest.approx(2 * case.model.shape.num_parameters, rel=1e-3)
 
 
 def test_a_trace_has_the_dtype_of_the_run() -> None:

@@ -39,6 +39,7 @@ from burnish.model.recomputation import save_less
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
 from burnish.model.self_test import supports_prefix
 from burnish.model.sources import find_model, hub_arguments, reach, reading_model
+from burnish.model.traced import is_traced
 from burnish.types import Group, PackedBatch
 
 __all__ = [
@@ -241,7 +242,8 @@ def prepare_for_rewards(model: torch.nn.Module) -> None:
     classifier.forward = MethodType(_reward_forward, classifier)
     classifier._burnish_prefix = support.ok
     classifier._burnish_positions = learned_positions(classifier)
-    _probe_score(classifier)
+    if not is_traced(classifier):
+        _probe_score(classifier)
 
 
 @torch.no_grad()

@@ -415,8 +415,8 @@ def update_moments(
         "embedding": {
             "gradients": wide * trained,
             "activations": final,
-            # The first pass copies the sum, the second widens the first's gradient of the whole table beside it.
-            "head gradient": table + {1: 0, 2: table}.get(num_parts, waiting),
+            # The second pass widens the first's gradient of the whole table beside its own.
+            "head gradient": table + (table if num_parts > 1 else 0),
         },
     }
     if method.checkpoints and method.bf16 and shape.gated:

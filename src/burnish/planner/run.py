@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -126,6 +127,8 @@ class Run:
 def read_run(request: Request) -> Run:
     """Resolve a request: defaults of the stage, the algorithm's fields, lengths, and the split into parts."""
     kind, shape = request.kind, request.model.shape
+    if kind == "reward":
+        shape = dataclasses.replace(shape, tied=True)  # one score instead of a head
     given = dict(request.training)
     values = _defaults(kind) | given
     values = apply_algorithm(kind, values, given) if "algorithm" in values else values

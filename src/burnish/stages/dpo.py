@@ -22,7 +22,7 @@ from burnish.objectives.preference import (
     pairs_of,
 )
 from burnish.stages.preference import ComputeMetrics, PreferenceStage
-from burnish.training.step import Loss, Step, read_groups, with_streams
+from burnish.training.step import Loss, Selected, Step, read_groups, with_streams
 from burnish.types import Group, PackedBatch
 
 __all__ = ["DPOStage"]
@@ -116,7 +116,7 @@ class DPOStage(PreferenceStage):
             return Loss(scores.logprobs.sum())
         sums_S = self.scores.sums(batch, scores.logprobs)
         self.scores.check_start(sums_S.detach(), batch)
-        tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences).to(sums_S.dtype)
+        tokens_S = _tokens(batch).to(sums_S.dtype)
         pairs = pairs_of(sums_S, batch.sequence["reference"], tokens_S)
         weights_P = _wpo_weights(batch, scores, tokens_S) if self.args.use_weighting else 1.0
         total = sums_S.new_zeros(())
@@ -128,15 +128,14 @@ class DPOStage(PreferenceStage):
             surrogate = (batch.sequence["coefficient"] * sums_S).sum()
             # The gradient is that of the surrogate, the value that of the coupled losses.
             total = total + surrogate - surrogate.detach() + step.coupled_loss * pairs.chosen.numel()
-        chosen_N = batch.sequence_index % 2 == 0
-        accuracy = {"mean_token_accuracy": scores.correct[chosen_N].float()}
-        return Loss(total, means=accuracy | self._pair_metrics(pairs))
+        accuracy = Selected(scores.correct.float(), batch.sequence_index % 2 == 0)
+        return Loss(total, means={"mean_token_accuracy": accuracy, **self._pair_metrics(pairs)})
 
     def token_weights(self, batch: PackedBatch) -> torch.Tensor | None:
         """LD-DPO (2409.06411): weigh tokens beyond the length of the pair's shorter completion by `ld_alpha`."""
         if self.args.ld_alpha is None:
             return None
-        tokens_S = torch.bincount(batch.sequence_index, minlength=batch.num_sequences)
+        tokens_S = _tokens(batch)
         shorter_S = tokens_S.view(-1, 2).min(1).values.repeat_interleave(2)
         first_S = tokens_S.cumsum(0) - tokens_S
         position_N = torch.arange(batch.num_scored_tokens, device=tokens_S.device) - first_S[batch.sequence_index]
@@ -169,6 +168,11 @@ class DPOStage(PreferenceStage):
             return None
         of_pairs = ("chosen", "rejected", "margins", "accuracies")
         return ("loss", *(f"rewards/{name}" for name in of_pairs), *(f"logps/{name}" for name in of_pairs[:2]))
+
+
+def _tokens(batch: PackedBatch) -> torch.Tensor:
+    """Count the [S] scored tokens of each completion; bincount would make the host wait for its length."""
+    return sequence_sums(torch.ones_like(batch.sequence_index), batch.sequence_index, batch.num_sequences)
 
 
 def _wpo_weights(batch: PackedBatch, scores: Scores, tokens_S: torch.Tensor) -> torch.Tensor:

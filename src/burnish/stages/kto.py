@@ -15,7 +15,7 @@ from burnish.errors import DataError
 from burnish.model.scoring import score
 from burnish.objectives.preference import kto_losses
 from burnish.stages.preference import ComputeMetrics, PreferenceStage
-from burnish.training.step import Loss, Step, read_groups, with_streams
+from burnish.training.step import Loss, Selected, Step, read_groups, with_streams
 from burnish.types import Group, PackedBatch
 
 __all__ = ["KTOStage"]
@@ -144,15 +144,13 @@ class KTOStage(PreferenceStage):
             undesirable_weight=self.args.undesirable_weight,
         )
 
-    def _metrics(
-        self, sums_S: torch.Tensor, ratio_S: torch.Tensor, desirable_S: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def _metrics(self, sums_S: torch.Tensor, ratio_S: torch.Tensor, desirable_S: torch.Tensor) -> dict[str, Selected]:
         rewards_S = self.args.beta * ratio_S
         return {
-            "rewards/chosen": rewards_S[desirable_S],
-            "rewards/rejected": rewards_S[~desirable_S],
-            "logps/chosen": sums_S[desirable_S],
-            "logps/rejected": sums_S[~desirable_S],
+            "rewards/chosen": Selected(rewards_S, desirable_S),
+            "rewards/rejected": Selected(rewards_S, ~desirable_S),
+            "logps/chosen": Selected(sums_S, desirable_S),
+            "logps/rejected": Selected(sums_S, ~desirable_S),
         }
 
     def step_metrics(self) -> dict[str, float]:
@@ -168,7 +166,8 @@ class KTOStage(PreferenceStage):
         desirable_S = torch.tensor([bool(group.row["label"]) for group, _, _ in found])
         losses_S = self._losses(policy_S - reference_S, desirable_S, torch.tensor(kl, dtype=torch.float64))
         values = self._metrics(policy_S, policy_S - reference_S, desirable_S)
-        means = {name: float(own.mean()) for name, own in values.items() if own.numel()}
+        selected = {name: own.values[own.chosen] for name, own in values.items()}
+        means = {name: float(own.mean()) for name, own in selected.items() if own.numel()}
         rewards_S = self.args.beta * (policy_S - reference_S)
         own = self.metrics_of_rewards(rewards_S, desirable_S.long())
         return {"loss": float(losses_S.mean()), "kl": kl, **_with_margin(means), **own}

@@ -197,15 +197,15 @@ class RewardStats:
         scores_N = scores_N.detach()
         if not scores_N.numel():
             return
-        self._scores.append(scores_N.double().cpu())
+        self._scores.append(scores_N.double())
         if "labels" in batch.token:
             self._steps = True
             self._ahead.append(self._scores[-1])
-            self._outcomes.append(batch.token["labels"].double().cpu())
+            self._outcomes.append(batch.token["labels"].double())
             return
         for index_PG in comparisons(batch):
             better, worse = torch.triu_indices(index_PG.shape[1], index_PG.shape[1], 1)
-            scores_PG = scores_N[index_PG].double().cpu()
+            scores_PG = scores_N[index_PG].double()
             self._ahead.append((scores_PG[:, better] - scores_PG[:, worse]).flatten())
             self._outcomes.append(torch.ones_like(self._ahead[-1]))
 
@@ -223,7 +223,10 @@ class RewardStats:
 
     def _all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         none = [torch.zeros(0, dtype=torch.float64)]
-        scores, ahead, outcomes = (torch.cat(none + parts) for parts in (self._scores, self._ahead, self._outcomes))
+        # They stay on their device until they are read, so that no step waits for them.
+        scores, ahead, outcomes = (
+            torch.cat(none + [part.cpu() for part in parts]) for parts in (self._scores, self._ahead, self._outcomes)
+        )
         return scores, ahead, outcomes
 
     def summary(self, ranks: Ranks) -> dict[str, float]:

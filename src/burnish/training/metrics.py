@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from burnish.training.step import Loss
+from burnish.training.step import Loss, Selected
 from burnish.types import Completion, Group, StopReason
 
 __all__ = ["StepMetrics", "criterion_values", "means_by_name", "means_over_ranks", "with_logged"]
@@ -61,7 +61,7 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
-        self._tokens: dict[str, list[tuple[float | torch.Tensor, int]]] = defaultdict(list)
+        self._tokens: dict[str, list[tuple[float | torch.Tensor, int | torch.Tensor]]] = defaultdict(list)
         self._parts: dict[str, dict[int, list[float | torch.Tensor]]] = defaultdict(dict)
         self._logged: dict[str, list[float]] = defaultdict(list)
 
@@ -69,9 +69,14 @@ class StepMetrics:
         """Add a number of this step; the log shows its mean over steps and ranks."""
         self._values[name].append(value)
 
-    def add_tokens(self, name: str, values_N: torch.Tensor) -> None:
-        """Add a number per token; the log shows its mean over all tokens."""
-        self._tokens[name].append((values_N.detach().sum(), values_N.numel()))
+    def add_tokens(self, name: str, values_N: torch.Tensor | Selected) -> None:
+        """Add a number per token; the log shows its mean over all tokens, or over the selected ones."""
+        if isinstance(values_N, Selected):
+            chosen_N = values_N.chosen
+            total = torch.where(chosen_N, values_N.values.detach(), 0).sum()
+            self._tokens[name].append((total, chosen_N.sum()))
+        else:
+            self._tokens[name].append((values_N.detach().sum(), values_N.numel()))
 
     def add_all(self, values: Mapping[str, float]) -> None:
         """Add several numbers of this step."""
@@ -134,7 +139,8 @@ class StepMetrics:
         means = {name: fmean(values) for name, values in self._values.items()}
         means |= {name: fmean(sums.values()) for name, sums in self._sums().items()}
         tokens = {
-            name: [sum(float(s) for s, _ in parts), sum(n for _, n in parts)] for name, parts in self._tokens.items()
+            name: [sum(float(s) for s, _ in parts), sum(int(n) for _, n in parts)]
+            for name, parts in self._tokens.items()
         }
         logged = {name: fmean(values) for name, values in sorted(self._logged.items())}  # the same on every rank
         for collected in (self._values, self._tokens, self._parts, self._logged):
@@ -158,7 +164,7 @@ class StepMetrics:
     def state_dict(self) -> dict[str, Any]:
         """Return what was collected since the last flush, as JSON."""
         parts = {name: list(sums.items()) for name, sums in self._sums().items()}
-        tokens = {name: [(float(s), n) for s, n in found] for name, found in self._tokens.items()}
+        tokens = {name: [(float(s), int(n)) for s, n in found] for name, found in self._tokens.items()}
         return {"values": dict(self._values), "tokens": tokens, "logged": dict(self._logged), "parts": parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

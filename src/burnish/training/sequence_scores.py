@@ -16,6 +16,7 @@ from burnish.errors import CheckFailed, ConfigError
 from burnish.model.packing import pack
 from burnish.model.positions import check_lengths
 from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.model.traced import is_traced
 from burnish.objectives.aggregate import sequence_sums
 from burnish.training.checks import check_vocabulary
 from burnish.training.reference import MovingReference, Reference
@@ -101,7 +102,9 @@ class SequenceScores:
         with self._run.phases.phase("scoring"), eval_mode(model):
             for part in self._stage.parts(groups):
                 batch = pack(part).to(self._args.device)
-                values = iter(self.sums(batch, score(model, batch).logprobs).tolist())
+                sums_S = self.sums(batch, score(model, batch).logprobs)
+                # Fake tensors have no values; what a trace counts does not depend on them.
+                values = iter([0.0] * len(sums_S) if is_traced(model) else sums_S.tolist())
                 found |= {group.index: [next(values) for _ in group.completions] for group in part}
         return [found[group.index] for group in groups]
 
@@ -175,7 +178,8 @@ class SequenceScores:
         Raises:
             CheckFailed: they differ by more than rounding.
         """
-        if not self._run.is_untouched or self.reference is None or not self.reference.is_initial_policy:
+        is_initial = self.reference is not None and self.reference.is_initial_policy
+        if not self._run.is_untouched or not is_initial or is_traced(self._run.model):
             return
         difference = float((sums_S - batch.sequence["reference"]).abs().sum()) / max(batch.num_scored_tokens, 1)
         bound = 1e-3 if self._run.model.dtype in (torch.float32, torch.float64) else 0.1

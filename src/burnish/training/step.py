@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from burnish.training.learning_signal import Assessment
 from burnish.types import Group, PackedBatch
 
-__all__ = ["Loss", "MicroBatch", "Step", "collate", "read_groups", "scored_tokens", "with_streams"]
+__all__ = ["Loss", "MicroBatch", "Selected", "Step", "collate", "read_groups", "scored_tokens", "with_streams"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,18 @@ class Step:
         return max(self.count, 1.0)
 
 
+class Selected(NamedTuple):
+    """Values of which a mean takes only some; a selection by index would make the host wait for their number.
+
+    Attributes:
+        values: [N] values.
+        chosen: [N] whether the mean takes each.
+    """
+
+    values: torch.Tensor
+    chosen: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """The contribution of a packed part to a step's loss, with its metrics.
@@ -50,7 +62,7 @@ class Loss:
     """
 
     value: torch.Tensor
-    means: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    means: Mapping[str, torch.Tensor | Selected] = field(default_factory=dict[str, "torch.Tensor | Selected"])
     sums: Mapping[str, float | torch.Tensor] = field(default_factory=dict[str, "float | torch.Tensor"])
     watched: torch.Tensor | None = None
 

@@ -17,9 +17,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from burnish.model.packing import pack
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.model.traced import on_host, standing_for
 from burnish.training.ledger import Ledger, Peak
@@ -75,7 +74,12 @@ class _QuantizedLinear(nn.Linear):
 
 
 def fake_model(
-    config: Any, *, dtype: torch.dtype = torch.bfloat16, bits: float | None = None, peft_config: Any = None
+    config: Any,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bits: float | None = None,
+    peft_config: Any = None,
+    has_head: bool = True,
 ) -> tuple[Any, FakeTensorMode]:
     """Build a model of fake tensors.
 
@@ -84,14 +88,18 @@ def fake_model(
         dtype: of the weights.
         bits: bits of a weight of the linear layers but the head, with its scales, such as 4.127; None for `dtype`.
         peft_config: adapters to add, or None.
+        has_head: False makes a reward model, with one score instead of the vocabulary.
 
     Returns:
         The model, and the mode to run it in.
     """
+    if not has_head:
+        config.num_labels = 1
+    auto_class = AutoModelForCausalLM if has_head else AutoModelForSequenceClassification
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = auto_class.from_config(config, dtype=dtype)
     if bits is not None:
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings() if has_head else model.score
         for path, module in list(model.named_modules()):
             if type(module) is nn.Linear and module is not head:
                 model.set_submodule(path, _QuantizedLinear(module, bits))
@@ -135,50 +143,77 @@ def trace_update(
     ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
     # Each storage is counted once: these are the others, and an embedding outside the parameters.
     ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
+    reference = getattr(getattr(stage, "scores", stage), "reference", None)
+    if reference is not None and reference.model is not None:
+        ledger.own("reference", (*reference.model.parameters(), *reference.model.buffers()))
     embedding, head = causal_lm(model).get_input_embeddings().weight, causal_lm(model).get_output_embeddings()
     with on_host():
         ledger.own("frozen weights", [embedding])
     if head is not None and head.weight is embedding and embedding.requires_grad:
         ledger.tied_shapes.add(embedding.shape)
-    batch, small = (_faked(pack(part), mode) for part in (groups, [_shortened(groups[0])]))
-    step = (
-        stage.algorithm.begin_step(list(groups), is_on_policy=False)
-        if hasattr(stage, "algorithm")
-        else stage.next_step(iter([list(groups)]), 1)
-    )
     if trainer.args.gradient_checkpointing:
         lm = causal_lm(model)
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     with standing_for(device), nullcontext() if mode is None else mode, ledger:
+        if hasattr(stage, "algorithm"):
+            step = stage.algorithm.begin_step(list(groups), is_on_policy=False)
+        else:
+            step = stage.next_step(iter([list(groups)]), 1)
+            groups = step.groups  # with their streams
+        batch, small = (_faked(stage.pack(part), mode) for part in (groups, [_shortened(groups[0])]))
         with ledger.component("optimizer"):
             trainer.create_optimizer()
         # The first step makes the optimizer's states; the second is measured.
         _take_step(trainer, step, [small], ledger)
         with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
-            score(model, batch, temperature=1.0)
+            if head is not None:  # a reward model reads no log-probabilities
+                score(model, batch, temperature=1.0)
         # Gradients are whole, and from the second pass on wide, after a pass of any size.
         update, optimizer = _take_step(trainer, step, [small] * min(num_parts - 1, 2) + [batch], ledger)
     return Trace(scoring, update, optimizer)
 
 
-def fake_groups(prompt: int, completions: Sequence[int]) -> list[Group]:
-    """Make a group of these lengths, with every stream that a policy's loss may read."""
+def fake_groups(prompt: int, completions: Sequence[int], *, index: int = 0, reads_last: bool = False) -> list[Group]:
+    """Make a group of these lengths, with every stream that a policy's loss may read, and the label of a row of KTO.
+
+    Args:
+        prompt: tokens of the prompt.
+        completions: tokens of each completion.
+        index: of the group in its data set.
+        reads_last: whether only the last token of a completion is scored, as by a reward model.
+    """
     made: list[Completion] = []
     for length in completions:
         zeros = [0.0] * length
         streams = {"old_logprobs": zeros, "ref_logprobs": zeros}
         made.append(
             Completion(
-                [0] * length, sampler_logprobs=zeros, policy_logprobs=zeros, token=streams, sequence={"advantages": 1.0}
+                [0] * length,
+                [False] * (length - 1) + [True] if reads_last else None,
+                sampler_logprobs=zeros,
+                policy_logprobs=zeros,
+                token=streams,
+                sequence={"advantages": 1.0},
             )
         )
-    return [Group([0] * prompt, made)]
+    return [Group([0] * prompt, made, {"label": True}, index)]
 
 
 def _shortened(group: Group) -> Group:
     """Return a group of the same kind with a few tokens."""
-    return fake_groups(2, [2] * len(group.completions))[0]
+    completions = [
+        dataclasses.replace(
+            whole,
+            token_ids=whole.token_ids[:2],
+            loss_mask=whole.loss_mask and whole.loss_mask[-2:],
+            token={name: values[:2] for name, values in whole.token.items()},
+            sampler_logprobs=whole.sampler_logprobs and whole.sampler_logprobs[:2],
+            policy_logprobs=whole.policy_logprobs and whole.policy_logprobs[:2],
+        )
+        for whole in group.completions
+    ]
+    return dataclasses.replace(group, prompt_ids=group.prompt_ids[:2], completions=completions)
 
 
 def _faked(batch: PackedBatch, mode: FakeTensorMode | None) -> PackedBatch:

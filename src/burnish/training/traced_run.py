@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from burnish.config.stages import STAGES
@@ -22,8 +23,8 @@ from burnish.training.trace import Trace, fake_groups, fake_model, trace_update
 
 __all__ = ["TRACED_STAGES", "trace_request"]
 
-TRACED_STAGES = ("sft", "grpo", "rloo")
-"""Stages whose step needs no values of an earlier forward."""
+TRACED_STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
+"""Stages whose step needs no values of an earlier forward, or the same work whatever they are."""
 
 
 _OF_ROLLOUTS = (
@@ -72,12 +73,12 @@ def trace_request(request: Request) -> Trace:
     run, config = read_run(request), dict(request.model.config or {})
     if run.method.bits == 8:
         raise ConfigError("--trace with quantization_config = 'int8': only 4-bit products are traced; use 'nf4'.")
-    if run.reference == "copy" or run.method.optimizer_bytes != 8:
+    if run.method.optimizer_bytes != 8:
         raise ConfigError(
-            "--trace of a copied reference, or of an optimizer other than AdamW in fp32: neither is traced; set "
-            "beta = 0.0 and leave optim out, or leave --trace out."
+            f"--trace with optim = {request.training['optim']!r}: only AdamW in fp32 is traced; leave optim out, or "
+            "leave --trace out."
         )
-    fields: dict[str, Any] = {"task_type": "CAUSAL_LM", **(request.peft or {})}
+    fields: dict[str, Any] = {"task_type": "CAUSAL_LM" if run.has_head else "SEQ_CLS", **(request.peft or {})}
     adapters = None if request.peft is None else LoraConfig(**fields)
     part, sizes = run.largest, run.prompt_tokens
     groups = max((part.tokens - part.scored) // sizes, 1) if sizes else part.scored // run.completion_tokens
@@ -88,11 +89,16 @@ def trace_request(request: Request) -> Trace:
         dtype=torch.bfloat16 if run.method.bf16 else torch.float32,
         bits=run.method.bits,
         peft_config=adapters,
+        has_head=run.has_head,
     )
     with _trainer(request, model, bf16=run.method.bf16) as trainer:
         return trace_update(
             trainer,
-            [group for lengths in shapes for group in fake_groups(sizes, lengths)],
+            [
+                group
+                for number, lengths in enumerate(shapes)
+                for group in fake_groups(sizes, lengths, index=number, reads_last=not run.has_head)
+            ],
             mode=mode,
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
@@ -104,9 +110,9 @@ def _trainer(request: Request, model: Any, *, bf16: bool = True) -> Generator[An
     """Make the stage's trainer around a fake model, in a folder that is gone afterwards."""
     stage = STAGES[request.kind]
     module = import_module(f"burnish.trainers.{request.kind}")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")), eos_token="<eos>"
-    )
+    letters = Tokenizer(WordLevel({"<eos>": 0, "<unk>": 1, "b": 2, "c": 3}, unk_token="<unk>"))
+    letters.pre_tokenizer = Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<eos>")
     tokenizer.pad_token = "<eos>"
     with tempfile.TemporaryDirectory() as folder:
         kept = {name: value for name, value in request.training.items() if not name.startswith(_OF_ROLLOUTS)}
@@ -116,7 +122,10 @@ def _trainer(request: Request, model: Any, *, bf16: bool = True) -> Generator[An
             "check_memory": False,
         }  # fmt: skip
         args = getattr(module, f"{stage.name}Config")(**fields)
-        rows: Sequence[Mapping[str, Any]] = [{"prompt": "a", "completion": "b"}] * 1024
+        row: dict[str, Any] = {"prompt": "a", "completion": "b", "label": True}
+        if request.kind in ("dpo", "reward"):
+            row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+        rows: Sequence[Mapping[str, Any]] = [row] * 1024
         given: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "processing_class": tokenizer}
         if stage.online:
             given |= {"reward_funcs": lambda completions, **columns: [0.0] * len(completions), "engine": _NoEngine()}
