@@ -101,6 +101,7 @@ def _save_model(case: dict[str, Any], folder: Path) -> tuple[Path, Any]:
     }  # fmt: skip
     if case["model_type"] == "gpt2":
         sizes = {"n_embd": hidden, "n_layer": case["layers"], "n_head": heads, "n_positions": 4096}
+        sizes |= dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
     config = AutoConfig.for_model(
         case["model_type"], vocab_size=case["vocabulary"], tie_word_embeddings=bool(case["seed"] % 2),
         bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-OFFLOAD, TRACE = "test_offload.py", "test_trace.py"
+OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
@@ -59,6 +59,17 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/trace.py", "self.weight.numel() * bits / 8", "self.weight.numel() * bits / 4", TRACE),
     ("training/trace.py", "[small] * min(num_parts - 1, 2) + [batch]", "[batch]", TRACE),
     ("planner/memory.py", "mlp = mlp // method.mlp_tiles + 2 * shape.hidden", "mlp = mlp + 2 * shape.hidden", TRACE),
+    ("planner/memory.py", "table if num_parts > 1 else 0", "0", TRACE),
+    ("planner/memory.py", "max(least, most - least) + (sum(adapted)", "0 * (sum(adapted)", TRACE),
+    ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
+    ("planner/budget.py", "propose(request, only_exact=True)", "propose(request)", BUDGET),
+    ("planner/budget.py", "request, chosen = change.apply(request), chosen | dict(change.values)", "pass", BUDGET),
+    ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),
+    ("training/memory_plan.py", "if args.memory_budget is None and args.check_memory:", "if False:", BUDGET),
+    ("training/memory_plan.py", 'fields["max_length"] = length', "pass", BUDGET),
+    ("training/memory_plan.py", ' // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))', "", BUDGET),
+    ("training/metrics.py", "torch.where(chosen_N, values_N.values.detach(), 0).sum()", "values_N.values.detach().sum()", "test_preference_trainer.py"),
+    ("stages/dpo.py", "batch.sequence_index % 2 == 0)", "batch.sequence_index % 2 >= 0)", "test_preference_trainer.py"),
     ("model/prefix.py", "np.arange(span.prompt[1], span.prompt[1] + length)", "np.arange(length)", "test_attention.py"),
     # settled rewards
     ("rollout/decoding.py", "len(done.token_ids) % _CHECK_TOKENS == 0 and", "len(done.token_ids) >= 8 and", SETTLED),

@@ -24,7 +24,7 @@ __all__ = ["Phase", "Plan", "estimate", "format_size", "plan_run"]
 
 CONTEXT_BYTES = 1_400_000_000
 """CUDA context and libraries on a GPU."""
-PROCESS_BYTES = 600_000_000
+PROCESS_BYTES = 650_000_000
 """Interpreter and libraries of a process."""
 USABLE = 0.95
 """Fraction of a device's memory that tensors can fill before fragmentation stops them."""
