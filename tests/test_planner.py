@@ -32,7 +32,6 @@ from burnish.planner.memory import (
     layer_bytes,
     saved_bytes,
     split_rows,
-    update_moments,
     weight_bytes,
 )
 from burnish.planner.models import FoundModel, find_shape, known_models
@@ -40,6 +39,7 @@ from burnish.planner.plan import Plan, estimate
 from burnish.planner.proposals import propose
 from burnish.planner.run import Request
 from burnish.planner.shapes import ModelShape, shape_from_config
+from burnish.planner.update import Update
 from burnish.types import Completion, Group
 
 ROOT = Path(__file__).parent.parent
@@ -225,11 +225,11 @@ def test_weights_by_hand() -> None:
 def test_published_anchor() -> None:
     """QLoRA of an 8B at 20K tokens with offloaded checkpoints, one row at a time: about 12 GB (FIELD: 11.9 to 12.4)."""
     method = Method(adapters=LORA, bits=4.127, gradient_checkpointing=True, activation_offloading=True)
-    moments = update_moments(LLAMA_8B, method, Part.of(512, 19_488, 1), 8, on_cpu=False)
+    moments = Update(LLAMA_8B, method, Part.of(512, 19_488, 1), 8, on_cpu=False).moments()
     peak = sum(weight_bytes(LLAMA_8B, method).values()) + max(sum(found.values()) for found in moments.values())
     assert 11.5e9 < peak < 13e9
     method = dataclasses.replace(method, activation_offloading=False)
-    kept = update_moments(LLAMA_8B, method, Part.of(512, 19_488, 1), 8, on_cpu=False)
+    kept = Update(LLAMA_8B, method, Part.of(512, 19_488, 1), 8, on_cpu=False).moments()
     assert kept["layer"]["activations"] == 20_000 * (32 * 2 * 4096 + 4 * 4096)
 
 
@@ -246,7 +246,7 @@ def test_measured_runs(case: dict[str, Any]) -> None:
     assert found["masters"] == case["fixed"]["masters"]
     assert found["optimizer"] == pytest.approx(case["fixed"]["optimizer"], rel=1e-4)
     parts = split_rows(MEASURED["prompt_tokens"], MEASURED["completion_tokens"], 8 * MEASURED["prompts"], 8, 2048)
-    moments = update_moments(shape, method, max(parts), len(parts), on_cpu=True)
+    moments = Update(shape, method, max(parts), len(parts), on_cpu=True).moments()
     peak = max(sum(moment.values()) for moment in moments.values())
     assert peak == pytest.approx(case["phases"]["policy's update"], rel=0.13)
     plan = plan_of(
@@ -317,7 +317,7 @@ def test_what_a_larger_group_and_vocabulary_add() -> None:
     one, two = plan_of(training={"token_budget": 10**6}), plan_of(training=wide)
     assert two.run.largest.tokens - one.run.largest.tokens == 8 * 512  # the prompt is not repeated
     double = dataclasses.replace(LLAMA_8B, vocabulary=2 * LLAMA_8B.vocabulary)
-    moments = [update_moments(shape, Method(), Part.of(512, 512, 8), 1, on_cpu=False) for shape in (LLAMA_8B, double)]
+    moments = [Update(shape, Method(), Part.of(512, 512, 8), 1, on_cpu=False).moments() for shape in (LLAMA_8B, double)]
     table = LLAMA_8B.vocabulary * LLAMA_8B.hidden
     assert moments[1]["embedding"]["head gradient"] - moments[0]["embedding"]["head gradient"] == 2 * table
     assert moments[1]["layer"]["activations"] == moments[0]["layer"]["activations"]  # no logits of all tokens

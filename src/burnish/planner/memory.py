@@ -16,30 +16,28 @@ from typing import NamedTuple
 from burnish.planner.shapes import Linear, ModelShape
 
 __all__ = [
-    "MASTER_BLOCK",
     "PREFILL_TOKENS",
     "Adapters",
     "Bytes",
     "Method",
     "Part",
+    "adapted_experts",
     "cache_bytes",
     "cache_tokens",
     "checkpoint_bytes",
+    "dequantised_bytes",
     "forward_bytes",
     "layer_bytes",
     "mlp_width",
     "saved_bytes",
     "split_rows",
     "tile_bytes",
-    "update_moments",
     "weight_bytes",
 ]
 
 Bytes = dict[str, int]
 """Component -> bytes."""
 
-MASTER_BLOCK = 2**24
-"""Weights whose gradients are one block, which is widened to fp32 at once (`burnish.model.masters`)."""
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward of the native engine, unless one prompt is longer."""
 _COPIED_PROMPT_TOKENS = 128
@@ -261,22 +259,13 @@ def layer_bytes(shape: ModelShape, method: Method) -> int:
     return method.item * (numbers + mlp)
 
 
-def _norm_bytes(shape: ModelShape, method: Method) -> int:
-    """Bytes per token of a layer that is recomputed under checkpointing, in the backward pass of its second RMS norm.
-
-    28 H + 4 H + 6 Q + 4 K in bf16: norms compute in fp32, in seven tensors, one of them the first norm's input.
-    """
-    numbers = 2 * shape.hidden + 3 * shape.queries + 2 * shape.keys
-    return 28 * shape.hidden + method.item * numbers
-
-
 def mlp_width(shape: ModelShape) -> int:
     """Features of the MLP that a token passes in the widest layer."""
     routed = shape.experts_per_token * shape.expert_width + shape.shared_width if shape.experts else 0
     return max(routed, shape.width if shape.dense_layers or not shape.experts else 0)
 
 
-def _adapted_experts(shape: ModelShape, method: Method) -> tuple[int, ...]:
+def adapted_experts(shape: ModelShape, method: Method) -> tuple[int, ...]:
     """Bytes of a layer's fused expert weights that have adapters: peft adds these to a copy at every forward."""
     if method.adapters is None or not shape.mixture_layers:
         return ()
@@ -291,7 +280,7 @@ def _mlp_numbers(shape: ModelShape, method: Method, *, recomputes: bool) -> int:
     if not shape.mixture_layers:
         return dense
     # What enters a frozen expert weight is not kept; what leaves it is, for the gradient of its router's weight.
-    trains = bool(_adapted_experts(shape, method)) or method.adapters is None
+    trains = bool(adapted_experts(shape, method)) or method.adapters is None
     routed = shape.experts_per_token * ((1 + trains) * shape.hidden + (3 + trains) * shape.expert_width)
     routed += shape.shared_width * (2 if recomputes else 4)
     return (routed * shape.mixture_layers + dense * shape.dense_layers) // shape.layers
@@ -335,104 +324,16 @@ def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool
     return {
         "activations": residual + (0 if with_head and head > layer else layer),
         "head": head if with_head and head > layer else 0,
-        "dequantised": 0 if with_head and head > layer else _dequantised(shape, method),
+        "dequantised": 0 if with_head and head > layer else dequantised_bytes(shape, method),
     }
 
 
-def _dequantised(shape: ModelShape, method: Method, spare: int = 0) -> int:
+def dequantised_bytes(shape: ModelShape, method: Method, spare: int = 0) -> int:
     """Bytes of the largest linear layer as the matrix product gets it, beyond `spare` bytes that are free meanwhile."""
     if method.bits is None:
         return 0
     largest = max((one.inputs * one.outputs for one in shape.linears), default=0)
     return max(method.item * largest - spare, 0)
-
-
-def update_moments(
-    shape: ModelShape, method: Method, part: Part, num_parts: int, *, on_cpu: bool, with_head: bool = True
-) -> dict[str, Bytes]:
-    """Count the moments of an update at which it may take most memory.
-
-    Args:
-        shape: dimensions of the model.
-        method: how it trains.
-        part: the largest part.
-        num_parts: forward and backward passes of an optimizer step on a rank; from the second on, gradients accumulate
-            in fp32.
-        on_cpu: whether the device is the CPU, which has smaller tiles.
-        with_head: whether the loss reads log-probabilities; false for reward models and critics.
-
-    Returns:
-        Moments of the last pass -> components: gradients, activations (what the forward pass keeps), layer (working set
-        of one layer), head (a tile, scored rows and their gradient), head gradient (of the embedding or head, until it
-        is accumulated), experts (copies with their adapters added) and dequantised (one layer of 4-bit weights). The
-        moments are the head's forward and backward pass, and the backward passes of a layer, of its second norm, of the
-        first layer, and of the embedding.
-    """
-    trained = method.trained(shape)
-    trains_all = method.adapters is None
-    wide = 4 if num_parts > 1 or not method.bf16 else method.item
-    before = {1: 0, 2: method.item * trained}.get(num_parts, 4 * trained)
-    # The second pass widens the gradients of the first, block by block.
-    widened = 4 * min(trained, MASTER_BLOCK) if num_parts == 2 and method.bf16 else 0
-    item, hidden, tokens, scored = method.item, shape.hidden, part.tokens, part.scored
-    final = 2 * item * hidden * tokens
-    if method.checkpoints:
-        layer = layer_bytes(shape, method) * tokens
-        kept = checkpoint_bytes(shape, method, tokens)
-        # Two inputs are on the device: one in use, one on its way.
-        kept = min(kept, 2 * item * hidden * tokens) if method.activation_offloading else kept
-    else:
-        layer = item * (4 * mlp_width(shape) + 2 * hidden) * tokens
-        kept = shape.layers * saved_bytes(shape, method) * tokens
-    table = item * shape.vocabulary * hidden if trains_all else 0
-    waiting = table if with_head and shape.tied else 0  # the gradient of a tied head, for the embedding's
-    adapted = _adapted_experts(shape, method)
-    # Without checkpointing each layer keeps its copies.
-    copies = 0 if method.checkpoints else sum(adapted) * shape.mixture_layers
-    # Each has a gradient in turn, the second projection's copy is gone by the first's. A layer recomputes its copies.
-    least, most = min(adapted, default=0), max(adapted, default=0)
-    working = max(least, most - least) + (sum(adapted) if method.checkpoints else 0)
-    # While a weight of the MLP is unpacked, one of its gradients is not there yet.
-    unpacked = _dequantised(shape, method, item * mlp_width(shape) * tokens // method.mlp_tiles)
-    moments: dict[str, Bytes] = {
-        "layer": {
-            "gradients": before + widened,
-            "activations": kept + final,
-            "layer": layer,
-            "head gradient": waiting,
-            "experts": copies + working,
-            "dequantised": unpacked,
-        },
-        "first layer": {
-            # The embedding's is not there yet, or not widened.
-            "gradients": wide * trained - {1: table, 2: (wide - item) * table // item}.get(num_parts, 0),
-            "activations": kept // shape.layers,
-            "layer": layer,
-            "head gradient": waiting,
-            "experts": copies // max(shape.mixture_layers, 1) + working,
-            "dequantised": unpacked,
-        },
-        "embedding": {
-            "gradients": wide * trained,
-            "activations": final,
-            # The second pass widens the first's gradient of the whole table beside its own.
-            "head gradient": table + (table if num_parts > 1 else 0),
-        },
-    }
-    if method.checkpoints and method.bf16 and shape.gated:
-        norm = {"gradients": before, "activations": kept, "layer": _norm_bytes(shape, method) * tokens}
-        moments["norm"] = norm | {"head gradient": waiting}
-    if with_head:
-        # Rows in the compute dtype and six statistics; in the backward pass their fp32 gradient, and that in the dtype.
-        tiles = [
-            tile_bytes(shape, scored, on_cpu=on_cpu, item=item, scratches=number) for number in (1, int(shape.softcap))
-        ]
-        held = {"gradients": before, "activations": kept + final, "experts": copies}
-        moments["head"] = held | {"head": tiles[0] + scored * (item * hidden + 24)}
-        moments["head's backward"] = held | {
-            "head": tiles[1] + scored * ((2 * item + 4) * hidden + 24), "head gradient": table,
-        }  # fmt: skip
-    return moments
 
 
 def cache_tokens(prompt: int, completion: int, group: int, completions: int, *, bound: int | None = None) -> int:

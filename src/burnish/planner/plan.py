@@ -15,10 +15,10 @@ from burnish.planner.memory import (
     cache_tokens,
     checkpoint_bytes,
     forward_bytes,
-    update_moments,
     weight_bytes,
 )
 from burnish.planner.run import Request, Run, read_run
+from burnish.planner.update import Update
 
 __all__ = ["Phase", "Plan", "estimate", "format_size", "plan_run"]
 
@@ -265,7 +265,7 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     shape, method = run.shape, run.method
     passes = len(run.parts) * run.accumulation
     with_head = run.has_head and name == "update"
-    moments = update_moments(shape, method, run.largest, passes, on_cpu=device.is_cpu, with_head=with_head)
+    moments = Update(shape, method, run.largest, passes, device.is_cpu, with_head).moments()
     for found in moments.values():
         if name == "update":
             found["gradients"] //= _divisor(run, "gradients")

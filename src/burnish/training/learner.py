@@ -220,9 +220,9 @@ class Learner(Trainer, Generic[S]):
                 result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             finally:
                 self.is_in_train = False  # transformers leaves it set where training fails
+            compare_with_plan(self._memory_plan, self.args.device)
             self.learning_monitor.end_run()
             self.stage.end_training()
-            compare_with_plan(self._memory_plan, self.args.device)
             return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -113,6 +113,8 @@ def _found(model: Any) -> FoundModel:
         return find_shape(str(model))
     adapters: Any = next(iter(getattr(model, "peft_config", {}).values()), None)
     name = type(model).__name__
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        raise ModelError(f"model = {name}: it has no configuration.")
     return FoundModel.of(model.config.to_dict(), name, name, None if adapters is None else adapters.to_dict())
 
 

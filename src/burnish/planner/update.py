@@ -1,0 +1,185 @@
+"""Bytes of an update at the moments at which it may take most, by formulas.
+
+L layers, H hidden, Q query features, K key features, M width of the MLP, V vocabulary, T tokens of a part, N scored
+tokens. docs/planning.md has the formulas as a table, with what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from burnish.planner.memory import (
+    Bytes,
+    Method,
+    Part,
+    adapted_experts,
+    checkpoint_bytes,
+    dequantised_bytes,
+    layer_bytes,
+    mlp_width,
+    saved_bytes,
+    tile_bytes,
+)
+from burnish.planner.shapes import ModelShape
+
+__all__ = ["Update"]
+
+MASTER_BLOCK = 2**24
+"""Weights whose gradients are one block, which is widened to fp32 at once (`burnish.model.masters`)."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """The last backward pass of an optimizer step, with the gradients of those before.
+
+    Components: gradients, activations (what the forward pass keeps), layer (working set of one layer), head (a tile,
+    scored rows and their gradient), head gradient (of the embedding or head, until it is accumulated), experts (copies
+    with their adapters added) and dequantised (one layer of 4-bit weights).
+
+    Attributes:
+        shape: dimensions of the model.
+        method: how it trains.
+        part: the largest part.
+        num_parts: forward and backward passes of an optimizer step on a rank; from the second on, gradients accumulate
+            in fp32.
+        on_cpu: whether the device is the CPU, which has smaller tiles.
+        with_head: whether the loss reads log-probabilities; false for reward models and critics.
+    """
+
+    shape: ModelShape
+    method: Method
+    part: Part
+    num_parts: int
+    on_cpu: bool
+    with_head: bool = True
+
+    def moments(self) -> dict[str, Bytes]:
+        """Return moments -> components -> bytes."""
+        found = {"layer": self.last_layer(), "first layer": self.first_layer(), "embedding": self.embedding()}
+        method = self.method
+        if method.checkpoints and method.bf16 and self.shape.gated:
+            found["norm"] = self.norm()
+        if self.with_head:
+            found |= {"head": self.head(), "head's backward": self.head_backward()}
+        return found
+
+    def head(self) -> Bytes:
+        """The head's forward pass: activations, a tile with a buffer for the entropy, rows and six statistics."""
+        tile = tile_bytes(self.shape, self.part.scored, on_cpu=self.on_cpu, item=self.method.item, scratches=1)
+        rows = self.part.scored * (self.method.item * self.shape.hidden + 24)
+        return {**self._after_forward(), "head": tile + rows}
+
+    def head_backward(self) -> Bytes:
+        """The head's backward pass: the gradient of the rows adds up in fp32, and goes on in the compute dtype."""
+        shape, scored, item = self.shape, self.part.scored, self.method.item
+        tile = tile_bytes(shape, scored, on_cpu=self.on_cpu, item=item, scratches=int(shape.softcap))
+        rows = scored * ((2 * item + 4) * shape.hidden + 24)
+        return {**self._after_forward(), "head": tile + rows, "head gradient": self.table}
+
+    def last_layer(self) -> Bytes:
+        """The backward pass of the layer that comes first in it, where all activations are still there."""
+        trained = self.method.trained(self.shape)
+        # The second pass widens the gradients of the first, block by block.
+        widened = 4 * min(trained, MASTER_BLOCK) if self.num_parts == 2 and self.method.bf16 else 0
+        found = self._after_forward() | self._layer()
+        found["gradients"] += widened
+        found["experts"] += self.copies
+        return found
+
+    def norm(self) -> Bytes:
+        """The backward pass of a recomputed layer's second RMS norm, in bf16: T (28 H + 4 H + 6 Q + 4 K).
+
+        Norms compute in fp32, in seven tensors, one of them the first norm's input.
+        """
+        shape, item = self.shape, self.method.item
+        numbers = 2 * shape.hidden + 3 * shape.queries + 2 * shape.keys
+        return {
+            "gradients": self.earlier,
+            "activations": self.kept,
+            "layer": (28 * shape.hidden + item * numbers) * self.part.tokens,
+            "head gradient": self.waiting,
+        }
+
+    def first_layer(self) -> Bytes:
+        """The backward pass of the layer that comes last in it, where all gradients but the embedding's are there."""
+        item, table = self.method.item, self.table
+        # The embedding's is not there yet, or not widened.
+        missing = {1: table, 2: (self.wide - item) * table // item}.get(self.num_parts, 0)
+        found = self._layer() | {
+            "gradients": self.wide * self.method.trained(self.shape) - missing,
+            "activations": self.kept // self.shape.layers,
+        }
+        found["experts"] += self.copies // max(self.shape.mixture_layers, 1)
+        return found
+
+    def embedding(self) -> Bytes:
+        """The embedding's backward pass; the second widens the first's gradient of the whole table beside its own."""
+        return {
+            "gradients": self.wide * self.method.trained(self.shape),
+            "activations": 2 * self.method.item * self.shape.hidden * self.part.tokens,
+            "head gradient": self.table + (self.table if self.num_parts > 1 else 0),
+        }
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number of the whole gradient."""
+        return 4 if self.num_parts > 1 or not self.method.bf16 else self.method.item
+
+    @property
+    def earlier(self) -> int:
+        """Bytes of the gradients of earlier passes."""
+        trained = self.method.trained(self.shape)
+        return {1: 0, 2: self.method.item * trained}.get(self.num_parts, 4 * trained)
+
+    @property
+    def kept(self) -> int:
+        """Bytes on the device that the forward pass keeps."""
+        shape, method, tokens = self.shape, self.method, self.part.tokens
+        if not method.checkpoints:
+            return shape.layers * saved_bytes(shape, method) * tokens
+        kept = checkpoint_bytes(shape, method, tokens)
+        # Of offloaded inputs two are on the device: one in use, one on its way.
+        return min(kept, 2 * method.item * shape.hidden * tokens) if method.activation_offloading else kept
+
+    @property
+    def table(self) -> int:
+        """Bytes of the gradient of an embedding or head that trains."""
+        return self.method.item * self.shape.vocabulary * self.shape.hidden if self.method.adapters is None else 0
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of the gradient of a tied head, which waits for the embedding's."""
+        return self.table if self.with_head and self.shape.tied else 0
+
+    @property
+    def copies(self) -> int:
+        """Bytes of the experts' copies of all layers, each of which keeps its own without checkpointing."""
+        if self.method.checkpoints:
+            return 0
+        return sum(adapted_experts(self.shape, self.method)) * self.shape.mixture_layers
+
+    def _after_forward(self) -> Bytes:
+        final = 2 * self.method.item * self.shape.hidden * self.part.tokens
+        return {"gradients": self.earlier, "activations": self.kept + final, "experts": self.copies}
+
+    def _layer(self) -> Bytes:
+        """Components of a layer's backward pass."""
+        shape, method, tokens = self.shape, self.method, self.part.tokens
+        layer = (
+            layer_bytes(shape, method)
+            if method.checkpoints
+            else method.item * (4 * mlp_width(shape) + 2 * shape.hidden)
+        )
+        adapted = adapted_experts(shape, method)
+        # Each expert weight has a gradient in turn; the second's copy is gone by the first's. A layer that is
+        # recomputed makes its copies again.
+        least, most = min(adapted, default=0), max(adapted, default=0)
+        working = max(least, most - least) + (sum(adapted) if method.checkpoints else 0)
+        # While a weight of the MLP is unpacked, one of its gradients is not there yet.
+        spare = method.item * mlp_width(shape) * tokens // method.mlp_tiles
+        return {
+            "layer": layer * tokens,
+            "head gradient": self.waiting,
+            "experts": working,
+            "dequantised": dequantised_bytes(shape, method, spare),
+        }
