@@ -203,6 +203,20 @@ def test_the_command_prints_and_writes_the_trace(tmp_path: Path, capsys: pytest.
     assert plan["trace"]["update"]["device"]["trained weights"] > 0
 
 
+def test_a_pipeline_is_checked_before_any_stage_is_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'model = "Qwen3-0.6B"\noutput_dir = "{tmp_path}"\n[data]\ntrain = "{rows}"\neval = "{rows}"\n'
+        '[[rubric]]\nkind = "exact"\n[sft]\n[grpo]\noptim = "adamw_bnb_8bit"\n'
+    )
+    assert main(["plan", str(file), "--device", "24GB", "--trace"]) != 0
+    shown = capsys.readouterr()
+    assert "--trace with optim" in shown.err
+    assert shown.out == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "Qwen3-8B"])
 @pytest.mark.parametrize(("context", "limit"), [(20_480, 16e9), (2_048, 8.0e9)])

@@ -44,12 +44,16 @@ def run(args: argparse.Namespace) -> None:
     is_pipeline = _is_pipeline(args.target)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     traces: list[dict[str, Any]] = []
+    # By name: this module stays free of torch.
+    tracing = import_module("burnish.cli.trace") if args.trace else None
+    if tracing is not None:
+        for budgeted, _, _ in plans:
+            tracing.check_traceable(budgeted.request)  # before any stage of a pipeline is traced
     for budgeted, plan, proposals in plans:
         request = budgeted.request
         _print(console, budgeted, plan, proposals, request.kind if is_pipeline else "training")
-        if args.trace:
-            # By name: this module stays free of torch.
-            traces.append(import_module("burnish.cli.trace").show_trace(console, request, plan))
+        if tracing is not None:
+            traces.append(tracing.show_trace(console, request, plan))
     if args.json is not None:
         found = [
             {

@@ -10,9 +10,9 @@ from rich.table import Table
 from burnish.planner.plan import Plan, format_size
 from burnish.planner.run import Request
 from burnish.progress import phase
-from burnish.training.traced_run import trace_request
+from burnish.training.traced_run import check_traceable, trace_request
 
-__all__ = ["show_trace"]
+__all__ = ["check_traceable", "show_trace"]
 
 
 def show_trace(console: Console, request: Request, plan: Plan) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from burnish.planner.run import Request, read_run
 from burnish.rollout.engine import Engine
 from burnish.training.trace import Trace, fake_groups, fake_model, trace_update
 
-__all__ = ["TRACED_STAGES", "trace_request"]
+__all__ = ["TRACED_STAGES", "check_traceable", "trace_request"]
 
 TRACED_STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 """Stages whose step needs no values of an earlier forward, or the same work whatever they are."""
@@ -56,11 +56,11 @@ class _NoEngine(Engine):
         """Do nothing."""
 
 
-def trace_request(request: Request) -> Trace:
-    """Trace the largest part of a run's step.
+def check_traceable(request: Request) -> None:
+    """Refuse a run that cannot be traced.
 
     Raises:
-        ConfigError: the stage cannot be traced, or the run has several ranks.
+        ConfigError: its stage, sharding, quantisation or optimizer is not traced.
     """
     if request.kind not in TRACED_STAGES:
         raise ConfigError(
@@ -71,7 +71,7 @@ def trace_request(request: Request) -> Trace:
         raise ConfigError(
             f"--trace with --sharding = {request.sharding!r}: a rank is traced whole; use ddp, or leave --trace out."
         )
-    run, config = read_run(request), dict(request.model.config or {})
+    run = read_run(request)
     if run.method.bits == 8:
         raise ConfigError("--trace with quantization_config = 'int8': only 4-bit products are traced; use 'nf4'.")
     if run.method.optimizer_bytes != 8:
@@ -79,6 +79,16 @@ def trace_request(request: Request) -> Trace:
             f"--trace with optim = {request.training['optim']!r}: only AdamW in fp32 is traced; leave optim out, or "
             "leave --trace out."
         )
+
+
+def trace_request(request: Request) -> Trace:
+    """Trace the largest part of a run's step.
+
+    Raises:
+        ConfigError: the run cannot be traced.
+    """
+    check_traceable(request)
+    run, config = read_run(request), dict(request.model.config or {})
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM" if run.has_head else "SEQ_CLS", **(request.peft or {})}
     adapters = None if request.peft is None else LoraConfig(**fields)
     part, sizes = run.largest, run.prompt_tokens
