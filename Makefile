@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm wheels
+.PHONY: algorithms bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,8 +72,14 @@ algorithms: $(STAMP)  ## train every online algorithm on one task (an hour and a
 memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory.svg
 	$(BIN)/python benchmarks/online_memory.py
 
-planner: $(STAMP)  ## errors of the planner's formulas against traces of 75 configurations (a quarter of an hour)
+planner: $(STAMP)  ## errors of the planner's formulas against traces of 129 configurations (half an hour)
 	$(BIN)/python benchmarks/planner.py
+
+budgets: $(STAMP)  ## whether memory_budget is kept in 30 random runs (ten minutes)
+	$(BIN)/python benchmarks/memory_budget.py
+
+bytes: $(STAMP) $(TRL_STAMP)  ## live bytes of a GRPO update, burnish and TRL (half an hour)
+	$(BIN)/python benchmarks/update_bytes.py
 
 wheels: $(STAMP)  ## download what benchmarks/gpu.py carries to a GPU's machine (Python 3.12, x86-64); 64 MiB at most
 	rm -rf benchmarks/wheels
