@@ -122,8 +122,8 @@ def gpu_like(name: str, memory_bytes: int) -> Device:
 def _cpu() -> Device:
     """Describe this machine's CPU by its cores, its memory and its control group's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = re.search(r"MemTotal:\s*(\d+)", _text("/proc/meminfo"))
-    memory = int(found[1]) * 1024 if found else 16 * 2**30
+    # Where the system does not say, as on Windows, no run is refused for it.
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**40
     limit = _text("/sys/fs/cgroup/memory.max").strip()
     memory = min(memory, int(limit)) if limit.isdecimal() else memory
     flags = _text("/proc/cpuinfo")
