@@ -87,16 +87,18 @@ class Update:
         return found
 
     def norm(self) -> Bytes:
-        """The backward pass of a recomputed layer's second RMS norm, in bf16: T (28 H + 4 H + 6 Q + 4 K).
+        """The backward pass of a recomputed layer's second RMS norm, in bf16: T (28 H + 4 H + 4 Q + 4 K).
 
-        Norms compute in fp32, in seven tensors, one of them the first norm's input.
+        Norms compute in fp32, in seven tensors, one of them the first norm's input; those of queries and keys keep
+        theirs, T (4 Q + 4 K).
         """
         shape, item = self.shape, self.method.item
-        numbers = 2 * shape.hidden + 3 * shape.queries + 2 * shape.keys
+        numbers = 2 * shape.hidden + 2 * shape.queries + 2 * shape.keys
+        wide = 28 * shape.hidden + 4 * (shape.queries + shape.keys) * shape.qk_norm
         return {
             "gradients": self.earlier,
             "activations": self.kept,
-            "layer": (28 * shape.hidden + item * numbers) * self.part.tokens,
+            "layer": (wide + item * numbers) * self.part.tokens,
             "head gradient": self.waiting,
         }
 
