@@ -119,7 +119,6 @@ class CommonFields:
         "fastest settings that fit and leave the gradient as it is are set, and shown. On a CPU it counts the process, "
         "which then returns freed memory at once, at some cost in speed. None: nothing is set.",
         MODEL,
-        fix="use a size such as 8GB or 7.5GiB, or auto",
     )
     check_memory: bool = own(
         True,

@@ -10,13 +10,13 @@ from burnish.config.predicates import parse_size
 from burnish.config.tips import toml_line
 from burnish.errors import ConfigError
 from burnish.planner.plan import Plan, estimate, format_size
-from burnish.planner.proposals import Proposal, propose
+from burnish.planner.proposals import Proposal, least_plan, propose
 from burnish.planner.run import Request
 
 __all__ = ["Budgeted", "keep_budget", "refuse_too_large"]
 
-_MARGIN, _MARGIN_OF_EXPERTS = 1.12, 1.35
-"""Times the device's memory over which a run is refused: the greatest errors of the formulas (docs/planning.md)."""
+_MARGIN = 1.1
+"""Times the device's memory over which a run is refused: twice the formulas' greatest error (docs/planning.md)."""
 
 
 class Budgeted(NamedTuple):
@@ -49,9 +49,10 @@ def keep_budget(request: Request) -> Budgeted:
         return Budgeted(request, {}, ())
     proposals = propose(request, only_exact=True)
     if not proposals:
+        least = format_size(least_plan(request).peak_bytes)
         raise ConfigError(
-            f"memory_budget = {budget!r}: {_need(plan)}, and no settings that leave the gradient as it is make it fit; "
-            f"{_fix(request)}, or give it more memory."
+            f"memory_budget = {budget!r}: {_need(plan)}, and still {least} with all settings that leave the gradient as "
+            f"it is; {_fix(request)}, or give it more memory."
         )
     best, *others = proposals
     chosen: dict[str, Any] = {}
@@ -73,7 +74,7 @@ def refuse_too_large(request: Request) -> None:
     """
     plan = estimate(request)
     memory = request.device.memory_bytes
-    if plan.peak_bytes > (_MARGIN_OF_EXPERTS if plan.run.shape.experts else _MARGIN) * memory:
+    if plan.peak_bytes > _MARGIN * memory:
         raise ConfigError(
             f"check_memory = True: {_need(plan)}, and {request.device.name} has {format_size(memory)}; "
             f"{_fix(request)}, or set check_memory = false to try."
