@@ -51,8 +51,8 @@ def keep_budget(request: Request) -> Budgeted:
     if not proposals:
         least = format_size(least_plan(request).peak_bytes)
         raise ConfigError(
-            f"memory_budget = {budget!r}: {_need(plan)}, and still {least} with all settings that leave the gradient as "
-            f"it is; {_fix(request)}, or give it more memory."
+            f"memory_budget = {budget!r}: {_need(plan)}, and still {least} with all settings that leave the gradient "
+            f"as it is; {_fix(request)}, or give it more memory."
         )
     best, *others = proposals
     chosen: dict[str, Any] = {}
