@@ -21,6 +21,7 @@ OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.p
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
+KERNELS = "test_cpu_kernels.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -37,6 +38,14 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/cache.py", "seen = position <= step.positions[:, None]", "seen = position <= step.positions.max()", NATIVE),
     ("rollout/cache.py", "own = own.minimum(most[:, None] - 1)", "own = own.minimum(most[:, None])", "test_drafts.py"),
     ("rollout/packed_linears.py", "hidden._version != self._version", "False", NATIVE),
+    ("rollout/cpu_kernels.cpp", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", KERNELS),
+    ("rollout/cpu_kernels.cpp", "row < M; row += 32", "row < M / 32 * 32; row += 32", KERNELS),
+    ("rollout/cpu_kernels.cpp", "length = place + 1", "length = std::max<int64_t>(place, 1)", KERNELS),
+    ("rollout/cpu_kernels.cpp", "(bits >> 16) & 1", "0", KERNELS),
+    ("rollout/cpu_kernels.cpp", "return most + logf(total)", "return logf(total)", KERNELS),
+    ("rollout/cpu_kernels.cpp", "n.kv_heads * n.value_size};", "n.kv_heads * n.size};", KERNELS),
+    ("rollout/cpu_kernels.cpp", "sum / K + epsilon", "sum / K", KERNELS),
+    ("rollout/fused_norms.py", "if agree[type(norm.module)]]", "]", KERNELS),
     ("rollout/native.py", "key=expected_tokens, reverse=True", "key=expected_tokens", ADMISSION),
     ("rollout/native.py", "return mean if tokens is None else tokens", "return 0.0 if tokens is None else tokens", ADMISSION),
     ("stages/sampler.py", "lengths = self.lengths if is_training else {}", "lengths = self.lengths", ADMISSION),

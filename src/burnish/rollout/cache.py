@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.model.attention import AttentionCall, math_attention
+from burnish.rollout.cpu_kernels import cpu_kernels
 
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
 
@@ -295,22 +296,37 @@ class CacheLayout:
         return torch.cat(outputs, dim=1)
 
     def _attend_rows(self, call: AttentionCall, layer: _LayerCache, step: _Step) -> Tensor:
-        _, heads, tokens, size = call.query.shape
-        kv_heads, rows = call.key.shape[1], tokens // step.width
-        key, value = layer.add(call, step.write_index, rows, step.own_tokens)
-        query = call.query.view(kv_heads, heads // kv_heads, rows, step.width, size).permute(2, 0, 3, 1, 4)
-        out, norm = _partial(call, query.flatten(2, 3), key, value, _own_mask(call, step))
-        out = _by_token(out, step.width)
-        if call.sinks is not None or step.grid is not None:
-            norm = _by_token(norm, step.width)
-            if call.sinks is not None:
-                sinks = call.sinks.to(norm.dtype).view(kv_heads, -1)
-                out = out * torch.sigmoid(norm - sinks)[..., None].to(out.dtype)
-                norm = torch.logaddexp(norm, sinks)
-            if step.grid is not None:
-                by_token = query.transpose(1, 2).flatten(0, 1)
-                out = _merge_prompts(call, layer, step, step.grid, by_token, out, norm)
-        return out.reshape(1, tokens, heads, value.shape[3])
+        _, heads, tokens, _ = call.query.shape
+        out, norm = _attend_own(call, layer, step)
+        if call.sinks is not None:
+            sinks = call.sinks.to(norm.dtype).view(call.key.shape[1], -1)
+            out = out * torch.sigmoid(norm - sinks)[..., None].to(out.dtype)
+            norm = torch.logaddexp(norm, sinks)
+        if step.grid is not None:
+            by_token = call.query[0].transpose(0, 1).unflatten(1, (call.key.shape[1], -1))
+            out = _merge_prompts(call, layer, step, step.grid, by_token, out, norm)
+        return out.reshape(1, tokens, heads, out.shape[3])
+
+
+def _attend_own(call: AttentionCall, layer: _LayerCache, step: _Step) -> tuple[Tensor, Tensor]:
+    """Store the new keys and values, and attend to the rows' own ones.
+
+    Returns:
+        The output [T, kv_heads, repeats, D] and its log normaliser [T, kv_heads, repeats].
+    """
+    if call.rule is None and call.softcap is None and call.query.device.type == "cpu":
+        kernels = cpu_kernels()
+        if kernels is not None and kernels.attends(call.query):
+            return kernels.attend(
+                call.query, call.key, call.value, layer.own_key, layer.own_value, step.write_index,
+                width=step.width, scale=call.scaling,
+            )  # fmt: skip
+    _, heads, tokens, size = call.query.shape
+    kv_heads, rows = call.key.shape[1], tokens // step.width
+    key, value = layer.add(call, step.write_index, rows, step.own_tokens)
+    query = call.query.view(kv_heads, heads // kv_heads, rows, step.width, size).permute(2, 0, 3, 1, 4)
+    out, norm = _partial(call, query.flatten(2, 3), key, value, _own_mask(call, step))
+    return _by_token(out, step.width), _by_token(norm, step.width)
 
 
 def _by_token(part: Tensor, width: int) -> Tensor:

@@ -39,6 +39,7 @@ from burnish.rollout.decoding import (
 )
 from burnish.rollout.drafts import MOST_GUESSES, DraftSource, DraftWidth
 from burnish.rollout.engine import Engine, Request
+from burnish.rollout.fused_norms import fused_norms
 from burnish.rollout.packed_linears import packed_linears
 from burnish.rollout.validation import check_requests
 from burnish.types import Completion
@@ -171,7 +172,7 @@ class NativeEngine(Engine):
         rows = min(total, self._max_running)
         pack = packed_linears(self._lm, rows, self._forward_once) if self._pack_weights else nullcontext()
         weights = nullcontext() if self._compiled is None else self._compiled.current_weights()
-        with sampling_mode(self._model), pack, weights:
+        with sampling_mode(self._model), pack, fused_norms(self._lm), weights:
             while run.pending or run.prompts:
                 self._admit(run)
                 if run.rows:

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import FakeTensor
+
+from burnish.rollout.cpu_kernels import cpu_kernels
 
 __all__ = ["num_products", "packed_linears", "siblings"]
 
@@ -133,7 +135,12 @@ class _Product:
         self._layers, self._number = layers, number
         self._sizes = [len(weight) for weight in weights]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        kernels = cpu_kernels()
+        self._kernels = kernels if kernels is not None and kernels.packs(weight) else None
+        if self._kernels is not None:
+            self._weight = self._kernels.pack(weight)
+        else:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         biases: list[Any] = [layer.bias for layer in layers]
         self._bias: Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -152,17 +159,19 @@ class _Product:
             return self._output(hidden)
         if hidden is not self._input or hidden._version != self._version or index not in self._outputs:
             self._input, self._version = hidden, hidden._version
-            self._outputs = dict(enumerate(self._output(hidden).split(self._sizes, dim=-1)))
+            self._outputs = dict(enumerate(self._output(hidden).split_with_sizes(self._sizes, dim=-1)))
         output = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
         return output
 
     def _output(self, hidden: Tensor) -> Tensor:
-        if is_fake(hidden):  # in a traced forward
+        if isinstance(hidden, FakeTensor):  # in a traced forward
             return torch.ops.burnish.packed_product(hidden, self._number, sum(self._sizes))
         return self.multiply(hidden)
 
     def multiply(self, hidden: Tensor) -> Tensor:
         """Return the outputs of all layers, one after another."""
+        if self._kernels is not None:
+            return self._kernels.product(hidden, self._weight, self._bias)
         return torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")

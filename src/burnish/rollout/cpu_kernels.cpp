@@ -1,0 +1,332 @@
+// What decoding on a CPU spends most of its time in: products of a few rows with a whole weight, and attention of one
+// token to the cache of its row. cpu_kernels.py compiles this file on the machine that runs it, and says what for.
+//
+// bf16 values are handled as 16-bit integers, sums are fp32. The order of additions depends on sizes alone, never on
+// the number of rows or threads, so that a completion does not depend on what it is sampled beside.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define BURNISH_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+typedef uint16_t bf16;
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bf16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline bf16 round_bf16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, bf16* out) { *out = round_bf16(x); }
+
+#ifdef BURNISH_AMX
+
+// A weight [N, K] is held as [N / 32][K / 32][2][16][16][2]: tiles of 16 columns and 32 values of K, in the order in
+// which they are read, with neighbours in K side by side.
+const int64_t COLUMNS = 32, DEPTH = 32, TILE = 16 * DEPTH;
+const int64_t AHEAD = 4096;  // bytes: the hardware's own prefetching keeps a core at half of the memory's rate
+
+struct __attribute__((packed)) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums, 4 and 5 up to 16 rows of the input each, 6 and 7 tiles of the weight.
+void configure(int64_t upper, int64_t lower) {
+    TileConfig config;
+    const int64_t rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    for (int tile = 0; tile < 8; ++tile) {
+        config.rows[tile] = static_cast<uint8_t>(std::max<int64_t>(rows[tile], 1));
+        config.bytes[tile] = 64;
+    }
+    _tile_loadconfig(&config);
+}
+
+void store(const float* left, const float* right, const bf16* bias, bf16* out, int64_t stride, int64_t rows) {
+    __m512 add_left = _mm512_setzero_ps(), add_right = _mm512_setzero_ps();
+    if (bias) {
+        alignas(64) float wide[COLUMNS];
+        for (int64_t i = 0; i < COLUMNS; ++i) wide[i] = to_float(bias[i]);
+        add_left = _mm512_load_ps(wide), add_right = _mm512_load_ps(wide + 16);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        const __m512 low = _mm512_add_ps(_mm512_load_ps(left + 16 * row), add_left);
+        const __m512 high = _mm512_add_ps(_mm512_load_ps(right + 16 * row), add_right);
+        _mm512_storeu_si512(out + stride * row, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+// Up to 32 rows times 32 columns.
+void multiply_block(
+    const bf16* input, const bf16* weight, const bf16* bias, bf16* out, int64_t N, int64_t K, int64_t upper, int64_t lower
+) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < K; k += DEPTH, weight += 2 * TILE) {
+        for (int64_t line = 0; line < 4 * TILE; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(weight) + AHEAD + line, _MM_HINT_T1);
+        _tile_loadd(6, weight, 64);
+        _tile_loadd(7, weight + TILE, 64);
+        _tile_loadd(4, input + k, 2 * K);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (lower) {
+            _tile_loadd(5, input + 16 * K + k, 2 * K);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    alignas(64) float left[256], right[256];
+    _tile_stored(0, left, 64);
+    _tile_stored(1, right, 64);
+    store(left, right, bias, out, N, upper);
+    if (lower) {
+        _tile_stored(2, left, 64);
+        _tile_stored(3, right, 64);
+        store(left, right, bias, out + 16 * N, N, lower);
+    }
+}
+
+#endif
+
+// e^x for x <= 0, in a form that compilers vectorise: 2^n times a polynomial of degree 6, within 2 units in the last
+// place; below -87 it is e^-87.
+inline float exp_of(float x) {
+    x = std::max(x, -87.0f);
+    const float n = floorf(x * 1.44269504f + 0.5f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float y = 1.0f / 720 * r + 1.0f / 120;
+    y = y * r + 1.0f / 24;
+    y = y * r + 1.0f / 6;
+    y = y * r + 0.5f;
+    y = y * r + 1.0f;
+    y = y * r + 1.0f;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return y * power;
+}
+
+// Keys and values of one head in one row's cache; one token's next to another's by `stride`.
+template <typename T>
+struct Cached {
+    T* first;
+    int64_t stride;
+    T* at(int64_t token) const { return first + token * stride; }
+};
+
+// scores[r, j] = queries[r] . keys[j]; SIZE is the head size, or 0 for one that is known only now.
+template <int SIZE, typename T>
+void score(const float* queries, Cached<T> keys, float* scores, int64_t length, int64_t repeats, int64_t any_size) {
+    const int64_t size = SIZE ? SIZE : any_size;
+    for (int64_t j = 0; j < length; ++j) {
+        const T* key = keys.at(j);
+        for (int64_t r = 0; r < repeats; ++r) {
+            const float* query = queries + r * size;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t d = 0; d < size; ++d) sum += query[d] * to_float(key[d]);
+            scores[r * length + j] = sum;
+        }
+    }
+}
+
+// Turn scores into weights that sum to 1; return the log of what they were divided by.
+float normalise(float* scores, int64_t length) {
+    float most = scores[0], total = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < length; ++j) most = std::max(most, scores[j]);
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < length; ++j) total += scores[j] = exp_of(scores[j] - most);
+    const float factor = 1 / total;
+#pragma omp simd
+    for (int64_t j = 0; j < length; ++j) scores[j] *= factor;
+    return most + logf(total);
+}
+
+// sums[r] = sum of weights[r, j] values[j], four tokens at a time: each time reads and writes all sums.
+template <int SIZE, typename T>
+void combine(const float* weights, Cached<T> values, float* sums, int64_t length, int64_t repeats, int64_t any_size) {
+    const int64_t size = SIZE ? SIZE : any_size;
+    for (int64_t i = 0; i < repeats * size; ++i) sums[i] = 0;
+    int64_t j = 0;
+    for (; j + 4 <= length; j += 4) {
+        const T *a = values.at(j), *b = values.at(j + 1), *c = values.at(j + 2), *e = values.at(j + 3);
+        for (int64_t r = 0; r < repeats; ++r) {
+            const float* w = weights + r * length + j;
+            float* sum = sums + r * size;
+#pragma omp simd
+            for (int64_t d = 0; d < size; ++d)
+                sum[d] += w[0] * to_float(a[d]) + w[1] * to_float(b[d]) + w[2] * to_float(c[d]) + w[3] * to_float(e[d]);
+        }
+    }
+    for (; j < length; ++j) {
+        const T* value = values.at(j);
+        for (int64_t r = 0; r < repeats; ++r) {
+            const float weight = weights[r * length + j];
+            float* sum = sums + r * size;
+#pragma omp simd
+            for (int64_t d = 0; d < size; ++d) sum[d] += weight * to_float(value[d]);
+        }
+    }
+}
+
+// Strides are of a token and of a head, in elements; the last dimension is dense.
+template <typename T>
+struct Strided {
+    const T* data;
+    int64_t token, head;
+    const T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+};
+
+struct Sizes {
+    int64_t rows, width, kv_heads, repeats, size, value_size, room;
+};
+
+// out[t, h] = softmax(scale q[t, h] . keys) values, over the keys of t's row up to t's own, which is stored first.
+template <typename T>
+void attend(
+    Strided<T> query, Strided<T> key, Strided<T> value, T* all_keys, T* all_values, const int64_t* places, T* out,
+    float* norms, Sizes n, float scale
+) {
+    const auto scores_of = n.size == 64 ? score<64, T> : n.size == 128 ? score<128, T> : score<0, T>;
+    const auto sums_of = n.value_size == 64 ? combine<64, T> : n.value_size == 128 ? combine<128, T> : combine<0, T>;
+#pragma omp parallel
+    {
+        float* queries = static_cast<float*>(malloc(sizeof(float) * n.repeats * (n.size + n.value_size + n.room)));
+        float* sums = queries + n.repeats * n.size;
+        float* scores = sums + n.repeats * n.value_size;
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < n.rows * n.kv_heads; ++pair) {
+            const int64_t row = pair / n.kv_heads, head = pair % n.kv_heads;
+            const int64_t first = row * n.room * n.kv_heads + head;
+            const Cached<T> keys = {all_keys + first * n.size, n.kv_heads * n.size};
+            const Cached<T> values = {all_values + first * n.value_size, n.kv_heads * n.value_size};
+            for (int64_t token = row * n.width; token < (row + 1) * n.width; ++token) {
+                const int64_t place = places[token] - row * n.room, length = place + 1;
+                memcpy(keys.at(place), key.at(token, head), sizeof(T) * n.size);
+                memcpy(values.at(place), value.at(token, head), sizeof(T) * n.value_size);
+                for (int64_t r = 0; r < n.repeats; ++r) {
+                    const T* from = query.at(token, head * n.repeats + r);
+                    for (int64_t d = 0; d < n.size; ++d) queries[r * n.size + d] = scale * to_float(from[d]);
+                }
+                scores_of(queries, keys, scores, length, n.repeats, n.size);
+                const int64_t result = token * n.kv_heads * n.repeats + head * n.repeats;
+                for (int64_t r = 0; r < n.repeats; ++r) norms[result + r] = normalise(scores + r * length, length);
+                sums_of(scores, values, sums, length, n.repeats, n.value_size);
+                T* to = out + result * n.value_size;
+                for (int64_t i = 0; i < n.repeats * n.value_size; ++i) from_float(sums[i], to + i);
+            }
+        }
+        free(queries);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Return whether this process may use AMX; asks the kernel for it.
+int has_product() {
+#ifdef BURNISH_AMX
+    const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+#ifdef BURNISH_AMX
+
+// Lay out a weight [N, K] for `product`; N and K are multiples of 32.
+void pack(const bf16* weight, bf16* packed, int64_t N, int64_t K) {
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(weight);
+    uint32_t* out = reinterpret_cast<uint32_t*>(packed);
+#pragma omp parallel for schedule(static)
+    for (int64_t tiles = 0; tiles < N / 16; ++tiles) {
+        uint32_t* block = out + tiles / 2 * COLUMNS * K / 2 + tiles % 2 * TILE / 2;
+        for (int64_t column = 0; column < 16; ++column) {
+            const uint32_t* from = pairs + (tiles * 16 + column) * K / 2;
+            for (int64_t k = 0; k < K / 2; ++k) block[k / 16 * TILE + k % 16 * 16 + column] = from[k];
+        }
+    }
+}
+
+// out [M, N] = input [M, K] weight^T + bias; bias may be null.
+void product(const bf16* input, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K) {
+#pragma omp parallel
+    {
+        int64_t configured = 0;
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < N / COLUMNS; ++block) {
+            for (int64_t row = 0; row < M; row += 32) {
+                const int64_t rows = std::min<int64_t>(32, M - row);
+                const int64_t upper = std::min<int64_t>(16, rows), lower = rows - upper;
+                if (rows != configured) configure(upper, lower), configured = rows;
+                const int64_t column = block * COLUMNS;
+                multiply_block(
+                    input + row * K, packed + column * K, bias ? bias + column : nullptr, out + row * N + column,
+                    N, K, upper, lower
+                );
+            }
+        }
+        if (configured) _tile_release();
+    }
+}
+
+#endif
+
+// out [M, K] = weight * input / sqrt(mean of squares + epsilon), rounded to bf16 before the weight as well as after.
+void rms_norm(const bf16* input, const bf16* weight, bf16* out, int64_t M, int64_t K, float epsilon) {
+#pragma omp parallel for schedule(static) if (M * K > 16384)
+    for (int64_t row = 0; row < M; ++row) {
+        const bf16* from = input + row * K;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < K; ++k) sum += to_float(from[k]) * to_float(from[k]);
+        const float factor = 1 / sqrtf(sum / K + epsilon);
+#pragma omp simd
+        for (int64_t k = 0; k < K; ++k)
+            out[row * K + k] = round_bf16(to_float(weight[k]) * to_float(round_bf16(factor * to_float(from[k]))));
+    }
+}
+
+#define BURNISH_ATTEND(NAME, T)                                                                                        \
+    void NAME(                                                                                                         \
+        const T* query, int64_t query_token, int64_t query_head, const T* key, int64_t key_token, int64_t key_head,    \
+        const T* value, int64_t value_token, int64_t value_head, T* keys, T* values, const int64_t* places, T* out,    \
+        float* norms, int64_t rows, int64_t width, int64_t kv_heads, int64_t repeats, int64_t size,                    \
+        int64_t value_size, int64_t room, float scale                                                                  \
+    ) {                                                                                                                \
+        attend<T>(                                                                                                     \
+            {query, query_token, query_head}, {key, key_token, key_head}, {value, value_token, value_head}, keys,      \
+            values, places, out, norms, {rows, width, kv_heads, repeats, size, value_size, room}, scale                \
+        );                                                                                                             \
+    }
+
+BURNISH_ATTEND(attend_bf16, bf16)
+BURNISH_ATTEND(attend_fp32, float)
+}
