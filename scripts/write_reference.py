@@ -33,7 +33,18 @@ SECTIONS: dict[str, tuple[Mapping[str, FieldInfo], str]] = {
     "peft": (known_lora_fields(), "Train LoRA adapters: the fields of `peft.LoraConfig`."),
 }
 
-COMMON_OPTIONS = {"kind": "str", "name": "str", "weight": "float", "isolate": "bool", "timeout_seconds": "float"}
+COMMON_OPTIONS = {
+    "kind": "str",
+    "name": "str",
+    "weight": "float",
+    "schedule": "list of [progress, factor]",
+    "requires": "list of names, or a table of least values",
+    "normalize": "'group' | 'center'",
+    "per_group": "bool",
+    "memoize": "bool",
+    "isolate": "bool",
+    "timeout_seconds": "float",
+}
 """What every criterion of a rubric takes."""
 
 

@@ -37,6 +37,8 @@ def test_every_kind_builds() -> None:
     needed: dict[str, dict[str, Any]] = {
         "python": {"function": "math:prod"},
         "soft_overlong": {"max_completion_length": 8, "cache": 2},
+        "length": {"most": 8},
+        "regex": {"pattern": "a"},
     }
     for kind in CRITERIA:
         assert len(rubric_from_config([{"kind": kind, **needed.get(kind, {})}]).criteria) == 1
@@ -45,7 +47,7 @@ def test_every_kind_builds() -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"kind": "maht"}, r"rubric\[0\]\.kind = 'maht': did you mean 'math'\? Use one of: exact, format"),
+        ({"kind": "maht"}, r"rubric\[0\]\.kind = 'maht': did you mean 'math'\? Use one of: choice, citation"),
         ({"weight": 1}, "kind = None"),
         ({"kind": "math", "timeout": 3}, r"rubric\[0\]\.timeout = 3 .* did you mean 'timeout_seconds'"),
         ({"kind": "math", "pool": 3}, "pool = 3 is not an option"),

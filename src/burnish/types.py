@@ -53,6 +53,8 @@ class Score:
         errors: message of each failure by criterion name.
         answers: answer that each criterion read from the text, by criterion name; absent where it found none.
         extra: what reward functions logged of the completion, by column.
+        terms: value of each criterion as it counts in the total, before the weight: 0 behind a closed gate, and
+            normalised within the group where the criterion says so.
     """
 
     total: float | None
@@ -60,6 +62,7 @@ class Score:
     errors: dict[str, str] = field(default_factory=dict[str, str])
     answers: dict[str, str] = field(default_factory=dict[str, str])
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
+    terms: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
 
 
 @dataclass(slots=True)

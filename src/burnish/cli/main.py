@@ -34,6 +34,7 @@ _PLAN_FLAGS = _FLAGS | {
     "--stage", "--device", "--ranks", "--sharding", "--lora", "--qlora", "--prompt-tokens", "--json", "--svg",
     "--trace",
 }  # fmt: skip
+_REWARDS_FLAGS = _FLAGS | {"--transcripts", "--rows", "--json", "--svg"}
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"
 
 
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--max-transcripts", type=int, default=5000, help="maximum number of transcripts on the page")
     report.add_argument("--debug", action="store_true", help="show the traceback of an error")
     _add_plan(commands)
+    _add_rewards(commands)
     _add_serve(commands)
     return parser
 
@@ -110,6 +112,25 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--json", type=Path, help="write the plan to this file")
     plan.add_argument("--svg", type=Path, help="draw the plan into this file")
     plan.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_rewards(commands: Any) -> None:
+    summary = "check a rubric: gold answers, tricks that should not pay, or the samples of a run"
+    rewards = commands.add_parser(
+        "rewards",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    rewards.add_argument("action", choices=["check"], metavar="check", help="what to do")
+    rewards.add_argument("file", metavar="FILE", type=Path, help="a run file with [data] and [[rubric]]")
+    rewards.add_argument("--transcripts", type=Path, help="score the completions of this transcripts.jsonl instead")
+    rewards.add_argument("--rows", type=int, default=200, help="most prompts to score (default: %(default)s)")
+    rewards.add_argument("--json", type=Path, help="write the result to this file")
+    rewards.add_argument("--svg", type=Path, help="draw the values into this file")
+    rewards.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_serve(commands: Any) -> None:
@@ -149,9 +170,9 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     if words and words[0] == "serve" and "--" in words:
         end = words.index("--")
         return list(words[:end]), list(words[end + 1 :])
-    if not words or words[0] not in (*_FILE_COMMANDS, "plan"):
+    if not words or words[0] not in (*_FILE_COMMANDS, "plan", "rewards"):
         return list(words), []
-    flags = _PLAN_FLAGS if words[0] == "plan" else _FLAGS
+    flags = {"plan": _PLAN_FLAGS, "rewards": _REWARDS_FLAGS}.get(words[0], _FLAGS)
     kept, overrides = [words[0]], list[str]()
     rest = list(words[1:])
     while rest:

@@ -26,7 +26,7 @@ from burnish.planner.proposals import Proposal, propose
 from burnish.planner.run import Request
 from burnish.runs.files import write_json
 
-__all__ = ["draw_plans", "read_requests", "run"]
+__all__ = ["draw_plans", "is_pipeline", "read_requests", "run", "stage_of"]
 
 _LORA = {"r": 16, "target_modules": "all-linear"}
 _COLORS = (
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         (budgeted, estimate(budgeted.request), propose(budgeted.request))
         for budgeted in map(keep_budget, read_requests(args))
     ]
-    is_pipeline = _is_pipeline(args.target)
+    of_pipeline = is_pipeline(args.target)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     traces: list[dict[str, Any]] = []
     # By name: this module stays free of torch.
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
             tracing.check_traceable(budgeted.request)  # before any stage of a pipeline is traced
     for budgeted, plan, proposals in plans:
         request = budgeted.request
-        _print(console, budgeted, plan, proposals, request.kind if is_pipeline else "training")
+        _print(console, budgeted, plan, proposals, request.kind if of_pipeline else "training")
         if tracing is not None:
             traces.append(tracing.show_trace(console, request, plan))
     if args.json is not None:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             {
                 **plan.as_dict(),
                 "chosen": dict(budgeted.chosen),
-                "proposals": [one.as_dict(plan.run.kind if is_pipeline else "training") for one in proposals],
+                "proposals": [one.as_dict(plan.run.kind if of_pipeline else "training") for one in proposals],
                 **({"trace": traces[number]} if traces else {}),
             }
             for number, (budgeted, plan, proposals) in enumerate(plans)
@@ -89,7 +89,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         model, stages = target, {kind: check_fields(kind, document.get("training", {}))}
         peft = check_lora(document["peft"]) if "peft" in document else None
         init = model_init(document.get("model_init", {}))
-    elif _is_pipeline(target):
+    elif is_pipeline(target):
         file = load_pipeline_file(target, args.overrides)
         if args.stage is not None and args.stage not in file.stages:
             raise ConfigError(
@@ -99,7 +99,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         wanted = [kind for kind in file.stages if kind != "pairs" and args.stage in (None, kind)]
         stages = {kind: file.stages[kind] for kind in wanted}
     else:
-        kind = args.stage or _stage_of(target, args.overrides)
+        kind = args.stage or stage_of(target, args.overrides)
         file = load_run_file(target, args.overrides, kind)
         model, peft, init, stages = file.model, file.peft, file.model_init, {kind: file.training}
     if args.lora or args.qlora:
@@ -113,14 +113,15 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     ]
 
 
-def _is_pipeline(target: Any) -> bool:
+def is_pipeline(target: Any) -> bool:
+    """Return whether a target is the run file of a pipeline."""
     path = Path(target)
     if path.suffix not in (".toml", ".yaml", ".yml"):
         return False
     return "training" not in (document := read_file(path)) and any(kind in document for kind in PIPELINE_STAGES)
 
 
-def _stage_of(path: str, overrides: Sequence[str]) -> Kind:
+def stage_of(path: str, overrides: Sequence[str]) -> Kind:
     """Return the first stage that has all fields of [training], GRPO before others where there is a rubric."""
     document = apply_overrides(read_file(path), overrides)
     if "training" not in document:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -24,7 +25,11 @@ def rubric_identity(rubric: Rubric) -> str:
     Modules that a function imports and services that it calls are not covered.
     """
     criteria = [
-        [criterion.name, criterion.weight, criterion.isolate, criterion.timeout_seconds, _described(criterion.function)]
+        [
+            _described(getattr(criterion, field.name))
+            for field in dataclasses.fields(criterion)
+            if field.name != "memoize"
+        ]
         for criterion in rubric.criteria
     ]
     return hashlib.sha256(json.dumps(criteria, sort_keys=True).encode()).hexdigest()

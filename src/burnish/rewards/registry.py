@@ -10,9 +10,19 @@ from typing import Any
 
 from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
+from burnish.rewards.catalogue import get_repetition_penalty_reward
 from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
+from burnish.rewards.texts import (
+    diversity,
+    json_answer,
+    length_between,
+    multiple_choice,
+    quotes_prompt,
+    regex_match,
+    relative_length,
+)
 from burnish.rewards.verifiers import (
     exact_answer,
     gym_answer,
@@ -25,18 +35,30 @@ __all__ = ["CRITERIA", "rubric_from_config"]
 
 
 CRITERIA: dict[str, Callable[..., RewardFunction]] = {
+    "choice": multiple_choice,
+    "citation": quotes_prompt,
+    "diversity": diversity,
     "exact": exact_answer,
     "format": format_tags,
     "gym": gym_answer,
+    "json": json_answer,
+    "length": length_between,
     "math": math_answer,
     "numeric": numeric_answer,
     "python": python_function,
+    "regex": regex_match,
+    "relative_length": relative_length,
+    "repetition": get_repetition_penalty_reward,
     "soft_overlong": soft_overlong,
 }
 """`kind` in run files -> factory of the reward function."""
 
+_COMPARING = frozenset({"diversity", "relative_length"})
+"""Kinds that compare the completions of a prompt."""
 _NOT_IN_FILES = frozenset({"folder", "pool"})
-
+_SWITCHES = frozenset({"isolate", "memoize", "per_group"})
+_COMMON = _SWITCHES | {"normalize", "requires", "schedule"}
+"""Fields of any criterion, beside those that the registry checks itself."""
 
 _LARGEST_WEIGHT = 1e100
 
@@ -46,7 +68,7 @@ def rubric_from_config(entries: Sequence[Mapping[str, Any]], *, folder: Path | N
 
     Args:
         entries: each with `kind` (a name in :data:`CRITERIA`), and optionally `name` (default: the kind, or the name of
-            the function), `weight` (default 1), `isolate` (default true), `timeout_seconds` and options of that kind.
+            the function), `weight` (default 1), the other fields of :class:`Criterion` and options of that kind.
         folder: folder of the run file, which paths of files with functions are relative to; None for the working
             directory.
 
@@ -67,7 +89,10 @@ def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criteri
         raise ConfigError(f"{where}.name = {show(name)}: use a non-empty string.")
     if kind == "python" and "name" not in entry:
         name = str(options.get("function", kind)).rpartition(":")[2]
-    common: dict[str, Any] = {"weight": options.pop("weight", 1.0), "isolate": options.pop("isolate", True)}
+    common: dict[str, Any] = {"weight": options.pop("weight", 1.0)}
+    common |= {key: options.pop(key) for key in _COMMON if key in options}
+    if kind in _COMPARING:
+        common.setdefault("per_group", True)
     if not is_number(common["weight"]) or abs(common["weight"]) > _LARGEST_WEIGHT:
         raise ConfigError(f"{where}.weight = {show(common['weight'])}: use a finite number.")
     common["weight"] = float(common["weight"])
@@ -75,13 +100,13 @@ def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criteri
         common["timeout_seconds"] = options.pop("timeout_seconds", None)
         if common["timeout_seconds"] is not None:
             _check_type(f"{where}.timeout_seconds", common["timeout_seconds"], "float")
-    if not isinstance(common["isolate"], bool):
-        raise ConfigError(f"{where}.isolate = {common['isolate']!r}: use true or false.")
+    for key in _SWITCHES & common.keys():
+        _check_type(f"{where}.{key}", common[key], "bool")
     factory = CRITERIA[kind]
     parameters = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in _NOT_IN_FILES}
     for key, value in options.items():
         if key not in parameters:
-            names = {*parameters, "isolate", "kind", "name", "timeout_seconds", "weight"}
+            names = {*parameters, *_COMMON, "kind", "name", "timeout_seconds", "weight"}
             raise ConfigError(
                 f"{where}.{key} = {show(value)} is not an option of kind {kind!r}: {_allowed(key, names)}"
             )
@@ -114,6 +139,7 @@ def _check_type(where: str, value: Any, annotation: str) -> None:
         "float": (number, "a number"),
         "Sequence[str]": (strings, "a list of strings"),
         "Mapping[str, Any] | None": (isinstance(value, Mapping), "a table"),
+        "str | None": (isinstance(value, str), "a string"),
     }[annotation]
     if not ok:
         raise ConfigError(f"{where} = {show(value)}: use {wanted}.")

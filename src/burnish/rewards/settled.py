@@ -28,7 +28,8 @@ class SettledRule:
     """
 
     def __init__(self, rubric: Rubric) -> None:
-        weighted = [criterion for criterion in rubric.criteria if criterion.weight != 0]
+        gates = {gate for criterion in rubric.criteria if not criterion.never_counts for gate in criterion.gates}
+        weighted = [c for c in rubric.criteria if not c.never_counts or c.name in gates]
         if not weighted:
             raise ConfigError(
                 "stop_settled = True: every criterion has weight 0; give one a weight, or remove stop_settled."

@@ -28,12 +28,16 @@ __all__ = [
     "AnswerVerifier",
     "GoldFailure",
     "Grader",
+    "Row",
     "check_gold",
     "completion_text",
+    "each_answer",
     "exact_answer",
+    "gold_of",
     "gym_answer",
     "math_answer",
     "numeric_answer",
+    "require",
     "soft_overlong",
 ]
 
@@ -136,7 +140,9 @@ class AnswerVerifier:
         return results
 
 
-def _each(grade_one: Callable[[str, Row], float]) -> Grader:
+def each_answer(grade_one: Callable[[str, Row], float]) -> Grader:
+    """Return a grader of pairs that contains the exceptions of a grader of one."""
+
     def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
         values: list[float | Exception] = []
         for answer, row in pairs:
@@ -149,7 +155,9 @@ def _each(grade_one: Callable[[str, Row], float]) -> Grader:
     return grade
 
 
-def _gold_of(column: str) -> Callable[[Row], list[str]]:
+def gold_of(column: str) -> Callable[[Row], list[str]]:
+    """Return the function of the gold answers in a column: one value, or a list of accepted ones."""
+
     def gold(row: Row) -> list[str]:
         value = row[column]
         values = cast("list[Any]", value) if isinstance(value, list | tuple) else [value]
@@ -186,7 +194,7 @@ def exact_answer(
     Raises:
         ConfigError: an invalid option.
     """
-    gold = _gold_of(column)
+    gold = gold_of(column)
 
     def norm(text: str) -> str:
         text = " ".join(text.split())
@@ -195,7 +203,7 @@ def exact_answer(
     def grade_one(answer: str, row: Row) -> float:
         return float(norm(answer) in {norm(text) for text in gold(row)})
 
-    return AnswerVerifier("exact_answer", _each(grade_one), gold, column, tuple(sources), tag, until_closed)
+    return AnswerVerifier("exact_answer", each_answer(grade_one), gold, column, tuple(sources), tag, until_closed)
 
 
 def numeric_answer(
@@ -226,7 +234,7 @@ def numeric_answer(
     for name, value in (("absolute_tolerance", absolute_tolerance), ("relative_tolerance", relative_tolerance)):
         if not value >= 0 or value == float("inf"):
             raise ConfigError(f"{name} = {value!r} of numeric_answer: use a finite number of at least 0.")
-    gold = _gold_of(column)
+    gold = gold_of(column)
     absolute, relative = Fraction(str(absolute_tolerance)), Fraction(str(relative_tolerance))
 
     def grade_one(answer: str, row: Row) -> float:
@@ -238,7 +246,7 @@ def numeric_answer(
             return 0.0
         return float(any(g is not None and abs(number - g) <= max(absolute, relative * abs(g)) for _, g in golds))
 
-    return AnswerVerifier("numeric_answer", _each(grade_one), gold, column, tuple(sources), tag, until_closed)
+    return AnswerVerifier("numeric_answer", each_answer(grade_one), gold, column, tuple(sources), tag, until_closed)
 
 
 def math_answer(
@@ -268,9 +276,9 @@ def math_answer(
     Raises:
         ConfigError: an invalid option, or math-verify is not installed.
     """
-    _require("math_verify", "math", "math_answer")
+    require("math_verify", "math", "math_answer")
     _positive("math_answer", "timeout_seconds", timeout_seconds)
-    gold = _gold_of(column)
+    gold = gold_of(column)
 
     def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
         jobs = [(i, text, answer) for i, (answer, row) in enumerate(pairs) for text in gold(row)]
@@ -325,7 +333,7 @@ def gym_answer(
     Raises:
         ConfigError: an invalid option, or reasoning-gym is not installed.
     """
-    _require("reasoning_gym", "envs", "gym_answer")
+    require("reasoning_gym", "envs", "gym_answer")
     _positive("gym_answer", "timeout_seconds", timeout_seconds)
 
     def gold(row: Row) -> list[str]:
@@ -348,7 +356,8 @@ def gym_answer(
     return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag, until_closed)
 
 
-def _require(module: str, extra: str, kind: str) -> None:
+def require(module: str, extra: str, kind: str) -> None:
+    """Raise ConfigError where a package is not installed."""
     if importlib.util.find_spec(module) is None:
         raise ConfigError(f"{kind} needs the package {module.replace('_', '-')}: pip install 'burnish[{extra}]'.")
 

@@ -135,7 +135,7 @@ class PolicyGradient(Algorithm):
             return None
         if completion.score is None or not self._by_criterion:
             return (reward,)
-        values = [completion.score.criteria.get(name) for name in self.stage.rubric.names]
+        values = [completion.score.terms.get(name) for name in self.stage.rubric.names]
         return tuple(value for value in values if value is not None)
 
     @property
@@ -184,10 +184,10 @@ class PolicyGradient(Algorithm):
 
     def record(self, completion: Completion) -> Record:
         """Collect the inputs of a completion's advantage."""
-        criteria = {} if completion.score is None else completion.score.criteria
+        terms = {} if completion.score is None else completion.score.terms
         kl = completion.token.get("kl") if self.kl.is_in_reward else None
         penalties = None if kl is None else [self.kl.coefficient * value for value in kl]
-        values = [criteria.get(name) for name in self.stage.rubric.names]
+        values = [terms.get(name) for name in self.stage.rubric.names]
         return Record(self.clipped_reward(completion), len(completion.token_ids), values, penalties)
 
     def estimate(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
@@ -196,7 +196,7 @@ class PolicyGradient(Algorithm):
         return estimate(
             table,
             args.advantage_estimator,
-            weights=[criterion.weight for criterion in rubric.criteria],
+            weights=rubric.weights(self.run.state),
             scale={True: "group", False: "none"}.get(args.scale_rewards, args.scale_rewards),
             by_criterion=self._by_criterion,
         )
