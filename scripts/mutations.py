@@ -22,6 +22,8 @@ TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS = "test_cpu_kernels.py"
+TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
+TEXTS = "test_rewards_texts.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -31,6 +33,17 @@ BETA = "test_policy_trainer.py::test_a_rollout_is_penalised_with_the_coefficient
 RLOO = "test_policy_trainer.py::test_rloo_s_advantages_by_hand"
 
 MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
+    # rubrics
+    ("rewards/rubric.py", "passed < least and", "passed <= least and", TERMS),
+    ("rewards/rubric.py", "for name in (criterion.name, *criterion.gates)", "for name in (criterion.name,)", TERMS),
+    ("rewards/rubric.py", "max(len(present) - 1, 1)", "len(present)", TERMS),
+    ("rewards/criterion.py", "return self.weight * float(np.interp(progress, at, factors))", "return self.weight", TERMS),
+    ("rewards/grading.py", "if known is None or key not in known}", "}", TERMS),
+    ("rewards/grading.py", "or criterion.per_group or not", "or not", TERMS),
+    ("stages/policy_gradient.py", "values = [terms.get(name)", "values = [completion.score.criteria.get(name)", TERMS_RUN),
+    ("rewards/failures.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failures.py"),
+    ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
+    ("rewards/texts.py", "if not rest or texts", "if True or texts", TEXTS),
     # native engine
     ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),
     ("rollout/drafts.py", "return drawn / (self._fixed + rows * width)", "return drawn", "test_drafts.py"),

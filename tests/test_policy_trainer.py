@@ -15,6 +15,8 @@ from transformers import TrainerCallback
 import tiny
 from burnish import CheckFailed, ConfigError, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from burnish.algorithms import register
+from burnish.objectives.advantages import per_criterion_advantages
+from burnish.rewards import Criterion, Rubric
 from burnish.rollout import Request
 from burnish.stages.policy_gradient import Record, estimate
 from burnish.types import Completion, Group
@@ -468,6 +470,36 @@ def test_rloo_s_advantages_by_hand(tmp_path: Path) -> None:
         for c, value in zip(group.completions, values, strict=True):
             others = (sum(values) - value) / (len(values) - 1)
             assert c.sequence["advantages"] == pytest.approx(value - others, abs=1e-9)
+
+
+def test_criteria_are_normalised_as_they_count(tmp_path: Path) -> None:
+    """With normalize_then_sum: values behind their gates, weights of the step."""
+
+    def places(completions: list[str], **columns: Any) -> list[float]:
+        return [float(i) for i in range(len(completions))]
+
+    def odd(completions: list[str], **columns: Any) -> list[float]:
+        return [float(i % 2) for i in range(len(completions))]
+
+    rubric = Rubric([
+        Criterion("places", places, per_group=True, requires=["odd"], schedule=[(0, 1), (1, 0)]),
+        Criterion("odd", odd, 0.5, per_group=True),
+    ])  # fmt: skip
+    trainer = grpo(
+        tmp_path, rewards=rubric, multi_objective_aggregation="normalize_then_sum", scale_rewards="none", max_steps=2
+    )
+    steps = recorded(trainer)
+    trainer.train()
+    for step, factor in zip(steps, (1.0, 0.5), strict=True):
+        sizes = [range(len(group.completions)) for group in step]
+        criteria = [
+            [[float(i if i % 2 else 0) for i in own] for own in sizes],
+            [[float(i % 2) for i in own] for own in sizes],
+        ]
+        totals = [[factor * a + 0.5 * b for a, b in zip(*rows, strict=True)] for rows in zip(*criteria, strict=True)]
+        expected = per_criterion_advantages(criteria, [factor, 0.5], totals)
+        for group, values in zip(step, expected, strict=True):
+            assert [c.sequence["advantages"] for c in group.completions] == pytest.approx(values)
 
 
 @pytest.mark.parametrize(("scale", "same"), [(True, "group"), (False, "none")])

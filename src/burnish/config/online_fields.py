@@ -147,6 +147,14 @@ class OnlineFields(CommonFields):
         REWARDS,
         fix="use a list of numbers, one per reward, or leave it out",
     )
+    max_failed_rewards: Fraction = own(
+        0.5,
+        "Largest fraction of the completions of the last 8 rollouts whose reward may fail before the run stops with a "
+        "report; 1 never stops it.",
+        REWARDS,
+        fix="use a fraction from 0 to 1",
+        resume="free",
+    )
     mask_truncated_completions: bool = own(
         False, "Exclude completions that reach max_completion_length from the loss.", REWARDS
     )

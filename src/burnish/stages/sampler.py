@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.errors import CheckFailed, EngineError
 from burnish.model.scoring import causal_lm
+from burnish.rewards.failures import FailureBound
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
 from burnish.rollout.engine import OverlappingEngine
@@ -59,6 +60,7 @@ class Sampler:
         """Groups whose samples are begun; None without max_staleness."""
         if stage.args.staleness_bound and isinstance(engine, OverlappingEngine):
             self.ahead = Lookahead(engine, self._requests, seed=stage.args.seed)
+        self._failures = FailureBound(stage.args.max_failed_rewards)
         self.rounds = 0
         """Rounds of sampling so far, of which a rollout may have several; part of the key of every random number."""
         self.lengths: dict[int, int] = {}
@@ -110,6 +112,8 @@ class Sampler:
         self._report(groups)
         self._note_lengths(groups)
         rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
+        scores = [c.score for group in groups for c in group.completions if c.score is not None]
+        self._failures.add((reward for row in rewards.values() for reward in row), [score.errors for score in scores])
         run.metrics.add_rewards(list(rewards.values()))
         known = [reward for row in rewards.values() for reward in row if reward is not None]
         if known and args.prompt_sampling == "curriculum":
