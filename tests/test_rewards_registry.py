@@ -37,6 +37,7 @@ def test_every_kind_builds() -> None:
     needed: dict[str, dict[str, Any]] = {
         "python": {"function": "math:prod"},
         "soft_overlong": {"max_completion_length": 8, "cache": 2},
+        "judge": {"rubric": "r", "model": "m", "base_url": "http://localhost/v1"},
         "length": {"most": 8},
         "regex": {"pattern": "a"},
     }

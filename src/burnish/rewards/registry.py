@@ -13,6 +13,7 @@ from burnish.errors import ConfigError, show
 from burnish.rewards.catalogue import get_repetition_penalty_reward
 from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
+from burnish.rewards.judge import llm_judge
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.texts import (
     diversity,
@@ -41,6 +42,7 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "exact": exact_answer,
     "format": format_tags,
     "gym": gym_answer,
+    "judge": llm_judge,
     "json": json_answer,
     "length": length_between,
     "math": math_answer,
@@ -138,6 +140,7 @@ def _check_type(where: str, value: Any, annotation: str) -> None:
         "int": (isinstance(value, int) and not isinstance(value, bool), "an integer"),
         "float": (number, "a number"),
         "Sequence[str]": (strings, "a list of strings"),
+        "Sequence[float]": (isinstance(value, list) and all(map(is_number, value)), "a list of numbers"),
         "Mapping[str, Any] | None": (isinstance(value, Mapping), "a table"),
         "str | None": (isinstance(value, str), "a string"),
     }[annotation]
