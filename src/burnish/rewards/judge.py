@@ -15,7 +15,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from burnish.errors import ConfigError, RewardError, show
 from burnish.rewards.criterion import RewardFunction
@@ -106,6 +106,63 @@ class _Endpoint:
         raise RewardError(f"the judge {self.model} at {self.url} gave {problem} (after {attempt + 1} requests)")
 
 
+_Ask: TypeAlias = Callable[[str, Callable[[str], float]], Awaitable[float]]
+"""Ask the model a text, and read its answer by a function, which raises ValueError or KeyError where it cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """What is asked of the model, and how its answers are read."""
+
+    endpoint: _Endpoint
+    rubric: str
+    low: float
+    high: float
+    compares: bool
+    needs_reference: bool
+    max_concurrency: int
+
+    async def values(self, cases: Sequence[tuple[str, str, Any]]) -> list[Any]:
+        """Return the value of each prompt, response and reference, or why there is none."""
+        slots = asyncio.Semaphore(self.max_concurrency)
+        async with importlib.import_module("httpx2").AsyncClient(timeout=None) as client:
+
+            async def ask(text: str, read: Callable[[str], float]) -> float:
+                async with slots:
+                    return await self.endpoint.ask(client, text, read)
+
+            async def contained(prompt: str, response: str, reference: Any) -> Any:
+                if self.needs_reference and reference is None:
+                    return None
+                try:
+                    return await self._value(ask, prompt, response, reference)
+                except RewardError as error:
+                    return error
+
+            return await asyncio.gather(*(contained(*case) for case in cases))
+
+    async def _value(self, ask: _Ask, prompt: str, response: str, reference: Any) -> float:
+        shared = {"rubric": self.rubric, "prompt": prompt, "mark": f"----{secrets.token_hex(8)}----"}
+        if self.compares:
+            orders = ((response, reference), (reference, response))
+            texts = [_COMPARE.format(first=first, second=second, **shared) for first, second in orders]
+            before, after = await asyncio.gather(*(ask(text, _read_verdict) for text in texts))
+            return (before + 1 - after) / 2
+        shown = "" if reference is None else f"Reference answer:\n{shared['mark']}\n{reference}\n{shared['mark']}\n"
+        text = _SCORE.format(response=response, reference=shown, low=self.low, high=self.high, **shared)
+        return await ask(text, self._read_score)
+
+    def _read_score(self, answer: str) -> float:
+        score = _last_object(answer)["score"]
+        if isinstance(score, bool) or not isinstance(score, int | float) or not self.low <= score <= self.high:
+            raise ValueError(f"score = {show(score)}, not a number from {self.low:g} to {self.high:g}")
+        return (score - self.low) / (self.high - self.low)
+
+
+def _read_verdict(answer: str) -> float:
+    return _VERDICTS[str(_last_object(answer)["better"])]
+
+
 def llm_judge(
     *,
     rubric: str,
@@ -157,46 +214,14 @@ def llm_judge(
     endpoint = _Endpoint(base_url.rstrip("/"), model, key_variable, max_tokens, request_seconds, num_retries)
     low, high = scale
 
-    def read_score(answer: str) -> float:
-        score = _last_object(answer)["score"]
-        if isinstance(score, bool) or not isinstance(score, int | float) or not low <= score <= high:
-            raise ValueError(f"score = {show(score)}, not a number from {low:g} to {high:g}")
-        return (score - low) / (high - low)
-
-    def read_verdict(answer: str) -> float:
-        return _VERDICTS[str(_last_object(answer)["better"])]
-
-    async def judged(ask: Callable[[str, Callable[[str], float]], Awaitable[float]], case: Sequence[Any]) -> Any:
-        prompt, response, reference = case
-        if reference_column is not None and reference is None:
-            return None
-        shared = {"rubric": rubric, "prompt": prompt, "mark": f"----{secrets.token_hex(8)}----"}
-        try:
-            if compare:
-                orders = ((response, reference), (reference, response))
-                texts = [_COMPARE.format(first=first, second=second, **shared) for first, second in orders]
-                before, after = await asyncio.gather(*(ask(text, read_verdict) for text in texts))
-                return (before + 1 - after) / 2
-            shown = "" if reference is None else f"Reference answer:\n{shared['mark']}\n{reference}\n{shared['mark']}\n"
-            text = _SCORE.format(response=response, reference=shown, low=low, high=high, **shared)
-            return await ask(text, read_score)
-        except RewardError as error:
-            return error
+    judge = _Judge(endpoint, rubric, low, high, compare, reference_column is not None, max_concurrency)
 
     async def llm_judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Any]:
         if reference_column is not None and reference_column not in columns:
             raise RewardError(f"llm_judge needs the column {reference_column!r}; the rows have: {', '.join(columns)}.")
         references = [None] * len(prompts) if reference_column is None else columns[reference_column]
-        texts = [(_as_text(prompt), completion_text(text)) for prompt, text in zip(prompts, completions, strict=True)]
-        slots = asyncio.Semaphore(max_concurrency)
-        async with importlib.import_module("httpx2").AsyncClient(timeout=None) as client:
-
-            async def ask(text: str, read: Callable[[str], float]) -> float:
-                async with slots:
-                    return await endpoint.ask(client, text, read)
-
-            cases = [(*pair, reference) for pair, reference in zip(texts, references, strict=True)]
-            return await asyncio.gather(*(judged(ask, case) for case in cases))
+        texts = zip(map(_as_text, prompts), map(completion_text, completions), references, strict=True)
+        return await judge.values(list(texts))
 
     return llm_judge
 
