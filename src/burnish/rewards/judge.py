@@ -206,20 +206,19 @@ def llm_judge(
         raise ConfigError(f"scale = {show(list(scale))} of llm_judge: use the lowest and the highest score.")
     if compare and reference_column is None:
         raise ConfigError("compare = True of llm_judge: name the reference_column to compare with.")
-    if max_concurrency < 1 or max_tokens < 1 or num_retries < 0 or not request_seconds > 0:
-        raise ConfigError(
-            f"max_concurrency = {max_concurrency!r}, max_tokens = {max_tokens!r}, num_retries = {num_retries!r}, "
-            f"request_seconds = {request_seconds!r} of llm_judge: use positive numbers (num_retries may be 0)."
-        )
+    bounds = {"max_concurrency": max_concurrency, "max_tokens": max_tokens, "request_seconds": request_seconds}
+    if bad := [f"{name} = {value!r}" for name, value in bounds.items() if not value > 0]:
+        raise ConfigError(f"{bad[0]} of llm_judge: use a positive number.")
+    if num_retries < 0:
+        raise ConfigError(f"num_retries = {num_retries!r} of llm_judge: use 0 or more.")
     endpoint = _Endpoint(base_url.rstrip("/"), model, key_variable, max_tokens, request_seconds, num_retries)
-    low, high = scale
 
-    judge = _Judge(endpoint, rubric, low, high, compare, reference_column is not None, max_concurrency)
+    judge = _Judge(endpoint, rubric, *scale, compare, reference_column is not None, max_concurrency)
 
     async def llm_judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Any]:
         if reference_column is not None and reference_column not in columns:
             raise RewardError(f"llm_judge needs the column {reference_column!r}; the rows have: {', '.join(columns)}.")
-        references = [None] * len(prompts) if reference_column is None else columns[reference_column]
+        references = columns.get(reference_column or "", [None] * len(prompts))
         texts = zip(map(_as_text, prompts), map(completion_text, completions), references, strict=True)
         return await judge.values(list(texts))
 
