@@ -213,7 +213,7 @@ def llm_judge(
         raise ConfigError(f"num_retries = {num_retries!r} of llm_judge: use 0 or more.")
     endpoint = _Endpoint(base_url.rstrip("/"), model, key_variable, max_tokens, request_seconds, num_retries)
 
-    judge = _Judge(endpoint, rubric, *scale, compare, reference_column is not None, max_concurrency)
+    judge = _Judge(endpoint, rubric, scale[0], scale[1], compare, reference_column is not None, max_concurrency)
 
     async def llm_judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Any]:
         if reference_column is not None and reference_column not in columns:
