@@ -12,6 +12,7 @@ from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
 from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
+from burnish.rewards.programs import code_answer, sql_answer
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.verifiers import (
     exact_answer,
@@ -25,6 +26,7 @@ __all__ = ["CRITERIA", "rubric_from_config"]
 
 
 CRITERIA: dict[str, Callable[..., RewardFunction]] = {
+    "code": code_answer,
     "exact": exact_answer,
     "format": format_tags,
     "gym": gym_answer,
@@ -32,10 +34,11 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "numeric": numeric_answer,
     "python": python_function,
     "soft_overlong": soft_overlong,
+    "sql": sql_answer,
 }
 """`kind` in run files -> factory of the reward function."""
 
-_NOT_IN_FILES = frozenset({"folder", "pool"})
+_NOT_IN_FILES = frozenset({"folder", "pool", "sandbox"})
 
 
 _LARGEST_WEIGHT = 1e100

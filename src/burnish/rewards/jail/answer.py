@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import operator
+import os
 import sys
 import threading
 import traceback
@@ -18,14 +19,16 @@ from .wire import Lost, decode, encode, receive, send
 __all__ = ["OPERATIONS", "prepare_streams", "run_program", "serve_calls"]
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "call": lambda function, *arguments, **named: function(*arguments, **named),
+    "call": lambda function, /, *arguments, **named: function(*arguments, **named),
     "delattr": delattr,
     "enter": lambda value: type(value).__enter__(value),
     "exit": lambda value: type(value).__exit__(value, None, None, None),
     "getattr": getattr,
     "isinstance": lambda kind, value: isinstance(value, kind),
     "setattr": setattr,
-    **{name: getattr(builtins, name) for name in ("abs", "bool", "float", "hash", "int", "iter", "len", "next", "repr")},
+    **{
+        name: getattr(builtins, name) for name in ("abs", "bool", "float", "hash", "int", "iter", "len", "next", "repr")
+    },
     **{name: getattr(builtins, name) for name in ("reversed", "round", "str")},
     **{name: getattr(operator, name) for name in ("delitem", "getitem", "index", "neg", "pos", "setitem")},
     **{name: getattr(operator, name) for name in ("eq", "ge", "gt", "le", "lt", "ne")},
@@ -40,9 +43,9 @@ _LONGEST_TEXT = 2000
 
 def prepare_streams() -> None:
     """Replace the standard streams by descriptors 0 to 2."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def run_program(source: str) -> int:
@@ -52,7 +55,7 @@ def run_program(source: str) -> int:
         _execute(source)
     except SystemExit as error:
         if error.code is not None and not isinstance(error.code, int):
-            print(error.code, file=sys.stderr)
+            sys.stderr.write(f"{error.code}\n")
         status = error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         _print_error()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ from typing import Any
 
 from . import kernel
 
-__all__ = ["DEVICES", "FOLDER", "INNER_USER", "enter_user", "main"]
+__all__ = ["DEVICES", "FOLDER", "INNER_USER", "enter_user", "main", "readable"]
 
 INNER_USER = 1000
 """User and group of everything inside; never 0, whose processes no limit counts."""
@@ -109,10 +110,12 @@ def _bind(source: str, path: str, *, writable: bool) -> None:
     kernel.make_readonly(path, writable=writable)
 
 
-def become_inner_user() -> None:
-    """Leave user 0 of the namespace, if that is who this is, with its capabilities."""
+def become_inner_user(folder: str | None) -> None:
+    """Leave user 0 of the namespace, if that is who this is, with its capabilities and its folder."""
     kernel.keep_capabilities()
     if os.geteuid() == 0:
+        if folder is not None:
+            os.chown(folder, INNER_USER, INNER_USER)
         os.setgroups([])
         os.setresgid(INNER_USER, INNER_USER, INNER_USER)
         os.setresuid(INNER_USER, INNER_USER, INNER_USER)
@@ -123,37 +126,52 @@ def _enter_namespaces(spec: dict[str, Any]) -> None:
     enter_user()
     kernel.unshare(_SEPARATE)
     _build_root(spec["view"], spec["folder"])
-    become_inner_user()
-    child = os.fork()
-    if child:
-        os.closerange(0, 2)
-        _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    become_inner_user(spec["folder"])
+    if os.fork():
+        _wait_outside()
     kernel.die_with_parent()
     os.setsid()
+
+
+def _wait_outside() -> None:
+    """Wait for the isolated process and pass on its exit status; its streams end with it, not with this process."""
+    os.closerange(0, 2)
+    _, status = os.wait()
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def readable(spec: dict[str, Any]) -> list[str]:
+    """List what Landlock lets be read: without a mount namespace, only the view and harmless devices."""
+    return ["/"] if spec["level"] != "landlock" else [*spec["view"], *(f"/dev/{name}" for name in DEVICES)]
 
 
 def main() -> None:
     """Isolate this process as its argument, a JSON object, says."""
     spec: dict[str, Any] = json.loads(sys.argv[1])
-    if spec.get("bubblewrap"):  # as superuser, so that the namespace maps two users
-        enter_user()
+    if spec.get("bubblewrap"):
+        if os.geteuid() == 0:  # it cannot make a namespace of two users
+            enter_user()
+        # It dies with the thread that started it, so that is never one of the trainer's.
+        if os.fork():
+            _wait_outside()
         os.execv(spec["bubblewrap"][0], spec["bubblewrap"])
     if spec["level"] == "namespaces":
         _enter_namespaces(spec)
     elif spec["level"] == "bubblewrap":
-        become_inner_user()
+        become_inner_user(spec["folder"])
     if spec["command"] is None:
         from .zygote import serve
 
         serve(spec)
         return
     os.chdir(spec["folder"])
+    with contextlib.suppress(PermissionError):  # it may lead its session already
+        os.setsid()
     has_namespaces = spec["level"] in ("bubblewrap", "namespaces")
     if has_namespaces:
         resource.setrlimit(resource.RLIMIT_NPROC, (spec["processes"], spec["processes"]))
     kernel.drop_capabilities()
-    kernel.lock_files([*spec["view"], "/dev"], [spec["folder"], "/dev/null"])
+    kernel.lock_files(readable(spec), [spec["folder"], "/dev/null"])
     kernel.forbid_privileges()
     kernel.filter_calls(bytes.fromhex(spec["filter"]))
     os.execv(spec["command"][0], spec["command"])

@@ -7,6 +7,7 @@ data of the test is refused. So patched builtins, `__eq__` methods, exits and fo
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import secrets
@@ -39,10 +40,15 @@ def judge(job: dict[str, Any], channel: socket, *, inside: bool) -> dict[str, An
         if "failed" in first:
             return {"end": "error", "results": results, "note": str(first["failed"])[:_LONGEST_NOTE]}
         side = _Side(channel)
-        scope = {} if inside else side.scope(first)
-        run = _run_inside(channel) if inside else lambda code: exec(code, scope)
-        if job["setup"]:
-            run(compile(job["setup"], "<setup>", "exec", dont_inherit=True) if not inside else job["setup"])
+        scope = {} if inside else side.scope(first, _modules_used([job["setup"], *job["tests"]]))
+        run = _run_inside(channel)
+        if job["setup"] and not inside:
+            try:
+                exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), scope)
+            except (ImportError, SyntaxError) as error:  # the data set's fault
+                return {"end": "setup", "results": results, "note": f"{type(error).__name__}: {error}"[:_LONGEST_NOTE]}
+        elif job["setup"]:
+            run(job["setup"])
     except (Exception, SystemExit) as error:
         return {"end": "error", "results": results, "note": f"{type(error).__name__}: {error}"[:_LONGEST_NOTE]}
     for i, test in enumerate(job["tests"]):
@@ -57,7 +63,7 @@ def judge(job: dict[str, Any], channel: socket, *, inside: bool) -> dict[str, An
     return {"end": "ok", "results": results, "note": note}
 
 
-def _run_inside(channel: socket) -> Callable[[Any], None]:
+def _run_inside(channel: socket) -> Callable[[str], None]:
     def run(code: str) -> None:
         token = secrets.token_hex(16)
         send(channel, {"test": code, "token": token})
@@ -76,15 +82,15 @@ class _Side:
         self.functions: list[Callable[..., Any]] = []
         self.errors: dict[tuple[str, ...], type[Exception]] = {}
 
-    def scope(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Namespace of the tests: what the answer defines, but for names of builtins, which stay Python's own."""
+    def scope(self, message: dict[str, Any], modules: set[str]) -> dict[str, Any]:
+        """Namespace of the tests: what the answer defines, but for names of builtins and of modules that tests use."""
         names = message.get("names")
         if not isinstance(names, dict):
             raise Lost("the answer's names are missing")
         scope: dict[str, Any] = {"__name__": "__main__", "__builtins__": builtins}
         for name, value in names.items():
             if not hasattr(builtins, name) and not name.startswith("__"):
-                scope[name] = importlib.import_module(name) if name in _LIBRARY else decode(value, self.handle)
+                scope[name] = importlib.import_module(name) if name in modules else decode(value, self.handle)
         return scope
 
     def opaque(self, value: Any) -> dict[str, Any]:
@@ -119,7 +125,7 @@ class _Side:
         self.errors[key] = self.errors.get(key) or type(names[0] if names else "Error", (base,), {})
         return self.errors[key]
 
-    def ask(self, operation: str, *arguments: Any, **named: Any) -> Any:
+    def ask(self, operation: str, /, *arguments: Any, **named: Any) -> Any:
         """Have the answer's process apply an operation; serves its calls of functions of the tests meanwhile."""
         sent = [encode(value, self.opaque) for value in arguments]
         named = {name: encode(value, self.opaque) for name, value in named.items()}
@@ -145,7 +151,16 @@ class _Side:
             return {"error": f"{type(error).__name__}: {error}"}
 
 
-_LIBRARY = frozenset(sys.stdlib_module_names)
+def _modules_used(codes: list[str]) -> set[str]:
+    """Find the modules of the standard library that code reads attributes of and never calls."""
+    attributes, called = set[str](), set[str]()
+    for code in codes:
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                attributes.add(node.value.id)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                called.add(node.func.id)
+    return (attributes - called) & sys.stdlib_module_names
 
 
 def _replace(mine: Any, theirs: Any) -> None:
@@ -208,5 +223,5 @@ class Proxy(_OPERATORS):
     def __instancecheck__(self, value: Any) -> bool:
         return isinstance(value, Proxy) and bool(_ask(self, "isinstance", value))
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **named: Any) -> Any:
         return object.__getattribute__(self, "_side").ask("call", self, *arguments, **named)

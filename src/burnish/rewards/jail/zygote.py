@@ -4,7 +4,7 @@ It never reads a program, nor what one writes: those are files whose descriptors
 traces of another in memory that it inherits.
 
 A request is one JSON object with descriptors of the program, its input, its two outputs and, to judge tests, the tests.
-The reply is one line of JSON: `{"end", "code", "results", "note"}`, or `{"broken": reason}` if the sandbox itself failed.
+The reply is one line of JSON: `{"end", "code", "results", "note"}`, or `{"broken": reason}` if the sandbox failed.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from typing import Any
 
 from . import kernel
 from .answer import prepare_streams, run_program, serve_calls
+from .entry import readable
 from .judge import judge
 
 __all__ = ["serve"]
 
 # Modules that programs often import: loaded once, shared by all runs.
 _WARM = (
-    "abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime decimal "
-    "enum fractions functools hashlib heapq io itertools json math numbers operator os random re statistics string "
-    "struct sys textwrap time traceback types typing unicodedata"
+    "abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy dataclasses datetime "
+    "decimal enum fractions functools hashlib heapq io itertools json math numbers operator os random re statistics "
+    "string struct sys textwrap time traceback types typing unicodedata"
 )
 _PER_RUN = kernel.NEW_MOUNTS | kernel.NEW_PIDS | kernel.NEW_IPC
 _NOSUID, _NODEV = 2, 4
@@ -56,7 +57,9 @@ def serve(spec: dict[str, Any]) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
-    control.sendall(json.dumps({"landlock": kernel.landlock_version() if spec["level"] != "none" else 0}).encode() + b"\n")
+    control.sendall(
+        json.dumps({"landlock": kernel.landlock_version() if spec["level"] != "none" else 0}).encode() + b"\n"
+    )
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 8)
         if not data:
@@ -127,7 +130,7 @@ def _supervise(spec: dict[str, Any], request: dict[str, Any], descriptors: list[
     os.environ.update(HOME=folder, TMPDIR=folder)
     if spec["level"] != "none":
         kernel.drop_capabilities()
-        kernel.lock_files(["/"] if has_namespaces else [*spec["view"], "/dev"], [folder, "/dev/null"])
+        kernel.lock_files(readable(spec), [folder, "/dev/null"])
         kernel.forbid_privileges()
     ours, theirs = socket.socketpair()
     child = os.fork()
@@ -200,6 +203,9 @@ def _become_program(spec: dict[str, Any], request: dict[str, Any], descriptors: 
         if spec["level"] != "none":
             # The zygote, the supervisor, and two of the process that waits outside count too.
             resource.setrlimit(resource.RLIMIT_NPROC, (request["processes"] + 4,) * 2)
+            if spec["level"] == "landlock":
+                # A layer of its own, so that it cannot open the supervisor's files through /proc.
+                kernel.lock_files(readable(spec), [request["folder"], "/dev/null"])
             kernel.filter_calls(bytes.fromhex(spec["filter"]))
         prepare_streams()
         gc.enable()

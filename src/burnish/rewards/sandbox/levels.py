@@ -16,7 +16,15 @@ from burnish.errors import ConfigError
 from burnish.rewards.jail.entry import DEVICES, FOLDER, INNER_USER
 from burnish.rewards.jail.filters import build_filter
 
-__all__ = ["ISOLATIONS", "LEVELS", "check_isolation", "clean_environment", "interpreter_view", "jailed_command", "worker_view"]
+__all__ = [
+    "ISOLATIONS",
+    "LEVELS",
+    "check_isolation",
+    "clean_environment",
+    "interpreter_view",
+    "jailed_command",
+    "worker_view",
+]
 
 LEVELS = ("bubblewrap", "namespaces", "landlock")
 """Levels of isolation, in the order in which `isolation = "auto"` tries them."""
@@ -60,11 +68,11 @@ def interpreter_view() -> list[str]:
 
 
 def worker_view() -> list[str]:
-    """List the paths that a worker needs: the interpreter's, this package, and where the graders' packages are."""
+    """List the paths that a worker needs: the interpreter's, and where this and the graders' packages are."""
     view = interpreter_view()
     found = [spec for name in _GRADERS if (spec := importlib.util.find_spec(name)) and spec.origin]
     homes = [str(Path(str(spec.origin)).parents[1]) for spec in found]
-    return _outermost([*view, str(_REWARDS.parent), *homes])
+    return _outermost([*view, str(_REWARDS.parents[1]), *homes])
 
 
 def _outermost(paths: Sequence[str]) -> list[str]:
@@ -107,8 +115,7 @@ def jailed_command(
     if level != "bubblewrap":
         return inner
     outer = [*_bubblewrap(view, folder), "--", *inner]
-    # The superuser needs a namespace of two users, which bubblewrap cannot make.
-    return outer if os.geteuid() else [*start, json.dumps({"bubblewrap": outer}), str(_REWARDS)]
+    return [*start, json.dumps({"bubblewrap": outer}), str(_REWARDS)]
 
 
 def _bubblewrap(view: Sequence[str], folder: str | None) -> list[str]:
@@ -118,7 +125,7 @@ def _bubblewrap(view: Sequence[str], folder: str | None) -> list[str]:
     arguments = [shutil.which("bwrap") or "bwrap", *user, *(f"--unshare-{name}" for name in separate), *capabilities]
     arguments += ["--die-with-parent", "--new-session"]
     # Bubblewrap makes parents that only user 0 can enter.
-    parents = {str(parent) for path in (*view, folder or "/") for parent in Path(path).parents} - {"/"}
+    parents = {str(parent) for path in (*view, folder or "/", "/dev/null") for parent in Path(path).parents} - {"/"}
     for path in sorted(parents):
         arguments += ["--perms", "0755", "--dir", path]
     for path in view:

@@ -9,7 +9,7 @@ import os
 import queue
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from burnish.errors import ConfigError
 from burnish.rewards.sandbox.levels import check_isolation

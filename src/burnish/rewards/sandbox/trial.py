@@ -75,8 +75,9 @@ def trial(level: str) -> str | None:
     with tempfile.TemporaryDirectory(prefix="burnish-") as folder, socket.create_server(("127.0.0.1", 0)) as server:
         file = Path(folder) / "secret"
         file.write_text("secret")
+        variables = os.environ.keys() - clean_environment("").keys() - {"PWD", "LC_CTYPE"}  # those that shells set
         task = {
-            "file": str(file), "variables": sorted(os.environ.keys() - clean_environment("").keys() - {"PWD", "LC_CTYPE"}),
+            "file": str(file), "variables": sorted(variables),
             "port": server.getsockname()[1], "pid": os.getpid(), "processes": _PROCESSES,
             "namespaces": level != "landlock",
         }  # fmt: skip
@@ -115,7 +116,7 @@ def find_level(isolation: str) -> str:
                 return level
             reasons.append(f"{level}: {reason}")
     raise ConfigError(
-        f"isolation = {isolation!r}: model-written code cannot be isolated on this machine ({'; '.join(reasons)[:1200]})."
-        " Install bubblewrap, allow user namespaces, or use Linux 6.12 with Landlock. To run it with all rights of this "
-        'process, set isolation = "none".'
+        f"isolation = {isolation!r}: model-written code cannot be isolated on this machine "
+        f"({'; '.join(reasons)[:1200]}). Install bubblewrap, allow user namespaces, or use Linux 6.12 with Landlock. "
+        'To run it with all rights of this process, set isolation = "none".'
     )

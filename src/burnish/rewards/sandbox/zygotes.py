@@ -108,7 +108,9 @@ class Zygote:
             files = [_file(stack, text) for text in texts]
             folder = FOLDER
             if self.level in ("landlock", "none"):
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="burnish-", ignore_cleanup_errors=True))
+                folder = tempfile.mkdtemp(prefix="burnish-")
+                # Not shutil.rmtree, which recurses, so that a run could make it fail.
+                stack.callback(subprocess.run, ["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
             request = asdict(limits) | {"judge": judge, "folder": folder}
             try:
                 socket.send_fds(self._control, [json.dumps(request).encode()], files)
@@ -163,7 +165,7 @@ def _file(stack: contextlib.ExitStack, text: str | None) -> int:
         descriptor = os.memfd_create("run")
         stack.callback(os.close, descriptor)
     else:
-        descriptor = stack.enter_context(tempfile.TemporaryFile()).fileno()
+        descriptor = stack.enter_context(tempfile.TemporaryFile()).fileno()  # noqa: SIM115
     while data:
         data = data[os.write(descriptor, data) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
