@@ -32,7 +32,7 @@ ATTACKS = {
     "file flood": "n = 0\ntry:\n    while True:\n        n += open(f'f{n}', 'wb').write(bytes(1 << 20))\nexcept OSError:\n    pass\nif n > 40 << 20: print('ESCAPED')",
     "one large file": "attempt(lambda: open('big', 'wb').truncate(1 << 40))",
     "many files": "n = 0\ntry:\n    while n < 20000:\n        open(f'f{n}', 'w').close()\n        n += 1\nexcept OSError:\n    pass\nif n > 10000: print('ESCAPED')",
-    "deep folders": "for _ in range(5000):\n    try:\n        os.mkdir('d'); os.chdir('d')\n    except OSError: break",
+    "deep folders": "for _ in range(1200):\n    try:\n        os.mkdir('d'); os.chdir('d')\n    except OSError: break",
     "reads a secret": "attempt(lambda: print(open(HOST['secret']).read()))",
     "reads the password file": "attempt(lambda: print(open('/etc/shadow').read()))",
     "lists a home": "attempt(lambda: os.listdir(os.path.expanduser('~root')) and not os.environ['HOME'].startswith('/root') and False)\nattempt(lambda: os.listdir(HOST['folder']))",

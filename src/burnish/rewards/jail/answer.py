@@ -61,7 +61,7 @@ def run_program(source: str) -> int:
         _print_error()
         status = 1
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - waits for threads, as the interpreter does
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

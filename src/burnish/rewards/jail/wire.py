@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 __all__ = ["Lost", "Opaque", "decode", "encode", "receive", "send"]
 
@@ -71,12 +71,13 @@ def encode(value: Any, opaque: Opaque) -> Any:
     """
     if value is None or type(value) in (bool, str, float):
         return value
-    for kind in (str, int, float, complex):
-        if isinstance(value, kind):
-            plain = kind.__str__(value) if kind is str else kind.__add__(value, kind(0))
-            if kind is complex:
-                return {"t": "complex", "v": [plain.real, plain.imag]}
-            return plain if kind is not int or -_SMALL < plain < _SMALL else {"t": "int", "v": hex(plain)}
+    if isinstance(value, int):
+        number = int.__add__(value, 0)
+        return number if -_SMALL < number < _SMALL else {"t": "int", "v": hex(number)}
+    if isinstance(value, str | float):
+        return str.__str__(value) if isinstance(value, str) else float.__add__(value, 0.0)
+    if isinstance(value, complex):
+        return {"t": "complex", "v": [value.real, value.imag]}
     if isinstance(value, dict):
         return {"t": "dict", "v": [[encode(k, opaque), encode(v, opaque)] for k, v in dict.items(value)]}
     if isinstance(value, range):
@@ -104,7 +105,7 @@ def decode(value: Any, handle: Callable[[dict[str, Any]], Any]) -> Any:
         if isinstance(value, list):
             raise Lost("a bare list is not a value")
         return value
-    name, content = value.get("t"), value.get("v")
+    name, content = value.get("t"), cast("Any", value.get("v"))
     try:
         if name == "int":
             return int(content, 16)

@@ -84,7 +84,7 @@ class Zygote:
         try:
             self._process = subprocess.Popen(
                 jailed_command(level, view=interpreter_view()),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 cwd="/",
