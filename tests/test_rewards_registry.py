@@ -45,7 +45,7 @@ def test_every_kind_builds() -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ({"kind": "maht"}, r"rubric\[0\]\.kind = 'maht': did you mean 'math'\? Use one of: exact, format"),
+        ({"kind": "maht"}, r"rubric\[0\]\.kind = 'maht': did you mean 'math'\? Use one of: code, exact, format"),
         ({"weight": 1}, "kind = None"),
         ({"kind": "math", "timeout": 3}, r"rubric\[0\]\.timeout = 3 .* did you mean 'timeout_seconds'"),
         ({"kind": "math", "pool": 3}, "pool = 3 is not an option"),

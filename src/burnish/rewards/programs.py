@@ -65,23 +65,9 @@ def code_answer(
     options = _Options("code_answer", timeout_seconds, memory_mib, failures, isolation, sandbox)
 
     def grade_one(answer: str, row: Row) -> float:
-        tests = _tests(row[column], column)
-        if isinstance(tests[0], str):
-            setup = str(row.get(setup_column) or "") if setup_column else ""
-            codes = cast("list[str]", tests)
-            run = options.box.judge(answer, codes, setup=setup, inside=same_process, limits=options.limits)
-            if run.end == "setup":
-                raise RewardError(f"the tests cannot be set up: {run.note}")
-            results = options.checked(run).results
-        else:
-            results = []
-            for given, expected in tests:
-                run = options.checked(options.box.run(answer, given, limits=options.limits))
-                results.append(int(run.end == "ok" and _lines(run.stdout) == _lines(expected)))
-                if not results[-1] and not partial_credit:
-                    break
-        passed = sum(results) / len(tests)
-        return passed if partial_credit else float(passed == 1.0)
+        setup = str(row.get(setup_column) or "") if setup_column else ""
+        results = options.results(answer, _tests(row[column], column), setup, same_process, not partial_credit)
+        return sum(results) / len(results) if partial_credit else float(all(results))
 
     def gold(row: Row) -> list[str]:
         return [str(row[solution_column])] if solution_column and row.get(solution_column) else []
@@ -163,6 +149,24 @@ class _Options:
     def limits(self) -> Limits:
         cpu = max(1, round(self.timeout_seconds))
         return Limits(wall_seconds=self.timeout_seconds, cpu_seconds=cpu, memory_bytes=self.memory_mib << 20)
+
+    def results(
+        self, answer: str, tests: list[str] | list[tuple[str, str]], setup: str, same_process: bool, stops: bool
+    ) -> list[int]:
+        """Run tests, and return 1 or 0 for each; `stops` allows to skip the rest after a failure."""
+        if isinstance(tests[0], str):
+            codes = cast("list[str]", tests)
+            run = self.box.judge(answer, codes, setup=setup, inside=same_process, limits=self.limits)
+            if run.end == "setup":
+                raise RewardError(f"the tests cannot be set up: {run.note}")
+            return self.checked(run).results or [0] * len(tests)
+        results = [0] * len(tests)
+        for i, (given, expected) in enumerate(tests):
+            run = self.checked(self.box.run(answer, given, limits=self.limits))
+            results[i] = int(run.end == "ok" and _lines(run.stdout) == _lines(expected))
+            if stops and not results[i]:
+                break
+        return results
 
     def checked(self, run: Run) -> Run:
         if run.end in _FAILED and self.failures == "exclude":

@@ -58,7 +58,10 @@ def run_program(source: str) -> int:
             sys.stderr.write(f"{error.code}\n")
         status = error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
-        _print_error()
+        kind, error, frames = sys.exc_info()
+        while frames is not None and frames.tb_frame.f_code.co_filename != "<answer>":
+            frames = frames.tb_next
+        traceback.print_exception(kind, error, frames, limit=-20)
         status = 1
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - waits for threads, as the interpreter does
     atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
@@ -76,13 +79,6 @@ def _execute(source: str) -> dict[str, Any]:
     code = compile(source, "<answer>", "exec", dont_inherit=True)
     exec(code, main.__dict__)
     return main.__dict__
-
-
-def _print_error() -> None:
-    kind, error, frames = sys.exc_info()
-    while frames is not None and frames.tb_frame.f_code.co_filename != "<answer>":
-        frames = frames.tb_next
-    traceback.print_exception(kind, error, frames, limit=-20)
 
 
 class _Server:
@@ -157,19 +153,15 @@ def serve_calls(source: str, channel: socket) -> None:
         except Lost:
             return
         if "test" in request:
-            send(channel, _inside(request, names))
+            # In the answer's own process; the token goes back only after the last statement.
+            try:
+                exec(compile(request["test"], "<test>", "exec", dont_inherit=True), names)
+                send(channel, {"token": request["token"]})
+            except BaseException as error:
+                send(channel, {"error": f"{type(error).__name__}: {_text(error)}"})
             continue
         try:
             reply = server.reply(request)
         except BaseException as error:
             reply = {"raised": ["TypeError", "Exception"], "text": _text(error)}
         send(channel, reply)
-
-
-def _inside(request: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
-    """Run a test in the answer's own process; the token comes back only after its last statement."""
-    try:
-        exec(compile(request["test"], "<test>", "exec", dont_inherit=True), names)
-    except BaseException as error:
-        return {"error": f"{type(error).__name__}: {_text(error)}"}
-    return {"token": request["token"]}

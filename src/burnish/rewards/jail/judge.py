@@ -41,20 +41,19 @@ def judge(job: dict[str, Any], channel: socket, *, inside: bool) -> dict[str, An
             return {"end": "error", "results": results, "note": str(first["failed"])[:_LONGEST_NOTE]}
         side = _Side(channel)
         scope = {} if inside else side.scope(first, _modules_used([job["setup"], *job["tests"]]))
-        run = _run_inside(channel)
         if job["setup"] and not inside:
             try:
                 exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), scope)
             except (ImportError, SyntaxError) as error:  # the data set's fault
                 return {"end": "setup", "results": results, "note": f"{type(error).__name__}: {error}"[:_LONGEST_NOTE]}
         elif job["setup"]:
-            run(job["setup"])
+            _run_inside(channel, job["setup"])
     except (Exception, SystemExit) as error:
         return {"end": "error", "results": results, "note": f"{type(error).__name__}: {error}"[:_LONGEST_NOTE]}
     for i, test in enumerate(job["tests"]):
         try:
             if inside:
-                run(test)
+                _run_inside(channel, test)
             else:
                 exec(compile(test, "<test>", "exec", dont_inherit=True), dict(scope))
             results[i] = 1
@@ -63,15 +62,12 @@ def judge(job: dict[str, Any], channel: socket, *, inside: bool) -> dict[str, An
     return {"end": "ok", "results": results, "note": note}
 
 
-def _run_inside(channel: socket) -> Callable[[str], None]:
-    def run(code: str) -> None:
-        token = secrets.token_hex(16)
-        send(channel, {"test": code, "token": token})
-        reply = receive(channel)
-        if reply.get("token") != token:
-            raise AssertionError(str(reply.get("error", "no token")))
-
-    return run
+def _run_inside(channel: socket, code: str) -> None:
+    token = secrets.token_hex(16)
+    send(channel, {"test": code, "token": token})
+    reply = receive(channel)
+    if reply.get("token") != token:
+        raise AssertionError(str(reply.get("error", "no token")))
 
 
 class _Side:

@@ -45,6 +45,10 @@ _LARGEST_REPORT_BYTES = 1 << 20
 class _Overdue(BaseException):
     """Time limit of a run, raised in its supervisor."""
 
+    @classmethod
+    def ring(cls, *_: object) -> None:
+        raise cls
+
 
 def serve(spec: dict[str, Any]) -> None:
     """Serve runs until the other end of descriptor 0 closes."""
@@ -142,13 +146,17 @@ def _supervise(spec: dict[str, Any], request: dict[str, Any], descriptors: list[
         resource.setrlimit(resource.RLIMIT_AS, (request["memory_bytes"],) * 2)
     if has_namespaces:  # its signals end a run without namespaces
         kernel.filter_calls(bytes.fromhex(spec["filter"]))
-    signal.signal(signal.SIGALRM, _raise_overdue)
+    signal.signal(signal.SIGALRM, _Overdue.ring)
     signal.setitimer(signal.ITIMER_REAL, request["wall_seconds"], 0.05)
     try:
         if request["judge"]:
             # Read only now, so that the answer's process has never held the tests.
-            return judge(_read_all(descriptors[4]), ours, inside=request["judge"] == "inside")
-        return _end_of(os.waitpid(child, 0)[1])
+            with os.fdopen(descriptors[4], "rb", closefd=False) as file:
+                job = json.load(file)
+            return judge(job, ours, inside=request["judge"] == "inside")
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        end = "timeout" if code == -signal.SIGXCPU else "crash" if code < 0 else "error" if code else "ok"
+        return {"end": end, "code": code}
     except _Overdue:
         return {"end": "timeout"}
     finally:
@@ -157,23 +165,6 @@ def _supervise(spec: dict[str, Any], request: dict[str, Any], descriptors: list[
             os.kill(child, signal.SIGKILL)
         with contextlib.suppress(OSError):
             os.killpg(child, signal.SIGKILL)
-
-
-def _raise_overdue(*_: object) -> None:
-    raise _Overdue
-
-
-def _end_of(status: int) -> dict[str, Any]:
-    code = os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGXCPU:
-        return {"end": "timeout", "code": code}
-    return {"end": "ok" if code == 0 else "error" if code > 0 else "crash", "code": code}
-
-
-def _read_all(descriptor: int) -> dict[str, Any]:
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(0)
-        return json.load(file)
 
 
 def _become_program(spec: dict[str, Any], request: dict[str, Any], descriptors: list[int], channel: int) -> None:

@@ -10,6 +10,7 @@ import shutil
 import site
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from burnish.errors import ConfigError
@@ -70,8 +71,9 @@ def interpreter_view() -> list[str]:
 def worker_view() -> list[str]:
     """List the paths that a worker needs: the interpreter's, and where this and the graders' packages are."""
     view = interpreter_view()
-    found = [spec for name in _GRADERS if (spec := importlib.util.find_spec(name)) and spec.origin]
-    homes = [str(Path(str(spec.origin)).parents[1]) for spec in found]
+    # By path first: what this process has imported may be another one than a worker would.
+    specs = [PathFinder.find_spec(name) or importlib.util.find_spec(name) for name in _GRADERS]
+    homes = [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin is not None]
     return _outermost([*view, str(_REWARDS.parents[1]), *homes])
 
 
