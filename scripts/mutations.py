@@ -93,7 +93,6 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/settled.py", "{**call.keywords, **options}", "{**options, **call.keywords}", SETTLED),
     # sandbox
     ("rewards/jail/zygote.py", "_PER_RUN = kernel.NEW_MOUNTS | kernel.NEW_PIDS", "_PER_RUN = kernel.NEW_MOUNTS", SANDBOX),
-    ("rewards/jail/zygote.py", "os.close(control.detach())", "control.detach()", SANDBOX),
     ("rewards/jail/zygote.py", "        options = f\"size={request['file_bytes']},nr_inodes", "        options = f\"nr_inodes", SANDBOX),
     ("rewards/jail/zygote.py", "            resource.RLIMIT_AS: request[\"memory_bytes\"],\n", "", SANDBOX),
     ("rewards/jail/zygote.py", "resource.setrlimit(resource.RLIMIT_NPROC,", "(", SANDBOX),

@@ -29,7 +29,7 @@ ATTACKS = {
     "output flood": "while True: print('x' * 100000)",
     "error flood": "while True: print('x' * 100000, file=sys.stderr)",
     "output by truncation": "attempt(lambda: os.ftruncate(1, 1 << 40))",
-    "file flood": "n = 0\ntry:\n    while True:\n        n += open(f'f{n}', 'wb').write(bytes(1 << 20))\nexcept OSError:\n    pass\nif n > 40 << 20: print('ESCAPED')",
+    "file flood": "n = 0\ntry:\n    while n < 60 << 20:\n        n += open(f'f{n}', 'wb').write(bytes(1 << 20))\nexcept OSError:\n    pass\nif n > 40 << 20: print('ESCAPED')",
     "one large file": "attempt(lambda: open('big', 'wb').truncate(1 << 40))",
     "many files": "n = 0\ntry:\n    while n < 20000:\n        open(f'f{n}', 'w').close()\n        n += 1\nexcept OSError:\n    pass\nif n > 10000: print('ESCAPED')",
     "deep folders": "for _ in range(1200):\n    try:\n        os.mkdir('d'); os.chdir('d')\n    except OSError: break",

@@ -112,8 +112,8 @@ def _bind(source: str, path: str, *, writable: bool) -> None:
 
 def become_inner_user(folder: str | None) -> None:
     """Leave user 0 of the namespace, if that is who this is, with its capabilities and its folder."""
-    kernel.keep_capabilities()
     if os.geteuid() == 0:
+        kernel.keep_capabilities()
         if folder is not None:
             os.chown(folder, INNER_USER, INNER_USER)
         os.setgroups([])
