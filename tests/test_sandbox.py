@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,28 @@ def test_nothing_runs_without_isolation_unless_told_to(monkeypatch: pytest.Monke
 def test_the_trial_sees_a_level_that_does_not_hold(monkeypatch: pytest.MonkeyPatch, best: Sandbox) -> None:
     monkeypatch.setattr("burnish.rewards.sandbox.levels._filter", lambda has_namespaces: "06000000" + "0000ff7f")
     assert "namespace" in str(trials.trial(best.level)) or "starts processes" in str(trials.trial(best.level))
+
+
+def test_each_layer_stands_without_the_others(box: Sandbox) -> None:
+    if box.level == "landlock":
+        pytest.skip("it has no namespaces")
+    before = descendants()
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(box.run, "import time; time.sleep(1)")
+        time.sleep(0.5)
+        [innermost] = [pid for pid in descendants() if not children(pid) and pid not in before]
+        names = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+        ours, theirs = ({name: os.readlink(f"/proc/{pid}/ns/{name}") for name in names} for pid in ("self", innermost))
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{innermost}/status").read_text().splitlines())
+        assert run.result().end == "ok"
+    assert [name for name in names if ours[name] == theirs[name]] == []
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {0}
+    assert "0" not in status["Uid"].split()  # RLIMIT_NPROC does not count the superuser's
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 def test_isolation_is_named_and_programs_do_not_meet(best: Sandbox) -> None:
