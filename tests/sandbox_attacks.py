@@ -119,6 +119,7 @@ CHEATS = {
     "an integer equal to everything": "class E(int):\n    def __eq__(self, o): return True\n    def __gt__(self, o): return o == 12\n    def __sub__(self, o): return 0\n    __hash__ = int.__hash__\ndef answer(n): return E(-5)",
     "zero in every difference": "class E:\n    def __sub__(self, o): return 0\n    def __abs__(self): return 0\n    def __gt__(self, o): return True\ndef answer(n): return E()",
     "patched builtins": "import builtins\nbuiltins.abs = builtins.isinstance = builtins.len = lambda *_: 0\nabs = isinstance = lambda *_: 0\ndef answer(n): return 0",
+    "shadowed builtins": "abs = isinstance = lambda *_: 0\ndef answer(n): return 0",
     "patched errors": "import builtins\nclass AssertionError(Exception): pass\nbuiltins.AssertionError = None\ndef answer(n): return 1",
     "exits in the call": "import os, sys\ndef answer(n): os._exit(0)",
     "exits politely": "import sys\ndef answer(n): sys.exit(0)",

@@ -164,6 +164,12 @@ def test_cheat(best: Sandbox, name: str) -> None:
     assert verify(["p"], ["```\ndef answer(n): return 2 * n + 1\n```"], tests=[tests]) == [1.0]
 
 
+def test_modules_of_the_answer_are_not_those_of_the_tests(best: Sandbox) -> None:
+    answer = "class math:\n    isclose = staticmethod(lambda *_: True)\ndef double(n): return n"
+    tests = ["assert math.isclose(double(2), 4)", "assert double(math.floor(3)) == 3"]
+    assert best.judge(answer, tests).results == [0, 1]
+
+
 STACK = """
 from collections import Counter
 class Stack:
