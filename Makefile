@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts servers sft slow test trl vllm wheels
+.PHONY: algorithms bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts sandbox servers sft slow test trl vllm wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ budgets: $(STAMP)  ## whether memory_budget is kept in 30 random runs (ten minut
 
 bytes: $(STAMP) $(TRL_STAMP)  ## live bytes of a GRPO update, burnish and TRL (half an hour)
 	$(BIN)/python benchmarks/update_bytes.py
+
+sandbox: $(STAMP)  ## runs per second and latency of the sandbox at every isolation (a minute)
+	$(BIN)/python benchmarks/sandbox.py
 
 wheels: $(STAMP)  ## download what benchmarks/gpu.py carries to a GPU's machine (Python 3.12, x86-64); 64 MiB at most
 	rm -rf benchmarks/wheels

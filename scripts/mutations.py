@@ -21,7 +21,7 @@ OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.p
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
-KERNELS = "test_cpu_kernels.py"
+KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS = "test_rewards_texts.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
@@ -41,7 +41,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/grading.py", "if known is None or key not in known}", "}", TERMS),
     ("rewards/grading.py", "or criterion.per_group or not", "or not", TERMS),
     ("stages/policy_gradient.py", "values = [terms.get(name)", "values = [completion.score.criteria.get(name)", TERMS_RUN),
-    ("rewards/failures.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failures.py"),
+    ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
     ("rewards/texts.py", "if not rest or texts", "if True or texts", TEXTS),
     # native engine
@@ -104,6 +104,27 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/settled.py", "return all(self._ask(", "return any(self._ask(", SETTLED),
     ("rewards/settled.py", "if not isinstance(answer, bool):", "if False:", SETTLED),
     ("rewards/settled.py", "{**call.keywords, **options}", "{**options, **call.keywords}", SETTLED),
+    # sandbox
+    ("rewards/jail/zygote.py", "_PER_RUN = kernel.NEW_MOUNTS | kernel.NEW_PIDS", "_PER_RUN = kernel.NEW_MOUNTS", SANDBOX),
+    ("rewards/jail/zygote.py", "        options = f\"size={request['file_bytes']},nr_inodes", "        options = f\"nr_inodes", SANDBOX),
+    ("rewards/jail/zygote.py", "            resource.RLIMIT_AS: request[\"memory_bytes\"],\n", "", SANDBOX),
+    ("rewards/jail/zygote.py", "resource.setrlimit(resource.RLIMIT_NPROC,", "(", SANDBOX),
+    ("rewards/jail/zygote.py", "            if spec[\"level\"] == \"landlock\":", "            if False:", SANDBOX),
+    ("rewards/jail/entry.py", "        os.setresuid(INNER_USER, INNER_USER, INNER_USER)\n", "", SANDBOX),
+    ("rewards/jail/entry.py", "    kernel.NEW_MOUNTS | kernel.NEW_PIDS | kernel.NEW_NETWORK |", "    kernel.NEW_MOUNTS | kernel.NEW_PIDS |", SANDBOX),
+    ("rewards/jail/entry.py", "*(f\"/dev/{name}\" for name in DEVICES)]", "\"/dev\"]", SANDBOX),
+    ("rewards/jail/filters.py", "\"socket\": (41, 198), ", "", SANDBOX),
+    ("rewards/jail/filters.py", "\"unshare\": (272, 97), ", "", SANDBOX),
+    ("rewards/jail/filters.py", "\"memfd_create\": (319, 279), ", "", SANDBOX),
+    ("rewards/jail/judge.py", "_ask(self, operation, other) if isinstance(other, Proxy) else NotImplemented", "_ask(self, operation, other)", SANDBOX),
+    ("rewards/jail/judge.py", "if not hasattr(builtins, name) and not", "if not", SANDBOX),
+    ("rewards/jail/judge.py", "importlib.import_module(name) if name in modules else decode(value, self.handle)", "decode(value, self.handle)", SANDBOX),
+    ("rewards/programs.py", "or [0] * len(tests)", "or [1] * len(tests)", SANDBOX),
+    ("rewards/programs.py", "run.end == \"ok\" and _lines", "_lines", SANDBOX),
+    ("rewards/sandbox/sql.py", "depth += (character == \"(\") - (character == \")\")", "pass", "test_sandbox_verifiers.py"),
+    ("rewards/sandbox/sql.py", "if cursor.description is None:", "if False:", "test_sandbox_verifiers.py"),
+    ("rewards/sandbox/sql.py", "found == wanted if job[\"ordered\"] else ", "", "test_sandbox_verifiers.py"),
+    ("rewards/failures.py", "failures == \"zero\" and", "", "test_rewards_verifiers.py"),
     ("rewards/answers.py", "end, start = min(closed)", "end, start = max(closed)", SETTLED),
     ("rewards/formats.py", "text = text[: text.index(closing) + len(closing)]", "pass", SETTLED),
     ("rewards/formats.py", "return text.count(f\"<{name}>\") > 1 or (", "return text.count(f\"<{name}>\") > 0 or (", SETTLED),

@@ -113,7 +113,7 @@ def rubric() -> list[str]:
             f"`{name}: {parameter.annotation}"
             + ("`" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}`")
             for name, parameter in inspect.signature(factory).parameters.items()
-            if name not in ("folder", "pool")
+            if name not in ("folder", "pool", "sandbox")
         ]
         rows.append([f"`{kind}`", (inspect.getdoc(factory) or "").partition("\n\n")[0], ", ".join(options)])
     common = ", ".join(f"`{name}: {type_}`" for name, type_ in COMMON_OPTIONS.items())

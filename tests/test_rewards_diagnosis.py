@@ -17,7 +17,7 @@ def test_numbers_without_tags_are_counted_and_the_fix_is_named() -> None:
     rubric = Rubric([Criterion("format", format_tags()), Criterion("numeric", numeric_answer())])
     [counts] = count_answers(rubric, NUMBERS)  # the format criterion extracts nothing
     assert (counts.criterion, counts.num_completions, counts.num_read, counts.num_unclosed) == ("numeric", 64, 0, 0)
-    assert counts.by_source == {"tag": 0, "boxed": 0, "last_number": 41, "text": 64}
+    assert counts.by_source == {"tag": 0, "boxed": 0, "last_number": 41, "block": 0, "text": 64}
     assert counts.message() == (
         "criterion 'numeric': no <answer> tag in any of 64 completions, so all score 0; 41 of 64 hold a number: "
         'set sources = ["tag", "last_number"].'

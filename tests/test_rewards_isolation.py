@@ -199,15 +199,16 @@ def test_a_grader_that_evaluates_is_refused_and_says_so(compromised: WorkerPool,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="children that leave the session are found through /proc")
 @pytest.mark.parametrize("task", ["fork", "setsid"])
-def test_what_a_grader_started_dies_with_it_and_blocks_nothing(
-    compromised: WorkerPool, tmp_path: Path, task: str
-) -> None:
+@pytest.mark.usefixtures("compromised")
+def test_what_a_grader_started_dies_with_it_and_blocks_nothing(tmp_path: Path, task: str) -> None:
+    pool = WorkerPool(num_workers=1, isolation="none")  # isolated, it could not name its processes to this one
     file = tmp_path / "child"
-    value = run(compromised, task, path=str(file))
+    value = run(pool, task, path=str(file))
     assert isinstance(value, TimeoutError)
     child = Path("/proc") / file.read_text()
     deadline = time.monotonic() + 10
     while child.exists() and "Z" not in (child / "stat").read_text().split(")")[1][:3]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert run(compromised, "plain") == 0.0
+    assert run(pool, "plain") == 0.0
+    pool.close()

@@ -177,7 +177,7 @@ def test_math_reads_tags_then_boxes(pool: WorkerPool) -> None:
 
 
 def test_a_hanging_answer_fails_alone_and_in_any_thread(pool: WorkerPool) -> None:
-    rubric = Rubric([Criterion("math", math_answer(pool=pool, timeout_seconds=2))])
+    rubric = Rubric([Criterion("math", math_answer(pool=pool, timeout_seconds=2, failures="exclude"))])
     results: list[Any] = []
 
     def grade() -> None:
@@ -191,6 +191,13 @@ def test_a_hanging_answer_fails_alone_and_in_any_thread(pool: WorkerPool) -> Non
     assert isinstance(results[1], TimeoutError)
     assert "2 s of work" in str(results[1])
     assert results[2] == 1.0  # a new process took over
+
+
+def test_a_hanging_answer_scores_zero_unless_told_otherwise(pool: WorkerPool) -> None:
+    pytest.importorskip("math_verify")
+    assert one(math_answer(pool=pool, timeout_seconds=1), tagged(HANGS), answer="2x") == 0.0
+    with pytest.raises(ConfigError, match="failures = 'none' of math_answer: use zero or exclude"):
+        math_answer(failures="none")
 
 
 def test_the_quick_path_needs_no_process() -> None:

@@ -144,6 +144,12 @@ _CRITERIA: tuple[Any, ...] = (
         {"timeout_seconds": 0}, {"timeout_seconds": -1}, {"timeout_seconds": "x"}, {"timeout_seconds": float("nan")},
         {"timeout_seconds": True}, {"timeout_seconds": []}, {"nope": 1},
     )),
+    *({"kind": "code", **more} for more in (
+        {"isolation": "jail"}, {"isolation": None}, {"failures": "one"}, {"failures": 0}, {"memory_mib": 0},
+        {"memory_mib": "1G"}, {"memory_mib": 1.5}, {"timeout_seconds": float("inf")}, {"sandbox": 1}, {"column": 5},
+        {"same_process": "yes"}, {"sources": ["block", "nope"]},
+    )),
+    *({"kind": "sql", **more} for more in ({"isolation": ""}, {"setup_column": None}, {"partial_credit": True})),
     *({"kind": "format", **more} for more in (
         {"tags": "think"}, {"tags": []}, {"tags": [5]}, {"tags": [""]}, {"tags": None}, {"nope": 1}, {"tags": [["a"]]},
     )),

@@ -20,8 +20,11 @@ from burnish.rewards.catalogue import (
 from burnish.rewards.diagnosis import AnswerCounts, count_answers
 from burnish.rewards.formats import format_tags
 from burnish.rewards.pool import WorkerPool
+from burnish.rewards.programs import code_answer, sql_answer
 from burnish.rewards.registry import CRITERIA, rubric_from_config
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
+from burnish.rewards.sandbox.runner import Sandbox
+from burnish.rewards.sandbox.zygotes import Limits, Run, SandboxError
 from burnish.rewards.verifiers import (
     AnswerVerifier,
     GoldFailure,
@@ -42,12 +45,17 @@ __all__ = [
     "AnswerVerifier",
     "Criterion",
     "GoldFailure",
+    "Limits",
     "RewardFunction",
     "RewardModel",
     "Rubric",
+    "Run",
+    "Sandbox",
+    "SandboxError",
     "WorkerPool",
     "accuracy_reward",
     "check_gold",
+    "code_answer",
     "count_answers",
     "exact_answer",
     "extract_answer",
@@ -62,6 +70,7 @@ __all__ = [
     "reasoning_accuracy_reward",
     "rubric_from_config",
     "soft_overlong",
+    "sql_answer",
     "think_format_reward",
 ]
 

@@ -22,7 +22,7 @@ __all__ = [
 UNREADABLE_GOLD = "cannot be read as mathematics"
 """End of the error message for a gold answer that math-verify cannot parse."""
 
-SOURCES = ("tag", "boxed", "last_number", "text")
+SOURCES = ("tag", "boxed", "last_number", "block", "text")
 """Sources of an answer, see :func:`extract_answer`."""
 
 _MINUS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{SMALL HYPHEN-MINUS}": "-", "\N{FULLWIDTH HYPHEN-MINUS}": "-"})
@@ -45,6 +45,7 @@ _LATEX_FRACTION = re.compile(
 )
 _POWER_OF_TEN = re.compile(r"(?P<sign>[+-]?)10\^(?:\{ ?(?P<braced>[+-]?\d{1,3}) ?\}|(?P<plain>[+-]?\d{1,3}))")
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}")
+_BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 _MAX_NUMBER_CHARACTERS = 200
 
 
@@ -58,6 +59,7 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
             "tag": content of the last well-formed `<tag>...</tag>` (closed, with no tag of that name inside);
             "boxed": content of the last `\boxed{...}` with balanced braces;
             "last_number": the last number in the text;
+            "block": the last closed block of code, from a line that begins with three backticks to one that is three;
             "text": the whole text.
 
     Returns:
@@ -76,6 +78,9 @@ def extract_answer(text: str, *, tag: str = "answer", sources: Sequence[str] = (
         elif source == "last_number":
             numbers = _LAST_NUMBER.findall(text.translate(_MINUS))
             found = numbers[-1] if numbers else None
+        elif source == "block":
+            blocks = _BLOCK.findall(text)
+            found = blocks[-1] if blocks else None
         elif source == "text":
             found = text
         else:
@@ -102,6 +107,8 @@ def render_answer(answer: str, *, tag: str, sources: Sequence[str]) -> str:
     """Write a completion from which :func:`extract_answer`, with the same options, extracts `answer`."""
     if sources[0] == "tag":
         return f"<{tag}>{answer}</{tag}>"
+    if sources[0] == "block":
+        return f"```\n{answer}\n```"
     return rf"\boxed{{{answer}}}" if sources[0] == "boxed" else answer
 
 

@@ -44,7 +44,7 @@ def accuracy_reward(
         kwargs: other columns; unused.
 
     Returns:
-        One value for each completion; an exception where the verifier ran out of time.
+        One value for each completion; 0 where the verifier ran out of time.
 
     Raises:
         ConfigError: math-verify is not installed.
@@ -72,7 +72,7 @@ def reasoning_accuracy_reward(
         kwargs: other columns; unused.
 
     Returns:
-        One value for each completion; an exception where the verifier ran out of time.
+        One value for each completion; 0 where the verifier ran out of time.
 
     Raises:
         ConfigError: no delimiter, or math-verify is not installed.

@@ -13,7 +13,7 @@ from burnish.rewards.verifiers import AnswerVerifier, completion_text
 
 __all__ = ["AnswerCounts", "count_answers"]
 
-_NAMES = {"boxed": r"\boxed{}", "last_number": "number", "text": "text"}
+_NAMES = {"block": "closed block of code", "boxed": r"\boxed{}", "last_number": "number", "text": "text"}
 
 
 @dataclass(frozen=True, slots=True)

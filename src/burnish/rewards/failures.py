@@ -1,54 +1,32 @@
-"""Bound on rewards that fail: a run that can no longer grade is stopped, with a report of why."""
+"""Failures that an answer causes, as opposed to those of the machine, and what they score."""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from burnish.errors import ConfigError, RewardError
 
-from burnish.errors import RewardError
+__all__ = ["AnswerFailure", "AnswerTimeout", "check_failures", "judged"]
 
-__all__ = ["FailureBound"]
-
-_ROLLOUTS = 8
-"""Rollouts that the fraction is taken over, so that a service may be gone for a moment."""
-_FEWEST_ROLLOUTS = 2
+_CHOICES = ("zero", "exclude")
 
 
-class FailureBound:
-    """Stop a run whose rewards fail on too many completions of the last rollouts.
+class AnswerFailure(RewardError):
+    """Grading failed on an answer because of the answer: it crashed the grader, exhausted its memory or attacked it."""
 
-    Args:
-        most: largest fraction of completions without a reward; 1 never stops.
+
+class AnswerTimeout(AnswerFailure, TimeoutError):
+    """Grading an answer exceeded the time limit."""
+
+
+def check_failures(kind: str, failures: str) -> None:
+    """Check the option `failures` of a verifier.
+
+    Raises:
+        ConfigError: an unknown choice.
     """
+    if failures not in _CHOICES:
+        raise ConfigError(f"failures = {failures!r} of {kind}: use zero or exclude.")
 
-    def __init__(self, most: float) -> None:
-        self._most = most
-        self._counts: deque[tuple[int, int]] = deque(maxlen=_ROLLOUTS)
-        self._errors: deque[Counter[str]] = deque(maxlen=_ROLLOUTS)
-        self._examples: dict[str, str] = {}
 
-    def add(self, rewards: Iterable[float | None], errors: Iterable[Mapping[str, str]]) -> None:
-        """Count the completions of a rollout.
-
-        Args:
-            rewards: reward of each completion, of all ranks; None where it failed.
-            errors: messages by criterion of this rank's completions.
-
-        Raises:
-            RewardError: too many failed; it counts the failures by criterion.
-        """
-        found, kinds = list(rewards), list(errors)
-        self._counts.append((sum(reward is None for reward in found), len(found)))
-        self._errors.append(Counter(name for messages in kinds for name in messages))
-        for messages in kinds:
-            self._examples |= messages
-        failed, total = (sum(column) for column in zip(*self._counts, strict=True))
-        if len(self._counts) < _FEWEST_ROLLOUTS or failed <= self._most * total:
-            return
-        counts = sum(self._errors, Counter[str]())
-        named = (f"{name} {count} times, last: {self._examples[name]}" for name, count in counts.most_common())
-        raise RewardError(
-            f"rewards failed on {failed} of {total} completions of the last {len(self._counts)} rollouts, more than "
-            f"max_failed_rewards = {self._most:g} allows: {'; '.join(named) or 'on other ranks'}. Correct what fails, "
-            "or raise max_failed_rewards."
-        )
+def judged(value: float | Exception, failures: str) -> float | Exception:
+    """Score a failure caused by an answer 0 if `failures` is "zero"; keep every other value."""
+    return 0.0 if failures == "zero" and isinstance(value, AnswerFailure) else value

@@ -2,7 +2,8 @@
 
 `signal.alarm` works only in the main thread and cannot stop a C loop; a thread cannot be stopped at all. A process can
 be killed together with everything that it started. Workers are started with `subprocess` rather than `multiprocessing`:
-they do not import the user's main module, do not inherit CUDA or locks, and can be started from any thread.
+they do not import the user's main module, do not inherit CUDA or locks, and can be started from any thread. What
+graders read was written by a model, so they run isolated where the machine can isolate them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import atexit
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import queue
@@ -27,8 +29,13 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from burnish.errors import ConfigError, RewardError
+from burnish.rewards.failures import AnswerFailure, AnswerTimeout
+from burnish.rewards.sandbox.levels import check_isolation, jailed_command, worker_view
+from burnish.rewards.sandbox.trial import find_level
 
 __all__ = ["WorkerPool", "default_pool"]
+
+logger = logging.getLogger(__name__)
 
 _STARTUP_SECONDS = 300.0
 _MAX_REPLY_BYTES = 1 << 16
@@ -44,7 +51,7 @@ _MARK = "BURNISH_WORKER"
 class _Worker:
     """Child process with its own session, folder and environment."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: str) -> None:
         self._stderr = cast("IO[bytes]", tempfile.TemporaryFile())  # noqa: SIM115 - closed in kill
         self._folder = tempfile.TemporaryDirectory(prefix="burnish-worker-", ignore_cleanup_errors=True)
         self._mark = secrets.token_hex(16)
@@ -52,8 +59,11 @@ class _Worker:
         private = {"HOME": self._folder.name, "TMPDIR": self._folder.name, _MARK: self._mark}
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         paths = json.dumps([os.path.abspath(path) for path in sys.path if path])
+        command = [sys.executable, "-s", "-W", "ignore", "-c", _BOOT, paths]
+        if level != "none":
+            command = jailed_command(level, view=worker_view(), folder=self._folder.name, command=command)
         self.process = subprocess.Popen(
-            [sys.executable, "-s", "-W", "ignore", "-c", _BOOT, paths],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -82,9 +92,12 @@ class _Worker:
             if reply is None:
                 raise TimeoutError(f"{kind}: the worker was not ready after {_STARTUP_SECONDS:g} s")
             if "started" in reply:
-                reply = self._receive(nonce, time.monotonic() + timeout_seconds)
+                try:
+                    reply = self._receive(nonce, time.monotonic() + timeout_seconds)
+                except RewardError as error:
+                    raise AnswerFailure(str(error)) from error
                 if reply is None:
-                    raise TimeoutError(f"{kind}: no result after {timeout_seconds:g} s of work")
+                    raise AnswerTimeout(f"{kind}: no result after {timeout_seconds:g} s of work")
             value = reply.get("value")
             if "error" not in reply and not (isinstance(value, float) and math.isfinite(value)):
                 raise RewardError(f"{kind}: the worker replied {value!r:.80}, not a finite number")
@@ -92,7 +105,7 @@ class _Worker:
             self.kill()  # a late reply must not be mistaken for that of the next call
             raise
         if "error" in reply:
-            raise RewardError(str(reply["error"]))
+            raise (AnswerFailure if reply.get("is_of_answer") else RewardError)(str(reply["error"]))
         return cast("float", value)
 
     def _send(self, data: bytes, deadline: float) -> None:
@@ -160,22 +173,38 @@ def _kill_marked(mark: bytes) -> None:
 class WorkerPool:
     """Pool that runs graders in worker processes; time-outs exclude the time in the queue.
 
-    Processes start on first use; one that hangs is killed and replaced. Thread-safe.
+    Processes start on first use, isolated as programs in a :class:`burnish.rewards.Sandbox` are; one that hangs is
+    killed and replaced. Thread-safe.
 
     Args:
         num_workers: maximum number of processes, at least 1.
+        isolation: as of a `Sandbox`; with "auto" a machine without isolation is warned about once and runs graders as
+            plain processes, since they are not the model's code.
 
     Raises:
-        ConfigError: `num_workers` below 1.
+        ConfigError: `num_workers` below 1, or an unknown isolation.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, isolation: str = "auto") -> None:
+        check_isolation(isolation)
         if num_workers < 1:
             raise ConfigError(f"num_workers = {num_workers!r}: use an integer of at least 1.")
         self.num_workers = num_workers
+        self._isolation = isolation
         self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
         for _ in range(num_workers):
             self._slots.put(None)
+
+    @functools.cached_property
+    def level(self) -> str:
+        """Isolation of the workers, "none" where the machine has none."""
+        try:
+            return find_level(self._isolation)
+        except ConfigError as error:
+            if self._isolation != "auto":
+                raise
+            logger.warning("Graders run without isolation: %s", error)
+            return "none"
 
     def map(self, kind: str, calls: Sequence[Mapping[str, Any]], *, timeout_seconds: float) -> list[float | Exception]:
         """Run a grader on each set of arguments; equal sets run once (completions of a group often agree).
@@ -199,7 +228,7 @@ class WorkerPool:
         worker = self._slots.get()
         try:
             if worker is None:
-                worker = _Worker()
+                worker = _Worker(self.level)
             return worker.call(kind, arguments, timeout_seconds)
         except Exception as error:
             return error

@@ -14,6 +14,7 @@ from burnish.rewards.catalogue import get_repetition_penalty_reward
 from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
 from burnish.rewards.judge import llm_judge
+from burnish.rewards.programs import code_answer, sql_answer
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.texts import (
     diversity,
@@ -38,6 +39,7 @@ __all__ = ["CRITERIA", "rubric_from_config"]
 CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "choice": multiple_choice,
     "citation": quotes_prompt,
+    "code": code_answer,
     "diversity": diversity,
     "exact": exact_answer,
     "format": format_tags,
@@ -52,12 +54,13 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "relative_length": relative_length,
     "repetition": get_repetition_penalty_reward,
     "soft_overlong": soft_overlong,
+    "sql": sql_answer,
 }
 """`kind` in run files -> factory of the reward function."""
 
 _COMPARING = frozenset({"diversity", "relative_length"})
 """Kinds that compare the completions of a prompt."""
-_NOT_IN_FILES = frozenset({"folder", "pool"})
+_NOT_IN_FILES = frozenset({"folder", "pool", "sandbox"})
 _SWITCHES = frozenset({"isolate", "memoize", "per_group"})
 _COMMON = _SWITCHES | {"normalize", "requires", "schedule"}
 """Fields of any criterion, beside those that the registry checks itself."""

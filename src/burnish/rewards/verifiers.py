@@ -19,6 +19,7 @@ from burnish.rewards.answers import (
     parse_number,
     render_answer,
 )
+from burnish.rewards.failures import check_failures, judged
 from burnish.rewards.pool import WorkerPool, default_pool
 
 if TYPE_CHECKING:
@@ -256,13 +257,14 @@ def math_answer(
     tag: str = "answer",
     timeout_seconds: float = 5.0,
     until_closed: bool = False,
+    failures: str = "zero",
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
     r"""Create a verifier of mathematics: 1 if math-verify finds the answer equal to the gold answer, else 0.
 
     Equal texts, equal numbers and unequal integers are decided at once; everything else runs in a worker process that
-    is killed after `timeout_seconds`. A time-out fails the completion. An answer that cannot be parsed scores 0; a gold
-    answer that cannot be parsed fails the completion.
+    is killed after `timeout_seconds`. An answer that cannot be parsed scores 0; a gold answer that cannot be parsed
+    fails the completion.
 
     Args:
         column: column of the gold answer, LaTeX or plain (with or without `$...$` or `\boxed{...}`), or a list of
@@ -271,6 +273,8 @@ def math_answer(
         tag: name of the answer tag.
         timeout_seconds: time limit of one answer, without time in the queue.
         until_closed: grade the first answer to be closed instead of the last.
+        failures: "zero" scores an answer 0 that crashes the grader or takes too long; "exclude" excludes it from the
+            loss.
         pool: worker processes; None for the shared pool.
 
     Raises:
@@ -278,6 +282,7 @@ def math_answer(
     """
     require("math_verify", "math", "math_answer")
     _positive("math_answer", "timeout_seconds", timeout_seconds)
+    check_failures("math_answer", failures)
     gold = gold_of(column)
 
     def grade(pairs: Sequence[tuple[str, Row]]) -> list[float | Exception]:
@@ -289,8 +294,8 @@ def math_answer(
         calls = [{"gold": text, "answer": answer} for _, text, answer in slow]
         results = (pool or default_pool()).map("math", calls, timeout_seconds=timeout_seconds) if calls else []
         for (i, _, _), result in zip(slow, results, strict=True):
-            if values[i] != 1.0 and result != 0.0:
-                values[i] = result
+            if values[i] != 1.0 and (value := judged(result, failures)) != 0.0:
+                values[i] = value
         return values
 
     return AnswerVerifier("math_answer", grade, gold, column, tuple(sources), tag, until_closed)
@@ -313,6 +318,7 @@ def gym_answer(
     binary: bool = False,
     timeout_seconds: float = 10.0,
     until_closed: bool = False,
+    failures: str = "zero",
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
     """Create a verifier with the scores of reasoning-gym tasks, in [0, 1], including partial credit.
@@ -328,6 +334,8 @@ def gym_answer(
         binary: round scores below 1 down to 0.
         timeout_seconds: time limit of one answer, without time in the queue.
         until_closed: grade the first answer to be closed instead of the last.
+        failures: "zero" scores an answer 0 that crashes the grader or takes too long; "exclude" excludes it from the
+            loss.
         pool: worker processes; None for the shared pool.
 
     Raises:
@@ -335,6 +343,7 @@ def gym_answer(
     """
     require("reasoning_gym", "envs", "gym_answer")
     _positive("gym_answer", "timeout_seconds", timeout_seconds)
+    check_failures("gym_answer", failures)
 
     def gold(row: Row) -> list[str]:
         answer = json.loads(row["gym_entry"])["answer"]
@@ -351,6 +360,7 @@ def gym_answer(
             for answer, row in pairs
         ]
         values = (pool or default_pool()).map("gym", calls, timeout_seconds=timeout_seconds) if calls else []
+        values = [judged(value, failures) for value in values]
         return [v if isinstance(v, Exception) or not binary else float(v >= 1.0) for v in values]
 
     return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag, until_closed)

@@ -1,7 +1,8 @@
 """Child process of the verifier pool, which runs graders that may hang or crash.
 
 Protocol, one JSON object per line. In: `{"kind", "arguments", "watchdog_seconds", "nonce"}`. Out: `{"started": true}`
-once imports and set-up are done, then `{"value": x}`; or `{"error": message}` instead of either. Each reply repeats the
+once imports and set-up are done, then `{"value": x}`; or `{"error": message}` instead of either, with `is_of_answer` if
+the answer caused it. Each reply repeats the
 nonce of its request, so that lines written to the channel by other code are rejected.
 """
 
@@ -93,12 +94,13 @@ def main() -> None:
 
 def _serve(request: dict[str, Any], guard: Guard, reply: Callable[[dict[str, Any]], None]) -> None:
     nonce = {"nonce": request["nonce"]}
+    guard.refused, is_working = None, False
     try:
         work = KINDS[request["kind"]](**request["arguments"])
         reply(nonce | {"started": True})
         # The parent kills slow calls; this ends the process if the parent is gone.
         faulthandler.dump_traceback_later(request["watchdog_seconds"], exit=True)
-        guard.refused, guard.armed = None, True
+        guard.armed = is_working = True
         try:
             value = work()
         finally:
@@ -110,7 +112,8 @@ def _serve(request: dict[str, Any], guard: Guard, reply: Callable[[dict[str, Any
             )
         reply(nonce | {"value": value})
     except Exception as error:
-        reply(nonce | {"error": f"{type(error).__name__}: {error}"[:2000]})
+        is_of_answer = is_working and (guard.refused is not None or isinstance(error, MemoryError | RecursionError))
+        reply(nonce | {"error": f"{type(error).__name__}: {error}"[:2000], "is_of_answer": is_of_answer})
 
 
 if __name__ == "__main__":

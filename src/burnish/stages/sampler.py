@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.errors import CheckFailed, EngineError
 from burnish.model.scoring import causal_lm
-from burnish.rewards.failures import FailureBound
+from burnish.rewards.failure_bound import FailureBound
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
 from burnish.rollout.engine import OverlappingEngine

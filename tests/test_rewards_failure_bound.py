@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from burnish.errors import RewardError
-from burnish.rewards.failures import FailureBound
+from burnish.rewards.failure_bound import FailureBound
 from test_trainers import grpo
 
 FAILED = {"judge": "no service"}

@@ -1,0 +1,1 @@
+"""Sandbox for code that models write: isolation that is tested at start, and warm processes."""
