@@ -1,0 +1,90 @@
+"""Verdict on a mathematical answer: our own grammar first, math-verify for gold answers that it does not cover."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from burnish.rewards.answers import UNREADABLE_GOLD
+from burnish.rewards.equality import same, same_expression
+from burnish.rewards.mathematics import read
+from burnish.rewards.notation import Unreadable, clean, tokenize
+from burnish.rewards.values import TooLarge, is_expression
+
+__all__ = ["is_correct"]
+
+_STRUCTURE = frozenset(
+    "forall exists nexists in notin implies iff Rightarrow Leftrightarrow to equiv pmod bmod mod mid nmid subset subseteq "
+    "int iint oint sum prod lim max min sup inf neg le ge ne approx < > = ! , ; : and or begin partial nabla prime "
+    "cup cap setminus mathbb ldots cdots dots pm mp { }".split()
+)
+
+
+def is_correct(
+    gold: str, answer: str, parse: Callable[[str], list[Any]], verify: Callable[[list[Any], list[Any]], bool]
+) -> bool:
+    """Return whether an answer is mathematically equal to the gold answer and has its structure.
+
+    Args:
+        gold: the gold answer.
+        answer: text of a model.
+        parse: parser of math-verify, for gold answers that our grammar does not cover.
+        verify: its comparison of parsed answers.
+
+    Raises:
+        ValueError: neither grammar covers the gold answer.
+    """
+    ours, theirs = _read(gold), _read(answer)
+    if isinstance(ours, Unreadable):
+        parsed = parse(gold)
+        if not parsed:
+            raise ValueError(f"the gold answer {gold!r} {UNREADABLE_GOLD}")
+        spelling = _spelling(answer)
+        if spelling and spelling == _spelling(gold):
+            return True
+        if isinstance(theirs, TooLarge) or isinstance(ours, TooLarge):
+            return _written_out(parsed, parse(answer))
+        # math-verify ignores quantifiers, and compares numbers as floats.
+        return _structure(gold) == _structure(answer) and _verified(parsed, parse(answer), verify)
+    if isinstance(theirs, TooLarge):
+        # As far as SymPy can write the number out within the time limit.
+        return _written_out(parse(gold), parse(answer))
+    if isinstance(theirs, Unreadable):
+        return False
+    try:
+        return same(ours, theirs)
+    except Unreadable:
+        return False
+
+
+def _read(text: str) -> Any:
+    """Parse a text; an `Unreadable` is returned, not raised."""
+    try:
+        return read(text)
+    except Unreadable as error:
+        return error
+
+
+def _spelling(text: str) -> list[tuple[str, str]]:
+    try:
+        return [(token.kind, token.text) for token in tokenize(clean(text)) if token.text not in ("{", "}")]
+    except Unreadable:
+        return []
+
+
+def _structure(text: str) -> tuple[Counter[str], set[str]]:
+    spelling = _spelling(text)
+    words = {word for kind, word in spelling if kind == "text"}
+    return Counter(word for _, word in spelling if word in _STRUCTURE), words
+
+
+def _written_out(gold: list[Any], answer: list[Any]) -> bool:
+    return bool(gold and answer and not isinstance(gold[0], str) and gold[0] == answer[0])
+
+
+def _verified(gold: list[Any], answer: list[Any], verify: Callable[[list[Any], list[Any]], bool]) -> bool:
+    if not answer or not verify(gold, answer):
+        return False
+    numbers = all(is_expression(side[0]) and not side[0].free_symbols for side in (gold, answer))
+    return not numbers or same_expression(gold[0], answer[0])
