@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/math_verifier.py
 
-The graders are burnish's `math_answer`, math-verify alone (`verify(parse(gold), parse(answer))`, as its README shows) and
-`accuracy_reward` of TRL, which runs in .venv-trl and is given answers in a box, since it reads nothing else. A grader that
-raises, times out or gives None accepts nothing; those are counted apart. Intervals are Wilson's, at 95%.
+The graders are burnish's `math_answer`, math-verify alone (`verify(parse(gold), parse(answer))` with both sides in dollar
+signs) and `accuracy_reward` of TRL, which runs in .venv-trl and is given answers in a box, since it reads nothing else. A
+grader that raises, times out or gives None accepts nothing; those are counted apart. Intervals are Wilson's, at 95%.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import select
 import subprocess
 import sys
 from importlib import metadata
@@ -21,20 +22,29 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CASES, RESULTS = ROOT / "tests" / "math_cases.json", ROOT / "benchmarks" / "results" / "math_verifier.json"
 TRL = r"""
-import json, sys, warnings, logging
-from importlib import metadata
-warnings.simplefilter("ignore"); logging.disable(logging.CRITICAL)
 from trl.rewards import accuracy_reward
-values = []
-for case in json.load(sys.stdin):
-    answer = case["answer"] if "\\boxed" in case["answer"] else "\\boxed{" + case["answer"] + "}"
-    gold = case["gold"] if "$" in case["gold"] else "$" + case["gold"] + "$"
-    try:
-        values.append(accuracy_reward([[{"role": "assistant", "content": answer}]], [gold])[0])
-    except Exception as error:
-        values.append(type(error).__name__)
-print(json.dumps({"values": values, "versions": {n: metadata.version(n) for n in ("trl", "math-verify")}}))
+def grade(gold, answer):
+    answer = answer if "\\boxed" in answer else "\\boxed{" + answer + "}"
+    gold = gold if "$" in gold else "$" + gold + "$"
+    return accuracy_reward([[{"role": "assistant", "content": answer}]], [gold])[0]
 """
+MATH_VERIFY = r"""
+from math_verify import parse, verify
+def grade(gold, answer):
+    gold, answer = (t if "$" in t or "\\boxed" in t else "$" + t + "$" for t in (gold, answer))
+    return float(verify(parse(gold), parse(answer)))
+"""
+LOOP = r"""
+for line in sys.stdin:
+    try:
+        value = grade(*json.loads(line))
+    except Exception as error:
+        value = type(error).__name__
+    print(json.dumps(value), flush=True)
+"""
+QUIET = "import json, logging, sys, warnings\nwarnings.simplefilter('ignore'); logging.disable(logging.CRITICAL)\n"
+LIMIT_SECONDS = 20.0
+"""Beyond the time limits of math-verify, which cannot interrupt a power of integers."""
 
 
 def wilson(count: int, total: int) -> list[float]:
@@ -56,20 +66,31 @@ def by_burnish(cases: list[dict[str, Any]]) -> list[Any]:
     return [type(value).__name__ if isinstance(value, Exception) else value for value in values]
 
 
-def by_math_verify(cases: list[dict[str, Any]]) -> list[Any]:
-    import logging
-
-    from math_verify import parse, verify
-
-    logging.disable(logging.CRITICAL)
-    # Both sides in dollar signs, as its README asks of LaTeX; expressions without LaTeX are tried as they are, too.
-    wrapped = [[t if "$" in t or "\\boxed" in t else f"${t}$" for t in (c["gold"], c["answer"])] for c in cases]
+def by_process(python: Path | str, code: str, cases: list[dict[str, Any]]) -> list[Any]:
+    """Grade in a process of another interpreter, which is replaced where a case takes too long."""
     values: list[Any] = []
-    for gold, answer in wrapped:
-        try:
-            values.append(float(verify(parse(gold), parse(answer))))
-        except Exception as error:
-            values.append(type(error).__name__)
+    while len(values) < len(cases):
+        with subprocess.Popen(
+            [python, "-W", "ignore", "-c", QUIET + code + LOOP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            # The first answer waits for imports.
+            limit = 300.0
+            for case in cases[len(values) :]:
+                process.stdin.write(json.dumps([case["gold"], case["answer"]]).encode() + b"\n")
+                process.stdin.flush()
+                if not select.select([process.stdout], [], [], limit)[0] or not (line := process.stdout.readline()):
+                    values.append("TimeoutError")
+                    process.kill()
+                    break
+                values.append(json.loads(line))
+                limit = LIMIT_SECONDS
+            else:
+                process.stdin.close()
     return values
 
 
@@ -92,18 +113,13 @@ def rates(cases: list[dict[str, Any]], values: list[Any]) -> dict[str, Any]:
 
 def main() -> None:
     cases: list[dict[str, Any]] = json.loads(CASES.read_text())["cases"]
-    trl = subprocess.run(
-        [ROOT / ".venv-trl" / "bin" / "python", "-c", TRL],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    theirs = json.loads(trl.stdout.splitlines()[-1])
+    trl = ROOT / ".venv-trl" / "bin" / "python"
+    version = "from importlib import metadata; print(*map(metadata.version, ('trl', 'math-verify')))"
+    theirs = subprocess.run([trl, "-c", version], capture_output=True, text=True, check=True).stdout.split()
     values = {
         "burnish": by_burnish(cases),
-        "math-verify": by_math_verify(cases),
-        "trl accuracy_reward": theirs["values"],
+        "math-verify": by_process(sys.executable, MATH_VERIFY, cases),
+        "trl accuracy_reward": by_process(trl, TRL, cases),
     }
     kinds = list(dict.fromkeys(case["kind"] for case in cases))
     result = {
@@ -111,13 +127,16 @@ def main() -> None:
         "versions": {
             "math-verify": metadata.version("math-verify"),
             "sympy": metadata.version("sympy"),
-            "of trl": theirs["versions"],
+            "trl": theirs[0],
+            "math-verify of trl": theirs[1],
         },
         "cases": len(cases),
         "all": {name: rates(cases, found) for name, found in values.items()},
         "kinds": {
             kind: {
-                name: rates(*zip(*[(c, v) for c, v in zip(cases, found, strict=True) if c["kind"] == kind], strict=True))
+                name: rates(
+                    *zip(*[(c, v) for c, v in zip(cases, found, strict=True) if c["kind"] == kind], strict=True)
+                )
                 for name, found in values.items()
             }
             for kind in kinds
@@ -136,7 +155,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{'kind':16}" + "".join(f"{name:>24}" for name in result["all"]))
     for kind, rows in result["kinds"].items():
         shown = (
-            f"{r['false_accepts']}/{r['wrong_answers']} {r['false_rejects']}/{r['right_answers']}" for r in rows.values()
+            f"{r['false_accepts']}/{r['wrong_answers']} {r['false_rejects']}/{r['right_answers']}"
+            for r in rows.values()
         )
         print(f"{kind:16}" + "".join(f"{text:>24}" for text in shown))
 

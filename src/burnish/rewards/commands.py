@@ -20,19 +20,58 @@ from burnish.rewards.values import (
 if TYPE_CHECKING:
     from burnish.rewards.mathematics import Parser
 
-__all__ = ["BRACKETS", "COMMANDS", "bracket", "command", "letter"]
+__all__ = ["BRACKETS", "COMMANDS", "bracket", "command", "function", "letter", "matrix", "root", "series"]
 
-BRACKETS = {"(": ")]", "[": "])[", "]": "[]", "{": "}", "\\{": "\\}", "langle": "rangle", "lfloor": "rfloor", "lceil": "rceil"}
+BRACKETS = {
+    "(": ")]",
+    "[": "])[",
+    "]": "[]",
+    "{": "}",
+    "\\{": "\\}",
+    "langle": "rangle",
+    "lfloor": "rfloor",
+    "lceil": "rceil",
+}
 """Opening bracket -> the brackets that may close it; ]a, b[ is an open interval."""
 
 COMMANDS = frozenset(
-    "pi frac sqrt binom infty lfloor lceil langle sum prod begin floor ceil abs vec overline hat bar mathbf mathbb emptyset".split()
+    [
+        "pi",
+        "frac",
+        "sqrt",
+        "binom",
+        "infty",
+        "lfloor",
+        "lceil",
+        "langle",
+        "sum",
+        "prod",
+        "begin",
+        "floor",
+        "ceil",
+        "abs",
+        "vec",
+        "overline",
+        "hat",
+        "bar",
+        "mathbf",
+        "mathbb",
+        "emptyset",
+    ]
 )
 """Commands that begin a value, besides functions and Greek letters."""
 
 _APPLIED = "fghFGHPQ"
 _MAX_TERMS = 1_000
-_INVERSE = {"sin": "asin", "cos": "acos", "tan": "atan", "cot": "acot", "sinh": "asinh", "cosh": "acosh", "tanh": "atanh"}
+_INVERSE = {
+    "sin": "asin",
+    "cos": "acos",
+    "tan": "atan",
+    "cot": "acot",
+    "sinh": "asinh",
+    "cosh": "acosh",
+    "tanh": "atanh",
+}
 _ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "ln": "log"}
 
 
@@ -104,37 +143,43 @@ def command(parser: Parser, name: str) -> Any:
     """Parse what a command takes and build its value."""
     sympy = sympy_module()
     if name in FUNCTIONS:
-        return _function(parser, _ALIASES.get(name, name))
+        return function(parser, name)
     if name in GREEK:
         return letter(parser, f"\\{name}")
     if name in ("frac", "binom"):
         first, second = expression(parser.braced()), expression(parser.braced())
         if name == "binom":
-            return _binomial(first, second)
+            whole = first.is_Integer and second.is_Integer and max(abs(first), abs(second)) <= 5_000
+            if not whole and first.is_number and second.is_number:
+                raise Unreadable("a binomial coefficient")
+            return sympy.binomial(first, second)
         if second.is_zero:
             raise Unreadable("division by 0")
         return first / second
     if name == "sqrt":
-        return _root(parser)
+        return root(parser)
     if name in ("sum", "prod"):
-        return _series(parser, name)
+        return series(parser, name)
     if name in ("floor", "ceil", "abs"):
         return {"floor": sympy.floor, "ceil": sympy.ceiling, "abs": sympy.Abs}[name](expression(parser.primary()))
     if name in ("vec", "overline", "hat", "bar", "mathbf"):
-        return parser.symbol(f"{name} {expression(parser.braced()).sort_key()}") if name != "mathbf" else parser.braced()
+        return (
+            parser.symbol(f"{name} {expression(parser.braced()).sort_key()}") if name != "mathbf" else parser.braced()
+        )
     if name == "mathbb":
         if [parser.take() for _ in range(3 if parser.peek() == "{" else 1)] in (["{", "R", "}"], ["R"]):
             return Region(sympy.Reals)
         raise Unreadable("another set than the reals")
     if name == "begin":
-        return _matrix(parser)
+        return matrix(parser)
     simple = {"pi": sympy.pi, "infty": sympy.oo, "emptyset": Items(())}
     if name not in simple:
         raise Unreadable(f"\\{name}")
     return simple[name]
 
 
-def _root(parser: Parser) -> Any:
+def root(parser: Parser) -> Any:
+    r"""Parse what follows `\sqrt`."""
     sympy = sympy_module()
     degree = sympy.Integer(2)
     if parser.peek() == "[":
@@ -144,19 +189,11 @@ def _root(parser: Parser) -> Any:
     radicand = expression(parser.braced())
     if not degree.is_Integer or not 0 < degree < 1_000:
         raise Unreadable("a root")
-    # The odd root of a letter is that of its sign and size, since the letter may be negative.
-    if degree % 2 and not radicand.is_nonnegative and not radicand.is_number:
-        return sympy.sign(radicand) * sympy.Abs(radicand) ** (1 / degree)
     return power(radicand, 1 / degree)
 
 
-def _binomial(n: Any, k: Any) -> Any:
-    if n.is_number and k.is_number and not (n.is_Integer and k.is_Integer and abs(n) <= 5_000 and abs(k) <= 5_000):
-        raise Unreadable("a binomial coefficient")
-    return sympy_module().binomial(n, k)
-
-
-def _function(parser: Parser, name: str) -> Any:
+def function(parser: Parser, name: str) -> Any:
+    """Parse exponent, base and argument of a function and apply it."""
     sympy = sympy_module()
     exponent, base = None, None
     while parser.peek() in ("^", "_"):
@@ -165,6 +202,7 @@ def _function(parser: Parser, name: str) -> Any:
         else:
             base = expression(parser.braced())
     argument = expression(_argument(parser))
+    named, name = name, _ALIASES.get(name, name)
     argument = argument.subs(unit_symbol("degree"), sympy.pi / 180)
     if exponent == -1:
         name, exponent = _INVERSE.get(name, ""), None
@@ -176,7 +214,7 @@ def _function(parser: Parser, name: str) -> Any:
         raise Unreadable("a subscript")
     if name == "exp":
         value = power(sympy.E, argument)
-    elif name == "lg" or (name == "log" and base is None):
+    elif base is None and named in ("log", "lg"):
         value = sympy.log(argument) / sympy.log(10)
     else:
         value = getattr(sympy, name)(argument) / (1 if base is None else sympy.log(base))
@@ -189,7 +227,9 @@ def _argument(parser: Parser) -> Any:
         return parser.braced() if parser.peek() == "{" else bracket(parser, parser.take())
     sign = -1 if parser.peek() == "-" and parser.take() else 1
     value = sign * expression(parser.factor())
-    while parser.starts_factor() and parser.peek() not in FUNCTIONS and parser.peek() != "(" and parser.kind() != "text":
+    while (
+        parser.starts_factor() and parser.peek() not in FUNCTIONS and parser.peek() != "(" and parser.kind() != "text"
+    ):
         value = value * expression(parser.factor())
     if parser.peek() == "/" and parser.peek(1).isdigit():
         parser.take()
@@ -197,7 +237,8 @@ def _argument(parser: Parser) -> Any:
     return value
 
 
-def _series(parser: Parser, name: str) -> Any:
+def series(parser: Parser, name: str) -> Any:
+    """Parse a sum or a product with bounds, and evaluate it."""
     sympy = sympy_module()
     parser.take("_")
     parser.take("{")
@@ -219,7 +260,8 @@ def _series(parser: Parser, name: str) -> Any:
     return series
 
 
-def _matrix(parser: Parser) -> Any:
+def matrix(parser: Parser) -> Any:
+    """Parse an environment of rows; a vmatrix is a determinant."""
     shape = _environment(parser)
     rows: list[tuple[Any, ...]] = []
     row: list[Any] = []

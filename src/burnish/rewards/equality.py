@@ -1,13 +1,13 @@
 """Equality of parsed mathematical answers, exact, and with the structure that the gold answer has.
 
-Rationals are compared as rationals. Other numbers are compared at a precision beyond every digit that occurs in either of
-them, relative to their size, and expressions with variables at several rational points: an identity in its variables holds
-at all of them, anything else at almost none (Schwartz-Zippel). No comparison rounds.
+Rationals are compared as rationals. Other numbers are compared at a precision beyond every digit that occurs in either
+of them, relative to their size, and expressions with variables at several rational points: an identity in its variables
+holds at all of them, anything else at almost none (Schwartz-Zippel).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from burnish.rewards.notation import Unreadable
@@ -31,7 +31,18 @@ from burnish.rewards.values import (
     units_of,
 )
 
-__all__ = ["same", "same_expression"]
+__all__ = [
+    "KINDS",
+    "same",
+    "same_clock",
+    "same_expression",
+    "same_grid",
+    "same_items",
+    "same_named",
+    "same_quantity",
+    "same_ratio",
+    "same_region",
+]
 
 _SPARE_DIGITS = 60
 _MAX_DIGITS = 20_000
@@ -47,20 +58,11 @@ def same(gold: Any, answer: Any) -> bool:
         Unreadable: too much to compare.
     """
     gold, answer = _single(gold), _single(answer)
-    if isinstance(gold, Named) or isinstance(answer, Named):
-        return _same_named(gold, answer)
+    for kind, same_kind in KINDS:
+        if isinstance(gold, kind) or isinstance(answer, kind):
+            return same_kind(gold, answer)
     if is_expression(gold) and is_expression(answer):
-        return _same_quantity(gold, answer)
-    if isinstance(gold, Region) or isinstance(answer, Region):
-        return _same_region(gold, answer)
-    if isinstance(gold, Clock) or isinstance(answer, Clock):
-        return _same_clock(gold, answer)
-    if isinstance(gold, Ratio) or isinstance(answer, Ratio):
-        return _same_ratio(gold, answer)
-    if isinstance(gold, Items) or isinstance(answer, Items):
-        return _same_items(gold, answer)
-    if isinstance(gold, Grid) or isinstance(answer, Grid):
-        return _same_grid(gold, answer)
+        return same_quantity(gold, answer)
     if type(gold) is not type(answer):
         return False
     match gold:
@@ -94,7 +96,8 @@ def _distinct(items: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _same_named(gold: Any, answer: Any) -> bool:
+def same_named(gold: Any, answer: Any) -> bool:
+    """Compare where one side has a name: it may be missing, but two must agree."""
     if isinstance(gold, Named) and isinstance(answer, Named):
         if gold.name == answer.name:
             return same(gold.value, answer.value)
@@ -113,7 +116,8 @@ def _equation(named: Named) -> Equation | None:
     return Equation(named.symbol - named.value)
 
 
-def _same_items(gold: Any, answer: Any) -> bool:
+def same_items(gold: Any, answer: Any) -> bool:
+    """Compare unordered answers, and assignments with a point."""
     named = _assigned(gold), _assigned(answer)
     for assigned, other in (named, (gold, answer)), (named[::-1], (answer, gold)):
         # x = 1, y = 2 is the point (1, 2), in the order of the names.
@@ -140,7 +144,8 @@ def _assigned(value: Any) -> dict[str, Any] | None:
     return names if len(names) == len(value.items) else None
 
 
-def _same_region(gold: Any, answer: Any) -> bool:
+def same_region(gold: Any, answer: Any) -> bool:
+    """Compare sets of reals."""
     names = {value.name for value in (gold, answer) if isinstance(value, Region) and value.name}
     if len(names) > 1:
         return False
@@ -160,17 +165,21 @@ def _same_region(gold: Any, answer: Any) -> bool:
     )
 
 
-def _same_clock(gold: Any, answer: Any) -> bool:
+def same_clock(gold: Any, answer: Any) -> bool:
+    """Compare times, of which one may lack its half of the day."""
     if isinstance(gold, Clock) and isinstance(answer, Clock):
         halves = {value.half for value in (gold, answer)} - {""}
         return (gold.hours, gold.minutes) == (answer.hours, answer.minutes) and len(halves) < 2
     clock, other = (gold, answer) if isinstance(gold, Clock) else (answer, gold)
     number = sympy_module().Integer
-    return not clock.half and _same_ratio(Ratio((number(clock.hours), number(clock.minutes))), other)
+    return not clock.half and same_ratio(Ratio((number(clock.hours), number(clock.minutes))), other)
 
 
-def _same_ratio(gold: Any, answer: Any) -> bool:
-    terms = [value.terms if isinstance(value, Ratio) else (value, sympy_module().Integer(1)) for value in (gold, answer)]
+def same_ratio(gold: Any, answer: Any) -> bool:
+    """Compare ratios, and quotients with a ratio of two."""
+    terms = [
+        value.terms if isinstance(value, Ratio) else (value, sympy_module().Integer(1)) for value in (gold, answer)
+    ]
     if len(terms[0]) != len(terms[1]) or not all(is_expression(term) for side in terms for term in side):
         return False
     ours, theirs = terms
@@ -179,10 +188,15 @@ def _same_ratio(gold: Any, answer: Any) -> bool:
     )  # fmt: skip
 
 
-def _same_grid(gold: Any, answer: Any) -> bool:
+def same_grid(gold: Any, answer: Any) -> bool:
+    """Compare matrices, and vectors with columns."""
     # A vector is also written as the column of a matrix.
     rows = [
-        tuple((item,) for item in value.items) if isinstance(value, Pair) else value.rows if isinstance(value, Grid) else ()
+        tuple((item,) for item in value.items)
+        if isinstance(value, Pair)
+        else value.rows
+        if isinstance(value, Grid)
+        else ()
         for value in (gold, answer)
     ]
     if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
@@ -190,7 +204,7 @@ def _same_grid(gold: Any, answer: Any) -> bool:
     return all(same(a, b) for one, two in zip(*rows, strict=True) for a, b in zip(one, two, strict=True))
 
 
-def _same_quantity(gold: Any, answer: Any) -> bool:
+def same_quantity(gold: Any, answer: Any) -> bool:
     """Compare with units: one that is missing on one side is ignored, others must agree."""
     units = units_of(gold), units_of(answer)
     if bool(units[0]) == bool(units[1]):
@@ -204,7 +218,7 @@ def _same_quantity(gold: Any, answer: Any) -> bool:
         return True
     if percent in units_of(value) and not (other.is_number and other.is_real and abs(other) > 1):
         return False  # 0.5 is 50%, never 0.5%
-    return same_expression(value.subs({symbol: 1 for symbol in units_of(value)}), other)
+    return same_expression(value.subs(dict.fromkeys(units_of(value), 1)), other)
 
 
 def same_expression(gold: Any, answer: Any) -> bool:
@@ -220,17 +234,12 @@ def same_expression(gold: Any, answer: Any) -> bool:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if not symbols:
         return _same_number(gold, answer)
-    if gold.free_symbols != answer.free_symbols and not _cancels(gold, answer):
+    if any(symbol.name.startswith("unit ") for symbol in gold.free_symbols ^ answer.free_symbols):
         return False
-    roots = _needs_positive(gold) and _needs_positive(answer)
+    has_sizes = gold.has(sympy_module().Abs) or answer.has(sympy_module().Abs)
+    roots = not has_sizes and _needs_positive(gold) and _needs_positive(answer)
     verdicts = [_same_number(*at) for at in _points((gold, answer), symbols, positive=roots)]
     return bool(verdicts) and all(verdicts)
-
-
-def _cancels(gold: Any, answer: Any) -> bool:
-    """Return whether variables that only one side has may cancel, as in x - (x - 1)."""
-    one_sided = gold.free_symbols ^ answer.free_symbols
-    return not any(symbol.name.startswith("unit ") for symbol in one_sided)
 
 
 def _needs_positive(value: Any) -> bool:
@@ -261,7 +270,8 @@ def _same_number(a: Any, b: Any) -> bool:
     sympy = sympy_module()
     if a == b:
         return True
-    if (a.is_Rational and b.is_Rational) or a.has(sympy.nan, sympy.zoo, sympy.oo) or b.has(sympy.nan, sympy.zoo, sympy.oo):
+    endless = (sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
+    if (a.is_Rational and b.is_Rational) or a.has(*endless) or b.has(*endless):
         return False
     if a.atoms(sympy.core.function.AppliedUndef) or b.atoms(sympy.core.function.AppliedUndef):
         return bool(sympy.expand(a - b) == 0)
@@ -292,3 +302,14 @@ def _proportional(ours: Any, theirs: Any, *, positive: bool) -> bool:
     if positive and not sympy.re((a / b).evalf(15)) > 0:
         return False
     return all(_same_number(a * d, b * c) for c, d in kept[1:])
+
+
+KINDS: tuple[tuple[type, Callable[[Any, Any], bool]], ...] = (
+    (Named, same_named),
+    (Region, same_region),
+    (Clock, same_clock),
+    (Ratio, same_ratio),
+    (Items, same_items),
+    (Grid, same_grid),
+)
+"""Kinds of answers that also compare with other kinds, in this order."""

@@ -14,10 +14,67 @@ from burnish.rewards.values import TooLarge, is_expression
 
 __all__ = ["is_correct"]
 
+_STATEMENT = frozenset(
+    [
+        "forall",
+        "exists",
+        "nexists",
+        "in",
+        "notin",
+        "implies",
+        "iff",
+        "Rightarrow",
+        "Leftrightarrow",
+        "equiv",
+        "pmod",
+        "bmod",
+        "mod",
+        "mid",
+        "nmid",
+        "subset",
+        "subseteq",
+        "neg",
+        "le",
+        "ge",
+        "ne",
+        "approx",
+        "<",
+        ">",
+        "=",
+        ",",
+        ";",
+        "and",
+        "or",
+        "begin",
+        "mathbb",
+        "ldots",
+        "cdots",
+        "dots",
+        "pm",
+        "mp",
+    ]
+)
+"""Tokens of what is more than one expression, which math-verify reads in part."""
+
 _STRUCTURE = frozenset(
-    "forall exists nexists in notin implies iff Rightarrow Leftrightarrow to equiv pmod bmod mod mid nmid subset subseteq "
-    "int iint oint sum prod lim max min sup inf neg le ge ne approx < > = ! , ; : and or begin partial nabla prime "
-    "cup cap setminus mathbb ldots cdots dots pm mp { }".split()
+    [
+        "int",
+        "iint",
+        "oint",
+        "sum",
+        "prod",
+        "lim",
+        "to",
+        "max",
+        "min",
+        "sup",
+        "inf",
+        "!",
+        ":",
+        "partial",
+        "nabla",
+        "prime",
+    ]
 )
 
 
@@ -43,13 +100,12 @@ def is_correct(
         spelling = _spelling(answer)
         if spelling and spelling == _spelling(gold):
             return True
-        if isinstance(theirs, TooLarge) or isinstance(ours, TooLarge):
-            return _written_out(parsed, parse(answer))
-        # math-verify ignores quantifiers, and compares numbers as floats.
-        return _structure(gold) == _structure(answer) and _verified(parsed, parse(answer), verify)
+        if _is_statement(gold) or _is_statement(answer) or _structure(gold) != _structure(answer):
+            return False
+        return _verified(parsed, parse(answer), verify)
     if isinstance(theirs, TooLarge):
-        # As far as SymPy can write the number out within the time limit.
-        return _written_out(parse(gold), parse(answer))
+        # Decided where SymPy can write the number out within the time limit.
+        return _verified(parse(gold), parse(answer), verify)
     if isinstance(theirs, Unreadable):
         return False
     try:
@@ -73,18 +129,19 @@ def _spelling(text: str) -> list[tuple[str, str]]:
         return []
 
 
+def _is_statement(text: str) -> bool:
+    return any(word in _STATEMENT for _, word in _spelling(text))
+
+
 def _structure(text: str) -> tuple[Counter[str], set[str]]:
     spelling = _spelling(text)
     words = {word for kind, word in spelling if kind == "text"}
     return Counter(word for _, word in spelling if word in _STRUCTURE), words
 
 
-def _written_out(gold: list[Any], answer: list[Any]) -> bool:
-    return bool(gold and answer and not isinstance(gold[0], str) and gold[0] == answer[0])
-
-
 def _verified(gold: list[Any], answer: list[Any], verify: Callable[[list[Any], list[Any]], bool]) -> bool:
-    if not answer or not verify(gold, answer):
+    """Return whether math-verify finds both equal, and they are so beyond the digits at which it compares numbers."""
+    if not gold or not answer or not verify(gold, answer):
         return False
     numbers = all(is_expression(side[0]) and not side[0].free_symbols for side in (gold, answer))
     return not numbers or same_expression(gold[0], answer[0])

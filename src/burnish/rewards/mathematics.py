@@ -43,7 +43,25 @@ _MAX_DEPTH = 60
 _CHOICE = re.compile(r"(?:(?:option|choice) )?(?:\(([A-J])\)|([A-J])\)?)(?:[.:)]? +(.+))?", re.IGNORECASE)
 _CLOCK = re.compile(r"(\d{1,2}) ?: ?([0-5]\d)(?: ?:00)?(?: ?([ap])\.? ?m\.?)?", re.IGNORECASE)
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?(?: ?_ ?\{? ?|,? ?\(?(?:in )?base )(\w+) ?\}?\)?")
-_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_BASES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+]
 _EMPTY = {
     "no solution", "no solutions", "no real solution", "no real solutions", "empty set", "none", "no real roots",
     "there are no solutions", "there is no solution", "no such number exists", "has no solution", "has no solutions",
@@ -70,12 +88,13 @@ def read(text: str) -> Any:
         return special
     if is_prose(bare):
         return _words(plain_words(bare))
-    tokens = tokenize(text)
-    if all(token.kind == "text" or token.text in "-'," for token in tokens):
-        return _words(plain_words(text))
+    # What stands in \text{...} as a whole may still be mathematics.
+    tokens = tokenize(text if re.search(r"\\(?!text)|[{}]", bare) else bare)
     try:
         return _with_signs(tokens)
     except Unreadable:
+        if re.fullmatch(r"[\w ,.'-]*[A-Za-z]{4}[\w ,.'-]*", bare):
+            return _words(plain_words(bare))
         raise
     except (RecursionError, ValueError, OverflowError, ZeroDivisionError, TypeError, AttributeError) as error:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
@@ -95,7 +114,7 @@ def _special(text: str) -> Any:
         return Clock(int(clock[1]), int(clock[2]), f"{clock[3].lower()}m" if clock[3] else "")
     if (base := _BASE.fullmatch(text)) and (base[2].isdigit() or base[2].lower() in _BASES):
         number = int(base[2]) if base[2].isdigit() and len(base[2]) < 3 else 0
-        number = number or (_BASES.index(base[2].lower()) if base[2].lower() in _BASES else 0)
+        number = number or (_BASES.index(str(base[2].lower())) if base[2].lower() in _BASES else 0)
         if 2 <= number <= 16 and all(int(digit, 16) < number for digit in base[1]):
             return Numeral(base[1].lstrip("0") or "0", number)
     return None
@@ -127,7 +146,8 @@ def _with_signs(tokens: list[Token]) -> Any:
 
 _RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "ge": ">=", "ne": "!=", "in": "in", "approx": "~"}
 _NAME = re.compile(
-    r"(?:\\angle|\\triangle|m\\angle)?(?:[A-Z]{1,4}|[A-Za-z]|\\[A-Za-z]+|\"[A-Za-z ]+\"|\|[A-Z]{2}\|)"
+    r"\\overline\{[A-Z]{2}\}|\\frac\{d[a-z]\}\{d[a-z]\}|(?:\\angle|\\triangle|m\\angle)?"
+    r"(?:[A-Z]{1,4}|[A-Za-z]|\\[A-Za-z]+|\"[A-Za-z ]+\"|\|[A-Z]{2}\|)"
     r"(?:_(?:\{\w+\}|\w))?'*(?:\^\{-1\})?(?:\((?:[A-Za-z](?:,[A-Za-z])*|\"[A-Za-z ]+\")\))?"
 )
 _PRODUCT = {"*", "/", "cdot", "times"}

@@ -3,6 +3,7 @@ r"""Normalisation of mathematics as people and models write it: Markdown, Unicod
 Everything here is textual and linear in the length of the text.
 """
 
+# ruff: noqa: RUF001 - the table maps look-alikes to what they look like
 from __future__ import annotations
 
 import re
@@ -14,15 +15,72 @@ _MAX_CHARACTERS = 4_000
 _MAX_TOKENS = 1_500
 
 GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "vartheta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "varphi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Sigma",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+    ]
 )
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan arccot asin acos atan log ln lg exp".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "sinh",
+        "cosh",
+        "tanh",
+        "coth",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "arccot",
+        "asin",
+        "acos",
+        "atan",
+        "log",
+        "ln",
+        "lg",
+        "exp",
+    ]
 )
 
 _UNICODE = {
-    "−": "-", "–": "-", "﹣": "-", "-": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "⁄": "/",
+    "−": "-", "–": "-", "﹣": "-", "-": "-", "×": r"\times ", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "⁄": "/",
     "∕": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∅": r"\emptyset ",
     "∈": r"\in ", "∀": r"\forall ", "∃": r"\exists ", "ℝ": r"\mathbb{R}", "°": r"^\circ ", "º": r"^\circ ", "′": "'",
@@ -38,11 +96,12 @@ _LEVEL = {char: "0123456789+-n"[i % 13] for i, char in enumerate(_RAISED + _LOWE
 
 _LAYOUT = re.compile(
     r"\\(?:left|right)(?![a-z])\.?|(?<!\\)\\(?:[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|quad|qquad|"
-    r"thinspace|hfill|,|;|:|!|>| |\n)(?![a-zA-Z])|~"
+    r"thinspace|hfill)(?![a-zA-Z])|(?<!\\)\\[,;:!>\s]|~"
 )
 _SYNONYMS = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\leq": r"\le", r"\geq": r"\ge", r"\leqslant": r"\le",
-    r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lvert": "|",
+    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\leq": r"\le", r"\geq": r"\ge",
+    r"\leqslant": r"\le", r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\lbrace": r"\{", r"\rbrace": r"\}",
+    r"\lvert": "|",
     r"\rvert": "|", r"\vert": "|", r"\lbrack": "[", r"\rbrack": "]", r"\varnothing": r"\emptyset", r"\ast": "*",
     r"\backslash": r"\setminus", r"\div": "/", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\lor": r"\text{or}",
     r"\land": r"\text{and}", r"\vee": r"\text{or}", r"\wedge": r"\text{and}", r"\degree": r"^\circ", r"\imath": "i",
@@ -56,10 +115,12 @@ _LEAD = re.compile(
     r"solution|value)s?|so|thus|hence|therefore)(?:\s*[:,]|\s+(?=\S))\s*",
     re.IGNORECASE,
 )
-_DOUBT = re.compile(r"\b(?:not|isn't|never|no|wrong|incorrect|except|unless|if|either|neither|cannot|false)\b", re.IGNORECASE)
+_DOUBT = re.compile(
+    r"\b(?:not|isn't|never|no|wrong|incorrect|except|unless|if|either|neither|cannot|false)\b", re.IGNORECASE
+)
 
 
-class Unreadable(ValueError):  # noqa: N818 - a verdict on a text, not a fault
+class Unreadable(ValueError):
     """A text that the grammar does not cover."""
 
 
@@ -85,14 +146,24 @@ def clean(text: str) -> str:
     """
     if len(text) > _MAX_CHARACTERS:
         raise Unreadable(f"{len(text)} characters")
-    text = _plain_characters(text.strip())
+    text = text.strip()
+    # The digits under a root sign belong to it, unlike those after LaTeX's \sqrt.
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-zA-Zπ])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
+    text = re.sub(f"[{_RAISED}]+", lambda m: "^{" + "".join(_LEVEL[c] for c in m[0]) + "}", text)
+    text = re.sub(f"[{_LOWERED}]+", lambda m: "_{" + "".join(_LEVEL[c] for c in m[0]) + "}", text)
+    text = text.translate(_CHARACTERS)
     text = re.sub(r"`+(?:latex|math)?", " ", text).strip()
     text = re.sub(r"^#+\s+", "", text)
     for _ in range(3):
         text = _BOLD.sub(r"\2", text).strip()
         if len(text) > 2 and text[0] == text[-1] and text[0] in "*_" and text.count(text[0]) == 2:
             text = text[1:-1].strip()
-    text = _without_delimiters(text)
+    text = re.sub(r"\\[()\[\]]", " ", re.sub(r"\\\\(?=[()\[\]])", r"\\\\ ", text))
+    dollars = len(re.findall(r"(?<!\\)\$", text))
+    if dollars % 2:
+        # One dollar sign more than delimiters need is a currency.
+        text = re.sub(r"(?<!\\)\$(?=\s*\.?\d)", r"\\text{dollar}", text, count=1)
+    text = re.sub(r"(?<!\\)\$", " ", text)
     text = _without_boxes(text)
     text = re.sub(r"(?<!\\)\\!", "", text.replace("{,}", ","))
     text = re.sub(r"(?<=\d)\\,(?=\d{3})", ",", text)
@@ -105,23 +176,6 @@ def clean(text: str) -> str:
         if lead and not _DOUBT.search(lead[0]) and lead.end() < len(text):
             text = text[lead.end() :].strip()
     return text
-
-
-def _plain_characters(text: str) -> str:
-    # The digits under a root sign belong to it, unlike those after LaTeX's \sqrt.
-    text = re.sub(r"√\s*(\d+(?:\.\d+)?|[a-zA-Zπ])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
-    text = re.sub(f"[{_RAISED}]+", lambda m: "^{" + "".join(_LEVEL[c] for c in m[0]) + "}", text)
-    text = re.sub(f"[{_LOWERED}]+", lambda m: "_{" + "".join(_LEVEL[c] for c in m[0]) + "}", text)
-    return text.translate(_CHARACTERS)
-
-
-def _without_delimiters(text: str) -> str:
-    text = re.sub(r"\\[()\[\]]", " ", re.sub(r"\\\\(?=[()\[\]])", r"\\\\ ", text))
-    dollars = len(re.findall(r"(?<!\\)\$", text))
-    if dollars % 2:
-        # One dollar sign more than delimiters need is a currency.
-        text = re.sub(r"(?<!\\)\$(?=\s*\.?\d)", r"\\text{dollar}", text, count=1)
-    return re.sub(r"(?<!\\)\$", " ", text)
 
 
 def _without_boxes(text: str) -> str:
@@ -148,15 +202,44 @@ _TEXT = re.compile(
 )
 _TOKEN = re.compile(
     r"(?P<text>" + _TEXT.pattern + r")|(?P<command>\\(?:[a-zA-Z]+|[{}|\\]))"
-    r"|(?P<number>\d+\.(?= ?\\(?:overline|bar)\b)|\d{1,3}(?: \d{3})+(?![\d.])|\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\d.]))?|\.\d+)"
+    r"|(?P<number>\d+\.(?= ?\\(?:overline|bar)\b)|"
+    r"\d{1,3}(?: \d{3})+(?![\d.])|\d+(?:\.\d+)?(?:[eE][+-]?\d{1,4}(?![\d.]))?|\.\d+)"
     r"|(?P<word>[A-Za-z]+)|(?P<op><=|>=|!=|==|\*\*|\S)"
 )
 _OPERATORS = {"<=": r"\le", ">=": r"\ge", "!=": r"\ne", "==": "=", "**": "^"}
 _WORDS = FUNCTIONS | {"sqrt", "pi", "infty", "theta", "alpha", "beta", "lambda", "binom", "floor", "ceil", "abs"}
 _INFINITY = {"infinity", "oo", "inf"}
 _UNIT_WORDS = frozenset(
-    "cm mm km kg mg ml mL cL ft yd mi hr hrs min sec mph kmh kph Hz kHz lbs lb oz USD deg sq cu cents cent".split()
+    [
+        "cm",
+        "mm",
+        "km",
+        "kg",
+        "mg",
+        "ml",
+        "mL",
+        "ft",
+        "yd",
+        "mi",
+        "hr",
+        "hrs",
+        "min",
+        "sec",
+        "mph",
+        "kmh",
+        "kph",
+        "Hz",
+        "kHz",
+        "lbs",
+        "lb",
+        "oz",
+        "USD",
+        "deg",
+        "sq",
+        "cu",
+    ]
 )
+_METRIC = frozenset(["cm", "mm", "km", "kg"])  # after a letter, others are products: hr
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 
 
@@ -198,7 +281,9 @@ def tokenize(text: str) -> list[Token]:
             _add_word(tokens, match["word"], spaced, text[match.end() :])
         else:
             op = _OPERATORS.get(match["op"], match["op"])
-            tokens.append(Token("command", op[1:], spaced) if op[0] == "\\" and len(op) > 1 else Token("op", op, spaced))
+            tokens.append(
+                Token("command", op[1:], spaced) if op[0] == "\\" and len(op) > 1 else Token("op", op, spaced)
+            )
         if len(tokens) > _MAX_TOKENS:
             raise Unreadable("too many tokens")
     return tokens
@@ -250,8 +335,16 @@ def _add_word(tokens: list[Token], word: str, spaced: bool, rest: str) -> None:
         tokens[-2:] = [Token("text", f"{tokens[-2].text}/{word}", tokens[-2].spaced)]
     elif before is not None and before.kind == "text" and spaced and len(word) > 1:
         tokens[-1] = Token("text", f"{before.text} {word}", before.spaced)
-    elif word in _UNIT_WORDS or len(word) > 3 or (
-        word in ("m", "g", "s", "h", "L") and after_number and spaced and re.fullmatch(r"(?: ?/ ?[a-z]+)?(?:\^?[\d{}]+)?", rest)
+    elif (
+        word in _METRIC
+        or (word in _UNIT_WORDS and after_number and spaced)
+        or len(word) > 3
+        or (
+            word in ("m", "g", "s", "h", "L")
+            and after_number
+            and spaced
+            and re.fullmatch(r"(?: ?/ ?[a-z]+)?(?:\^?[\d{}]+)?", rest)
+        )
     ):
         tokens.append(Token("text", word, spaced))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -154,15 +155,73 @@ def is_expression(value: Any) -> bool:
 _UNITS = {
     "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km",
     "millimeter": "mm", "inche": "inch", "in": "inch", "feet": "foot", "ft": "foot", "yd": "yard", "kilogram": "kg",
-    "gram": "g", "liter": "L", "litre": "L", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "mi": "mile",
-    "dollar": "dollar", "usd": "dollar", "buck": "dollar", "cent": "cent", "degree": "degree", "deg": "degree", "percent": "percent",
+    "gram": "g", "liter": "L", "litre": "L", "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h",
+    "mi": "mile",
+    "dollar": "dollar", "usd": "dollar", "buck": "dollar", "cent": "cent", "degree": "degree", "deg": "degree",
+    "percent": "percent",
     "per cent": "percent", "lb": "pound", "unit": "unit",
 }  # fmt: skip
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _NOT_UNITS = frozenset(
-    "not is are was maybe but wrong incorrect false true to than plus minus times over no never if for where with then "
-    "or and equals equal let because since which we i you it this that solution answer possibly probably approximately "
-    "about least most at between squared cubed factorial choose mod more less either both neither".split()
+    [
+        "not",
+        "is",
+        "are",
+        "was",
+        "maybe",
+        "but",
+        "wrong",
+        "incorrect",
+        "false",
+        "true",
+        "to",
+        "than",
+        "plus",
+        "minus",
+        "times",
+        "over",
+        "no",
+        "never",
+        "if",
+        "for",
+        "where",
+        "with",
+        "then",
+        "or",
+        "and",
+        "equals",
+        "equal",
+        "let",
+        "because",
+        "since",
+        "which",
+        "we",
+        "i",
+        "you",
+        "it",
+        "this",
+        "that",
+        "solution",
+        "answer",
+        "possibly",
+        "probably",
+        "approximately",
+        "about",
+        "least",
+        "most",
+        "at",
+        "between",
+        "squared",
+        "cubed",
+        "factorial",
+        "choose",
+        "mod",
+        "more",
+        "less",
+        "either",
+        "both",
+        "neither",
+    ]
 )
 
 
@@ -252,6 +311,9 @@ def power(base: Any, exponent: Any) -> Any:
         size = sympy.Abs(exponent).evalf(5)
         if not size.is_comparable or size > _MAX_EXPONENT:
             raise TooLarge("an exponent")
+    if exponent.is_Rational and exponent.q % 2 and exponent.q > 1 and not base.is_number and not base.is_nonnegative:
+        # A letter may be negative.
+        return sympy.sign(base) ** exponent.p * sympy.Abs(base) ** exponent
     if base.is_zero and exponent.is_negative:
         raise Unreadable("division by 0")
     return base**exponent
@@ -288,7 +350,9 @@ def interval(low: Any, high: Any, low_open: bool, high_open: bool) -> Any:
     """Build an interval whose ends are real or infinite."""
     sympy = sympy_module()
     low, high = expression(low), expression(high)
-    if any(end.is_extended_real is not True for end in (low, high)) or (low.is_number and high.is_number and not low <= high):
+    if any(end.is_extended_real is not True for end in (low, high)) or (
+        low.is_number and high.is_number and not low <= high
+    ):
         raise Unreadable("not an interval")
     return sympy.Interval(low, high, low_open, high_open)
 
@@ -332,8 +396,8 @@ def _equated(values: list[Any]) -> Any:
     first, last = values[0], values[-1]
     if isinstance(first, Pair) and all(is_expression(item) and item.is_Symbol for item in first.items):
         return Named(str(first.items), last)
-    differences = [expression(a) - expression(b) for a, b in zip(values, values[1:], strict=False)]
-    if is_expression(last) and last.is_Symbol and len(values) == 2 and first.is_number:
+    differences = [expression(a) - expression(b) for a, b in itertools.pairwise(values)]
+    if is_expression(last) and last.is_Symbol and len(values) == 2 and is_expression(first) and first.is_number:
         return Named(last.name, first, last)
     if not any(value.free_symbols for value in values):
         # A calculation: steps that disagree leave several values.

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 from burnish.rewards.formulas import stop_sympy_evaluating
+from burnish.rewards.grading import is_correct
 from burnish.rewards.guard import Guard
 from burnish.rewards.gym_tasks import prepare_gym
-from burnish.rewards.grading import is_correct
 
 __all__ = ["KINDS", "main"]
 
