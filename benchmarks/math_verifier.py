@@ -2,9 +2,10 @@
 
 Usage: python benchmarks/math_verifier.py
 
-The graders are burnish's `math_answer`, math-verify alone (`verify(parse(gold), parse(answer))` with both sides in dollar
-signs) and `accuracy_reward` of TRL, which runs in .venv-trl and is given answers in a box, since it reads nothing else. A
-grader that raises, times out or gives None accepts nothing; those are counted apart. Intervals are Wilson's, at 95%.
+The graders are burnish's `math_answer`, math-verify alone (`verify(parse(gold), parse(answer))` with both sides in
+dollar signs) and `accuracy_reward` of TRL, which runs in .venv-trl and is given answers in a box, since it reads
+nothing else. A grader that raises, times out or gives None accepts nothing; those are counted apart. Intervals are
+Wilson's, at 95%.
 """
 
 from __future__ import annotations

@@ -397,7 +397,7 @@ def _equated(values: list[Any]) -> Any:
     if isinstance(first, Pair) and all(is_expression(item) and item.is_Symbol for item in first.items):
         return Named(str(first.items), last)
     differences = [expression(a) - expression(b) for a, b in itertools.pairwise(values)]
-    if is_expression(last) and last.is_Symbol and len(values) == 2 and is_expression(first) and first.is_number:
+    if len(values) == 2 and last.is_Symbol and expression(first).is_number:
         return Named(last.name, first, last)
     if not any(value.free_symbols for value in values):
         # A calculation: steps that disagree leave several values.
