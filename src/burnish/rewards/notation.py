@@ -101,7 +101,8 @@ _LAYOUT = re.compile(
 _SYNONYMS = {
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\leq": r"\le", r"\geq": r"\ge",
     r"\leqslant": r"\le", r"\geqslant": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne",
-    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\lbrack": "[", r"\rbrack": "]",
+    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\lbrack": "[",
+    r"\rbrack": "]",
     r"\varnothing": r"\emptyset", r"\ast": "*",
     r"\backslash": r"\setminus", r"\div": "/", r"\dbinom": r"\binom", r"\tbinom": r"\binom", r"\lor": r"\text{or}",
     r"\land": r"\text{and}", r"\vee": r"\text{or}", r"\wedge": r"\text{and}", r"\degree": r"^\circ", r"\imath": "i",
