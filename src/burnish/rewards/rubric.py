@@ -12,9 +12,9 @@ from typing import Any, cast
 
 from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import ConfigError, DataError, RewardError
+from burnish.rewards.batch import OWN_ARGUMENTS, Batch, Grading, LogMetric, Outcome, flatten
 from burnish.rewards.calls import CallTimeout, parameters_of
 from burnish.rewards.criterion import Criterion, RewardFunction
-from burnish.rewards.grading import OWN_ARGUMENTS, Batch, Grading, LogMetric, Outcome, flatten
 from burnish.rewards.verifiers import AnswerVerifier
 from burnish.types import Group, Score
 

@@ -260,8 +260,9 @@ def math_answer(
     failures: str = "zero",
     pool: WorkerPool | None = None,
 ) -> AnswerVerifier:
-    r"""Create a verifier of mathematics: 1 if math-verify finds the answer equal to the gold answer, else 0.
+    r"""Create a verifier of mathematics: 1 if the answer equals the gold answer exactly and has its structure, else 0.
 
+    Both are parsed by :func:`burnish.rewards.mathematics.read`; gold answers outside its grammar by math-verify.
     Equal texts, equal numbers and unequal integers are decided at once; everything else runs in a worker process that
     is killed after `timeout_seconds`. An answer that cannot be parsed scores 0; a gold answer that cannot be parsed
     fails the completion.

@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from burnish.rewards.answers import UNREADABLE_GOLD
 from burnish.rewards.formulas import stop_sympy_evaluating
+from burnish.rewards.grading import is_correct
 from burnish.rewards.guard import Guard
 from burnish.rewards.gym_tasks import prepare_gym
 
@@ -54,15 +54,14 @@ def _math_verify() -> Any:
 def _prepare_math(gold: str, answer: str) -> Callable[[], float]:
     math_verify = _math_verify()
 
-    def work() -> float:
-        # math-verify's own time-outs use signal.alarm; the parent kills this process instead.
-        gold_parsed = math_verify.parse(_latex_forms(gold), parsing_timeout=None)
-        if not gold_parsed:
-            raise ValueError(f"the gold answer {gold!r} {UNREADABLE_GOLD}")
-        answer_parsed = math_verify.parse(_latex_forms(answer), parsing_timeout=None)
-        return float(bool(math_verify.verify(gold_parsed, answer_parsed, timeout_seconds=None)))
+    # math-verify's own time-outs use signal.alarm; the parent kills this process instead.
+    def parse(text: str) -> list[Any]:
+        return math_verify.parse(_latex_forms(text), parsing_timeout=None)
 
-    return work
+    def verify(gold_parsed: list[Any], answer_parsed: list[Any]) -> bool:
+        return bool(math_verify.verify(gold_parsed, answer_parsed, timeout_seconds=None))
+
+    return lambda: float(is_correct(gold, answer, parse, verify))
 
 
 KINDS: dict[str, Callable[..., Callable[[], float]]] = {
