@@ -38,6 +38,7 @@ def test_every_kind_builds() -> None:
         "python": {"function": "math:prod"},
         "soft_overlong": {"max_completion_length": 8, "cache": 2},
         "judge": {"rubric": "r", "model": "m", "base_url": "http://localhost/v1"},
+        "language": {"language": "en"},
         "length": {"most": 8},
         "regex": {"pattern": "a"},
     }

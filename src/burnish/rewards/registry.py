@@ -13,7 +13,9 @@ from burnish.errors import ConfigError, show
 from burnish.rewards.catalogue import get_repetition_penalty_reward
 from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
+from burnish.rewards.instructions import instructions_followed
 from burnish.rewards.judge import llm_judge
+from burnish.rewards.languages import language_is
 from burnish.rewards.programs import code_answer, sql_answer
 from burnish.rewards.rubric import Criterion, RewardFunction, Rubric
 from burnish.rewards.texts import (
@@ -44,8 +46,10 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "exact": exact_answer,
     "format": format_tags,
     "gym": gym_answer,
+    "instructions": instructions_followed,
     "judge": llm_judge,
     "json": json_answer,
+    "language": language_is,
     "length": length_between,
     "math": math_answer,
     "numeric": numeric_answer,
