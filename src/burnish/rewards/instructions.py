@@ -62,10 +62,6 @@ def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_wor
     return bool(words) and words[0].casefold() == first_word.casefold()
 
 
-def _highlights(text: str) -> int:
-    return sum(bool("".join(found).strip()) for found in _HIGHLIGHT.findall(text))
-
-
 def _is_json(text: str) -> bool:
     inner = text.strip().removeprefix("```json").removeprefix("```JSON").removeprefix("```").removesuffix("```")
     try:
@@ -75,23 +71,10 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _two_responses(text: str) -> bool:
-    parts = [part.strip() for part in text.split("******")]
-    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
-
-
-def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    return len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
-
-
 def _postscript(text: str, postscript_marker: str) -> bool:
     # "P.S." is also written "p. s.".
     marker = r"\s*".join(re.escape(letter) for letter in postscript_marker if not letter.isspace())
     return re.search(rf"(?:^|\s){marker}\s*\S", text, re.IGNORECASE) is not None
-
-
-def _capital_words(text: str) -> int:
-    return sum(word.isupper() for word in _WORD.findall(text))
 
 
 CHECKS: dict[str, Check] = {
@@ -120,11 +103,17 @@ CHECKS: dict[str, Check] = {
     "detectable_content:postscript": _postscript,
     "detectable_format:number_bullet_lists": lambda text, num_bullets: len(_BULLET.findall(text)) == num_bullets,
     "detectable_format:constrained_response": lambda text: any(answer in text for answer in _ANSWERS),
-    "detectable_format:number_highlighted_sections": lambda text, num_highlights: _highlights(text) >= num_highlights,
-    "detectable_format:multiple_sections": _sections,
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights: (
+        sum(bool("".join(found).strip()) for found in _HIGHLIGHT.findall(text)) >= num_highlights
+    ),
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
+        len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections
+    ),
     "detectable_format:json_format": _is_json,
     "detectable_format:title": lambda text: re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text) is not None,
-    "combination:two_responses": _two_responses,
+    "combination:two_responses": lambda text: (
+        len(parts := [part.strip() for part in text.split("******")]) == 2 and all(parts) and parts[0] != parts[1]
+    ),
     "combination:repeat_prompt": lambda text, prompt_to_repeat: (
         text.strip().casefold().startswith(prompt_to_repeat.strip().casefold())
     ),
@@ -133,7 +122,7 @@ CHECKS: dict[str, Check] = {
     ),
     "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation: _compared(
-        _capital_words(text), capital_relation, capital_frequency
+        sum(word.isupper() for word in _WORD.findall(text)), capital_relation, capital_frequency
     ),
     "change_case:english_capital": lambda text: text.isupper(),
     "change_case:english_lowercase": lambda text: text.islower(),
