@@ -16,31 +16,31 @@ FAILED = {"judge": "no service"}
 
 def test_the_fraction_is_that_of_the_last_rollouts() -> None:
     bound = FailureBound(0.5)
-    bound.add([None] * 4, [FAILED] * 4)  # one rollout proves nothing
-    bound.add([1.0] * 4, [{}] * 4)  # half of all
+    bound.add([True] * 4, [FAILED] * 4)  # one rollout proves nothing
+    bound.add([False] * 4, [{}] * 4)  # half of all
     with pytest.raises(
         RewardError, match=r"5 of 9 .* 3 rollouts.*max_failed_rewards = 0\.5.*judge 5 times.*no service"
     ):
-        bound.add([None], [FAILED])
+        bound.add([True], [FAILED])
 
 
 def test_old_rollouts_are_forgotten() -> None:
     bound = FailureBound(0.5)
     for _ in range(8):
-        bound.add([1.0, 1.0], [{}, {}])
+        bound.add([False, False], [{}, {}])
     for _ in range(4):
-        bound.add([None, None], [FAILED] * 2)
+        bound.add([True, True], [FAILED] * 2)
     with pytest.raises(RewardError, match="10 of 16"):
-        bound.add([None, None], [FAILED] * 2)
+        bound.add([True, True], [FAILED] * 2)
 
 
 def test_one_never_stops_and_zero_stops_at_once() -> None:
     never, strict = FailureBound(1.0), FailureBound(0.0)
     for _ in range(3):
-        never.add([None], [{}])
-    strict.add([1.0], [{}])
+        never.add([True], [{}])
+    strict.add([False], [{}])
     with pytest.raises(RewardError, match="other ranks"):
-        strict.add([None, 1.0], [])
+        strict.add([True, False], [])
 
 
 @pytest.mark.parametrize(("most", "stops"), [(0.5, True), (1.0, False)])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
-
-import numpy as np
 
 from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
@@ -127,5 +126,8 @@ class Criterion:
         """Return the weight when this fraction of the training steps is done."""
         if not self.schedule:
             return self.weight
-        at, factors = zip(*self.schedule, strict=True)
-        return self.weight * float(np.interp(progress, at, factors))
+        # Between two points, of which the first or the last stands twice outside.
+        after = bisect_right(self.schedule, progress, key=lambda point: point[0])
+        (start, low), (end, high) = self.schedule[max(after - 1, 0)], self.schedule[min(after, len(self.schedule) - 1)]
+        part = (progress - start) / (end - start) if end > start else 0.0
+        return self.weight * (low + (high - low) * part)

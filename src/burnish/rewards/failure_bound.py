@@ -18,7 +18,7 @@ class FailureBound:
     """Stop a run whose rewards fail on too many completions of the last rollouts.
 
     Args:
-        most: largest fraction of completions without a reward; 1 never stops.
+        most: largest fraction of completions whose reward fails; 1 never stops.
     """
 
     def __init__(self, most: float) -> None:
@@ -27,18 +27,18 @@ class FailureBound:
         self._errors: deque[Counter[str]] = deque(maxlen=_ROLLOUTS)
         self._examples: dict[str, str] = {}
 
-    def add(self, rewards: Iterable[float | None], errors: Iterable[Mapping[str, str]]) -> None:
+    def add(self, failures: Iterable[bool], errors: Iterable[Mapping[str, str]]) -> None:
         """Count the completions of a rollout.
 
         Args:
-            rewards: reward of each completion, of all ranks; None where it failed.
+            failures: whether the reward of each completion failed, on all ranks.
             errors: messages by criterion of this rank's completions.
 
         Raises:
             RewardError: too many failed; it counts the failures by criterion.
         """
-        found, kinds = list(rewards), list(errors)
-        self._counts.append((sum(reward is None for reward in found), len(found)))
+        found, kinds = list(failures), list(errors)
+        self._counts.append((sum(found), len(found)))
         self._errors.append(Counter(name for messages in kinds for name in messages))
         for messages in kinds:
             self._examples |= messages

@@ -113,7 +113,8 @@ class Sampler:
         self._note_lengths(groups)
         rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
         scores = [c.score for group in groups for c in group.completions if c.score is not None]
-        self._failures.add((reward for row in rewards.values() for reward in row), [score.errors for score in scores])
+        failed = gather_by_prompt(shards, _has_failed, run.ranks.gathered)
+        self._failures.add((one for row in failed.values() for one in row), [score.errors for score in scores])
         run.metrics.add_rewards(list(rewards.values()))
         known = [reward for row in rewards.values() for reward in row if reward is not None]
         if known and args.prompt_sampling == "curriculum":
@@ -255,3 +256,9 @@ class Sampler:
                 100 * clipped,
                 self._args.max_completion_length,
             )
+
+
+def _has_failed(completion: Completion) -> bool:
+    """Return whether a criterion failed, so that there is no reward; it may also have none because none applies."""
+    score = completion.score
+    return score is not None and score.total is None and bool(score.errors.keys() - {"total"})
