@@ -76,7 +76,7 @@ def read_transcripts(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[tupl
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        fix = "name transcripts.jsonl of a run"
+        fix = "name the transcripts.jsonl of a run with log_completions = true"
         raise ConfigError(f"--transcripts = {str(path)!r}: {error.strerror}; {fix}.") from error
     groups: dict[tuple[int, int], list[Completion]] = {}
     for number, line in enumerate(lines, 1):
