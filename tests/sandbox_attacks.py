@@ -45,7 +45,7 @@ ATTACKS = {
     "dots": "attempt(lambda: print(open('../' * 20 + HOST['secret'][1:]).read()))",
     "race on the folder": "def swap():\n    while True:\n        try:\n            os.symlink(HOST['folder'], 'a'); os.remove('a'); os.mkdir('a'); os.rmdir('a')\n        except OSError: pass\nthreading.Thread(target=swap, daemon=True).start()\nend = time.time() + 0.3\nwhile time.time() < end:\n    attempt(lambda: print(open('a/secret').read()))",
     "removes its folder": "here = os.getcwd()\nfor act in (lambda: os.rmdir(here), lambda: os.rename(here, here + 'x'), lambda: os.symlink('/', here)):\n    attempt(act)",
-    "process 1": "attempt(lambda: open('/proc/1/environ').read())\nattempt(lambda: open('/proc/1/root/etc/passwd').read())\nattempt(lambda: os.readlink('/proc/1/cwd'))",
+    "process 1": "attempt(lambda: open('/proc/1/environ').read())\nroot = '/proc/1/root'\nattempt(lambda: open(root + '/etc/passwd').read())\nattempt(lambda: os.readlink('/proc/1/cwd'))",
     "memory of others": "for pid in [HOST['pid'], HOST['victim'], os.getppid(), 1]:\n    for name in ('mem', 'environ', 'maps', 'fd/0'):\n        attempt(lambda: open(f'/proc/{pid}/{name}', 'rb').read(1))",
     "its own executable": "attempt(lambda: open('/proc/self/exe', 'r+b'))\nattempt(lambda: open(sys.executable, 'r+b'))\nattempt(lambda: open(os.path.realpath(sys.executable), 'r+b'))",
     "kernel settings": "attempt(lambda: open('/proc/sys/kernel/core_pattern', 'w'))\nattempt(lambda: open('/proc/sysrq-trigger', 'w'))\nattempt(lambda: open('/sys/fs/cgroup/x', 'w'))",

@@ -166,6 +166,28 @@ def test_norms_are_fused_where_they_agree(norm: Any, fused: bool, kernels: CPUKe
     assert norm is Olmo2RMSNorm or (found != plain).float().mean() < 1e-3
 
 
+def test_other_types_are_left_to_torch(kernels: CPUKernels) -> None:
+    """The library reads bytes: fp32 taken for bf16 would be noise, without an error."""
+    inner: Any = LlamaRMSNorm(96).to(BF16)
+    hidden = normal(3, 96, dtype=torch.float32)
+    with torch.no_grad(), fused_norms(nn.Sequential(inner)):
+        assert inner(hidden).equal(LlamaRMSNorm(96).to(BF16)(hidden))
+    half, full = normal(1, 1, 1, 64), normal(1, 1, 1, 64, dtype=torch.float32)
+    assert kernels.attends(half, half, half)
+    assert kernels.attends(full, full, full)
+    assert not kernels.attends(half, full, full)
+    assert not kernels.attends(full.double(), full.double(), full.double())
+
+
+def test_nothing_is_compiled_for_a_model_without_a_use_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled() -> CPUKernels | None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(sys.modules["burnish.rollout.fused_norms"], "cpu_kernels", compiled)
+    with fused_norms(nn.Sequential(LlamaRMSNorm(96))):  # fp32
+        pass
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss", "mistral"])
 def test_the_engine_samples_alike_with_torchs_kernels(
@@ -214,7 +236,7 @@ def test_without_a_compiler_torchs_kernels_run_and_it_is_said(
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu_kernels.cpu_kernels.cache_clear()
-    with caplog.at_level(logging.INFO, logger="burnish"):
+    with caplog.at_level(logging.WARNING, logger="burnish"):
         assert cpu_kernels.cpu_kernels() is None
         assert cpu_kernels.cpu_kernels() is None
     (record,) = caplog.records

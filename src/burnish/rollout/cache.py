@@ -316,7 +316,7 @@ def _attend_own(call: AttentionCall, layer: _LayerCache, step: _Step) -> tuple[T
     """
     if call.rule is None and call.softcap is None and call.query.device.type == "cpu":
         kernels = cpu_kernels()
-        if kernels is not None and kernels.attends(call.query):
+        if kernels is not None and kernels.attends(call.query, call.key, call.value):
             return kernels.attend(
                 call.query, call.key, call.value, layer.own_key, layer.own_value, step.write_index,
                 width=step.width, scale=call.scaling,

@@ -75,6 +75,7 @@ class CPUKernels:
             packed: [N, K] from `pack`.
             bias: [N] in bf16, or None.
         """
+        assert hidden.dtype == torch.bfloat16, hidden.dtype  # the library reads bytes, of whatever they are
         hidden = hidden.contiguous()
         size, depth = packed.shape
         out = hidden.new_empty(*hidden.shape[:-1], size)
@@ -85,16 +86,18 @@ class CPUKernels:
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Return weight * hidden / sqrt(mean(hidden^2) + epsilon) over the last dimension, in bf16."""
+        size = len(weight)
+        assert hidden.dtype == weight.dtype == torch.bfloat16
+        assert hidden.shape[-1] == size
         hidden = hidden.contiguous()
         out = torch.empty_like(hidden)
-        size = len(weight)
         rows = hidden.numel() // size
         self._library.rms_norm(hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, epsilon)
         return out
 
-    def attends(self, query: Tensor) -> bool:
-        """Return whether `attend` takes queries of this type."""
-        return query.dtype in self._attend
+    def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Return whether `attend` takes tensors of these types: one for all, bf16 or fp32."""
+        return query.dtype in self._attend and query.dtype == key.dtype == value.dtype
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor,
@@ -120,7 +123,7 @@ class CPUKernels:
         out = query.new_empty(tokens, kv_heads, heads // kv_heads, value_size)
         norms = torch.empty(tokens, kv_heads, heads // kv_heads)
         strided: list[int] = []
-        # Both stay alive until the call is over.
+        # Copies stay alive until the call is over.
         dense = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
         for x in dense:
             strided += [x.data_ptr(), x.stride(2), x.stride(1)]
@@ -138,9 +141,9 @@ def cpu_kernels() -> CPUKernels | None:
         return None
     try:
         return CPUKernels(ctypes.CDLL(str(_compiled())))
-    # A missing compiler, one that fails, a home that cannot be written, a library of other OpenMP functions.
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _logger.info("Rollouts use torch's kernels: %s. A C++ compiler (g++ or clang) makes them faster.", error)
+    # A missing compiler, one that fails, no home or one that cannot be written, a library of other OpenMP functions.
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
+        _logger.warning("Rollouts use torch's kernels: %s. A C++ compiler (g++ or clang) makes them faster.", error)
         return None
 
 

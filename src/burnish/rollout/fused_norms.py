@@ -29,8 +29,10 @@ def fused_norms(model: nn.Module) -> Generator[None]:
     Args:
         model: its norms get another `forward`, restored on exit.
     """
-    kernels = cpu_kernels()
-    norms = [] if kernels is None else [_Norm(m, kernels) for m in model.modules() if _may_be_fused(m)]
+    modules = [module for module in model.modules() if _may_be_fused(module)]
+    # Not compiled for a model that has no use for it, such as one on a GPU.
+    kernels = cpu_kernels() if modules else None
+    norms = [] if kernels is None else [_Norm(module, kernels) for module in modules]
     agree = {kind: norm.agrees() for kind, norm in {type(norm.module): norm for norm in norms}.items()}
     fused = [norm for norm in norms if agree[type(norm.module)]]
     try:
@@ -69,7 +71,8 @@ class _Norm:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the norm's output."""
-        if isinstance(hidden, FakeTensor):  # in a traced forward, which the compiler fuses itself
+        # A traced forward is fused by the compiler; some models keep their residual stream in fp32.
+        if isinstance(hidden, FakeTensor) or hidden.dtype != torch.bfloat16:
             return self._forward(hidden)
         return self._kernels.rms_norm(hidden, self.module.weight, self._epsilon)
 

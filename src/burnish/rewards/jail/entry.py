@@ -73,9 +73,11 @@ def _build_root(view: list[str], folder: str | None) -> None:
     # Resolved now: absolute links lead nowhere after the pivot.
     sources = {path: os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)) for path in view}
     kernel.mount("", "/", flags=_PRIVATE | _RECURSIVE)
-    kernel.mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
-    os.mkdir("/tmp/.outside")
-    kernel.pivot_root("/tmp", "/tmp/.outside")
+    # Any folder will do to mount the new root on; what it covers is reached through the old root.
+    root = "/tmp"
+    kernel.mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=1m,mode=755")
+    os.mkdir(f"{root}/.outside")
+    kernel.pivot_root(root, f"{root}/.outside")
     os.chdir("/")
     os.mkdir("/dev")
     for path, source in sources.items():

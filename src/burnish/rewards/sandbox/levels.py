@@ -133,7 +133,7 @@ def _bubblewrap(view: Sequence[str], folder: str | None) -> list[str]:
     for path in view:
         arguments += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     arguments += ["--bind", folder, folder] if folder is not None else ["--dir", FOLDER]
-    if not any(path.startswith("/tmp/") for path in (*view, folder or "")):
+    if "/tmp" not in parents:  # nothing of the view lies there
         arguments += ["--symlink", folder or FOLDER, "/tmp"]
     for device in DEVICES:
         arguments += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
