@@ -19,15 +19,16 @@ This module needs no torch: tensors appear in annotations only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Completion", "Group", "GroupSpan", "PackedBatch", "Score", "StopReason"]
+__all__ = ["Completion", "Episode", "Group", "GroupSpan", "PackedBatch", "Score", "StopReason"]
 
 
 class StopReason(StrEnum):
@@ -41,6 +42,8 @@ class StopReason(StrEnum):
     """The token limit cut it."""
     SETTLED = "settled"
     """The engine stopped it, because no continuation could change its reward (`stop_settled`)."""
+    BUDGET = "budget"
+    """Its episode had used up its turns, tokens or time before the policy or the environment ended it."""
 
 
 @dataclass(slots=True)
@@ -66,6 +69,38 @@ class Score:
 
 
 @dataclass(slots=True)
+class Episode:
+    """What is known of a completion of several turns beside its tokens.
+
+    Attributes:
+        name: name of the environment.
+        messages: the conversation after the prompt: turns of the assistant, and what the environment answered.
+        turns: [start, end) tokens of the completion that the policy sampled, by turn; they are the ones in the loss.
+        rewards: the environment's own reward of each turn; None where it gave none.
+        reward: the environment's own reward of the whole episode; None if it gives none.
+        num_calls: tool calls that the policy made.
+        num_failed_calls: those that gave an error, which the policy has seen.
+        error: why the environment failed, which excludes the completion; None if it did not.
+        opening: tokens before the first turn where the environment has written the prompt itself; None for the data
+            set's.
+        fields: further columns for reward functions.
+        environment: the live environment, for reward functions; None once they have run.
+    """
+
+    name: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    turns: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    rewards: list[float | None] = field(default_factory=list["float | None"])
+    reward: float | None = None
+    num_calls: int = 0
+    num_failed_calls: int = 0
+    error: str | None = None
+    opening: list[int] | None = None
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
+    environment: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(slots=True)
 class Completion:
     """One completion of a prompt.
 
@@ -79,6 +114,7 @@ class Completion:
         policy_logprobs: [C] log-probability (nats) under the model's distribution at the sampling temperature before
             any truncation: the quantity a trainer recomputes.
         score: rewards, once a rubric has seen the completion.
+        episode: turns and messages, where there are several turns (`burnish.environments`); None for a single one.
         token: streams of a stage, by name, each [C] one number per token: `old_logprobs` (the policy before the first
             update on this completion), `ref_logprobs`, `kl`, `values`, `returns`, `advantages` ...
         sequence: streams of a stage, by name, each one number per completion: `advantages`, `reference` ...
@@ -94,6 +130,7 @@ class Completion:
     sampler_logprobs: list[float] | None = None
     policy_logprobs: list[float] | None = None
     score: Score | None = None
+    episode: Episode | None = None
     token: dict[str, list[float]] = field(default_factory=dict[str, "list[float]"])
     sequence: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -103,9 +140,23 @@ class Completion:
         return None if self.score is None else self.score.total
 
     @property
+    def is_truncated(self) -> bool:
+        """True where a limit has ended the completion: on its tokens, or on the turns or time of its episode."""
+        return self.stop_reason in (StopReason.LENGTH, StopReason.BUDGET)
+
+    @property
     def num_scored_tokens(self) -> int:
         """Number of tokens in the loss."""
         return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+
+    def scored(self, values: Sequence[float]) -> list[float]:
+        """Select the values of the tokens in the loss."""
+        return list(values if self.loss_mask is None else compress(values, self.loss_mask))
+
+    def spread(self, values: Sequence[float]) -> list[float]:
+        """Return values of the tokens in the loss as a stream, 0 elsewhere: the inverse of `scored`."""
+        rest = iter(values)
+        return [next(rest) if kept else 0.0 for kept in self.loss_mask or [True] * len(self.token_ids)]
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ __all__ = [
     "chat_spans",
     "render_chat",
     "resolve_chat_template",
+    "special_texts",
 ]
 
 logger = logging.getLogger(__name__)
@@ -179,8 +180,7 @@ def chat_spans(
     text = render(messages)
     if not turns:
         return ChatSpans(text, ())
-    tokenizer = inner_tokenizer(processing_class)
-    specials = _added_specials(tokenizer, len(tokenizer)) | frozenset(map(str, tokenizer.all_special_tokens))
+    specials = special_texts(inner_tokenizer(processing_class))
     if _GENERATION.search(template):
         spans = _marked_spans(processing_class, messages, template, tools, kwargs, text)
         skipped = sum(message["role"] == "assistant" for message in messages[:first_turn])
@@ -374,6 +374,11 @@ def _after_turn(
 
 def _ends_turn(text: str, specials: frozenset[str]) -> bool:
     return any(map(text.endswith, specials))
+
+
+def special_texts(tokenizer: Any) -> frozenset[str]:
+    """Return the texts that a tokenizer reads as control tokens."""
+    return _added_specials(tokenizer, len(tokenizer)) | frozenset(map(str, tokenizer.all_special_tokens))
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ from burnish.rewards import Rubric
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Engine, SamplingParams
 from burnish.runs.evaluations import EvaluationSummary, Interval
-from burnish.types import Completion, Group, Score, StopReason
+from burnish.types import Completion, Group, Score
 
 __all__ = [
     "Evaluation",
@@ -435,7 +435,7 @@ def _problem(group: Group, scores: Sequence[Score], solved: str) -> Problem:
         num_graded=len(graded),
         num_solved=sum(value >= 1 for value in graded),
         num_failed=sum(bool(score.errors) for score in scores),
-        num_truncated=sum(completion.stop_reason is StopReason.LENGTH for completion in group.completions),
+        num_truncated=sum(completion.is_truncated for completion in group.completions),
         mean_tokens=sum(len(completion.token_ids) for completion in group.completions) / len(group.completions),
         criteria={name: math.fsum(values) / len(values) if values else None for name, values in criteria.items()},
         samples=[sample_record(completion, score) for completion, score in zip(group.completions, scores, strict=True)],

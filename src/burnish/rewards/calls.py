@@ -14,12 +14,13 @@ from collections.abc import Awaitable, Callable, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from burnish.errors import RewardError, contained
 from burnish.progress import format_seconds, say
 
-__all__ = ["Call", "CallTimeout", "accepted", "parameters_of"]
+__all__ = ["Call", "CallTimeout", "accepted", "in_thread", "parameters_of", "shared_loop"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Call:
         try:
             result = self._timed(function, arguments)
             if inspect.isawaitable(result):
-                asyncio.run_coroutine_threadsafe(self._into(future, result), _loop(os.getpid()))
+                asyncio.run_coroutine_threadsafe(self._into(future, result), shared_loop())
             else:
                 future.set_result(result)
         except KeyboardInterrupt:
@@ -109,7 +110,7 @@ class Call:
         except TimeoutError as error:
             if future.done():
                 raise
-            _loop.cache_clear()  # later coroutines get a new loop
+            _loop_of.cache_clear()  # later coroutines get a new loop
             raise self._late(", and blocks the event loop: await what takes time") from error
 
     @property
@@ -131,9 +132,7 @@ class Call:
                 if rings and limit is not None and not signal.getitimer(signal.ITIMER_REAL)[0]:
                     _warn_of_alarms(self.name, limit)
                 return result
-            future: Future[Any] = Future()
-            thread = threading.Thread(target=_fill, args=(future, function, arguments), name=self.name, daemon=True)
-            thread.start()
+            future = in_thread(function, **arguments)
             try:
                 return future.result(timeout=limit)
             except TimeoutError:
@@ -208,6 +207,14 @@ def _warn_of_alarms(name: str, limit: float) -> None:
     )
 
 
+def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+    """Start a function in a thread of its own, which does not keep the process alive."""
+    future: Future[Any] = Future()
+    name = getattr(function, "__name__", "call")
+    threading.Thread(target=_fill, args=(future, partial(function, *args), kwargs), name=name, daemon=True).start()
+    return future
+
+
 def _fill(future: Future[Any], function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     try:
         future.set_result(function(**arguments))
@@ -238,9 +245,13 @@ def _alarm(seconds: float, tick: Callable[[], None]) -> Generator[bool]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-@functools.cache
-def _loop(pid: int) -> asyncio.AbstractEventLoop:
+def shared_loop() -> asyncio.AbstractEventLoop:
     """Return the event loop of this process, to which clients stay bound; after a fork its thread is gone."""
+    return _loop_of(os.getpid())
+
+
+@functools.cache
+def _loop_of(pid: int) -> asyncio.AbstractEventLoop:
     assert pid == os.getpid()
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="burnish-async-rewards", daemon=True).start()

@@ -50,8 +50,14 @@ _INTEGER = re.compile(r"[+-]?\d+")
 
 
 def completion_text(completion: Any) -> str:
-    """Return the text of a completion: a string, or the content of the last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+    """Return the text of a completion: a string, or the content of the assistant's last message.
+
+    What a tool or an environment has said is never graded.
+    """
+    if isinstance(completion, str):
+        return completion
+    contents = [message["content"] for message in completion if message["role"] == "assistant"]
+    return str(contents[-1] or "") if contents else ""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from burnish.errors import ConfigError
@@ -66,6 +66,7 @@ class Request:
         first_sample: number of the first sample, where the group's earlier ones are sampled elsewhere (another rank).
         is_settled: tells of the text of a completion so far that no continuation changes its reward; the engine may
             then stop it, with `StopReason.SETTLED`. None never stops one.
+        row: the data set's columns of this prompt, for engines that play episodes (`burnish.environments`).
         expected_tokens: expected length of a completion, by which an engine may order its work; None if unknown.
     """
 
@@ -76,6 +77,7 @@ class Request:
     first_sample: int = 0
     is_settled: Callable[[str], bool] | None = None
     expected_tokens: float | None = None
+    row: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Engine(Protocol):

@@ -100,7 +100,7 @@ def _problems(completion: Any, request: Request, vocab_size: int | None) -> Iter
         yield f"stop_reason = {reason!r}: use one of {', '.join(StopReason)}"
     elif reason is StopReason.EOS and not ends:
         yield f"stop_reason = 'eos', but the last token {last} is not one of {params.eos_token_ids}"
-    elif reason is not StopReason.EOS and params.eos_token_ids and ends:
+    elif reason not in (StopReason.EOS, StopReason.BUDGET) and params.eos_token_ids and ends:
         yield f"stop_reason = {reason.value!r}, but the last token {last} is an end-of-sequence token: use 'eos'"
     elif reason is StopReason.STOP and not params.stop:
         yield "stop_reason = 'stop', but the request has no stop strings"

@@ -20,7 +20,7 @@ from burnish.stages.policy_gradient import PolicyGradient, PolicyStep
 from burnish.training.checkpoint import keeping_hyperparameters
 from burnish.training.critic import Critic
 from burnish.training.learning_signal import UNKNOWN
-from burnish.types import Completion, Group, StopReason
+from burnish.types import Completion, Group
 
 __all__ = ["ActorCritic"]
 
@@ -83,18 +83,17 @@ class ActorCritic(PolicyGradient):
             self.critic.values(groups)
         metrics = self.begin_rollout(shards)
         completions = [completion for group in groups for completion in group.completions]
-        # Every token is a step of the episode: a masked one would have neither a value nor a KL.
-        assert all(completion.loss_mask is None for completion in completions)
+        # Sampled tokens are the steps of an episode: what a tool or an environment wrote has neither a value nor a KL.
         scored = [(c, reward) for c in completions if (reward := self._reward(c)) is not None]
         for completion in completions:  # zero advantage for those without a reward
             completion.token["advantages"] = [0.0] * len(completion.token_ids)
             completion.token["returns"] = completion.token["values"]
 
-        lengths = [len(c.token_ids) for c, _ in scored]
+        lengths = [c.num_scored_tokens for c, _ in scored]
         index_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
-        values_N = _flat([c.token["values"] for c, _ in scored])
+        values_N = _flat([c.scored(c.token["values"]) for c, _ in scored])
         is_penalised = self.kl.is_in_reward and any("kl" in c.token for c in completions)
-        kl_N = _flat([c.token["kl"] for c, _ in scored]) if is_penalised else torch.zeros_like(values_N)
+        kl_N = _flat([c.scored(c.token["kl"]) for c, _ in scored]) if is_penalised else torch.zeros_like(values_N)
         rewards_S = torch.tensor([reward for _, reward in scored], dtype=torch.float64)
         rewards_N = token_rewards(kl_N, rewards_S, sequence_index_N=index_N, beta=self.kl.coefficient)
         if args.whiten_rewards:
@@ -104,14 +103,16 @@ class ActorCritic(PolicyGradient):
             advantages_N = whiten(advantages_N, self._moments(advantages_N))
         pieces = zip(scored, advantages_N.split(lengths), returns_N.split(lengths), strict=True)
         for (completion, _), advantages, returns in pieces:
-            completion.token |= {"advantages": advantages.tolist(), "returns": returns.tolist()}
+            completion.token["advantages"] = completion.spread(advantages.tolist())
+            completion.token["returns"] = completion.spread(returns.tolist())
         return {**metrics, **self._objective(scored, is_penalised=is_penalised)}
 
     def _reward(self, completion: Completion) -> float | None:
         """Return the clipped reward, less `missing_eos_penalty` for a truncated completion."""
         reward, penalty = self.clipped_reward(completion), self.args.missing_eos_penalty
-        cut = completion.stop_reason is StopReason.LENGTH
-        return reward - penalty if cut and reward is not None and penalty is not None else reward
+        if reward is None or penalty is None or not completion.is_truncated:
+            return reward
+        return reward - penalty
 
     def _moments(self, values_N: torch.Tensor) -> torch.Tensor:
         """Compute moments over the tokens of all ranks."""

@@ -12,7 +12,7 @@ from burnish.model.scoring import Scores
 from burnish.rollout.prompts import Shard
 from burnish.training.stage import Run
 from burnish.training.step import Loss, Step
-from burnish.types import Completion, Group, PackedBatch, StopReason
+from burnish.types import Completion, Group, PackedBatch
 
 if TYPE_CHECKING:
     from burnish.stages.online import OnlineStage
@@ -63,7 +63,7 @@ class Algorithm:
 
     def in_loss(self, completion: Completion) -> bool:
         """Return whether a completion has a reward and is not masked as truncated."""
-        masked = self.args.mask_truncated_completions and completion.stop_reason is StopReason.LENGTH
+        masked = self.args.mask_truncated_completions and completion.is_truncated
         return completion.reward is not None and not masked
 
     def reward_components(self, completion: Completion) -> tuple[float, ...] | None:

@@ -171,7 +171,7 @@ class PolicyGradient(Algorithm):
             for number, completion in enumerate(shard.group.completions, shard.first):
                 value = rows[shard.position][number]
                 if isinstance(value, list):
-                    completion.token["advantages"] = value
+                    completion.token["advantages"] = completion.spread(value)
                 else:
                     completion.sequence["advantages"] = value
         return metrics
@@ -186,9 +186,9 @@ class PolicyGradient(Algorithm):
         """Collect the inputs of a completion's advantage."""
         terms = {} if completion.score is None else completion.score.terms
         kl = completion.token.get("kl") if self.kl.is_in_reward else None
-        penalties = None if kl is None else [self.kl.coefficient * value for value in kl]
+        penalties = None if kl is None else [self.kl.coefficient * value for value in completion.scored(kl)]
         values = [terms.get(name) for name in self.stage.rubric.names]
-        return Record(self.clipped_reward(completion), len(completion.token_ids), values, penalties)
+        return Record(self.clipped_reward(completion), completion.num_scored_tokens, values, penalties)
 
     def estimate(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
         """Estimate advantages with the configured row of `burnish.objectives.advantages.ADVANTAGES`."""

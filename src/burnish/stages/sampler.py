@@ -185,6 +185,7 @@ class Sampler:
                 first_sample=shard.first,
                 is_settled=rule and partial(rule, row=shard.group.row),
                 expected_tokens=lengths.get(shard.group.index),
+                row=shard.group.row,
             )
             for shard in shards
         ]

@@ -47,7 +47,7 @@ class KLPenalty:
                 completion.token["kl"] = estimate(*wide).tolist()
         self.coefficient = self._next
         kl_S = [sum(c.token["kl"]) for c in completions if "kl" in c.token]
-        num_tokens = sum(len(c.token["kl"]) for c in completions if "kl" in c.token)
+        num_tokens = sum(c.num_scored_tokens for c in completions if "kl" in c.token)
         total, count, length = (ranks.sum(float(value)) for value in (sum(kl_S), len(kl_S), num_tokens))
         metrics = {"kl": total / max(length, 1.0)} if self.is_in_reward else {}
         if self._args.kl_target is not None:

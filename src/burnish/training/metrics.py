@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from burnish.training.step import Loss, Selected
-from burnish.types import Completion, Group, StopReason
+from burnish.types import Completion, Group
 
 __all__ = ["StepMetrics", "criterion_values", "means_by_name", "means_over_ranks", "with_logged"]
 
@@ -35,7 +35,7 @@ def means_over_ranks(
     for name in criteria:
         values = criterion_values(completions, name)
         sums[f"rewards/{name}/mean"] = (sum(values), len(values))
-    sums["completions/mean_length"] = (sum(len(c.token_ids) for c in completions), len(completions))
+    sums["completions/mean_length"] = (sum(c.num_scored_tokens for c in completions), len(completions))
     return {name: sum_over_ranks(value) / max(sum_over_ranks(count), 1.0) for name, (value, count) in sums.items()}
 
 
@@ -120,8 +120,8 @@ class StepMetrics:
                 self.add(f"rewards/{name}/mean", fmean(values))
                 self.add(f"rewards/{name}/std", stdev(values) if len(values) > 1 else 0.0)
         self.add("rewards/failed", float(sum(c.reward is None for c in completions)))
-        lengths = [len(c.token_ids) for c in completions]
-        clipped = fmean(float(c.stop_reason is StopReason.LENGTH) for c in completions)
+        lengths = [c.num_scored_tokens for c in completions]
+        clipped = fmean(float(c.is_truncated) for c in completions)
         self.add("completions/mean_length", fmean(lengths))
         self.add("completions/min_length", float(min(lengths)))
         self.add("completions/max_length", float(max(lengths)))

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from burnish.errors import ConfigError
 from burnish.runs.files import read_json, write_json
-from burnish.types import Completion, Group, Score, StopReason
+from burnish.types import Completion, Episode, Group, Score, StopReason
 
 __all__ = ["RolloutState"]
 
@@ -90,8 +90,11 @@ def _group_from_dict(values: dict[str, Any], rows: Mapping[int, dict[str, Any]])
         )
     completions: list[Completion] = []
     for entry in cast("list[dict[str, Any]]", values["completions"]):
-        reason, scores = entry["stop_reason"], entry["score"]
+        reason, scores, episode = entry["stop_reason"], entry["score"], entry.get("episode")
         entry["stop_reason"] = StopReason(reason) if reason else None
         entry["score"] = Score(**scores) if scores else None
+        if episode:
+            episode["turns"] = [tuple(turn) for turn in episode["turns"]]  # JSON has lists only
+            entry["episode"] = Episode(**episode)
         completions.append(Completion(**entry))
     return Group(values["prompt_ids"], completions, rows[values["index"]], values["index"])
