@@ -98,7 +98,6 @@ _ONLINE = (
 )
 _POLICY = (
     _ONLINE
-    | _fields("a completion is a single turn; remove the field", max_tool_calling_iterations=(None, int))
     | _fields("it applies with use_vllm; set sampling_correction, sampling_correction_max and "
               "sampling_correction_min for every engine",
               vllm_importance_sampling_cap=(None, float, int),
@@ -269,10 +268,7 @@ REFUSED_ARGUMENTS: dict[str, str] = {
     "compute_metrics": _METRICS,
     "data_collator": "the trainer encodes and packs rows itself, so a collator would never be called; prepare the rows "
     "instead",
-    "environment_factory": "a completion is a single turn of text; score it with reward_funcs",
     "preprocess_logits_for_metrics": _METRICS,
-    "rollout_func": "completions come from an engine; pass one as engine",
-    "tools": "a completion is a single turn of text; put the schemas into a tools column",
 }
 """Arguments of TRL's trainers without a counterpart -> the fix."""
 
@@ -299,7 +295,7 @@ MOVED_ARGUMENTS: dict[str, str] = {
 
 _ROWS = "trainers read conversations, texts and pairs themselves; pass the rows unchanged"
 _TEMPLATE = "set chat_template in the trainer's config, which is saved with the tokenizer"
-_TURNS = "a completion is a single turn of text; put tool schemas into a tools column"
+_TURNS = "tool calls are read in the format that the chat template writes; see tool_format"
 _NOTHING = "it has no counterpart; pass a callback of transformers as callbacks"
 _TEACHER = "distillation from a teacher is not supported yet"
 _GAMES = "it is not supported; OnlineDPOTrainer samples and compares pairs"

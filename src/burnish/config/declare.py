@@ -18,6 +18,7 @@ __all__ = [
     "CRITIC",
     "DATA",
     "ENTROPY",
+    "EPISODES",
     "GROUPS",
     "LOGGING",
     "LOSS",
@@ -112,6 +113,7 @@ TRAINING = Group("Training")
 DATA = Group("Data", "refused")
 SAMPLING = Group("Sampling")
 SERVERS = Group("vLLM servers", "free")
+EPISODES = Group("Tools and environments")
 REWARDS = Group("Rewards and advantages")
 LOSS = Group("Loss")
 REFERENCE = Group("Reference and KL divergence")
@@ -123,7 +125,7 @@ LOGGING = Group("Logging, saving and resuming", "free")
 TABLE = Group("Table")
 """Group of the fields of tables other than a stage's."""
 GROUPS = (
-    TRAINING, DATA, SAMPLING, SERVERS, REWARDS, LOSS, REFERENCE, CRITIC, ENTROPY, CORRECTIONS, MODEL, LOGGING,
+    TRAINING, DATA, SAMPLING, EPISODES, SERVERS, REWARDS, LOSS, REFERENCE, CRITIC, ENTROPY, CORRECTIONS, MODEL, LOGGING,
 )  # fmt: skip
 """The headings of `--help`, most used first."""
 

@@ -13,6 +13,7 @@ from annotated_types import Interval, MinLen
 from burnish.config.declare import (
     CORRECTIONS,
     DATA,
+    EPISODES,
     LOGGING,
     LOSS,
     MODEL,
@@ -275,6 +276,25 @@ class OnlineFields(CommonFields):
         False,
         "Free the memory of vLLM's weights and cache between rollouts, with vllm_mode colocate on a GPU.",
         SERVERS,
+    )
+
+    max_tool_calling_iterations: Natural | None = own(
+        None,
+        "Most turns of an episode that the environment answers; one more turn may follow. None: no limit but "
+        "max_completion_length, which counts what tools answer too.",
+        EPISODES,
+    )
+    tool_timeout_seconds: Positive = own(
+        30.0, "Time limit of a tool call, and of any other call of an environment.", EPISODES
+    )
+    episode_timeout_seconds: Positive | None = own(
+        None, "Time after which an episode gets no further turn. None: no limit.", EPISODES
+    )
+    tool_format: Text | None = own(
+        None,
+        "Format in which the model calls tools: hermes, llama, mistral ... None: the one that the chat template "
+        "writes.",
+        EPISODES,
     )
 
     @property

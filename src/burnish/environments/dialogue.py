@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from burnish.environments.formats import system_text
-
 from burnish.data.chat import render_chat, resolve_chat_template, special_texts
 from burnish.data.conversations import ChatRow
 from burnish.data.formats import Message
 from burnish.data.tokens import decode_text, inner_tokenizer, plain_ids
 from burnish.data.traces import fit_to_template
+from burnish.environments.formats import system_text
 from burnish.errors import ConfigError, DataError
 
 __all__ = ["Certificate", "Dialogue", "certify"]

@@ -9,16 +9,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from burnish.environments.conventions import ToolCall
-from burnish.environments.formats import describes_tools, tool_format
-from burnish.environments.tools import Toolbox
-
 from burnish.data.chat import resolve_chat_template
 from burnish.data.formats import Message
+from burnish.environments.conventions import ToolCall
 from burnish.environments.dialogue import Dialogue, certify
 from burnish.environments.environment import Environment
 from burnish.environments.episodes import Budget, EpisodeEngine, episode_engine
+from burnish.environments.formats import describes_tools, tool_format
 from burnish.environments.tool_use import ToolEnvironment, public_methods
+from burnish.environments.tools import Toolbox
 from burnish.errors import ConfigError, DataError
 from burnish.rollout.engine import Engine
 from burnish.types import Episode

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from burnish.environments.formats import ToolFormat
-from burnish.environments.tools import Toolbox
-
 from burnish.data.formats import Message
 from burnish.environments.environment import Environment, Reply, called
+from burnish.environments.formats import ToolFormat
+from burnish.environments.tools import Toolbox
 
 __all__ = ["ToolEnvironment", "public_methods"]
 

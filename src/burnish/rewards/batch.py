@@ -14,7 +14,7 @@ from burnish.errors import RewardError
 from burnish.rewards.calls import Call, CallTimeout, accepted
 from burnish.rewards.criterion import Criterion
 from burnish.rewards.notes import Notes, as_list
-from burnish.types import Group
+from burnish.types import Completion, Episode, Group
 
 __all__ = ["OWN_ARGUMENTS", "Batch", "Grading", "LogMetric", "Outcome", "flatten"]
 
@@ -22,8 +22,15 @@ Outcome: TypeAlias = float | Exception | None
 """Value of a completion, why it has none, or None where the criterion does not apply."""
 LogMetric: TypeAlias = Callable[[str, float], object]
 
-OWN_ARGUMENTS = frozenset({"completion_ids", "completions", "log_extra", "log_metric", "prompts", "trainer_state"})
-"""Arguments of every reward function, which are reserved as column names."""
+OWN_ARGUMENTS = frozenset(
+    {
+        "completion_ids", "completions", "environments", "episodes", "log_extra", "log_metric", "prompts",
+        "trainer_state",
+    }
+)  # fmt: skip
+"""Arguments of reward functions, which are reserved as column names."""
+_LIVE = frozenset({"environments", "episodes"})
+"""Columns of objects rather than data."""
 _MOST_TIMEOUTS = 3
 """Completions of a call that may time out, each in a separate call, before the remaining ones are skipped."""
 _MOST_CACHED = 100_000
@@ -40,7 +47,7 @@ class Batch:
         prompts: prompt of each.
         completions: text, or messages, of each.
         completion_ids: tokens of each.
-        columns: the other columns of the data set.
+        columns: the other columns of the data set; of episodes also their records, live environments and fields.
         extras: columns that functions log for each completion.
     """
 
@@ -64,7 +71,7 @@ class Batch:
 
     def key(self, i: int) -> str:
         """Return a hash of all that a function may know of one completion."""
-        columns = {name: values[i] for name, values in self.columns.items()}
+        columns = {name: values[i] for name, values in self.columns.items() if name not in _LIVE}
         known = [self.prompts[i], self.completions[i], self.completion_ids[i], columns]
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=repr).encode()).hexdigest()
 
@@ -88,16 +95,35 @@ def flatten(groups: Sequence[Group]) -> Batch:
                 f"rewards receive the prompt as the data set gives it."
             )
     names = dict.fromkeys(name for group in groups for name in group.row if name not in {"prompt", *OWN_ARGUMENTS})
-    texts = [(group.row["prompt"], group.completions[i].text) for group, i in rows]
+    completions = [group.completions[i] for group, i in rows]
+    prompts = [group.row["prompt"] for group, _ in rows]
+    columns: dict[str, list[Any]] = {name: [group.row.get(name) for group, _ in rows] for name in names}
+    if any(completion.episode is not None for completion in completions):
+        episodes = [completion.episode or Episode() for completion in completions]
+        columns |= {
+            "episodes": [completion.episode for completion in completions],
+            "environments": [getattr(episode.environment, "exposed", None) for episode in episodes],
+        }
+        for name in dict.fromkeys(name for episode in episodes for name in episode.fields):
+            columns[name] = [episode.fields.get(name) for episode in episodes]
     return Batch(
         groups=[place for place, group in enumerate(groups) for _ in group.completions],
         labels=[f"prompt {group.index}, completion {i}" for group, i in rows],
-        prompts=[prompt for prompt, _ in texts],
-        completions=[t if isinstance(prompt, str) else [{"role": "assistant", "content": t}] for prompt, t in texts],
-        completion_ids=[group.completions[i].token_ids for group, i in rows],
-        columns={name: [group.row.get(name) for group, _ in rows] for name in names},
+        prompts=prompts,
+        completions=[_as_given(prompt, c) for prompt, c in zip(prompts, completions, strict=True)],
+        completion_ids=[completion.token_ids for completion in completions],
+        columns=columns,
         extras=[{} for _ in rows],
     )
+
+
+def _as_given(prompt: Any, completion: Completion) -> Any:
+    """Return a completion as the prompt is given: text, or messages, which are those of an episode."""
+    if isinstance(prompt, str):
+        return completion.text
+    if completion.episode is not None and completion.episode.messages:
+        return [dict(message) for message in completion.episode.messages]
+    return [{"role": "assistant", "content": completion.text}]
 
 
 class Grading:

@@ -11,6 +11,7 @@ from typing import Any
 from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
 from burnish.rewards.catalogue import get_repetition_penalty_reward
+from burnish.rewards.episodes import EnvironmentReward, valid_tool_calls
 from burnish.rewards.formats import format_tags
 from burnish.rewards.functions import python_function
 from burnish.rewards.instructions import instructions_followed
@@ -43,6 +44,7 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "citation": quotes_prompt,
     "code": code_answer,
     "diversity": diversity,
+    "environment": EnvironmentReward,
     "exact": exact_answer,
     "format": format_tags,
     "gym": gym_answer,
@@ -59,6 +61,7 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
     "repetition": get_repetition_penalty_reward,
     "soft_overlong": soft_overlong,
     "sql": sql_answer,
+    "tool_calls": valid_tool_calls,
 }
 """`kind` in run files -> factory of the reward function."""
 

@@ -161,6 +161,10 @@ class Rubric:
                         score.answers[criterion.name] = answer
         for score, extra in zip(scored, batch.extras, strict=True):
             score.extra = extra
+        completions = [completion for group in groups for completion in group.completions]
+        for score, completion in zip(scored, completions, strict=True):
+            if completion.episode is not None and completion.episode.error is not None:
+                score.total, score.errors["environment"] = None, completion.episode.error
         flat = iter(scored)
         scores: list[list[Score]] = []
         for group in groups:

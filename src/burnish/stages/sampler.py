@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from burnish.config.online_fields import micro_batches_per_rollout
+from burnish.environments.episodes import EpisodeEngine, share_openings
+from burnish.environments.rollout_function import RolloutFunctionEngine
 from burnish.errors import CheckFailed, EngineError
 from burnish.model.scoring import causal_lm
 from burnish.rewards.failure_bound import FailureBound
@@ -213,7 +215,9 @@ class Sampler:
         check_completions(requests, found, engine=type(self.engine).__name__, vocab_size=vocab_size)
         for shard, completions in zip(shards, found, strict=True):
             shard.group.completions = list(completions)
-        self._run.phases.add_tokens("sampling", sum(len(c.token_ids) for c in _completions(shards)))
+        if isinstance(self.engine, EpisodeEngine | RolloutFunctionEngine):
+            share_openings(shards, self._run.ranks.gathered)
+        self._run.phases.add_tokens("sampling", sum(c.num_scored_tokens for c in _completions(shards)))
 
     def rest(self) -> None:
         """Let the engine free what only sampling needs, where it has a `sleep`."""
@@ -227,6 +231,8 @@ class Sampler:
             self._stage.rubric.score(
                 groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
             )
+            if isinstance(self.engine, EpisodeEngine):
+                self.engine.end(groups)
         return self._run.ranks.gathered(logged)
 
     def _check(self, groups: Sequence[Group]) -> None:

@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.config import GRPOFields
+from burnish.environments.setup import Factory
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.stages.online import OnlineStage
 from burnish.stages.policy_gradient import PolicyGradient
 from burnish.trainers.configs import TrainerConfig, checked
-from burnish.training.arguments import refuse_arguments, resolve_args
+from burnish.training.arguments import resolve_args
 from burnish.training.checks import resolve_tokenizer
 from burnish.training.learner import Learner
 from burnish.training.reward_funcs import RewardFunction
@@ -55,7 +56,12 @@ class GRPOTrainer(Learner[OnlineStage]):
         optimizers: an optimizer and a scheduler instead of the configured ones.
         quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
-        tools, rollout_func, environment_factory: TRL's; refused.
+        tools: typed functions that the policy may call over several turns.
+        rollout_func: `f(prompts, trainer)` that returns the completions of a rollout itself: columns `prompt_ids`,
+            `completion_ids`, `logprobs` and optionally `env_mask`, G rows for each prompt.
+        environment_factory: makes an episode's environment: a `burnish.environments.Environment`, or an object with
+            `reset(**row)`, public methods that are tools, and `get_reward()` where it owns the reward; a dictionary of
+            several is chosen from by the column `environment`.
         engine: samples completions; the native in-process engine if None.
         ref_model: the reference of the KL term; if None, the model as it was given (adapters off, or a frozen copy).
         reward_processing_classes: tokenizers of reward models; their own if None.
@@ -73,7 +79,7 @@ class GRPOTrainer(Learner[OnlineStage]):
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction],
+        reward_funcs: Rubric | RewardFunction | Sequence[RewardFunction] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -83,15 +89,14 @@ class GRPOTrainer(Learner[OnlineStage]):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: Any = None,
-        tools: None = None,
-        rollout_func: None = None,
-        environment_factory: None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        rollout_func: Callable[[list[Any], Any], Mapping[str, Sequence[Any]]] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
         *,
         engine: Engine | None = None,
         ref_model: PreTrainedModel | None = None,
         compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
     ) -> None:
-        refuse_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
         args = resolve_args(args, self.config_class, model, quantization_config)
         stage = OnlineStage(
             args,
@@ -102,6 +107,10 @@ class GRPOTrainer(Learner[OnlineStage]):
             engine=engine,
             ref_model=ref_model,
             compute_metrics=compute_metrics,
+            model=model,
+            tools=tools,
+            environment_factory=environment_factory,
+            rollout_func=rollout_func and (lambda prompts: rollout_func(prompts, self)),
         )
         super().__init__(
             model,

@@ -126,6 +126,12 @@ class StepMetrics:
         self.add("completions/min_length", float(min(lengths)))
         self.add("completions/max_length", float(max(lengths)))
         self.add("completions/clipped_ratio", clipped)
+        if episodes := [c.episode for c in completions if c.episode is not None]:
+            calls = sum(episode.num_calls for episode in episodes)
+            self.add("episodes/mean_turns", fmean(len(episode.turns) for episode in episodes))
+            self.add("episodes/failed", float(sum(episode.error is not None for episode in episodes)))
+            self.add("tools/call_frequency", calls / len(episodes))
+            self.add("tools/failure_frequency", sum(e.num_failed_calls for e in episodes) / calls if calls else 0.0)
         return clipped
 
     def flush(self, gathered: Callable[[Sequence[Any]], list[Any]]) -> dict[str, float]:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from burnish.errors import ConfigError
 from burnish.model.reward_model import RewardModel
 from burnish.model.sources import find_model
-from burnish.rewards import Rubric
+from burnish.rewards import Criterion, Rubric
+from burnish.rewards.episodes import EnvironmentReward
 from burnish.rewards.verifiers import soft_overlong
 from burnish.types import Group
 
@@ -20,22 +21,36 @@ __all__ = ["RewardFunction", "as_rubric", "penalise_overlong"]
 RewardFunction: TypeAlias = Callable[..., Any] | str | Path | PreTrainedModel
 
 
-def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes: Any = None) -> Rubric:
+def as_rubric(
+    rewards: Any,
+    weights: Sequence[float] | None,
+    processing_classes: Any = None,
+    *,
+    environments: Sequence[str] = (),
+) -> Rubric:
     """Convert TRL's `reward_funcs`, functions and reward models, to a rubric.
 
     Args:
         rewards: a Rubric, or one or several functions, names of reward models, or sequence classifiers.
         weights: weight of each; None for 1.
         processing_classes: tokenizers of the reward models, one or a list; None for their own.
+        environments: names of environments with a reward of their own, each a criterion of weight 1 unless the rubric
+            has one of the kind.
 
     Raises:
-        ConfigError: weights are given with a Rubric, or lists have different lengths.
+        ConfigError: there is no reward, weights are given with a Rubric, or lists have different lengths.
         ModelError: a reward model does not exist.
     """
     if isinstance(rewards, Rubric):
         if weights is not None:
             raise ConfigError(f"reward_weights = {list(weights)!r} beside a Rubric: set the weights in its criteria.")
-        return rewards
+        return _with_environments(rewards.criteria, environments)
+    if rewards is None:
+        if not environments:
+            raise ConfigError(
+                "reward_funcs = None: pass a rubric or functions, or an environment that gives a reward (get_reward())."
+            )
+        return _with_environments((), environments)
     listed: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
     tokenizers: list[Any] = (
         list(processing_classes) if isinstance(processing_classes, list | tuple) else [processing_classes] * len(listed)
@@ -49,7 +64,14 @@ def as_rubric(rewards: Any, weights: Sequence[float] | None, processing_classes:
             find_model(name, "reward_funcs")
     models = (str, Path, PreTrainedModel)
     functions = [RewardModel(f, t) if isinstance(f, models) else f for f, t in zip(listed, tokenizers, strict=True)]
-    return Rubric.from_functions(functions, weights)
+    return _with_environments(Rubric.from_functions(functions, weights).criteria, environments)
+
+
+def _with_environments(criteria: Sequence[Criterion], environments: Sequence[str]) -> Rubric:
+    """Return a rubric that counts what environments say."""
+    if any(isinstance(criterion.function, EnvironmentReward) for criterion in criteria):
+        return Rubric(criteria)
+    return Rubric([*criteria, *(Criterion(name, EnvironmentReward(name)) for name in environments)])
 
 
 def penalise_overlong(groups: Sequence[Group], args: Any) -> list[float]:

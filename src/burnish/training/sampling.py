@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from transformers import GenerationConfig
 
 from burnish.errors import ConfigError
 from burnish.rollout import SamplingParams, eos_token_ids
 
-__all__ = ["sampling_params"]
+__all__ = ["known_ends", "sampling_params"]
 
 
 def sampling_params(args: Any, model: Any, tokenizer: Any) -> SamplingParams:
@@ -32,3 +36,13 @@ def sampling_params(args: Any, model: Any, tokenizer: Any) -> SamplingParams:
         stop=tuple(args.stop or ()),
         eos_token_ids=ends,
     )
+
+
+def known_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that end a completion of a model whose weights need not be loaded yet."""
+    if isinstance(model, str | Path):
+        try:
+            model = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
+        except (OSError, ValueError):  # it has none, or is not a folder
+            model = None
+    return eos_token_ids(model, tokenizer)

@@ -127,11 +127,12 @@ def _entries(
 def _record(completion: Completion) -> dict[str, Any]:
     score, advantage = completion.score, completion.sequence.get("advantages")
     if (of_tokens := completion.token.get("advantages")) is not None:
-        advantage = fmean(of_tokens)
+        advantage = fmean(completion.scored(of_tokens) or [0.0])
     return {
         "completion": completion.text,
         "stop_reason": completion.stop_reason,
-        "num_tokens": len(completion.token_ids),
+        "num_tokens": completion.num_scored_tokens,
+        **({} if completion.episode is None else {"messages": completion.episode.messages}),
         "reward": None if score is None else score.total,
         "criteria": {} if score is None else score.criteria,
         "errors": {} if score is None else score.errors,
