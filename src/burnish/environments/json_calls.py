@@ -70,7 +70,7 @@ _BARE_KEYS = {"arguments", "function", "id", "name", "parameters", "type"}
 
 def find_llama(text: str, start: int) -> Block | None:
     """Find bare JSON at the start of a line; other JSON, without a name and parameters, is content."""
-    while opened := re.compile(r"<\|python_tag\|>\s*|(?:^|;)\s*(?=\{)", re.M).search(text, start):
+    while opened := re.compile(r"<\|python_tag\|>\s*|(?:^|;)[ \t]*(?=\{)", re.M).search(text, start):
         begin, value_start = opened.span()
         value, end, problem = decode_json(text, value_start)
         if problem is None and isinstance(value, dict):

@@ -56,7 +56,7 @@ class RolloutFunctionEngine(Engine):
         for name, values in columns.items():
             if len(values) != sum(sizes):
                 raise EngineError(
-                    f"rollout_func returned {len(values)} {name} for {len(sizes)} prompts and {sum(sizes)} completions: "
+                    f"rollout_func returned {len(values)} {name} for {sum(sizes)} completions of {len(sizes)} prompts: "
                     "return num_generations rows for each prompt, in order."
                 )
         rows = [{name: values[i] for name, values in columns.items()} for i in range(sum(sizes))]

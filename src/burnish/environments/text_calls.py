@@ -28,21 +28,21 @@ _QWEN_XML = _Tags(
     opening=r"<tool_call>\s*(?:<function=([^>\n]*)>)?|<function=([^>\n]*)>",
     parameter=r"\s*<parameter=([^>\n]*)>\n?",
     value_end=r"\n?</parameter>(?=\s*(?:<parameter=|</function>))",
-    closing=r"\s*</function>(?:\s*</tool_call>)?",
+    closing=r"</function>(?:\s*</tool_call>)?",
     resume=r"</tool_call>|(?=<tool_call>|<function=)",
 )
 _GLM = _Tags(
     opening=r"<tool_call>\s*([\w.-]*)(?=\s|<|\Z)",
     parameter=r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>",
     value_end=r"</arg_value>(?=\s*(?:<arg_key>|</tool_call>))",
-    closing=r"\s*</tool_call>",
+    closing=r"</tool_call>",
     resume=r"</tool_call>|(?=<tool_call>)",
 )
 _ATEM = _Tags(
     opening=r'(?:<atem:function_calls>\s*)?<atem:invoke name="([^"\n]*)">',
     parameter=r'\s*<atem:parameter name="([^"\n]*)">',
     value_end=r"</atem:parameter>(?=\s*(?:<atem:parameter |</atem:invoke>))",
-    closing=r"\s*</atem:invoke>(?:\s*</atem:function_calls>)?",
+    closing=r"</atem:invoke>(?:\s*</atem:function_calls>)?",
     resume=r"</atem:function_calls>|(?=<atem:invoke)",
 )
 
@@ -52,32 +52,28 @@ def find_tags(tags: _Tags, text: str, start: int) -> Block | None:
     if opened is None:
         return None
     name = next((group for group in opened.groups() if group), "").strip()
-    stop = re.compile(rf"{tags.resume}|\Z").search(text, opened.end())
-    assert stop is not None
     arguments: dict[str, Any] = {}
     at = opened.end()
     problem = None if name else "the call has no name"
     while problem is None and (parameter := re.compile(tags.parameter).match(text, at)):
-        key = parameter[1].strip()
-        end = re.compile(tags.value_end).search(text, parameter.end())
-        # The end of a later call closes no value of this one.
-        if end is None or re.compile(rf"{tags.closing}\s*<tool_call>").search(text, parameter.end(), end.start()):
+        key, at = parameter[1].strip(), parameter.end()
+        end = re.compile(tags.value_end).search(text, at)
+        # The end tag of a later call's value ends none of this call.
+        if end is None or re.compile(rf"(?:{tags.closing})\s*(?:{tags.opening})").search(text, at, end.start()):
             problem = f"the value of {key!r} has no end tag"
         elif not key or key in arguments:
             problem = f"the parameter {key!r} stands twice" if key else "a parameter has no name"
         else:
-            arguments[key] = text[parameter.end() : end.start()]
+            arguments[key] = text[at : end.start()]
             at = end.end()
-    closed = re.compile(tags.closing).match(text, at)
-    if problem is None and closed is None:
-        problem = "the call is cut, or has text between its parameters"
-    if problem is not None or closed is None:
-        stop = re.compile(rf"{tags.resume}|\Z").search(text, max(at, opened.end()))
-        assert stop is not None
-        return Block(
-            opened.start(), stop.end(), (ToolCall(name, None, text[opened.start() : stop.end()], None, problem),)
-        )
-    return Block(opened.start(), closed.end(), (ToolCall(name, arguments, text[opened.start() : closed.end()]),))
+    if problem is None and (closed := re.compile(rf"\s*(?:{tags.closing})").match(text, at)):
+        call = ToolCall(name, arguments, text[opened.start() : closed.end()])
+        return Block(opened.start(), closed.end(), (call,))
+    stop = re.compile(rf"{tags.resume}|\Z").search(text, at)
+    assert stop is not None
+    problem = problem or "the call is cut, or has text between its parameters"
+    call = ToolCall(name, None, text[opened.start() : stop.end()], None, problem)
+    return Block(opened.start(), stop.end(), (call,))
 
 
 def _value_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Calls of plain and async reward functions, with time limits, progress messages and contained failures."""
+"""Calls of plain and async reward functions and tools, with time limits, progress messages and contained failures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
 
 
 class CallTimeout(RewardError, TimeoutError):
-    """Raised when a criterion exceeds its `timeout_seconds`."""
+    """Raised when a criterion or tool exceeds its `timeout_seconds`."""
 
 
 class _Overdue(BaseException):
@@ -57,7 +57,7 @@ class _Overdue(BaseException):
 
 @dataclass(slots=True)
 class Call:
-    """One call of a criterion's function.
+    """One call of the function of a criterion or tool.
 
     A plain function runs in the caller's thread. In the main thread a SIGALRM timer interrupts it at the deadline, in
     Python code, regular expressions and waits, but not inside a C library, nor if the function sets alarms itself.
@@ -65,16 +65,19 @@ class Call:
     threads cannot be stopped. A coroutine is cancelled.
 
     Attributes:
-        name: name of the criterion.
-        size: number of completions in the call.
+        name: name of the criterion or tool.
+        size: number of completions in the call; 0 for a tool.
         timeout_seconds: time limit; None for no limit.
+        kind: what has the name, for messages.
     """
 
     name: str
     size: int
     timeout_seconds: float | None
+    kind: str = "criterion"
     _started: float = 0.0
     _future: Future[Any] | None = None
+    _is_in_thread: bool = False
 
     def start(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
         """Call a plain function, or start a coroutine and return.
@@ -95,8 +98,23 @@ class Call:
         except BaseException as error:
             future.set_exception(self._failure(error))
 
+    def start_in_thread(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+        """Call a plain function in a thread of its own and return; the thread is abandoned at the deadline."""
+        self._started, self._is_in_thread = time.monotonic(), True
+
+        def run() -> Any:
+            try:
+                result = function(**arguments)
+            except BaseException as error:
+                raise self._failure(error) from error
+            if self.timeout_seconds is not None and time.monotonic() - self._started > self.timeout_seconds:
+                raise self._late()  # whenever the result is asked for
+            return result
+
+        self._future = in_thread(run)
+
     def result(self) -> Any:
-        """Return the function's result; waits for a coroutine.
+        """Return the function's result; waits for a coroutine or a thread.
 
         Raises:
             CallTimeout: the call exceeded its limit.
@@ -110,6 +128,8 @@ class Call:
         except TimeoutError as error:
             if future.done():
                 raise
+            if self._is_in_thread:
+                raise self._late("; it continues in a thread, which cannot be stopped") from None
             _loop_of.cache_clear()  # later coroutines get a new loop
             raise self._late(", and blocks the event loop: await what takes time") from error
 
@@ -122,7 +142,8 @@ class Call:
     def _seconds_left(self) -> float | None:
         if self.timeout_seconds is None:
             return None
-        return max(0.0, self._started + self.timeout_seconds + _GRACE_SECONDS - time.monotonic())
+        grace = 0.0 if self._is_in_thread else _GRACE_SECONDS
+        return max(0.0, self._started + self.timeout_seconds + grace - time.monotonic())
 
     def _timed(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         limit = self.timeout_seconds
@@ -186,7 +207,8 @@ class Call:
                 limit = self.timeout_seconds
                 fix = "set its timeout_seconds to give up" if limit is None else f"given up after {limit:g} s"
                 elapsed = format_seconds(time.monotonic() - self._started)
-                say(f"criterion {self.name!r} has run for {elapsed} on {self.size} completions; {fix}")
+                work = f" on {self.size} completions" if self.size else ""
+                say(f"{self.kind} {self.name!r} has run for {elapsed}{work}; {fix}")
                 due *= 2
 
         threading.Thread(target=watch, name="burnish-watch", daemon=True).start()
