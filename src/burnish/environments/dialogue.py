@@ -10,7 +10,7 @@ its own rendering of the same conversation would differ.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,25 +174,28 @@ class Certificate:
     keeps_reasoning: bool
 
 
-def certify(dialogue: Dialogue, turn: Message, text: str, schemas: Sequence[dict[str, Any]] = ()) -> Certificate:
+def certify(
+    dialogue: Dialogue, message: Callable[[str], Message], text: str, schemas: Sequence[dict[str, Any]] = ()
+) -> Certificate:
     """Prove that the tokens of a template's turns can be extended, and compare them with its own rendering.
 
     Args:
         dialogue: of the template; its `answer_role` becomes "user" where the template renders no messages of tools.
-        turn: a turn as a message, with a tool call if there are tools.
-        text: what the policy writes for that turn.
+        message: returns a turn as a message.
+        text: a turn, with a tool call if there are tools.
         schemas: schemas of the tools in the prompt.
 
     Raises:
         ConfigError: they cannot be extended; names the trait of the template.
     """
+    turn = message(text)
     calls = turn.get("tool_calls") or ()
     answer: Message = {"role": "user", "content": _ANSWER}
     if calls:
         answer = {"role": "tool", "name": calls[0]["function"]["name"], "content": _ANSWER}
         answer |= {"tool_call_id": calls[0]["id"]} if "id" in calls[0] else {}
     problem = "it leaves out what a tool or an environment answers"
-    for role in ("tool", "user") if calls else (dialogue.answer_role,):
+    for role in ("tool", "user") if calls else ("user",):
         dialogue.answer_role = role
         try:
             whole, place, stop = dialogue.rendered_reply(turn, [answer], schemas)
@@ -207,8 +210,10 @@ def certify(dialogue: Dialogue, turn: Message, text: str, schemas: Sequence[dict
         raise _uncertified("it does not end an assistant turn before the answer to it")
     prompt = dialogue.opening([_QUESTION], schemas)
     opened, closed = (dialogue.render([_QUESTION], schemas, add_generation_prompt=add) for add in (True, False))
-    if opened == closed:
-        raise _uncertified("it ignores add_generation_prompt")
+    if opened == closed:  # right where the question itself ends with what opens an answer
+        said = dialogue.render([_QUESTION, {"role": "assistant", "content": _ANSWER}], schemas)
+        if not said.removeprefix(opened).lstrip().startswith(_ANSWER):
+            raise _uncertified("it ignores add_generation_prompt")
     inner = inner_tokenizer(dialogue.tokenizer)
     reply = dialogue.reply(turn, [answer], schemas, stop=dialogue.stops[stop])
     bos = inner.bos_token_id
@@ -218,14 +223,14 @@ def certify(dialogue: Dialogue, turn: Message, text: str, schemas: Sequence[dict
         raise _uncertified("its text does not survive the tokenizer: encoded and decoded, it reads differently")
 
     def extends(said: str) -> bool:
-        message = {**turn, "content": said + str(turn["content"] or "")}
+        shown = [_QUESTION, message(said), dialogue.as_shown(answer, dialogue.answer_role)]
         try:
-            served = dialogue.render([_QUESTION, message, dialogue.as_shown(answer, dialogue.answer_role)], schemas)
+            return dialogue.render(shown, schemas) == opened + said + whole[place:]
         except DataError:
             return False
-        return served == opened + said + text + whole[place:]
 
-    return Certificate(dialogue.answer_role, stop, extends(""), extends("<think>\nEasy.\n</think>\n\n"))
+    reasoned = (f"<think>\nEasy.\n</think>{gap}{text}" for gap in ("\n\n", "\n"))
+    return Certificate(dialogue.answer_role, stop, extends(text), any(map(extends, reasoned)))
 
 
 def _uncertified(trait: str) -> ConfigError:

@@ -90,8 +90,7 @@ class Environments:
         """Prove that turns extend one another; say once what differs from the template's own rendering."""
         call = ToolCall(schemas[0]["function"]["name"], {"x": 1}, id="burnish01") if schemas else None
         text = "5" if call is None else self._format.render([call])
-        turn = self._format.message(text) if call else {"role": "assistant", "content": text}
-        certificate = certify(self.dialogue, turn, text, schemas)
+        certificate = certify(self.dialogue, self._format.message, text, schemas)
         logger.info("chat template: %s", certificate)
         if not certificate.extends:
             logger.warning(
