@@ -38,6 +38,7 @@ READ: dict[str, list[str]] = {
         f'<tool_call>{{"type": "function", "function": {{"name": "f", "arguments": {DUMPED}}}}}</tool_call>',
         f'<tool_call>\n{{"name": "f", "arguments": {DUMPED}}}\n<|im_end|>',
         f'<tool_call>\n{{"name": "f", "arguments": {DUMPED}}}',
+        '<tool_call>{"name": "f", "arguments": {"x": "a \\"b\\"\n{c}", "n": [1, {"k": null}]}}</tool_call>',
     ],
     "qwen_xml": [
         '<tool_call>\n<function=f>\n<parameter=x>\na "b"\n{c}\n</parameter>\n<parameter=n>\n[1, {"k": null}]\n'
@@ -192,6 +193,8 @@ def test_reasoning_holds_no_calls(name: str) -> None:
         assert "".join(call.name for call in own.parse(text)) == names, text
     inside = own.render([ToolCall("f", {"x": "a <think> b"}), ToolCall("f", {"x": "a </think> b"})])
     assert [call.arguments for call in own.parse(inside)] == [{"x": "a <think> b"}, {"x": "a </think> b"}]
+    inside = own.render([ToolCall("f", {"x": "a </think> b"})])
+    assert [call.arguments for call in own.parse(inside)] == [{"x": "a </think> b"}]
 
 
 def test_gemma_and_harmony_reason_in_channels() -> None:
@@ -457,6 +460,7 @@ def test_describing_tools() -> None:
     schemas = [schema("f", {"some_name": {"type": "string"}}), schema("other_tool", {})]
     assert describes_tools(tokenizer, TOOLS + OWN, schemas)
     assert not describes_tools(tokenizer, OWN, schemas)
+    assert not describes_tools(tokenizer, OWN, [schema("user", {})])  # a word that stands there without tools
     names = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
     assert not describes_tools(tokenizer, names + OWN, schemas)  # without parameters
     assert not describes_tools(tokenizer, "{{ tools[0] | tojson if tools }}" + OWN, schemas)  # only the first
