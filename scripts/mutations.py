@@ -27,6 +27,7 @@ TEXTS = "test_rewards_texts.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
+TOOLS, TOOL_FORMATS = "test_tools.py", "test_tool_formats.py"
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
 RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
 BETA = "test_policy_trainer.py::test_a_rollout_is_penalised_with_the_coefficient_before_its_own_divergence"
@@ -44,6 +45,30 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
     ("rewards/texts.py", "if not rest or texts", "if True or texts", TEXTS),
+    # tools
+    ("environments/tools.py", "isinstance(value, bool) and schema", "False and schema", TOOLS),
+    ("environments/tools.py", "tool.check(copy.deepcopy(call.arguments))", "tool.check(call.arguments)", TOOLS),
+    ("environments/tools.py", "isinstance(decoded, list | dict)", "False", TOOLS),
+    ("environments/tools.py", "        except BaseException as error:  # sys.exit()", "        except Exception as error:  # sys.exit()", TOOLS),
+    ("environments/tools.py", "len(text) - self.max_result_chars} more", "len(text)} more", TOOLS),
+    ("environments/tools.py", "fallback=show", "fallback=None", TOOLS),
+    ("environments/schemas.py", "if name in inside:", "if False:", TOOLS),
+    ("environments/schemas.py", "        schema[\"nullable\"] = True\n", "", TOOLS),
+    ("environments/schemas.py", "config=ConfigDict(allow_inf_nan=False)", "config=ConfigDict()", TOOLS),
+    ("rewards/calls.py", "future.set_exception(self._late())  # whenever", "future.set_result(inner.result())  # whenever", TOOLS),
+    ("rewards/calls.py", "_GRACE_SECONDS if self._thread is None else 0.0", "_GRACE_SECONDS", TOOLS),
+    ("environments/formats.py", "== [(_PROBE.name, _PROBE.arguments)]", "!= []", TOOL_FORMATS),
+    ("environments/formats.py", "if end < block.end and", "if False and", TOOL_FORMATS),
+    ("environments/formats.py", "if end < 0 or 0 <= text.find(opening) < end:", "if True:", TOOL_FORMATS),
+    ("environments/formats.py", "if (end := text.find(closing, at)) < 0:\n                return", "if (end := text.find(closing, at)) < 0:\n                end = at", TOOL_FORMATS),
+    ("environments/formats.py", "texts[1].count(word) > texts[0].count(word)", "word in texts[1]", TOOL_FORMATS),
+    ("environments/conventions.py", "object_pairs_hook=object_of, ", "", TOOL_FORMATS),
+    ("environments/conventions.py", "parse_float=_finite, ", "", TOOL_FORMATS),
+    ("environments/conventions.py", "strict=False, ", "", TOOL_FORMATS),
+    ("environments/conventions.py", "if key not in fields and others:", "if False:", TOOL_FORMATS),
+    ("environments/json_calls.py", "(keys & {\"parameters\", \"arguments\"})", "(keys)", TOOL_FORMATS),
+    ("environments/text_calls.py", "or re.compile(tags.opening).search(text, at, end.start())", "", TOOL_FORMATS),
+    ("environments/text_calls.py", "or \"string\" not in admitted", "or True", TOOL_FORMATS),
     # native engine
     ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),
     ("rollout/drafts.py", "return drawn / (self._fixed + rows * width)", "return drawn", "test_drafts.py"),

@@ -23,6 +23,7 @@ from transformers.utils import get_json_schema
 
 from burnish.environments import Tool, Toolbox, ToolCall, ToolResult
 from burnish.errors import ConfigError
+from burnish.rewards.calls import Call, CallTimeout
 
 
 class Unit(enum.Enum):
@@ -30,6 +31,11 @@ class Unit(enum.Enum):
 
     CELSIUS = "celsius"
     KELVIN = "kelvin"
+
+
+class Thing:
+    def __repr__(self) -> str:
+        return "Thing()"
 
 
 @dataclasses.dataclass
@@ -430,7 +436,8 @@ def test_whatever_a_tool_raises_is_a_result(function: Callable[..., Any]) -> Non
         (b"abc", "abc"),
         (b"\xff", "b'\\xff'"),
         (1j, "1j"),
-        ([1j], '["1j"]'),
+        ([Thing()], '["Thing()"]'),
+        (Thing(), "Thing()"),
         ("half \ud83d", "half ?"),
     ],
 )
@@ -506,9 +513,11 @@ def test_more_calls_than_may_run_at_once() -> None:
 
 
 def test_a_result_after_the_limit_is_late_whenever_it_is_read() -> None:
-    box = Toolbox([sleep], timeout_seconds=0.5)
-    results = box.run([call("sleep", {"seconds": 5.0}), call("sleep", {"seconds": 0.55})])
-    assert [result.error for result in results] == ["timeout", "timeout"]
+    running = Call("sleep", 0, 0.05, "tool")
+    running.start_in_thread(sleep, {"seconds": 0.2})
+    time.sleep(0.6)
+    with pytest.raises(CallTimeout, match=r"longer than timeout_seconds = 0\.05"):
+        running.result()
 
 
 def test_an_async_tool_that_blocks_the_loop_costs_only_itself() -> None:

@@ -120,7 +120,7 @@ class ToolFormat:
         return 0
 
 
-_ORDER = ("hermes", "qwen_xml", "mistral", "deepseek", "gemma", "gptoss", "glm", "atem", "llama")
+_ORDER = ("hermes", "qwen_xml", "mistral", "deepseek", "gemma", "gptoss", "glm", "lfm2", "atem", "llama")
 # Bare JSON is last: what reads it also reads JSON between tags.
 TOOL_FORMATS: dict[str, ToolFormat] = {
     name: ToolFormat(name, (JSON_CONVENTIONS | TEXT_CONVENTIONS)[name]) for name in _ORDER
