@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a template is one text)
 """Five chat templates with the habits of the families in the field, and a tokenizer of bytes that reads any of them."""
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from burnish.environments import Budget, Environment, Environments, Reply, episode_engine, share_openings
-from burnish.environments.conventions import ToolCall
+from burnish.environments import Environment, Reply, ToolCall
+from burnish.environments.episodes import Budget, episode_engine, share_openings
+from burnish.environments.setup import Environments
 from burnish.errors import ConfigError, DataError, EngineError
 from burnish.model.packing import pack
 from burnish.rollout.engine import Engine, OverlappingEngine, Request, SamplingParams
@@ -352,7 +353,7 @@ def test_openings_become_the_prompt_of_the_group(differs: bool) -> None:
     for completion in found:
         assert completion.episode is not None
         for start, _ in completion.episode.turns:
-            assert tuple([*prompt, *completion.token_ids[:start]]) in contexts
+            assert (*prompt, *completion.token_ids[:start]) in contexts
         assert completion.policy_logprobs is not None
         assert len(completion.policy_logprobs) == len(completion.token_ids)
 
@@ -472,7 +473,8 @@ def lambda_like(b) -> int:  # type: ignore[no-untyped-def]
         ),
         ("{% for m in messages %}{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}", "ignores add_generation_prompt"),
         (
-            "{% for m in messages if m.role != 'user' or loop.first %}{{ m.content }}<|im_end|>{% endfor %}"
+            "{% for m in messages %}{% if m.role != 'user' or loop.first %}{{ m.content }}<|im_end|>{% endif %}"
+            "{% endfor %}"
             "{% if add_generation_prompt %}A{% endif %}",
             "leaves out what",
         ),
