@@ -367,7 +367,8 @@ class _Turns:
             # Not for episodes whose tools take long.
             self._changed.wait_for(self._is_full, timeout=_PATIENCE_SECONDS)
             batch, self._waiting = self._waiting, []
-            return batch
+            # Episodes of a group side by side: an engine may compute once what their contexts begin with.
+            return sorted(batch, key=lambda entry: (entry[0].index, entry[0].first_sample))
 
     def _is_full(self) -> bool:
         return sum(request.num_samples for request, _ in self._waiting) >= self._playing
