@@ -67,6 +67,9 @@ class Request:
         is_settled: tells of the text of a completion so far that no continuation changes its reward; the engine may
             then stop it, with `StopReason.SETTLED`. None never stops one.
         expected_tokens: expected length of a completion, by which an engine may order its work; None if unknown.
+        on_done: called with the completions once all of them have finished, at the latest before `generate` returns: at
+            most once, in the caller's thread or one of the engine's. It must return quickly; what it raises is raised
+            by `generate`. Engines that leave it out lose time, nothing else.
     """
 
     prompt_ids: Sequence[int]
@@ -76,6 +79,7 @@ class Request:
     first_sample: int = 0
     is_settled: Callable[[str], bool] | None = None
     expected_tokens: float | None = None
+    on_done: Callable[[list[Completion]], None] | None = None
 
 
 class Engine(Protocol):
