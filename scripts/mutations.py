@@ -24,6 +24,7 @@ ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS = "test_rewards_texts.py"
+FAULTS, OVERLAP = "test_reward_faults.py", "test_reward_overlap.py"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -44,6 +45,23 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
     ("rewards/texts.py", "if not rest or texts", "if True or texts", TEXTS),
+    ("rewards/batch.py", "if len(values) == 1 else error", "", FAULTS),
+    ("rewards/batch.py", "return TypeError(f\"it returned", "return [0.0] * size if size else TypeError(f\"it returned", FAULTS),
+    ("rewards/batch.py", "return number if math.isfinite(number) else", "return number if number == number else", FAULTS),
+    ("rewards/pool.py", "                except _WorkerKilled:\n                    raise\n", "", FAULTS),
+    ("rewards/pool.py", "with contextlib.suppress(_WorkerKilled):", "with contextlib.nullcontext():", FAULTS),
+    ("rewards/calls.py", "late = self if task is None else _owners.get(task, self)", "late = self", FAULTS),
+    ("rewards/calls.py", "        if home is not _loop():\n", "        if False:\n", FAULTS),
+    ("rewards/calls.py", "self._started, self._home = None, _loop()", "self._home = _loop()", FAULTS),
+    ("rewards/batch.py", "for position in sorted(self._begun)]", "for position in self._begun]", OVERLAP),
+    ("rewards/rubric.py", "extras=[extra for part in begun for extra in part.extras])", "extras=batch.extras)", OVERLAP),
+    ("rewards/rubric.py", "            if criterion.overlaps:\n                grading.start(batch, position)", "            if False:\n                pass", OVERLAP),
+    ("rewards/rubric.py", "if [ids for part in begun for ids in part.completion_ids] != batch.completion_ids:", "if False:", OVERLAP),
+    ("rewards/criterion.py", "and \"log_metric\" not in parameters_of(self.function))", ")", OVERLAP),
+    ("rollout/native.py", "row.prompt.request.on_done is not None and len(completions) == row.prompt.request.num_samples", "row.prompt.request.on_done is not None", OVERLAP),
+    ("rollout/lockstep.py", "                    sampling.remove(group)\n", "", OVERLAP),
+    ("stages/sampler.py", "replace(r, on_done=partial(scoring.start, place))", "r", OVERLAP),
+    ("rewards/judge.py", "self.slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))", "asyncio.Semaphore(self.max_concurrency)", "test_rewards_judge.py"),
     # native engine
     ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),
     ("rollout/drafts.py", "return drawn / (self._fixed + rows * width)", "return drawn", "test_drafts.py"),

@@ -203,10 +203,12 @@ class Grading:
             return error
         values = as_list(result)
         if values is None:
-            return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
+            return TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")
         if len(values) != size:
             # Not truncated, padded or broadcast: values could end up with the wrong completions.
-            return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
+            error = ValueError(f"it returned {len(values)} values for {size} completions")
+            # Of a function that returns one value whatever it gets, asking one by one would take that for each.
+            return [error] * size if len(values) == 1 else error
         part.notes.settle(self._criterion.name, part.batch.extras, log_metric)
         return [_as_number(value) for value in values]
 

@@ -41,7 +41,8 @@ class Criterion:
             completion: a number, None (does not apply), or an Exception (could not be graded). It may have an attribute
             `is_settled`, see `burnish.rewards.settled.SettledRule`.
         weight: factor in the total; finite. A criterion of weight 0 is logged, and its failures do not void the total.
-        isolate: if the call raises, repeat it with one completion at a time, so that only the offending ones fail. Set
+        isolate: if the call raises, or returns something other than a list of as many values (or of one), repeat it
+            with one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
         timeout_seconds: time limit of one call, None for no limit. After a time-out, completions are graded one at a
             time within the same limit, and those that time out are excluded from the loss; after three time-outs, so
