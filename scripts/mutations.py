@@ -40,7 +40,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/rubric.py", "max(len(present) - 1, 1)", "len(present)", TERMS),
     ("rewards/criterion.py", "return self.weight * (low + (high - low) * part)", "return self.weight", TERMS),
     ("rewards/batch.py", "if known is None or key not in known}", "}", TERMS),
-    ("rewards/batch.py", "or criterion.per_group or not", "or not", TERMS),
+    ("rewards/batch.py", "or self._criterion.per_group or not", "or not", TERMS),
     ("stages/policy_gradient.py", "values = [terms.get(name)", "values = [completion.score.criteria.get(name)", TERMS_RUN),
     ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
@@ -61,6 +61,8 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/native.py", "row.prompt.request.on_done is not None and len(completions) == row.prompt.request.num_samples", "row.prompt.request.on_done is not None", OVERLAP),
     ("rollout/lockstep.py", "                    sampling.remove(group)\n", "", OVERLAP),
     ("stages/sampler.py", "replace(r, on_done=partial(scoring.start, place))", "r", OVERLAP),
+    ("rollout/vllm/colocated.py", "replace(request, on_done=None) for", "request for", COLOCATED),
+    ("rollout/vllm/dispatch.py", "                job.request.on_done(found)\n", "                pass\n", "test_vllm_pool.py::test_groups_are_reported_as_they_finish_and_an_error_of_that_is_raised"),
     ("rewards/judge.py", "self.slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))", "asyncio.Semaphore(self.max_concurrency)", "test_rewards_judge.py"),
     # native engine
     ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),

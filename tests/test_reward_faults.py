@@ -202,7 +202,7 @@ def test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone(
     excluded: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A third criterion waits on the same loop, without a limit of its own; before, it waited for good."""
-    monkeypatch.setattr(calls_module, "_GRACE_SECONDS", 0.02)
+    monkeypatch.setattr(calls_module, "_GRACE_SECONDS", 0.1)
     monkeypatch.setattr(calls_module, "_TICK_SECONDS", 0.02)
     release = threading.Event()
 
@@ -217,7 +217,7 @@ def test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone(
         return [0.0] * len(completions)
 
     try:
-        ran = Ran(tmp_path, Criterion("faulty", blocks, timeout_seconds=0.1))
+        ran = Ran(tmp_path, Criterion("faulty", blocks, timeout_seconds=0.2))
         ran.same_as(excluded)
         assert ran.failed == [float(sum(map(is_one, step))) for step in ran.per_step]
         limited, unlimited = Criterion("blocks", blocks, timeout_seconds=0.2), Criterion("waits", nothing)
@@ -270,13 +270,13 @@ def test_what_is_slow_but_in_time_is_kept(kind: str, faultless: Ran, tmp_path: P
 
 
 def test_a_time_limit_counts_from_the_start_of_a_call_not_from_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty calls of 0.3 s share eight threads: the last ones begin after 0.6 s, which is more than the limit."""
+    """Twenty calls of 0.5 s share eight threads: the last ones end after 1.5 s, which is more than the limit."""
 
     def slow(completions: list[str], **_: Any) -> list[float]:
-        time.sleep(0.3)
+        time.sleep(0.5)
         return [1.0] * len(completions)
 
-    rubric = Rubric([Criterion("slow", slow, timeout_seconds=0.55, overlap=True)])
+    rubric = Rubric([Criterion("slow", slow, timeout_seconds=1.2, overlap=True)])
     scores = rubric.score([group("a", index=i) for i in range(20)])
     assert [score.total for [score] in scores] == [1.0] * 20
 
