@@ -24,7 +24,10 @@ ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS = "test_rewards_texts.py"
-FAULTS, OVERLAP = "test_reward_faults.py", "test_reward_overlap.py"
+OVERLAP = "test_reward_overlap.py"
+BLOCKS = "test_reward_faults.py::test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone"
+KILLED = "test_reward_faults.py::test_an_answer_whose_worker_is_killed_again_is_excluded"
+FAULT = "test_reward_faults.py::test_a_fault_excludes_what_it_hits_and_nothing_else"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -45,14 +48,13 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
     ("rewards/texts.py", "if not rest or texts", "if True or texts", TEXTS),
-    ("rewards/batch.py", "if len(values) == 1 else error", "", FAULTS),
-    ("rewards/batch.py", "return TypeError(f\"it returned", "return [0.0] * size if size else TypeError(f\"it returned", FAULTS),
-    ("rewards/batch.py", "return number if math.isfinite(number) else", "return number if number == number else", FAULTS),
-    ("rewards/pool.py", "                except _WorkerKilled:\n                    raise\n", "", FAULTS),
-    ("rewards/pool.py", "with contextlib.suppress(_WorkerKilled):", "with contextlib.nullcontext():", FAULTS),
-    ("rewards/calls.py", "late = self if task is None else _owners.get(task, self)", "late = self", FAULTS),
-    ("rewards/calls.py", "        if home is not _loop():\n", "        if False:\n", FAULTS),
-    ("rewards/calls.py", "self._started, self._home = None, _loop()", "self._home = _loop()", FAULTS),
+    ("rewards/batch.py", "if len(values) == 1 else error", "", FAULT),
+    ("rewards/batch.py", "return TypeError(f\"it returned", "return [0.0] * size if size else TypeError(f\"it returned", FAULT),
+    ("rewards/batch.py", "return number if math.isfinite(number) else", "return number if number == number else", FAULT),
+    ("rewards/pool.py", "                except _WorkerKilled:\n                    raise\n", "", KILLED),
+    ("rewards/pool.py", "with contextlib.suppress(_WorkerKilled):", "with contextlib.nullcontext():", KILLED),
+    ("rewards/calls.py", "late = self if task is None else _owners.get(task, self)", "late = self", BLOCKS),
+    ("rewards/calls.py", "        if home is not _loop():\n", "        if False:\n", BLOCKS),
     ("rewards/batch.py", "for position in sorted(self._begun)]", "for position in self._begun]", OVERLAP),
     ("rewards/rubric.py", "extras=[extra for part in begun for extra in part.extras])", "extras=batch.extras)", OVERLAP),
     ("rewards/rubric.py", "            if criterion.overlaps:\n                grading.start(batch, position)", "            if False:\n                pass", OVERLAP),

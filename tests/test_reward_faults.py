@@ -209,7 +209,7 @@ def test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone(
     async def blocks(completion_ids: list[list[int]], **_: Any) -> list[float]:
         await asyncio.sleep(0)
         if bad_of(completion_ids):
-            release.wait(600)
+            release.wait(30)
         return sound(completion_ids)
 
     async def nothing(completions: list[str], **_: Any) -> list[float]:
