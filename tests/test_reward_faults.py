@@ -207,9 +207,9 @@ def test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone(
     release = threading.Event()
 
     async def blocks(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        await asyncio.sleep(0)
         if bad_of(completion_ids):
-            release.wait(30)
+            release.wait(5)
+        await asyncio.sleep(0.05)  # while another call blocks the loop
         return sound(completion_ids)
 
     async def nothing(completions: list[str], **_: Any) -> list[float]:
