@@ -164,7 +164,11 @@ class EpisodeEngine(Engine):
                 finally:
                     finish()
 
-            return list(await asyncio.gather(*(go_on(play, number) for number, play in enumerate(plays))))
+            done = list(await asyncio.gather(*(go_on(play, number) for number, play in enumerate(plays))))
+            # An opening of their own changes the completions once all ranks know it.
+            if request.on_done is not None and all(play.record.opening is None for play in plays):
+                request.on_done(done)
+            return done
 
         return asyncio.run_coroutine_threadsafe(episodes(), shared_loop())
 

@@ -383,6 +383,9 @@ class NativeEngine(Engine):
         row.prompt.results[row.track.sample] = row.track.finish(self._tokenizer)
         row.prompt.running -= 1
         run.finished += 1
+        completions = [result for result in row.prompt.results if result is not None]
+        if row.prompt.request.on_done is not None and len(completions) == row.prompt.request.num_samples:
+            row.prompt.request.on_done(completions)
 
     def _drop_prompts(self, run: _Run) -> None:
         """Free the slots of prompts whose samples are all finished."""
