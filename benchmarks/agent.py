@@ -140,7 +140,7 @@ class Run:
         options = self.options
         rubric = Rubric(
             [
-                Criterion("correct", numeric_answer(sources=("last_number",), gold_column="answer"), weight=1.0),
+                Criterion("correct", numeric_answer(sources=("last_number",)), weight=1.0),
                 Criterion("valid_calls", valid_tool_calls(), weight=0.1),
             ]
         )

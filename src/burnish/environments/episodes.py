@@ -170,7 +170,7 @@ class EpisodeEngine(Engine):
                 request.on_done(done)
             return done
 
-        return asyncio.run_coroutine_threadsafe(episodes(), shared_loop())
+        return asyncio.run_coroutine_threadsafe(episodes(), shared_loop("episodes"))
 
     async def _open(self, request: Request, number: int, seed: int, step: int) -> _Play:
         """Make an environment, reset it, and encode the context of the first turn."""
@@ -275,7 +275,7 @@ class EpisodeEngine(Engine):
         async def close_all() -> None:
             await asyncio.gather(*map(close, opened))
 
-        asyncio.run_coroutine_threadsafe(close_all(), shared_loop()).result()
+        asyncio.run_coroutine_threadsafe(close_all(), shared_loop("episodes")).result()
         for record in records:
             record.environment = None
 

@@ -162,7 +162,7 @@ class Call:
             return
         why = ", and ignores that it is cancelled"
         if task is not None:
-            _loops.pop(os.getpid(), None)  # later coroutines get a new loop
+            _loops.pop((os.getpid(), "rewards"), None)  # later coroutines get a new loop
             why = ", and blocks the event loop: await what takes time"
         with suppress(InvalidStateError):  # it has ended just now
             late._future.set_exception(late._late(why))
@@ -268,6 +268,7 @@ def _warn_of_alarms(name: str, limit: float) -> None:
 def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
     """Start a function in a thread of its own, which does not keep the process alive."""
     future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # whoever waits may give up; the function goes on
     work = functools.partial(function, *args, **kwargs)
     threading.Thread(target=_fill, args=(future, work), name="burnish-call", daemon=True).start()
     return future
@@ -303,14 +304,17 @@ def _alarm(seconds: float, tick: Callable[[], None]) -> Generator[bool]:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
-def shared_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of this process, to which clients stay bound; after a fork its thread is gone."""
+def shared_loop(purpose: str = "rewards") -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process for a purpose, to which clients stay bound.
+
+    Rewards have one of their own, which is given up where a function blocks it. After a fork its thread is gone.
+    """
     with _LOCK:
-        loop = _loops.get(os.getpid())
+        loop = _loops.get((os.getpid(), purpose))
         if loop is None:
-            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            loop = _loops[os.getpid(), purpose] = asyncio.new_event_loop()
             loop.set_task_factory(_owned_task)
-            threading.Thread(target=loop.run_forever, name="burnish-async-rewards", daemon=True).start()
+            threading.Thread(target=loop.run_forever, name=f"burnish-{purpose}", daemon=True).start()
         return loop
 
 
@@ -338,8 +342,8 @@ def _jobs(pid: int) -> queue.SimpleQueue[Callable[[], None]]:
 
 
 _LOCK = threading.Lock()
-_loops: dict[int, asyncio.AbstractEventLoop] = {}
-"""Event loop of each process."""
+_loops: dict[tuple[int, str], asyncio.AbstractEventLoop] = {}
+"""Event loops by process and purpose."""
 _current: ContextVar[Call | None] = ContextVar("current", default=None)
 _owners: weakref.WeakKeyDictionary[Any, Call] = weakref.WeakKeyDictionary()
 """Call that each task of the event loop belongs to."""

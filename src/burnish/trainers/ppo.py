@@ -17,6 +17,7 @@ from burnish.model.sources import find_model
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.stages.actor_critic import ActorCritic
+from burnish.stages.agents import Agents
 from burnish.stages.online import OnlineStage
 from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import resolve_args
@@ -115,9 +116,7 @@ class PPOTrainer(Learner[OnlineStage]):
             engine=engine,
             ref_model=ref_model,
             compute_metrics=compute_metrics,
-            model=model,
-            tools=tools,
-            environment_factory=environment_factory,
+            agents=Agents(model, tools, environment_factory),
         )
         super().__init__(
             model,
