@@ -29,6 +29,7 @@ from burnish.model.packing import pack
 from burnish.model.scoring import score
 from burnish.rewards import Criterion, Rubric
 from burnish.rewards.episodes import EnvironmentReward
+from burnish.rewards.verifiers import completion_text
 from burnish.types import Episode
 from dialects import DIALECTS, speaker
 
@@ -225,6 +226,12 @@ def test_a_reward_function_may_return_a_value_per_turn(tmp_path: Path) -> None:
     for record in transcripts(tmp_path):
         assert record["criteria"]["by_turn"] == record["num_tokens"]
         assert ("returned 1 values for an episode of 3 turns" in str(record["errors"])) == (record["sample"] % 2 == 1)
+
+
+def test_what_a_tool_said_is_not_graded() -> None:
+    messages = [{"role": "assistant", "content": "I ask."}, {"role": "tool", "content": "The answer is 42."}]
+    assert completion_text(messages) == "I ask."
+    assert completion_text(messages[1:]) == ""
 
 
 def call_rows(call: Mapping[str, Any]) -> list[dict[str, Any]]:
