@@ -495,8 +495,8 @@ def test_templates_whose_turns_cannot_be_extended_are_refused(template: str, wor
 
 ENDS = {
     "qwen": "<|im_end|>", "nemotron": "<|im_end|>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>",
-    "gemma3": "<end_of_turn>", "gemma4_v2": "<turn|>", "gemma4": "<|tool_response>", "phi3": "<|end|>", "deepseek": "<｜end▁of▁sentence｜>",
-    "cohere": "<|END_OF_TURN_TOKEN|>", "gptoss": "<|call|>", "muse": "<|eot|>",
+    "gemma3": "<end_of_turn>", "gemma4_v2": "<turn|>", "gemma4": "<|tool_response>", "phi3": "<|end|>",
+    "deepseek": "<｜end▁of▁sentence｜>", "cohere": "<|END_OF_TURN_TOKEN|>", "gptoss": "<|call|>", "muse": "<|eot|>",
 }  # fmt: skip
 """Families of templates that TRL ships, and the token that ends their turns."""
 UNREADABLE = ("lfm2_2_5", "lfm2_2_5_v2")
