@@ -172,6 +172,13 @@ def test_reward_functions_see_messages_episodes_and_live_environments(tmp_path: 
     assert all(e.environment is None for e in call["episodes"])
 
 
+class Quiz(Talk):
+    """Writes the prompt itself, from a seed that the group shares."""
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": f"Question {seed % 1000} of {row['number']}."}]
+
+
 class Paid(Talk):
     """Rewards the second turn only, by its text."""
 
