@@ -206,12 +206,17 @@ def across_seeds(values: list[float]) -> dict[str, Any]:
 
 
 def summarise(runs: dict[str, list[Run]]) -> dict[str, Any]:
-    """Final accuracy of the arms, their difference in each seed over the same problems, and groups with a signal."""
+    """Compare the arms: accuracy at the end and over the course, its paired difference, and groups with a signal."""
     summary: dict[str, Any] = {
         arm: {
             "first": own[0]["points"][0]["accuracy"],
             "last": across_seeds([run["points"][-1]["accuracy"] for run in own]),
+            "after_start": across_seeds([fmean(p["accuracy"] for p in run["points"][1:]) for run in own]),
+            "last_criteria": {
+                name: [run["points"][-1]["criteria"][name] for run in own] for name in own[0]["points"][-1]["criteria"]
+            },
             "groups_with_signal": fmean(step["groups_with_signal"] for run in own for step in run["steps"]),
+            "steps_without_signal": [sum(not step["groups_with_signal"] for step in run["steps"]) for run in own],
             "tokens": fmean(run["steps"][-1]["num_tokens"] for run in own),
         }
         for arm, own in runs.items()
