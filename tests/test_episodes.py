@@ -197,6 +197,25 @@ def test_tools_answer_behind_the_turn_and_control_tokens_stay_text(dialect: str)
     assert (start, stop) == (0, 1)
 
 
+def test_a_stop_string_may_end_a_call() -> None:
+    environments, script, engine = setup("chatml", None, tools=[add])
+    call = environments.tool_format.render([ToolCall("add", {"a": 2, "b": 3})])
+    stopped = call.removesuffix("</tool_call>")
+
+    def turn(index: int, sample: int, number: int) -> tuple[str, StopReason]:
+        return (call, StopReason.STOP) if number == 0 else ("It is 5.", StopReason.EOS)
+
+    def cut(request: Request, sample: int) -> Completion:
+        made = Script.completion(script, request, sample)
+        return dataclasses.replace(made, text=made.text.replace(call, stopped))  # as engines do
+
+    script.turns, script.completion = turn, cut  # type: ignore[method-assign]
+    [[completion]] = engine.generate([request(environments)], seed=0, step=0)
+    assert completion.episode is not None
+    assert (completion.episode.num_calls, completion.episode.num_failed_calls) == (1, 0)
+    assert completion.episode.messages[1]["content"] == "5"
+
+
 def test_all_turns_of_a_group_begin_as_one_request_and_random_numbers_differ_by_turn() -> None:
     environments, script, engine = setup(
         "chatml", lambda i, s, n: (f"turn {n}", StopReason.EOS), factory=lambda: Rounds(3)
