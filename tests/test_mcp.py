@@ -26,6 +26,7 @@ SERVER = '''
 import os, sys, time
 import anyio
 from mcp.server import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("shop")
 total = 0
@@ -51,7 +52,7 @@ async def wait(seconds: float) -> str:
 @server.tool()
 def fail(reason: str) -> str:
     """Raise an error."""
-    raise ValueError(reason)
+    raise ToolError(reason)
 
 @server.tool()
 def leave() -> str:
