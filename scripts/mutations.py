@@ -24,6 +24,10 @@ ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS = "test_rewards_texts.py"
+OVERLAP = "test_reward_overlap.py"
+BLOCKS = "test_reward_faults.py::test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone"
+KILLED = "test_reward_faults.py::test_an_answer_whose_worker_is_killed_again_is_excluded"
+FAULT = "test_reward_faults.py::test_a_fault_excludes_what_it_hits_and_nothing_else"
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
@@ -40,7 +44,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/rubric.py", "max(len(present) - 1, 1)", "len(present)", TERMS),
     ("rewards/criterion.py", "return self.weight * (low + (high - low) * part)", "return self.weight", TERMS),
     ("rewards/batch.py", "if known is None or key not in known}", "}", TERMS),
-    ("rewards/batch.py", "or criterion.per_group or not", "or not", TERMS),
+    ("rewards/batch.py", "or self._criterion.per_group or not", "or not", TERMS),
     ("stages/policy_gradient.py", "values = [terms.get(name)", "values = [completion.score.criteria.get(name)", TERMS_RUN),
     ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
@@ -55,8 +59,6 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("environments/schemas.py", "if name in inside:", "if False:", TOOLS),
     ("environments/schemas.py", "        schema[\"nullable\"] = True\n", "", TOOLS),
     ("environments/schemas.py", "config=ConfigDict(allow_inf_nan=False)", "config=ConfigDict()", TOOLS),
-    ("rewards/calls.py", "future.set_exception(self._late())  # whenever", "future.set_result(inner.result())  # whenever", TOOLS),
-    ("rewards/calls.py", "_GRACE_SECONDS if self._thread is None else 0.0", "_GRACE_SECONDS", TOOLS),
     ("environments/formats.py", "== [(_PROBE.name, _PROBE.arguments)]", "!= []", TOOL_FORMATS),
     ("environments/formats.py", "if end < block.end and", "if False and", TOOL_FORMATS),
     ("environments/formats.py", "if end < 0 or 0 <= text.find(opening) < end:", "if True:", TOOL_FORMATS),
@@ -69,6 +71,24 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("environments/json_calls.py", "(keys & {\"parameters\", \"arguments\"})", "(keys)", TOOL_FORMATS),
     ("environments/text_calls.py", "or re.compile(tags.opening).search(text, at, end.start())", "", TOOL_FORMATS),
     ("environments/text_calls.py", "or \"string\" not in admitted", "or True", TOOL_FORMATS),
+    ("rewards/batch.py", "if len(values) == 1 else error", "", FAULT),
+    ("rewards/batch.py", "return TypeError(f\"it returned", "return [0.0] * size if size else TypeError(f\"it returned", FAULT),
+    ("rewards/batch.py", "return number if math.isfinite(number) else", "return number if number == number else", FAULT),
+    ("rewards/pool.py", "                except _WorkerKilled:\n                    raise\n", "", KILLED),
+    ("rewards/pool.py", "with contextlib.suppress(_WorkerKilled):", "with contextlib.nullcontext():", KILLED),
+    ("rewards/calls.py", "late = self if task is None else _owners.get(task, self)", "late = self", BLOCKS),
+    ("rewards/calls.py", "        if home is not shared_loop():\n", "        if False:\n", BLOCKS),
+    ("rewards/batch.py", "for position in sorted(self._begun)]", "for position in self._begun]", OVERLAP),
+    ("rewards/rubric.py", "extras=[extra for part in begun for extra in part.extras])", "extras=batch.extras)", OVERLAP),
+    ("rewards/rubric.py", "            if criterion.overlaps:\n                grading.start(batch, position)", "            if False:\n                pass", OVERLAP),
+    ("rewards/rubric.py", "if [ids for part in begun for ids in part.completion_ids] != batch.completion_ids:", "if False:", OVERLAP),
+    ("rewards/criterion.py", "and \"log_metric\" not in parameters_of(self.function))", ")", OVERLAP),
+    ("rollout/native.py", "row.prompt.request.on_done is not None and len(completions) == row.prompt.request.num_samples", "row.prompt.request.on_done is not None", OVERLAP),
+    ("rollout/lockstep.py", "                    sampling.remove(group)\n", "", OVERLAP),
+    ("stages/sampler.py", "replace(r, on_done=partial(scoring.start, place))", "r", OVERLAP),
+    ("rollout/vllm/colocated.py", "replace(request, on_done=None) for", "request for", COLOCATED),
+    ("rollout/vllm/dispatch.py", "                job.request.on_done(found)\n", "                pass\n", "test_vllm_pool.py::test_groups_are_reported_as_they_finish_and_an_error_of_that_is_raised"),
+    ("rewards/judge.py", "self.slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))", "asyncio.Semaphore(self.max_concurrency)", "test_rewards_judge.py"),
     # native engine
     ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),
     ("rollout/drafts.py", "return drawn / (self._fixed + rows * width)", "return drawn", "test_drafts.py"),

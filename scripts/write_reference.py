@@ -42,6 +42,7 @@ COMMON_OPTIONS = {
     "normalize": "'group' | 'center'",
     "per_group": "bool",
     "memoize": "bool",
+    "overlap": "bool",
     "isolate": "bool",
     "timeout_seconds": "float",
 }

@@ -179,7 +179,7 @@ def test_overrides_reach_the_table(folder: Path) -> None:
     assert file.environment().rounds == 5
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "online_dpo"])
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "online_dpo"])
 def test_a_dry_run_shows_the_tools_and_what_is_proven(
     folder: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

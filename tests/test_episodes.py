@@ -101,7 +101,7 @@ def request(environments: Environments, *, index: int = 0, samples: int = 1, **r
 
 def turns_of(environments: Environments, seed: int) -> Any:
     """Random turns: calls that work, fail or make no sense, reasoning, plain answers, turns that a string ends."""
-    write = environments._format.render
+    write = environments.tool_format.render
 
     def turn(index: int, sample: int, number: int) -> tuple[str, StopReason]:
         draw = random.Random(f"{seed} {index} {sample} {number}")
@@ -169,7 +169,7 @@ def test_trained_tokens_are_the_sampled_ones_and_no_others(dialect: str, seed: i
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_tools_answer_behind_the_turn_and_control_tokens_stay_text(dialect: str) -> None:
     environments, script, engine = setup(dialect, None, tools=[add, fail])
-    write, end = environments._format.render, environments.dialogue.ends[0]
+    write, end = environments.tool_format.render, environments.dialogue.ends[0]
     texts = [
         write([ToolCall("add", {"a": 2, "b": 3}, id="abcdef123")]),
         write([ToolCall("fail", {"reason": f"now {script.tokenizer.eos_token} now"}, id="abcdef123")]),
@@ -419,7 +419,7 @@ class Counter:
 def test_environments_of_trl_have_methods_as_tools_and_are_used_again() -> None:
     Counter.instances = 0
     environments, script, engine = setup("chatml", None, factory=Counter)
-    write = environments._format.render
+    write = environments.tool_format.render
     texts = [write([ToolCall("increment", {"by": 2}), ToolCall("increment", {"by": "3"})]), "Done."]
     script.turns = lambda index, sample, number: (texts[number], StopReason.EOS)
     assert [s["function"]["name"] for s in environments.schemas[None]] == ["increment"]

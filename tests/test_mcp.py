@@ -144,7 +144,7 @@ def test_chosen_tools_and_variables(offer: Any) -> None:
 def test_a_session_is_for_the_run_or_for_each_episode(command: list[str], tmp_path: Path, per_episode: bool) -> None:
     factory = mcp_environment(command=command, folder=tmp_path, per_episode=per_episode, tools=["count-up"])
     environments, script, engine = setup("chatml", None, factory=factory)
-    write = environments._format.render
+    write = environments.tool_format.render
     texts = [write([call("count_up", by=1)]), write([call("count_up", by=1)]), "Done."]
     script.turns = lambda index, sample, number: (texts[number], StopReason.EOS)
     counts: list[list[str]] = []

@@ -13,6 +13,7 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from burnish.errors import ConfigError, EngineError
+from burnish.rollout import native
 from burnish.rollout.collect import collect
 from burnish.rollout.engine import Request, SamplingParams
 from burnish.rollout.engines import cache_tokens, make_engine
@@ -125,6 +126,25 @@ def test_logprobs_are_those_of_a_plain_forward(name: str, tokenizer: Any) -> Non
             assert completion.sampler_logprobs == completion.policy_logprobs
             # 2e-5: logits of size 10 divided by the temperature, through two orders of summation in fp32.
             torch.testing.assert_close(torch.tensor(completion.policy_logprobs), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("most_copied", [8, 128])
+def test_prompts_that_begin_alike_are_read_once(
+    name: str, most_copied: int, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contexts of one task after some turns are sampled as if each were computed apart."""
+    monkeypatch.setattr(native, "_COPIED_PROMPT_TOKENS", most_copied)
+    start, *ends = prompts(40, 3, 9, 17)
+    contexts = [[*start, *end] for end in ends]
+    engine, params = NativeEngine(build(name), tokenizer), SamplingParams(12)
+    requests = [Request(ids, 1, params, index=7, first_sample=i) for i, ids in enumerate(contexts)]
+    together = engine.generate(requests, seed=1, step=0)
+    assert engine.last_stats.prompt_tokens == 40 + 3 + 9 + 17
+    apart = [engine.generate([request], seed=1, step=0)[0] for request in requests]
+    for [a], [b] in zip(together, apart, strict=True):
+        assert a.token_ids == b.token_ids
+        torch.testing.assert_close(a.policy_logprobs, b.policy_logprobs, atol=2e-5, rtol=0)
 
 
 def test_truncated_logprobs_are_renormalised(tokenizer: Any) -> None:

@@ -165,6 +165,15 @@ def test_requests_run_together_within_the_bound(started: Any) -> None:
     assert time.perf_counter() - began >= 0.3
 
 
+def test_calls_for_several_prompts_share_the_bound(started: Any) -> None:
+    judge = started(lambda text: '{"score": 10}')
+    judge.seconds = 0.1
+    function = llm_judge(rubric="Is it short?", model="m", base_url=judge.url, max_concurrency=4)
+    rows = Rubric([Criterion("judge", function)]).score([group(*"abcd", index=i) for i in range(3)])
+    assert [score.total for row in rows for score in row] == [1.0] * 12
+    assert judge.most_at_once == 4
+
+
 def test_a_memoized_judge_is_asked_once(started: Any) -> None:
     judge = started(lambda text: '{"score": 10}')
     entry = {"kind": "judge", "rubric": "r", "model": "m", "base_url": judge.url, "memoize": True}

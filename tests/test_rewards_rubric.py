@@ -314,7 +314,7 @@ def test_functions_log_columns_and_metrics(is_async: bool) -> None:
         return plain(**arguments)
 
     logged: list[Any] = []
-    rubric = Rubric([Criterion("c", waiting if is_async else plain)])
+    rubric = Rubric([Criterion("c", waiting if is_async else plain, overlap=False)])
     groups = [group("ab", "c"), group("defg", index=1)]
     rubric.score(groups, log_metric=lambda *metric: logged.append(metric))
     extras = [completion.score.extra for g in groups for completion in g.completions if completion.score]

@@ -103,9 +103,6 @@ def some_function(*args: Any) -> None:
         ("Reward", "compute_metrics", "read the metrics of evaluate"),
         ("DPO", "data_collator", "prepare the rows instead"),
         ("KTO", "data_collator", "prepare the rows instead"),
-        ("GRPO", "tools", "tools column"),
-        ("GRPO", "rollout_func", "pass one as engine"),
-        ("GRPO", "environment_factory", "reward_funcs"),
     ],
 )
 def test_an_argument_without_a_place_says_what_to_do(tmp_path: Path, stage: str, name: str, fix: str) -> None:

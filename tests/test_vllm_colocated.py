@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import pickle
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -121,12 +123,16 @@ def test_ranks_that_share_the_weights_run_the_requests_of_all() -> None:
     model, lists = fresh(), [REQUESTS[:1], REQUESTS[1:2], REQUESTS[2:3], REQUESTS[3:]]
 
     def gathered(rows: list[Any]) -> list[Any]:
+        pickle.dumps(rows)
         return lists if isinstance(rows[0], list) else rows * 4
 
+    told: list[Any] = []
     options = EmbeddedOptions(tensor_parallel_size=2)
     made = engine(model, LocalLLM(model, options), rank=3, gathered=gathered)
     made.sync(0)
-    found = made.generate(REQUESTS[3:], seed=1, step=0)
+    asked = [replace(request, on_done=lambda done: told.append(done)) for request in REQUESTS[3:]]
+    found = made.generate(asked, seed=1, step=0)
+    assert told == found
     assert made._llm.calls[-1] == "answer 3"
     alone = engine(model)
     alone.sync(0)

@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from peft import LoraConfig
 
 import tiny
-from burnish.errors import CheckFailed, ConfigError, EngineError
+from burnish.errors import CheckFailed, ConfigError, EngineError, RewardError
 from burnish.model.adapters import add_adapters
 from burnish.model.scoring import prepare_for_scoring
 from burnish.rollout import Request, SamplingParams
@@ -455,6 +457,24 @@ def test_groups_in_flight_end_with_an_error_and_with_the_engine(servers: list[Lo
     made.close()
     for samples in begun:
         assert samples.done()
+
+
+def test_groups_are_reported_as_they_finish_and_an_error_of_that_is_raised(
+    servers: list[LocalServer], model: Any
+) -> None:
+    made = engine(model, servers)
+    made.sync(0)
+    told: dict[int, Any] = {}
+    asked = [replace(request, on_done=partial(told.__setitem__, request.index)) for request in REQUESTS]
+    found = made.generate(asked, seed=1, step=0)
+    assert [told[request.index] for request in REQUESTS] == found
+
+    def fails(_: Any) -> None:
+        raise RewardError("no prompt")
+
+    with pytest.raises(RewardError, match="no prompt"):
+        made.generate([*REQUESTS[:2], replace(REQUESTS[2], on_done=fails)], seed=1, step=0)
+    assert tokens(made.generate(REQUESTS, seed=1, step=0)) == tokens(found)
 
 
 def test_no_server_is_an_error_with_the_fix() -> None:

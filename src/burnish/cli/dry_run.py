@@ -17,6 +17,7 @@ from burnish.data.tokens import decode_text
 from burnish.rewards import Rubric, check_gold
 from burnish.rewards.answers import render_answer
 from burnish.rewards.verifiers import AnswerVerifier
+from burnish.stages.agents import Agents
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.online import OnlineStage
 from burnish.training.checkpoint import start
@@ -104,7 +105,9 @@ def make_stage(
 ) -> Stage:
     """Create the stage of a trainer to encode rows with; no weights are loaded."""
     if STAGES[kind].online:
-        return OnlineStage(config, tokenizer, Algorithm(config), rubric, model=model, environment_factory=environment)
+        return OnlineStage(
+            config, tokenizer, Algorithm(config), rubric, agents=Agents(model, environment_factory=environment)
+        )
     return getattr(burnish, f"{STAGES[kind].name}Trainer").stage_class(config, tokenizer)
 
 

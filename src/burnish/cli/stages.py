@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,11 @@ from transformers import modeling_gguf_pytorch_utils
 
 import burnish
 from burnish.cli.dry_run import dry_run
+from burnish.config import known_fields
 from burnish.config.sections import EvaluationSection, PairsSection
 from burnish.config.stages import STAGES
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
-from burnish.environments.episodes import Budget, EpisodeEngine
-from burnish.environments.setup import Environments
+from burnish.environments.episodes import EpisodeEngine
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, evaluate, mean_nll
 from burnish.evaluation.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows
@@ -34,9 +34,9 @@ from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
 from burnish.runs.files import write_json_lines
 from burnish.runs.lock import locked
+from burnish.stages.agents import Agents
 from burnish.training.callbacks import EngineProgress
 from burnish.training.checkpoint import start
-from burnish.training.sampling import known_ends
 
 __all__ = ["evaluate_model", "make_pairs", "rank_with", "train"]
 
@@ -90,8 +90,6 @@ def train(
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
     rewards: dict[str, Any] = {"reward_funcs": rubric} if stage.online else {}
     if stage.online and environment is not None:
-        if "environment_factory" not in inspect.signature(trainer_class).parameters:
-            raise ConfigError(f"[environment]: {kind} plays no episodes; remove it, or run grpo, rloo or online_dpo.")
         rewards["environment_factory"] = environment
     # The lock covers loading and saving; other ranks end with the first one.
     with locked(config.output_dir) if config.process_index == 0 else nullcontext():
@@ -176,9 +174,10 @@ def _sampling(
     """Load a model and its tokenizer; also return the arguments that `evaluate` and `sample_rows` share."""
     tokenizer = load_processing_class(model)
     adopt_chat_template(tokenizer, section.chat_template)
-    environments = None
-    if environment is not None:
-        environments = _environments(tokenizer, known_ends(model, tokenizer), environment, episodes or {})
+    agents = Agents(model, environment_factory=environment)
+    fields = {name: info.default for name, info in known_fields("grpo").items()} | dict(episodes or {})
+    environments = agents.environments(SimpleNamespace(**fields | {"stop_settled": False}), tokenizer)
+    if environments is not None:
         with errors_of(name):
             rows = [environments.prepared(row) for row in rows]
     groups = encode_rows(prompt_group, rows, tokenizer, name=name)
@@ -192,27 +191,6 @@ def _sampling(
         eos_token_ids=eos_token_ids(loaded, tokenizer),
     )
     engine: Any = make_engine(loaded.to(device), tokenizer)
-    if environments is not None:
-        positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        engine = environments.engine(engine, params.eos_token_ids, positions)
+    engine = agents.playing(engine, environments, loaded, tokenizer, params)
     shared = {"engine": engine, "groups": groups, "rubric": rubric, "params": params}
     return loaded, tokenizer, {**shared, "num_samples": section.num_samples}
-
-
-def _environments(tokenizer: Any, ends: Sequence[int], factory: Any, fields: Mapping[str, Any]) -> Environments:
-    """Make the environments of an evaluation, with the limits of the stage beside it."""
-    seconds, turns = fields.get("tool_timeout_seconds", 30.0), fields.get("max_tool_calling_iterations")
-    budget = Budget(
-        turns=None if turns is None else turns + 1,
-        seconds=fields.get("episode_timeout_seconds"),
-        step_seconds=seconds + 5.0,
-    )
-    return Environments(
-        tokenizer,
-        ends,
-        factory=factory,
-        chat_template_kwargs=fields.get("chat_template_kwargs"),
-        choice=fields.get("tool_format"),
-        tool_seconds=seconds,
-        budget=budget,
-    )

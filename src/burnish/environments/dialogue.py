@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from burnish.data.chat import render_chat, resolve_chat_template, special_texts
@@ -217,8 +218,8 @@ def certify(
     inner = inner_tokenizer(dialogue.tokenizer)
     reply = dialogue.reply(turn, [answer], schemas, stop=dialogue.stops[stop])
     bos = inner.bos_token_id
-    if bos is not None and bos not in dialogue.ends and (prompt.count(bos) > 1 or bos in reply):
-        raise _uncertified(f"it writes {inner.bos_token!r} more than once")
+    if bos is not None and any(pair == (bos, bos) for pair in pairwise([*prompt, *reply])):
+        raise _uncertified(f"it writes {inner.bos_token!r} twice in a row")
     if decode_text(inner, reply) != whole[place + len(stop) :]:
         raise _uncertified("its text does not survive the tokenizer: encoded and decoded, it reads differently")
 

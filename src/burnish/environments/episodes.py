@@ -164,9 +164,13 @@ class EpisodeEngine(Engine):
                 finally:
                     finish()
 
-            return list(await asyncio.gather(*(go_on(play, number) for number, play in enumerate(plays))))
+            done = list(await asyncio.gather(*(go_on(play, number) for number, play in enumerate(plays))))
+            # An opening of their own changes the completions once all ranks know it.
+            if request.on_done is not None and all(play.record.opening is None for play in plays):
+                request.on_done(done)
+            return done
 
-        return asyncio.run_coroutine_threadsafe(episodes(), shared_loop())
+        return asyncio.run_coroutine_threadsafe(episodes(), shared_loop("episodes"))
 
     async def _open(self, request: Request, number: int, seed: int, step: int) -> _Play:
         """Make an environment, reset it, and encode the context of the first turn."""
@@ -271,7 +275,7 @@ class EpisodeEngine(Engine):
         async def close_all() -> None:
             await asyncio.gather(*map(close, opened))
 
-        asyncio.run_coroutine_threadsafe(close_all(), shared_loop()).result()
+        asyncio.run_coroutine_threadsafe(close_all(), shared_loop("episodes")).result()
         for record in records:
             record.environment = None
 
@@ -367,7 +371,8 @@ class _Turns:
             # Not for episodes whose tools take long.
             self._changed.wait_for(self._is_full, timeout=_PATIENCE_SECONDS)
             batch, self._waiting = self._waiting, []
-            return batch
+            # Episodes of a group side by side: an engine may compute once what their contexts begin with.
+            return sorted(batch, key=lambda entry: (entry[0].index, entry[0].first_sample))
 
     def _is_full(self) -> bool:
         return sum(request.num_samples for request, _ in self._waiting) >= self._playing

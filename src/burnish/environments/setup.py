@@ -72,7 +72,7 @@ class Environments:
         self._idle: dict[str | None, list[Environment]] = defaultdict(list)
         self._lock = threading.Lock()
         template = resolve_chat_template(None, tokenizer)
-        self._format = tool_format(tokenizer, template, choice)
+        self.tool_format = tool_format(tokenizer, template, choice)
         probes = {name: self.make({"environment": name}) for name in self._factories}
         self.schemas = {name: list(probe.schemas()) for name, probe in probes.items()}
         self.names = {name: probe.name for name, probe in probes.items()}
@@ -90,8 +90,8 @@ class Environments:
     def _certify(self, schemas: Sequence[dict[str, Any]]) -> None:
         """Prove that turns extend one another; say once what differs from the template's own rendering."""
         call = ToolCall(schemas[0]["function"]["name"], {"x": 1}, id="burnish01") if schemas else None
-        text = "5" if call is None else self._format.render([call])
-        self.certificate = certificate = certify(self.dialogue, self._format.message, text, schemas)
+        text = "5" if call is None else self.tool_format.render([call])
+        self.certificate = certificate = certify(self.dialogue, self.tool_format.message, text, schemas)
         logger.info("chat template: %s", certificate)
         if not certificate.extends:
             logger.warning(
@@ -130,7 +130,7 @@ class Environments:
         tools = self._tools + ([] if made is None else public_methods(made))
         toolbox = Toolbox(tools, timeout_seconds=self._tool_seconds)
         hidden = frozenset({"environment"} if self.is_mixed else ())
-        return ToolEnvironment(toolbox, self._format, subject=made, hides=hidden, recycle=recycle)
+        return ToolEnvironment(toolbox, self.tool_format, subject=made, hides=hidden, recycle=recycle)
 
     def prepared(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row whose prompt offers the tools.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ from burnish.rewards.criterion import Criterion
 from burnish.rewards.notes import Notes, as_list
 from burnish.types import Completion, Episode, Group
 
-__all__ = ["OWN_ARGUMENTS", "Batch", "Grading", "LogMetric", "Outcome", "flatten"]
+__all__ = ["OWN_ARGUMENTS", "Batch", "Grading", "LogMetric", "Outcome", "column_names", "flatten"]
 
 Outcome: TypeAlias = float | Exception | None
 """Value of a completion, why it has none, or None where the criterion does not apply."""
@@ -81,8 +82,18 @@ class Batch:
         return {name: list(values) for name, values in (self.columns | lists).items()}
 
 
-def flatten(groups: Sequence[Group]) -> Batch:
+def column_names(groups: Sequence[Group]) -> list[str]:
+    """Return the columns that functions get of groups, beside the prompt."""
+    names = dict.fromkeys(name for group in groups for name in group.row)
+    return [name for name in names if name not in {"prompt", *OWN_ARGUMENTS}]
+
+
+def flatten(groups: Sequence[Group], names: Sequence[str]) -> Batch:
     """Return the completions of groups as parallel lists.
+
+    Args:
+        groups: prompts with their completions.
+        names: columns, which a row may lack.
 
     Raises:
         RewardError: a row has no prompt.
@@ -94,7 +105,6 @@ def flatten(groups: Sequence[Group]) -> Batch:
                 f"the row of prompt {group.index} has no column 'prompt' (it has: {', '.join(map(str, group.row))}): "
                 f"rewards receive the prompt as the data set gives it."
             )
-    names = dict.fromkeys(name for group in groups for name in group.row if name not in {"prompt", *OWN_ARGUMENTS})
     completions = [group.completions[i] for group, i in rows]
     prompts = [group.row["prompt"] for group, _ in rows]
     columns: dict[str, list[Any]] = {name: [group.row.get(name) for group, _ in rows] for name in names}
@@ -126,86 +136,120 @@ def _as_given(prompt: Any, completion: Completion) -> Any:
     return [{"role": "assistant", "content": completion.text}]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One call of a criterion's function.
+
+    Attributes:
+        batch: the completions of the call.
+        keys: what names each one's outcome.
+        call: the call.
+        notes: what the function logs in it.
+    """
+
+    batch: Batch
+    keys: list[str]
+    call: Call
+    notes: Notes
+
+
 class Grading:
-    """One criterion on a batch: its calls start at once, and end in `outcomes`.
+    """One criterion on the completions of a rollout: `start` begins calls, and `outcomes` ends them.
 
     Args:
         criterion: the function, and how to call it.
-        batch: the completions.
         shared: further arguments.
-        log_metric: receives the metrics that functions log in calls that succeed; None drops them.
-        known: values of earlier batches by completion, which is added to; None without a cache.
+        known: values of earlier rollouts by completion, which is added to; None without a cache.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        batch: Batch,
-        shared: dict[str, Any],
-        log_metric: LogMetric | None,
-        known: dict[str, float | None] | None = None,
-    ) -> None:
-        self._criterion, self._batch, self._shared, self._log_metric = criterion, batch, shared, log_metric
-        self._known = known
-        size = len(batch.labels)
-        self._keys = [str(i) for i in range(size)] if known is None else [batch.key(i) for i in range(size)]
+    def __init__(self, criterion: Criterion, shared: dict[str, Any], known: dict[str, float | None] | None) -> None:
+        self._criterion, self._shared, self._known = criterion, shared, known
+        self._begun: dict[int, tuple[list[str], list[_Part]]] = {}
+
+    def start(self, batch: Batch, position: int = 0) -> None:
+        """Start the calls on completions.
+
+        Args:
+            batch: the completions.
+            position: order of these among the completions of other calls of `start`.
+        """
+        criterion, known, size = self._criterion, self._known, len(batch.labels)
+        keys = [f"{position}, {i}" for i in range(size)] if known is None else [batch.key(i) for i in range(size)]
         # Equal completions are graded once.
-        new = sorted({key: i for i, key in enumerate(self._keys) if known is None or key not in known}.values())
+        new = sorted({key: i for i, key in enumerate(keys) if known is None or key not in known}.values())
         parts = [new]
         if criterion.per_group:
             parts = [list(part) for _, part in itertools.groupby(new, key=lambda i: batch.groups[i])]
-        self._started = [(part, *self._start(batch.part(part))) for part in parts if part]
+        in_thread = criterion.overlaps and not inspect.iscoroutinefunction(criterion.function)
+        started = [self._call(batch.part(p), [keys[i] for i in p], in_thread=in_thread) for p in parts if p]
+        self._begun[position] = (keys, started)
 
-    def outcomes(self) -> list[Outcome]:
-        """Wait for the calls; return one outcome per completion."""
+    def outcomes(self, log_metric: LogMetric | None) -> list[Outcome]:
+        """Wait for the calls; return one outcome per completion.
+
+        Args:
+            log_metric: receives the metrics that functions log in calls that succeed; None drops them.
+        """
+        # In the order of the groups, whichever was sampled first.
+        begun = [self._begun[position] for position in sorted(self._begun)]
         found: dict[str, Outcome] = {}
-        for part, call, notes in self._started:
-            found |= zip((self._keys[i] for i in part), self._finish(self._batch.part(part), call, notes), strict=True)
+        failed: list[_Part] = []
+        for part in (part for _, parts in begun for part in parts):
+            values = self._values(part, log_metric)
+            if not isinstance(values, Exception):
+                found |= zip(part.keys, values, strict=True)
+            elif len(part.keys) == 1 or self._criterion.per_group or not self._criterion.isolate:
+                found |= dict.fromkeys(part.keys, values)
+            else:
+                failed.append(part)
+        found |= self._one_by_one(failed, log_metric)
+        keys = [key for names, _ in begun for key in names]
         if self._known is None:
-            return [found[key] for key in self._keys]
-        outcomes = [found[key] if key in found else self._known[key] for key in self._keys]
+            return [found[key] for key in keys]
+        outcomes = [found[key] if key in found else self._known[key] for key in keys]
         self._known |= {key: value for key, value in found.items() if not isinstance(value, Exception)}
         for key in list(self._known)[: max(0, len(self._known) - _MOST_CACHED)]:
             del self._known[key]
         return outcomes
 
-    def _start(self, batch: Batch) -> tuple[Call, Notes]:
+    def _call(self, batch: Batch, keys: list[str], *, in_thread: bool = False) -> _Part:
         size, criterion = len(batch.labels), self._criterion
         call, notes = Call(criterion.name, size, criterion.timeout_seconds), Notes(size)
         loggers = {"log_extra": notes.log_extra, "log_metric": notes.log_metric}
         arguments = batch.arguments() | self._shared | loggers
-        call.start(criterion.function, accepted(criterion.function, arguments))
-        return call, notes
+        call.start(criterion.function, accepted(criterion.function, arguments), in_thread=in_thread)
+        return _Part(batch, keys, call, notes)
 
-    def _finish(self, batch: Batch, call: Call, notes: Notes) -> list[Outcome]:
-        size, criterion = len(batch.labels), self._criterion
+    def _values(self, part: _Part, log_metric: LogMetric | None) -> Sequence[Outcome] | Exception:
+        """Return one outcome per completion, or the exception of the call."""
+        size = len(part.keys)
         try:
-            result = call.result()
+            result = part.call.result()
         except Exception as error:
-            if size == 1 or criterion.per_group or not criterion.isolate:
-                return [error] * size
-            return self._one_by_one(batch)
+            return error
         values = as_list(result)
         if values is None:
-            return [TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")] * size
+            return TypeError(f"it returned {type(result).__name__}, not a list of {size} numbers")
         if len(values) != size:
             # Not truncated, padded or broadcast: values could end up with the wrong completions.
-            return [ValueError(f"it returned {len(values)} values for {size} completions")] * size
-        notes.settle(criterion.name, batch.extras, self._log_metric)
+            error = ValueError(f"it returned {len(values)} values for {size} completions")
+            # Of a function that returns one value whatever it gets, asking one by one would take that for each.
+            return [error] * size if len(values) == 1 else error
+        part.notes.settle(self._criterion.name, part.batch.extras, log_metric)
         return [_as_number(value) for value in values]
 
-    def _one_by_one(self, batch: Batch) -> list[Outcome]:
+    def _one_by_one(self, failed: Sequence[_Part], log_metric: LogMetric | None) -> dict[str, Outcome]:
         """Grade each completion in a separate call; after several time-outs, skip the rest."""
-        singles = [batch.part([i]) for i in range(len(batch.labels))]
-        started: list[tuple[Call, Notes] | None] = []
-        for single in singles:
-            late = sum(call is not None and call[0].timed_out for call in started)
-            started.append(self._start(single) if late < _MOST_TIMEOUTS else None)
-        untried = CallTimeout(f"not tried, since {_MOST_TIMEOUTS} completions of this call took too long")
-        return [
-            untried if call is None else self._finish(single, *call)[0]
-            for call, single in zip(started, singles, strict=True)
-        ]
+        skipped: Outcome = CallTimeout(f"not tried, since {_MOST_TIMEOUTS} completions took too long")
+        found: dict[str, Outcome] = {key: skipped for part in failed for key in part.keys}
+        started: list[_Part] = []
+        for part, i in [(one, i) for one in failed for i in range(len(one.keys))]:
+            if sum(single.call.timed_out for single in started) < _MOST_TIMEOUTS:
+                started.append(self._call(part.batch.part([i]), [part.keys[i]]))
+        for single in started:
+            values = self._values(single, log_metric)
+            found[single.keys[0]] = values if isinstance(values, Exception) else values[0]
+        return found
 
 
 def _as_number(value: Any) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import threading
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
+from burnish.rewards.calls import parameters_of
 
 __all__ = ["Criterion", "RewardFunction"]
 
@@ -40,7 +42,8 @@ class Criterion:
             completion: a number, None (does not apply), or an Exception (could not be graded). It may have an attribute
             `is_settled`, see `burnish.rewards.settled.SettledRule`.
         weight: factor in the total; finite. A criterion of weight 0 is logged, and its failures do not void the total.
-        isolate: if the call raises, repeat it with one completion at a time, so that only the offending ones fail. Set
+        isolate: if the call raises, or returns something other than a list of as many values (or of one), repeat it
+            with one completion at a time, so that only the offending ones fail. Set
             False for functions that compare completions with each other; then all completions of the call fail.
         timeout_seconds: time limit of one call, None for no limit. After a time-out, completions are graded one at a
             time within the same limit, and those that time out are excluded from the loss; after three time-outs, so
@@ -57,6 +60,11 @@ class Criterion:
             `isolate` then has no effect.
         memoize: keep values of this process, and do not call the function again for a completion with the same prompt,
             text, tokens and columns; for functions that depend on nothing else. What it logged is not logged again.
+        overlap: call the function once for each prompt, as soon as its completions are sampled and while others are
+            still sampled; a plain function runs in other threads then, several calls at a time. False calls it once for
+            all completions. None: True for verifiers that grade in other processes (`math`, `gym`, `code`, `sql`) or by
+            a server (`judge`), and for async functions, unless their signature names `log_metric` or `isolate` is
+            False; False for plain functions.
 
     Raises:
         ConfigError: an empty or reserved name, a function that is not callable, or an option out of its range.
@@ -72,6 +80,7 @@ class Criterion:
     normalize: Literal["group", "center"] | None = None
     per_group: bool = False
     memoize: bool = False
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name == "total":
@@ -117,6 +126,16 @@ class Criterion:
     def gates(self) -> dict[str, float]:
         """Least value of each criterion that this one requires."""
         return dict(self.requires) if isinstance(self.requires, Mapping) else dict.fromkeys(self.requires, _GATE)
+
+    @property
+    def overlaps(self) -> bool:
+        """True if the function is called once for each prompt, while others are sampled."""
+        if self.overlap is not None:
+            return self.overlap
+        if inspect.iscoroutinefunction(self.function):
+            # What compares the completions of a call, or logs a metric of them, is to see all of them.
+            return self.per_group or (self.isolate and "log_metric" not in parameters_of(self.function))
+        return self.isolate and getattr(self.function, "overlaps", False)
 
     @property
     def never_counts(self) -> bool:

@@ -28,7 +28,7 @@ def rubric_identity(rubric: Rubric) -> str:
         [
             _described(getattr(criterion, field.name))
             for field in dataclasses.fields(criterion)
-            if field.name != "memoize"
+            if field.name not in ("memoize", "overlap")
         ]
         for criterion in rubric.criteria
     ]

@@ -13,8 +13,9 @@ import json
 import os
 import re
 import secrets
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from burnish.errors import ConfigError, RewardError, show
@@ -121,10 +122,12 @@ class _Judge:
     compares: bool
     needs_reference: bool
     max_concurrency: int
+    slots: weakref.WeakKeyDictionary[Any, asyncio.Semaphore] = field(default_factory=weakref.WeakKeyDictionary)
+    """Requests at a time of all calls, in each event loop."""
 
     async def values(self, cases: Sequence[tuple[str, str, Any]]) -> list[Any]:
         """Return the value of each prompt, response and reference, or why there is none."""
-        slots = asyncio.Semaphore(self.max_concurrency)
+        slots = self.slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))
         async with importlib.import_module("httpx2").AsyncClient(timeout=None) as client:
 
             async def ask(text: str, read: Callable[[str], float]) -> float:

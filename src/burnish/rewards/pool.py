@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,14 @@ _BOOT = (
 # All that an interpreter may need to start. Graders work on model output, so tokens, keys and HOME are withheld.
 _KEPT_VARIABLES = ("DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "SYSTEMROOT")
 _MARK = "BURNISH_WORKER"
+_LOCK = threading.Lock()
+_KILLED = (-signal.SIGKILL, -signal.SIGKILL & 0xFF, 128 + signal.SIGKILL)
+"""Exit status of a worker that was killed, by an operator or for the machine's memory: its own, or as passed on."""
+_EXIT_SECONDS = 1.0
+
+
+class _WorkerKilled(RewardError):
+    """A worker process was killed by something other than its pool, which says nothing about the answer."""
 
 
 class _Worker:
@@ -94,6 +103,8 @@ class _Worker:
             if "started" in reply:
                 try:
                     reply = self._receive(nonce, time.monotonic() + timeout_seconds)
+                except _WorkerKilled:
+                    raise
                 except RewardError as error:
                     raise AnswerFailure(str(error)) from error
                 if reply is None:
@@ -120,8 +131,12 @@ class _Worker:
                 return None
             received = os.read(self._replies, _MAX_REPLY_BYTES)
             if not received:
+                status: int | None = None
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = self.process.wait(_EXIT_SECONDS)  # its own, before it is killed here
                 self.kill()
-                raise RewardError(f"the verifier process died (exit {self.process.returncode}): {self.last_words}")
+                died = _WorkerKilled if status in _KILLED else RewardError
+                raise died(f"the verifier process died (exit {status}): {self.last_words}")
             self._unread += received
             if len(self._unread) > _MAX_REPLY_BYTES:
                 break
@@ -227,8 +242,10 @@ class WorkerPool:
     def _run(self, kind: str, timeout_seconds: float, arguments: Mapping[str, Any]) -> float | Exception:
         worker = self._slots.get()
         try:
-            if worker is None:
-                worker = _Worker(self.level)
+            with contextlib.suppress(_WorkerKilled):
+                worker = worker or _Worker(self.level)
+                return worker.call(kind, arguments, timeout_seconds)
+            worker = _Worker(self.level)  # once more; killed again, the completion is excluded
             return worker.call(kind, arguments, timeout_seconds)
         except Exception as error:
             return error
@@ -255,4 +272,5 @@ def _pool_of_process(pid: int) -> WorkerPool:
 
 def default_pool() -> WorkerPool:
     """Return the pool that verifiers share: up to 4 workers, closed when the process exits."""
-    return _pool_of_process(os.getpid())
+    with _LOCK:  # `functools.cache` alone would make one for each thread that asks first
+        return _pool_of_process(os.getpid())

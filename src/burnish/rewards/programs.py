@@ -72,7 +72,7 @@ def code_answer(
     def gold(row: Row) -> list[str]:
         return [str(row[solution_column])] if solution_column and row.get(solution_column) else []
 
-    return AnswerVerifier("code_answer", options.grader(grade_one), gold, column, tuple(sources), tag)
+    return AnswerVerifier("code_answer", options.grader(grade_one), gold, column, tuple(sources), tag, overlaps=True)
 
 
 def sql_answer(
@@ -118,7 +118,13 @@ def sql_answer(
         return float(options.checked(run).stdout == "gold\nequal\n")
 
     return AnswerVerifier(
-        "sql_answer", options.grader(grade_one), lambda row: [str(row[column])], column, tuple(sources), tag
+        "sql_answer",
+        options.grader(grade_one),
+        lambda row: [str(row[column])],
+        column,
+        tuple(sources),
+        tag,
+        overlaps=True,
     )
 
 

@@ -68,7 +68,7 @@ CRITERIA: dict[str, Callable[..., RewardFunction]] = {
 _COMPARING = frozenset({"diversity", "relative_length"})
 """Kinds that compare the completions of a prompt."""
 _NOT_IN_FILES = frozenset({"folder", "pool", "sandbox"})
-_SWITCHES = frozenset({"isolate", "memoize", "per_group"})
+_SWITCHES = frozenset({"isolate", "memoize", "overlap", "per_group"})
 _COMMON = _SWITCHES | {"normalize", "requires", "schedule"}
 """Fields of any criterion, beside those that the registry checks itself."""
 

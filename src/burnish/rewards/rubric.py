@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -11,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from burnish.data.columns import meant_columns, rename_tip
-from burnish.errors import ConfigError, DataError, RewardError
-from burnish.rewards.batch import OWN_ARGUMENTS, Batch, Grading, LogMetric, Outcome, flatten
+from burnish.errors import ConfigError, DataError, EngineError, RewardError
+from burnish.rewards.batch import OWN_ARGUMENTS, Batch, Grading, LogMetric, Outcome, column_names, flatten
 from burnish.rewards.calls import CallTimeout, parameters_of
 from burnish.rewards.criterion import Criterion, RewardFunction
 from burnish.rewards.verifiers import AnswerVerifier
-from burnish.types import Group, Score
+from burnish.types import Completion, Group, Score
 
-__all__ = ["Criterion", "RewardFunction", "Rubric"]
+__all__ = ["Criterion", "RewardFunction", "Rubric", "Scoring"]
 
 
 def _check_arguments(groups: Sequence[Group]) -> None:
@@ -59,7 +60,7 @@ class Rubric:
                     f"({', '.join(names)})."
                 )
         self.criteria = tuple(criteria)
-        self._known: dict[str, dict[str, float | None]] = {c.name: {} for c in criteria if c.memoize}
+        self.known: dict[str, dict[str, float | None]] = {c.name: {} for c in criteria if c.memoize}
         """Values by completion of the criteria that are memoized."""
 
     @classmethod
@@ -145,10 +146,26 @@ class Rubric:
             RewardError: a criterion failed on every completion (of more than one), or a row has no prompt.
             DataError: a column with a reserved name.
         """
+        return self.begin(groups, trainer_state=trainer_state, **shared).scores(log_metric)
+
+    def begin(self, groups: Sequence[Group], *, trainer_state: Any = None, **shared: Any) -> Scoring:
+        """Begin to score groups whose completions may be sampled later; `Scoring.scores` ends it.
+
+        Args:
+            groups: prompts, with or without completions.
+            trainer_state: as of `score`.
+            **shared: as of `score`.
+
+        Raises:
+            DataError: a column with a reserved name.
+        """
         _check_arguments(groups)
-        batch = flatten(groups)
-        shared = {"trainer_state": trainer_state, **shared}
-        outcomes = self._outcomes(batch, shared, log_metric) if batch.labels else {name: [] for name in self.names}
+        return Scoring(self, groups, {"trainer_state": trainer_state, **shared})
+
+    def combine(
+        self, groups: Sequence[Group], batch: Batch, outcomes: Mapping[str, list[Outcome]], trainer_state: Any
+    ) -> list[list[Score]]:
+        """Combine the outcomes of the criteria on a batch to scores, which are also written to the completions."""
         for name, values in outcomes.items():
             _raise_if_all_failed(name, values, batch.labels)
         terms = self._terms(outcomes, [len(group.completions) for group in groups])
@@ -172,13 +189,6 @@ class Rubric:
                 completion.score = next(flat)
             scores.append([cast("Score", completion.score) for completion in group.completions])
         return scores
-
-    def _outcomes(self, batch: Batch, shared: dict[str, Any], log_metric: LogMetric | None) -> dict[str, list[Outcome]]:
-        # Async functions start first, so that they wait while plain ones run.
-        order = sorted(self.criteria, key=lambda criterion: not inspect.iscoroutinefunction(criterion.function))
-        started = {c.name: Grading(c, batch, shared, log_metric, self._known.get(c.name)) for c in order}
-        done = {name: grading.outcomes() for name, grading in started.items()}
-        return {name: done[name] for name in self.names}
 
     def _terms(self, outcomes: Mapping[str, Sequence[Outcome]], sizes: Sequence[int]) -> dict[str, list[float | None]]:
         """Return the terms of each criterion, behind its gates and normalised; `sizes` are those of the groups."""
@@ -228,6 +238,65 @@ class Rubric:
             if score.total is None:
                 score.errors["total"] = f"the weighted sum of {label} overflows: lower the values or `weight`."
         return score
+
+
+class Scoring:
+    """Scores of groups in the making: criteria that overlap with sampling start on each group as it is sampled.
+
+    Args:
+        rubric: the criteria.
+        groups: prompts, whose completions may come later.
+        shared: arguments of the functions beside the columns.
+    """
+
+    def __init__(self, rubric: Rubric, groups: Sequence[Group], shared: dict[str, Any]) -> None:
+        self._rubric, self._groups, self._shared = rubric, groups, shared
+        self._names = column_names(groups)
+        # Those that overlap come first, so that they wait while the others run; of these, async functions.
+        order = sorted(rubric.criteria, key=lambda c: (not c.overlaps, not inspect.iscoroutinefunction(c.function)))
+        self._gradings = [(c, Grading(c, shared, rubric.known.get(c.name))) for c in order]
+        self._sampled: dict[int, Batch] = {}
+
+    def start(self, position: int, completions: Sequence[Completion]) -> None:
+        """Start the criteria that overlap with sampling on a group; call it from one thread at a time.
+
+        Args:
+            position: number of the group.
+            completions: those that the group will have.
+
+        Raises:
+            RewardError: the row has no prompt.
+        """
+        group = dataclasses.replace(self._groups[position], completions=list(completions))
+        self._sampled[position] = batch = flatten([group], self._names)
+        for criterion, grading in self._gradings:
+            if criterion.overlaps:
+                grading.start(batch, position)
+
+    def scores(self, log_metric: LogMetric | None = None) -> list[list[Score]]:
+        """Start what has not started, wait for all, and score the groups, which have their completions now.
+
+        Args:
+            log_metric: as of `Rubric.score`.
+
+        Raises:
+            RewardError: as of `Rubric.score`.
+            EngineError: other completions were started than the groups have.
+        """
+        for position, group in enumerate(self._groups):
+            if position not in self._sampled:
+                self.start(position, group.completions)
+        begun = [self._sampled[position] for position in range(len(self._groups))]
+        batch = flatten(self._groups, self._names)
+        if [ids for part in begun for ids in part.completion_ids] != batch.completion_ids:
+            raise EngineError("the engine called on_done with other completions than it returned: correct the engine.")
+        batch = dataclasses.replace(batch, extras=[extra for part in begun for extra in part.extras])
+        for criterion, grading in self._gradings:
+            if not criterion.overlaps:
+                grading.start(batch)
+        done = {criterion.name: grading.outcomes(log_metric) for criterion, grading in self._gradings}
+        outcomes = {name: done[name] for name in self._rubric.names}
+        return self._rubric.combine(self._groups, batch, outcomes, self._shared["trainer_state"])
 
 
 def _normalised(values: Sequence[float | None], how: str) -> list[float | None]:

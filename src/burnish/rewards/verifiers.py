@@ -76,6 +76,7 @@ class AnswerVerifier:
         tag: name of the tag for the source "tag".
         until_closed: read a text until an answer is closed for the first time, so that what follows does not count;
             `sources` are then "tag", "boxed" or both, of which the first to close counts.
+        overlaps: `grade` is thread-safe and waits for other processes, so that completions may be sampled meanwhile.
 
     Raises:
         ConfigError: an unknown source, a tag that is not a plain name, or `until_closed` with another source.
@@ -88,6 +89,7 @@ class AnswerVerifier:
     sources: tuple[str, ...] = ("tag",)
     tag: str = "answer"
     until_closed: bool = False
+    overlaps: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources or any(source not in SOURCES for source in self.sources):
@@ -305,7 +307,7 @@ def math_answer(
                 values[i] = value
         return values
 
-    return AnswerVerifier("math_answer", grade, gold, column, tuple(sources), tag, until_closed)
+    return AnswerVerifier("math_answer", grade, gold, column, tuple(sources), tag, until_closed, overlaps=True)
 
 
 def _quick_math(gold: str, answer: str) -> float | None:
@@ -370,7 +372,7 @@ def gym_answer(
         values = [judged(value, failures) for value in values]
         return [v if isinstance(v, Exception) or not binary else float(v >= 1.0) for v in values]
 
-    return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag, until_closed)
+    return AnswerVerifier("gym_answer", grade, gold, "gym_task", tuple(sources), tag, until_closed, overlaps=True)
 
 
 def require(module: str, extra: str, kind: str) -> None:

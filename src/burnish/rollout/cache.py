@@ -36,11 +36,19 @@ def round_up(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
-    """A prompt in a prefill row: its cache slot, and its start and length in tokens."""
+    """A prompt in a prefill row, or the beginning of several, which then stands there once.
 
-    slot: int
+    Attributes:
+        slot: its cache slot; None for the beginning of others.
+        start: where its tokens begin in the row.
+        length: number of its tokens.
+        prefix: the tokens of the row that it begins with.
+    """
+
+    slot: int | None
     start: int
     length: int
+    prefix: slice
 
 
 @dataclass(slots=True)
@@ -289,10 +297,11 @@ class CacheLayout:
         outputs: list[Tensor] = []
         for span in self._spans:
             part = slice(span.start, span.start + span.length)
-            query, key, value = call.query[:, :, part], call.key[:, :, part], call.value[:, :, part]
-            layer.prompt_key[span.slot, : span.length] = key[0].transpose(0, 1)
-            layer.prompt_value[span.slot, : span.length] = value[0].transpose(0, 1)
-            outputs.append(_causal(call, query, key, value).transpose(1, 2))
+            key, value = (torch.cat((x[:, :, span.prefix], x[:, :, part]), dim=2) for x in (call.key, call.value))
+            if span.slot is not None:
+                layer.prompt_key[span.slot, : key.shape[2]] = key[0].transpose(0, 1)
+                layer.prompt_value[span.slot, : key.shape[2]] = value[0].transpose(0, 1)
+            outputs.append(_causal(call, call.query[:, :, part], key, value).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
     def _attend_rows(self, call: AttentionCall, layer: _LayerCache, step: _Step) -> Tensor:
@@ -434,12 +443,13 @@ def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mas
 
 
 def _causal(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return the [1, heads, L, D] attention of one prompt within itself."""
-    position = torch.arange(query.shape[2], device=query.device)
+    """Return the [1, heads, L, D] attention of the last L tokens of a prompt to it."""
+    position = torch.arange(key.shape[2], device=query.device)
+    own = position[key.shape[2] - query.shape[2] :]
+    seen = own[:, None] >= position if call.rule is None else call.rule(own, position)
     if call.softcap is None and call.sinks is None:
-        mask = None if call.rule is None else call.rule(position, position)
+        mask = None if call.rule is None and len(own) == len(position) else seen
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=call.scaling, enable_gqa=True
         )
-    seen = position[:, None] >= position if call.rule is None else call.rule(position, position)
     return math_attention(call, query, key, value, seen)

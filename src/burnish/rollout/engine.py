@@ -68,6 +68,9 @@ class Request:
             then stop it, with `StopReason.SETTLED`. None never stops one.
         row: the data set's columns of this prompt, for engines that play episodes (`burnish.environments`).
         expected_tokens: expected length of a completion, by which an engine may order its work; None if unknown.
+        on_done: called with the completions once all of them have finished, at the latest before `generate` returns: at
+            most once, in the caller's thread or one of the engine's. It must return quickly; what it raises is raised
+            by `generate`. Engines that leave it out lose time, nothing else.
     """
 
     prompt_ids: Sequence[int]
@@ -78,6 +81,7 @@ class Request:
     is_settled: Callable[[str], bool] | None = None
     expected_tokens: float | None = None
     row: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    on_done: Callable[[list[Completion]], None] | None = None
 
 
 class Engine(Protocol):

@@ -85,13 +85,19 @@ class LockstepEngine(Engine):
             for request in requests
         ]
         total, finished = sum(map(len, tracks)), 0
+        sampling, ended = list(tracks), set[Track]()
         with sampling_mode(self._model):
             for batch in self._batches([track for group in tracks for track in group]):
                 stats.peak_rows = max(stats.peak_rows, len(batch))
-                for ended in self._run(batch):
-                    finished += ended
+                for number in self._run(batch):
+                    finished += number
                     if on_progress is not None:
                         on_progress(finished, total, stats.decoded_tokens)
+                ended.update(batch)
+                for group in [group for group in sampling if ended.issuperset(group)]:
+                    sampling.remove(group)
+                    if (on_done := group[0].request.on_done) is not None:
+                        on_done([track.finish(self._tokenizer) for track in group])
         stats.seconds = time.perf_counter() - started
         return [[track.finish(self._tokenizer) for track in group] for group in tracks]
 

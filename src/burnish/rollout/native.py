@@ -13,10 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import count, groupby
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +47,8 @@ __all__ = ["NativeEngine"]
 
 _PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward, which bounds its activations; a longer prompt is prefilled alone."""
+_LEAST_SHARED_TOKENS = 32
+"""Tokens below which prompts that begin alike are prefilled apart: one more part of the row would cost as much."""
 _FIRST_OWN_TOKENS = 64
 """Initial cache length of a row; it doubles as completions grow."""
 _COPIED_PROMPT_TOKENS = 128
@@ -265,7 +266,8 @@ class NativeEngine(Engine):
         tokens = 0
         while run.pending and rows < self._max_running:
             request = run.pending[0].request
-            tokens += len(request.prompt_ids)
+            siblings = [prompt.request.prompt_ids for prompt in chosen[-1:] if prompt.request.index == request.index]
+            tokens += len(request.prompt_ids) - _shared_tokens([*siblings, request.prompt_ids])
             if chosen and tokens > _PREFILL_TOKENS:
                 break
             if not self._fits(run, request, rows + 1, new_prompt=True):
@@ -295,19 +297,31 @@ class NativeEngine(Engine):
 
     def _prefill(self, run: _Run, new: list[_Prompt]) -> None:
         """Prefill prompts packed into one row; keep the logits after the last token of each."""
-        lengths = [len(prompt.request.prompt_ids) for prompt in new]
-        starts = np.cumsum([0, *lengths[:-1]]).tolist()
-        first = len(run.prompts) - len(new)
-        spans = [PromptSpan(first + i, start, n) for i, (start, n) in enumerate(zip(starts, lengths, strict=True))]
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans: list[PromptSpan] = []
+
+        def add(slot: int | None, ids: Sequence[int], position: int, prefix: slice) -> slice:
+            spans.append(PromptSpan(slot, len(tokens), len(ids), prefix))
+            tokens.extend(ids)
+            positions.extend(range(position, position + len(ids)))
+            return slice(len(tokens) - len(ids), len(tokens))
+
+        slots = count(len(run.prompts) - len(new))
+        for _, siblings in groupby(new, key=lambda prompt: prompt.request.index):
+            group = [list(prompt.request.prompt_ids) for prompt in siblings]
+            shared = _shared_tokens(group)
+            prefix = add(None, group[0][:shared], 0, slice(0, 0)) if shared else slice(0, 0)
+            for ids in group:
+                add(next(slots), ids[shared:], shared, prefix)
         self._reserve(run, own_tokens=_FIRST_OWN_TOKENS)
         run.cache.begin_prefill(spans)
-        tokens = torch.tensor([t for prompt in new for t in prompt.request.prompt_ids], device=self.device)
-        positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-        hidden = self._forward(run.cache, tokens, positions)
-        last = torch.tensor([span.start + span.length - 1 for span in spans], device=self.device)
-        for prompt, logits in zip(new, self._head(hidden[last]).split(1), strict=True):
+        device = self.device
+        hidden = self._forward(run.cache, torch.tensor(tokens, device=device), torch.tensor(positions, device=device))
+        ends = [span.start + span.length - 1 for span in spans if span.slot is not None]
+        for prompt, logits in zip(new, self._head(hidden[torch.tensor(ends, device=device)]).split(1), strict=True):
             prompt.logits = logits
-        self.last_stats.prompt_tokens += sum(lengths)
+        self.last_stats.prompt_tokens += len(tokens)
 
     def _reserve(self, run: _Run, *, own_tokens: int) -> None:
         longest = max(prompt.request.params.max_new_tokens for prompt in run.prompts)
@@ -369,6 +383,9 @@ class NativeEngine(Engine):
         row.prompt.results[row.track.sample] = row.track.finish(self._tokenizer)
         row.prompt.running -= 1
         run.finished += 1
+        completions = [result for result in row.prompt.results if result is not None]
+        if row.prompt.request.on_done is not None and len(completions) == row.prompt.request.num_samples:
+            row.prompt.request.on_done(completions)
 
     def _drop_prompts(self, run: _Run) -> None:
         """Free the slots of prompts whose samples are all finished."""
@@ -423,6 +440,13 @@ class NativeEngine(Engine):
                 stats.guessed_tokens += guessed
                 stats.accepted_tokens += accepted
         return ended
+
+
+def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens prompts begin with in common: those of one task after some turns, computed once."""
+    most = min(map(len, prompts)) - 1
+    shared = next((i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1), most)
+    return min(shared, most) if len(prompts) > 1 and shared >= _LEAST_SHARED_TOKENS else 0
 
 
 def _fixed_tokens(model: Any) -> float:

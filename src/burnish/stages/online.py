@@ -16,21 +16,19 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.data import EncodeStats, encode_rows, errors_of, finite_rows, prompt_group
-from burnish.environments.episodes import Budget
-from burnish.environments.rollout_function import RolloutFunctionEngine
-from burnish.environments.setup import Environments, Factory
 from burnish.errors import ConfigError, DataError, user_code
 from burnish.model.packing import partition
 from burnish.model.positions import check_lengths
 from burnish.model.reward_model import RewardModel
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.rewards.settled import SettledRule
-from burnish.rollout import Engine, SamplingParams, make_engine
+from burnish.rollout import Engine, make_engine
 from burnish.rollout.compiled import check_compiler, compiling_pays
 from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.engines import cache_tokens
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
 from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, ServerPool, VLLMColocatedEngine, VLLMServerEngine
+from burnish.stages.agents import Agents
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
 from burnish.training.callbacks import RecordsCallback
@@ -42,7 +40,7 @@ from burnish.training.reference import Reference, check_reference, check_untrain
 from burnish.training.reward_funcs import as_rubric, penalise_overlong
 from burnish.training.rollout_state import RolloutState
 from burnish.training.sampler_check import SamplerCheck, default_bound
-from burnish.training.sampling import known_ends, sampling_params
+from burnish.training.sampling import sampling_params
 from burnish.training.stage import Run, Stage
 from burnish.training.step import Loss, Step, read_groups
 from burnish.training.transcripts import TranscriptLog
@@ -51,6 +49,8 @@ from burnish.types import Completion, Group, PackedBatch
 __all__ = ["OnlineStage"]
 
 logger = logging.getLogger(__name__)
+
+_SINGLE_TURNS = Agents()
 
 
 class OnlineStage(Stage):
@@ -65,10 +65,7 @@ class OnlineStage(Stage):
         engine: samples completions; None for the native engine, or vLLM with `use_vllm`.
         ref_model: the reference of the KL term; None for the initial policy (adapters off, or a frozen copy).
         compute_metrics: function from the sampled and scored groups of an evaluation to metrics by name.
-        model: the policy or its name, for the tokens that end a turn.
-        tools: typed functions that the policy may call.
-        environment_factory: makes the environment of an episode, or several by name.
-        rollout_func: returns the completions of a rollout instead of the engine.
+        agents: tools and environments of episodes.
     """
 
     columns = "a `prompt` column"
@@ -85,10 +82,7 @@ class OnlineStage(Stage):
         engine: Engine | None = None,
         ref_model: Any = None,
         compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
-        model: Any = None,
-        tools: Sequence[Callable[..., Any]] | None = None,
-        environment_factory: Factory | Mapping[str, Factory] | None = None,
-        rollout_func: Callable[[list[Any]], Mapping[str, Sequence[Any]]] | None = None,
+        agents: Agents = _SINGLE_TURNS,
     ) -> None:
         super().__init__(args, tokenizer)
         check_reference(ref_model)
@@ -113,26 +107,8 @@ class OnlineStage(Stage):
             _check_overlap(args, engine)
         self.algorithm = algorithm
         self.whole_groups = algorithm.whole_groups
-        self.environments: Environments | None = None
-        if tools or environment_factory is not None:
-            _refuse_beside_episodes(args, rollout_func)
-            iterations = args.max_tool_calling_iterations
-            self.environments = Environments(
-                tokenizer,
-                known_ends(model, tokenizer),
-                tools=tools or (),
-                factory=environment_factory,
-                chat_template_kwargs=args.chat_template_kwargs,
-                choice=args.tool_format,
-                tool_seconds=args.tool_timeout_seconds,
-                budget=Budget(
-                    turns=None if iterations is None else iterations + 1,
-                    seconds=args.episode_timeout_seconds,
-                    # Tools have their own limit, whose end the policy sees.
-                    step_seconds=args.tool_timeout_seconds + 5.0,
-                ),
-            )
-        self._rollout_func = rollout_func
+        self._agents = agents
+        self.environments = agents.environments(args, tokenizer)
         self.rubric = as_rubric(
             reward_funcs,
             args.reward_weights,
@@ -325,7 +301,7 @@ class OnlineStage(Stage):
             if isinstance(criterion.function, RewardModel):
                 refuse_shared_weights(run.model, criterion.function.model, f"reward model {criterion.name!r}")
         params = sampling_params(args, causal_lm(run.model), self.tokenizer)
-        engine = self._playing(self._chosen_engine(run), params)
+        engine = self._agents.playing(self._chosen_engine(run), self.environments, run.model, self.tokenizer, params)
         self.sampler = Sampler(self, source=self._source, engine=engine, params=params)
         shared: dict[str, Any] = {"is_main": run.ranks.is_first, "gathered": run.ranks.gathered}
         self.transcripts = TranscriptLog(args, **shared)
@@ -374,16 +350,6 @@ class OnlineStage(Stage):
         return VLLMColocatedEngine(
             run.model, self.tokenizer, llm, rank=run.ranks.index, gathered=run.ranks.gathered, **shared
         )
-
-    def _playing(self, engine: Engine, params: SamplingParams) -> Engine:
-        """Return the engine that plays episodes over another one, or asks the user's function, where there are some."""
-        if self._rollout_func is not None:
-            return RolloutFunctionEngine(engine, self._rollout_func, self.tokenizer, params)
-        if self.environments is None:
-            return engine
-        config = causal_lm(self.run.model).config.get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        return self.environments.engine(engine, params.eos_token_ids, positions)
 
     def _native_engine(self, run: Run) -> Engine:
         args, bound = self.args, None
@@ -505,17 +471,6 @@ class OnlineStage(Stage):
     def other_trained_models(self) -> Mapping[str, torch.nn.Module]:
         """Return the other models that train."""
         return self.algorithm.trained_models()
-
-
-def _refuse_beside_episodes(args: Any, rollout_func: Any) -> None:
-    if rollout_func is not None:
-        raise ConfigError(
-            "rollout_func with tools or environment_factory: the function plays its episodes itself; drop one."
-        )
-    if args.stop_settled:
-        raise ConfigError(
-            "stop_settled = True with tools or environment_factory: later turns may change the reward; remove it."
-        )
 
 
 def _check_overlap(args: Any, engine: Engine | None) -> None:

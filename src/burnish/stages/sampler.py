@@ -6,6 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from burnish.environments.rollout_function import RolloutFunctionEngine
 from burnish.errors import CheckFailed, EngineError
 from burnish.model.scoring import causal_lm
 from burnish.rewards.failure_bound import FailureBound
+from burnish.rewards.rubric import Scoring
 from burnish.rollout import Engine, Request, SamplingParams
 from burnish.rollout.dynamic_sampling import Replay, fill_batch
 from burnish.rollout.engine import OverlappingEngine
@@ -102,15 +104,17 @@ class Sampler:
         args, run = self._args, self._run
         if self.ahead is None:
             shards = self._next_prompts(num_prompts)
-            self.generate(shards, seed=args.seed, step=self.rounds, is_training=True)
+            scoring = self._stage.rubric.begin([shard.group for shard in shards], trainer_state=run.state)
+            self.generate(shards, seed=args.seed, step=self.rounds, is_training=True, scoring=scoring)
         else:
-            shards = self._overlapping(self.ahead, num_prompts)
+            # Others are sampled while these are scored.
+            shards, scoring = self._overlapping(self.ahead, num_prompts), None
         groups = [shard.group for shard in shards]
         self._check(groups)
         self.rounds += 1
         # Tokens count when they are sampled, whether they are trained on once, twice or not at all.
         run.num_tokens += sum(group.num_tokens for group in groups)
-        run.metrics.add_logged(self.score(groups))
+        run.metrics.add_logged(self.score(groups, scoring))
         self._report(groups)
         self._note_lengths(groups)
         rewards = gather_by_prompt(shards, lambda completion: completion.reward, run.ranks.gathered)
@@ -200,9 +204,27 @@ class Sampler:
             found[index] += tokens
         self.lengths |= {index: round(fmean(tokens)) for index, tokens in found.items()}
 
-    def generate(self, shards: Sequence[Shard], *, seed: int, step: int, is_training: bool = False) -> None:
-        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample)."""
+    def generate(
+        self,
+        shards: Sequence[Shard],
+        *,
+        seed: int,
+        step: int,
+        is_training: bool = False,
+        scoring: Scoring | None = None,
+    ) -> None:
+        """Sample the completions of shards; random numbers are keyed by (seed, step, position, sample).
+
+        Args:
+            shards: what to sample.
+            seed: seed of the run, or of its evaluation.
+            step: round of sampling.
+            is_training: whether completions may stop early, and prompts have known lengths.
+            scoring: of their groups, which begins as they are sampled.
+        """
         requests = self._requests(shards, is_training=is_training)
+        if scoring is not None:
+            requests = [replace(r, on_done=partial(scoring.start, place)) for place, r in enumerate(requests)]
         with self._run.phases.phase("sampling"):
             found = self.engine.generate(requests, seed=seed, step=step)
         self._fill(shards, requests, found)
@@ -224,13 +246,12 @@ class Sampler:
         if (sleep := getattr(self.engine, "sleep", None)) is not None:
             sleep()
 
-    def score(self, groups: Sequence[Group]) -> list[tuple[str, float]]:
+    def score(self, groups: Sequence[Group], begun: Scoring | None = None) -> list[tuple[str, float]]:
         """Score the completions of groups; return the metrics logged by reward functions on all ranks."""
         logged: list[tuple[str, float]] = []
         with self._run.phases.phase("rewards"):
-            self._stage.rubric.score(
-                groups, trainer_state=self._run.state, log_metric=lambda *metric: logged.append(metric)
-            )
+            scoring = begun or self._stage.rubric.begin(groups, trainer_state=self._run.state)
+            scoring.scores(lambda *metric: logged.append(metric))
             if isinstance(self.engine, EpisodeEngine):
                 self.engine.end(groups)
         return self._run.ranks.gathered(logged)

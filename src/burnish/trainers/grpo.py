@@ -14,6 +14,7 @@ from burnish.config import GRPOFields
 from burnish.environments.setup import Factory
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
+from burnish.stages.agents import Agents
 from burnish.stages.online import OnlineStage
 from burnish.stages.policy_gradient import PolicyGradient
 from burnish.trainers.configs import TrainerConfig, checked
@@ -107,10 +108,9 @@ class GRPOTrainer(Learner[OnlineStage]):
             engine=engine,
             ref_model=ref_model,
             compute_metrics=compute_metrics,
-            model=model,
-            tools=tools,
-            environment_factory=environment_factory,
-            rollout_func=rollout_func and (lambda prompts: rollout_func(prompts, self)),
+            agents=Agents(
+                model, tools, environment_factory, rollout_func and (lambda prompts: rollout_func(prompts, self))
+            ),
         )
         super().__init__(
             model,

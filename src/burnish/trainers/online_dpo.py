@@ -14,6 +14,7 @@ from burnish.config import OnlineDPOFields
 from burnish.environments.setup import Factory
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
+from burnish.stages.agents import Agents
 from burnish.stages.online import OnlineStage
 from burnish.stages.online_dpo import OnlinePairs
 from burnish.trainers.configs import TrainerConfig, checked
@@ -102,10 +103,9 @@ class OnlineDPOTrainer(Learner[OnlineStage]):
             engine=engine,
             ref_model=ref_model,
             compute_metrics=compute_metrics,
-            model=model,
-            tools=tools,
-            environment_factory=environment_factory,
-            rollout_func=rollout_func and (lambda prompts: rollout_func(prompts, self)),
+            agents=Agents(
+                model, tools, environment_factory, rollout_func and (lambda prompts: rollout_func(prompts, self))
+            ),
         )
         super().__init__(
             model,

@@ -11,11 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from burnish.config import PPOFields
+from burnish.environments.setup import Factory
 from burnish.errors import ConfigError
 from burnish.model.sources import find_model
 from burnish.rewards import Rubric
 from burnish.rollout import Engine
 from burnish.stages.actor_critic import ActorCritic
+from burnish.stages.agents import Agents
 from burnish.stages.online import OnlineStage
 from burnish.trainers.configs import TrainerConfig, checked
 from burnish.training.arguments import resolve_args
@@ -62,6 +64,8 @@ class PPOTrainer(Learner[OnlineStage]):
         value_peft_config: train these adapters of the critic; None: of the policy's kind where it has any.
         engine: samples completions; the native in-process engine if None.
         compute_metrics: the groups of an evaluation, sampled and scored -> metrics by name.
+        tools: typed functions that the policy may call over several turns.
+        environment_factory: makes an episode's environment, as in `GRPOTrainer`.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError: before any weight is loaded where that can be known.
@@ -91,6 +95,8 @@ class PPOTrainer(Learner[OnlineStage]):
         value_peft_config: Any = None,
         engine: Engine | None = None,
         compute_metrics: Callable[[Sequence[Group]], Mapping[str, float]] | None = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        environment_factory: Factory | Mapping[str, Factory] | None = None,
     ) -> None:
         if model is None:
             raise ConfigError("model = None: pass the policy as model=.")
@@ -110,6 +116,7 @@ class PPOTrainer(Learner[OnlineStage]):
             engine=engine,
             ref_model=ref_model,
             compute_metrics=compute_metrics,
+            agents=Agents(model, tools, environment_factory),
         )
         super().__init__(
             model,

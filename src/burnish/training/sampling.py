@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from burnish.errors import ConfigError
+from burnish.model.sources import find_model, reach
 from burnish.rollout import SamplingParams, eos_token_ids
 
 __all__ = ["known_ends", "sampling_params"]
@@ -41,8 +42,10 @@ def sampling_params(args: Any, model: Any, tokenizer: Any) -> SamplingParams:
 def known_ends(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens that end a completion of a model whose weights need not be loaded yet."""
     if isinstance(model, str | Path):
+        source = find_model(model)
         try:
-            model = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(str(model)))
-        except (OSError, ValueError):  # it has none, or is not a folder
-            model = None
+            known = None if source.gguf_file else GenerationConfig.from_pretrained(reach(source))
+        except (OSError, ValueError):  # it has none
+            known = None
+        model = SimpleNamespace(generation_config=known)
     return eos_token_ids(model, tokenizer)

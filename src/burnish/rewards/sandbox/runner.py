@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import queue
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,6 +18,8 @@ from burnish.rewards.sandbox.trial import find_level
 from burnish.rewards.sandbox.zygotes import Limits, Run, Zygote
 
 __all__ = ["Sandbox", "default_sandbox"]
+
+_LOCK = threading.Lock()
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -148,4 +151,5 @@ def _sandbox_of_process(pid: int, isolation: str) -> Sandbox:
 
 def default_sandbox(isolation: str = "auto") -> Sandbox:
     """Return the sandbox that verifiers share, closed when the process exits."""
-    return _sandbox_of_process(os.getpid(), isolation)
+    with _LOCK:  # `functools.cache` alone would make one for each thread that asks first
+        return _sandbox_of_process(os.getpid(), isolation)

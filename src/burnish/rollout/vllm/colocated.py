@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -78,6 +79,8 @@ class VLLMColocatedEngine(Engine):
         for answer, (_, fields), request in zip(self._llm.answer(asked)[mine], asked[mine], requests, strict=True):
             pieces = [[piece] for piece in parse_pieces(answer, fields["n"], self.version)]
             found.append(assemble_group(pieces, request, self._tokenizer))
+            if request.on_done is not None:
+                request.on_done(found[-1])
         return found
 
     def sync(self, version: int) -> Mapping[str, float]:
@@ -116,7 +119,8 @@ class VLLMColocatedEngine(Engine):
         if size == 1:
             return list(requests), slice(None)
         first = self._rank // size * size
-        lists = self._gathered([list(requests)])[first : first + size]
+        # A callback cannot be sent to other ranks.
+        lists = self._gathered([[replace(request, on_done=None) for request in requests]])[first : first + size]
         start = sum(len(one) for one in lists[: self._rank - first])
         return [request for one in lists for request in one], slice(start, start + len(requests))
 

@@ -263,6 +263,8 @@ class Dispatcher:
         elif job.add(task.result()):
             self._seconds.append(time.monotonic() - started)
             found = job.result(self._pool.tokenizer, self._pool.mode or "processed")
+            if job.request.on_done is not None:  # an error is that of every group, this one still among the waiting
+                job.request.on_done(found)
             self._waiting.popleft()
             job.future.set_result(found)
 
