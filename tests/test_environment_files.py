@@ -14,9 +14,11 @@ import tiny
 from burnish.cli.config import load_pipeline_file, load_run_file
 from burnish.cli.main import main
 from burnish.data import disjoint, load_rows
+from burnish.environments import Toolbox, ToolCall
 from burnish.environments.registry import ENVIRONMENTS, environments_from_config
 from burnish.environments.setup import Environments
 from burnish.errors import ConfigError, DataError
+from burnish.rewards import check_gold
 from dialects import speaker
 
 CODE = '''
@@ -264,3 +266,15 @@ def test_an_evaluation_plays_episodes(folder: Path, capsys: pytest.CaptureFixtur
     assert main(["eval", str(path)]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["pass_at_k"]["1"]["mean"] > 0.5  # each turn that ends is worth 1
+
+
+def test_the_calculator_of_the_examples() -> None:
+    folder = Path(__file__).parent.parent / "examples"
+    file = load_run_file(folder / "calculator.toml", [], "grpo")
+    assert file.rubric is not None
+    assert not check_gold(file.rubric, load_rows(file.data.train or {})[:50])
+    box = Toolbox(file.environment().tools)  # type: ignore[misc, operator]
+    good, evil, huge = ("12 * (3 + 4) - -2 / 4", "__import__('os').getcwd()", "9 * 9" + " * 999999" * 9)
+    results = box.run([ToolCall("calculate", {"expression": text}) for text in (good, evil, huge)])
+    assert [result.content for result in results[:1]] == ["84.5"]
+    assert [result.error for result in results[1:]] == ["tool_error"] * 2

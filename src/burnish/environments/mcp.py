@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.environments.conventions import dump_json
-from burnish.environments.tool_use import ToolSet
+from burnish.environments.tool_sets import ToolSet
 from burnish.environments.tools import BadArguments, Tool
 from burnish.errors import ConfigError, show
 from burnish.rewards.calls import shared_loop

@@ -11,12 +11,12 @@ from burnish.config.options import allowed, check_options
 from burnish.environments.gym import gym_environment
 from burnish.environments.mcp import mcp_environment
 from burnish.environments.textarena import textarena_environment
-from burnish.environments.tool_use import ToolSet
+from burnish.environments.tool_sets import ToolSet
 from burnish.environments.tools import Tool
 from burnish.errors import ConfigError, show
 from burnish.rewards.functions import python_function
 
-__all__ = ["ENVIRONMENTS", "environments_from_config", "python_environment", "tools_environment"]
+__all__ = ["ENVIRONMENTS", "NOT_IN_FILES", "environments_from_config", "python_environment", "tools_environment"]
 
 
 def tools_environment(*, tools: Sequence[str], folder: Path | None = None) -> Callable[[], ToolSet]:
@@ -70,6 +70,7 @@ ENVIRONMENTS: dict[str, Callable[..., Callable[[], Any]]] = {
 """`kind` in run files -> function that makes the factory of an episode's environment."""
 
 NOT_IN_FILES = frozenset({"folder"})
+"""Parameters that a file does not set."""
 
 
 def environments_from_config(

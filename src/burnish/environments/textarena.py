@@ -89,14 +89,7 @@ def textarena_environment(
     checked: list[bool] = []
 
     def make() -> TextArenaEnvironment:
-        made = TextArenaEnvironment(
-            game,
-            opponent=opponent,
-            players=players,
-            seat=seat,
-            unfinished_reward=unfinished_reward,
-            options=options,
-        )
+        made = TextArenaEnvironment(game, opponent, players, seat, unfinished_reward, options)
         if not checked:
             made.begin(0)
             checked.append(True)
@@ -111,7 +104,6 @@ class TextArenaEnvironment(Environment):
     def __init__(
         self,
         game: str,
-        *,
         opponent: str | Callable[..., str] | None,
         players: int,
         seat: int | None,

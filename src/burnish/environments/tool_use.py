@@ -9,27 +9,10 @@ from typing import Any
 from burnish.data.formats import Message
 from burnish.environments.environment import Environment, Reply, called
 from burnish.environments.formats import ToolFormat
+from burnish.environments.tool_sets import ToolSet
 from burnish.environments.tools import Tool, Toolbox
 
-__all__ = ["ToolEnvironment", "ToolSet", "public_methods"]
-
-
-class ToolSet:
-    """Tools that are not methods of an object: where a factory makes one, an episode offers its tools.
-
-    Args:
-        tools: the tools of an episode.
-        name: name of the environment in metrics.
-    """
-
-    def __init__(self, tools: Sequence[Tool], name: str = "tools") -> None:
-        self.tools, self.name = list(tools), name
-
-    async def reset(self, **row: Any) -> None:
-        """Begin an episode."""
-
-    def close(self) -> None:
-        """End an episode, without waiting."""
+__all__ = ["ToolEnvironment", "public_methods"]
 
 
 def public_methods(subject: Any) -> list[Callable[..., Any] | Tool]:
