@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: algorithms bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rollouts sandbox servers sft slow test trl vllm wheels
+.PHONY: algorithms bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rewards rollouts sandbox servers sft slow test trl vllm wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ learning: $(STAMP) $(TRL_STAMP)  ## accuracy over minutes, burnish and TRL, thre
 
 algorithms: $(STAMP)  ## train every online algorithm on one task (an hour and a half): docs/algorithms.svg
 	$(BIN)/python benchmarks/algorithms.py
+
+rewards: $(STAMP)  ## a 0/1 reward against a rubric, GRPO, three seeds (an hour; goes on if stopped): docs/rewards.svg
+	$(BIN)/python benchmarks/rewards.py
 
 memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory.svg
 	$(BIN)/python benchmarks/online_memory.py

@@ -33,6 +33,7 @@ ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prom
 VALUE = "test_objectives_value.py"
 TEXTARENA, GYM, MCP = "test_textarena.py", "test_gym_environment.py", "test_mcp.py"
 ENVIRONMENT_FILES = "test_environment_files.py"
+EPISODES, AGENTS = "test_episodes.py", "test_agents.py"
 TOOLS, TOOL_FORMATS = "test_tools.py", "test_tool_formats.py"
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
 RECORDS = "test_policy_trainer.py::test_records_become_advantages_by_hand"
@@ -51,6 +52,28 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/failure_bound.py", "failed <= self._most * total", "failed <= self._most * total + 1", "test_rewards_failure_bound.py"),
     ("rewards/texts.py", "len(own & other) / len(own | other)", "len(own & other) / len(own)", TEXTS),
     ("rewards/texts.py", "if not rest or texts", "if True or texts", TEXTS),
+    # episodes
+    ("environments/episodes.py", "done.loss_mask += [True] * len(turn.token_ids)", "done.loss_mask += [False] * len(turn.token_ids)", EPISODES),
+    ("environments/episodes.py", "*([False] * len(tokens)), *mask[place:]", "*([True] * len(tokens)), *mask[place:]", EPISODES),
+    ("environments/episodes.py", "request.first_sample + play.sample + turn * _TURN_SAMPLES", "request.first_sample + play.sample", EPISODES),
+    ("environments/episodes.py", "[*play.opening, *sampled]", "[*request.prompt_ids, *sampled]", EPISODES),
+    ("environments/episodes.py", "len(done.token_ids) + len(answer) >= room", "len(done.token_ids) + len(answer) > room + 8", EPISODES),
+    ("environments/episodes.py", "if is_late or is_last or", "if is_late or", EPISODES),
+    ("environments/episodes.py", "if is_late or is_last or", "if is_last or", EPISODES),
+    ("environments/episodes.py", "len(set(column)) == 1", "True", EPISODES),
+    ("environments/episodes.py", "episode.turns = [(start + len(rest), end + len(rest))", "episode.turns = [(start, end)", EPISODES),
+    ("environments/episodes.py", "        except BaseException as error:  # sys.exit()", "        except Exception as error:  # sys.exit()", EPISODES),
+    ("environments/episodes.py", "timeout=_PATIENCE_SECONDS", "timeout=100", EPISODES),
+    ("environments/dialogue.py", "return ids if stop is None else ids[1:]", "return ids[1:]", EPISODES),
+    ("environments/dialogue.py", "return ids if stop is None else ids[1:]", "return ids", EPISODES),
+    ("environments/dialogue.py", "self._controls.sub(lambda found: f\"{found[0][0]} {found[0][1:]}\", plain)", "plain", EPISODES),
+    ("environments/dialogue.py", "        if _ANSWER in whole:\n", "        if True:\n", EPISODES),
+    ("environments/setup.py", "self._idle[name].append(environment)", "pass", EPISODES),
+    ("rewards/rubric.py", "score.total, score.errors[\"environment\"] = None, completion.episode.error", "score.errors[\"environment\"] = completion.episode.error", AGENTS),
+    ("rewards/verifiers.py", "if message[\"role\"] == \"assistant\"]", "]", AGENTS),
+    ("objectives/advantages.py", "r - math.fsum(own[:k])", "r", AGENTS),
+    ("rollout/native.py", "positions.extend(range(position, position + len(ids)))", "positions.extend(range(len(ids)))", "test_native.py::test_prompts_that_begin_alike_are_read_once"),
+    ("rollout/cache.py", "own = position[key.shape[2] - query.shape[2] :]", "own = position[: query.shape[2]]", "test_native.py::test_prompts_that_begin_alike_are_read_once"),
     # tools
     ("environments/tools.py", "isinstance(value, bool) and schema", "False and schema", TOOLS),
     ("environments/tools.py", "tool.check(copy.deepcopy(call.arguments))", "tool.check(call.arguments)", TOOLS),

@@ -112,17 +112,17 @@ _CONTROLS = {
 _ENDS = {"chatml": 1, "qwen3": 1, "llama": 3, "mistral": 8, "gemma": 2}
 
 
-def speaker(dialect: str) -> tuple[Any, int]:
-    """Return a tokenizer with a dialect's template, and the token that ends a turn."""
-    controls = _CONTROLS[dialect]
+def speaker(dialect: str = "", *, controls: tuple[str, ...] = (), end: str = "", template: str = "") -> tuple[Any, int]:
+    """Return a tokenizer with a dialect's template, or with a given one, and the token that ends a turn."""
+    controls = controls or _CONTROLS[dialect]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {byte: i for i, byte in enumerate(alphabet)}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in controls])
-    end = controls[_ENDS[dialect]]
-    bos = controls[0] if dialect not in ("chatml", "qwen3") else None
+    end = end or controls[_ENDS[dialect]]
+    bos = controls[0] if dialect in ("llama", "mistral", "gemma") else None
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token=end, bos_token=bos)
-    made.chat_template = DIALECTS[dialect]
+    made.chat_template = template or DIALECTS[dialect]
     return made, made.convert_tokens_to_ids(end)

@@ -26,6 +26,8 @@ from burnish import (
     SFTConfig,
     SFTTrainer,
 )
+from dialects import speaker
+from test_agents import ROWS, STOPS, Quiz, spread
 from test_policy_trainer import only_even
 from test_reward_trainer import PAIRS
 from test_trainers import PROMPTS, TEXTS, digits, settings
@@ -65,6 +67,13 @@ def make(stage: str, model: Any, shared: dict[str, Any]) -> Trainer:
                 **shared, **ONLINE, num_generations=4, algorithm="dapo", overlong_buffer=None, temperature=1.5
             )
             return GRPOTrainer(model, only_even, args, PROMPTS, **common)
+        case "episodes":
+            tokenizer, end = speaker("chatml")
+            model = tiny.model(vocab_size=len(tokenizer), max_position_embeddings=2048, dtype=model.dtype)
+            model.generation_config.eos_token_id = end
+            online = {**ONLINE, "max_completion_length": 60, "stop": STOPS, "num_generations": 4, "beta": 0.1}
+            common = {"processing_class": tokenizer, "environment_factory": Quiz}
+            return GRPOTrainer(model, spread, GRPOConfig(**shared, **online), ROWS, **common)
         case _:
             args = GRPOConfig(**shared, **ONLINE, num_generations=4, loss_type=stage, beta=0.1)
             return GRPOTrainer(model, digits, args, PROMPTS, **common)

@@ -27,6 +27,9 @@ from burnish.environments import Environment, Reply
 from burnish.errors import EngineError, RewardError
 from burnish.model.packing import pack
 from burnish.model.scoring import score
+from burnish.rewards import Criterion, Rubric
+from burnish.rewards.episodes import EnvironmentReward
+from burnish.rewards.verifiers import completion_text
 from burnish.types import Episode
 from dialects import DIALECTS, speaker
 
@@ -167,6 +170,75 @@ def test_reward_functions_see_messages_episodes_and_live_environments(tmp_path: 
     assert max(turns) == (3, 3)
     # Environments end once rewards have run.
     assert all(e.environment is None for e in call["episodes"])
+
+
+class Quiz(Talk):
+    """Writes the prompt itself, from a seed that the group shares."""
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": f"Question {seed % 1000} of {row['number']}."}]
+
+
+class Paid(Talk):
+    """Rewards the second turn only, by its text."""
+
+    def step(self, text: str) -> Reply:
+        reply = super().step(text)
+        return Reply(reply.messages, done=reply.done, reward=sum(map(ord, text)) % 5 if self.turns == 2 else None)
+
+
+def test_a_turn_is_credited_with_what_follows_it(tmp_path: Path) -> None:
+    """A reward of the second turn moves the first two turns, and not the third."""
+    rubric = Rubric([Criterion("paid", EnvironmentReward(per_turn=True), weight=2.0)])
+    trainer = build(tmp_path, environment_factory=Paid, reward_funcs=rubric, fields={"turn_credit": True})
+    groups = [group for groups in trainer.stage.rollout_step() for group in groups]
+    assert any(c.reward for g in groups for c in g.completions)
+    for group in groups:
+        rewards = [completion.reward for completion in group.completions]
+        assert None not in rewards
+        mean = sum(rewards) / len(rewards)
+        deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+        for completion in group.completions:
+            episode, stream = completion.episode, completion.token["advantages"]
+            assert episode is not None
+            assert completion.score is not None
+            assert completion.score.turns["paid"] == [0.0, completion.reward / 2, 0.0]
+            expected = (completion.reward - mean) / (deviation + 1e-4) if deviation else 0.0
+            turns = [stream[start:end] for start, end in episode.turns]
+            for values, wanted in zip(turns, (expected, expected, 0.0), strict=True):
+                assert values == pytest.approx([wanted] * len(values))
+    trainer.train()
+    assert max(logs(trainer, "grad_norm")) > 0
+
+
+def test_credit_of_a_last_turn_is_that_of_the_completion(tmp_path: Path) -> None:
+    """Where only the whole episode is rewarded, turns change nothing."""
+    runs = [build(tmp_path / str(c), environment_factory=Talk, fields={"turn_credit": c}) for c in (False, True)]
+    for run in runs:
+        run.train()
+    for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_reward_function_may_return_a_value_per_turn(tmp_path: Path) -> None:
+    def by_turn(episodes: list[Episode], **columns: Any) -> list[Any]:
+        return [[float(end - start) for start, end in episode.turns] for episode in episodes]
+
+    def too_few(episodes: list[Episode], **columns: Any) -> list[Any]:
+        return [[1.0] if i % 2 else 0.5 for i in range(len(episodes))]
+
+    fields = {"max_steps": 1, "max_failed_rewards": 1.0}
+    trainer = build(tmp_path, environment_factory=Talk, reward_funcs=[by_turn, too_few], fields=fields)
+    trainer.train()
+    for record in transcripts(tmp_path):
+        assert record["criteria"]["by_turn"] == record["num_tokens"]
+        assert ("returned 1 values for an episode of 3 turns" in str(record["errors"])) == (record["sample"] % 2 == 1)
+
+
+def test_what_a_tool_said_is_not_graded() -> None:
+    messages = [{"role": "assistant", "content": "I ask."}, {"role": "tool", "content": "The answer is 42."}]
+    assert completion_text(messages) == "I ask."
+    assert completion_text(messages[1:]) == ""
 
 
 def call_rows(call: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,17 +1,21 @@
+# ruff: noqa: RUF001 (control tokens of DeepSeek)
 """Episodes of several turns: token-exact, masked, concurrent, bounded, and contained where they fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from burnish.environments import Environment, Reply, ToolCall
+from burnish.environments.dialogue import certify
 from burnish.environments.episodes import Budget, episode_engine, share_openings
 from burnish.environments.setup import Environments
 from burnish.errors import ConfigError, DataError, EngineError
@@ -20,6 +24,8 @@ from burnish.rollout.engine import Engine, OverlappingEngine, Request, SamplingP
 from burnish.rollout.prompts import Shard
 from burnish.types import Completion, Group, StopReason
 from dialects import DIALECTS, speaker
+
+TEMPLATES = sorted(Path(__file__).parent.parent.glob(".venv-trl/lib/*/site-packages/trl/chat_templates/*.jinja"))
 
 
 def add(a: int, b: int) -> int:
@@ -189,6 +195,25 @@ def test_tools_answer_behind_the_turn_and_control_tokens_stay_text(dialect: str)
     assert completion.stop_reason is StopReason.EOS
     assert [m["role"] for m in episode.messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
     assert (start, stop) == (0, 1)
+
+
+def test_a_stop_string_may_end_a_call() -> None:
+    environments, script, engine = setup("chatml", None, tools=[add])
+    call = environments.tool_format.render([ToolCall("add", {"a": 2, "b": 3})])
+    stopped = call.removesuffix("</tool_call>")
+
+    def turn(index: int, sample: int, number: int) -> tuple[str, StopReason]:
+        return (call, StopReason.STOP) if number == 0 else ("It is 5.", StopReason.EOS)
+
+    def cut(request: Request, sample: int) -> Completion:
+        made = Script.completion(script, request, sample)
+        return dataclasses.replace(made, text=made.text.replace(call, stopped))  # as engines do
+
+    script.turns, script.completion = turn, cut  # type: ignore[method-assign]
+    [[completion]] = engine.generate([request(environments)], seed=0, step=0)
+    assert completion.episode is not None
+    assert (completion.episode.num_calls, completion.episode.num_failed_calls) == (1, 0)
+    assert completion.episode.messages[1]["content"] == "5"
 
 
 def test_all_turns_of_a_group_begin_as_one_request_and_random_numbers_differ_by_turn() -> None:
@@ -485,3 +510,41 @@ def test_templates_whose_turns_cannot_be_extended_are_refused(template: str, wor
     tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=words):
         Environments(tokenizer, [end], factory=Rounds)
+
+
+ENDS = {
+    "qwen": "<|im_end|>", "nemotron": "<|im_end|>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>",
+    "gemma3": "<end_of_turn>", "gemma4_v2": "<turn|>", "gemma4": "<|tool_response>", "phi3": "<|end|>",
+    "deepseek": "<｜end▁of▁sentence｜>", "cohere": "<|END_OF_TURN_TOKEN|>", "gptoss": "<|call|>", "muse": "<|eot|>",
+}  # fmt: skip
+"""Families of templates that TRL ships, and the token that ends their turns."""
+UNREADABLE = ("lfm2_2_5", "lfm2_2_5_v2")
+"""Templates that write calls which nobody can read back exactly: strings in them are not escaped."""
+CONTROL = re.compile(r"<\|[^|{}\s]+\|>|<｜[^｜{}\s]+｜>|<[a-z_]+>|</[a-z_]+>|<\|[a-z_]+>|<[a-z_]+\|>")
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="TRL is not installed (make trl)")
+@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
+def test_templates_in_the_field_are_certified(file: Path) -> None:
+    end = next((token for family, token in ENDS.items() if file.stem.startswith(family)), None)
+    if end is None or file.stem in UNREADABLE:
+        pytest.skip("its turns end with no token of their own, or its calls cannot be read")
+    template = file.read_text()
+    controls = tuple(sorted({*CONTROL.findall(template), end, "<bos>"}))
+    tokenizer, number = speaker(controls=controls, end=end, template=template)
+    tokenizer.bos_token = "<bos>"
+    environments = Environments(tokenizer, [number], tools=[add])
+    dialogue, write = environments.dialogue, environments.tool_format.render
+    question = {"role": "user", "content": "What is 2 + 3?"}
+    text = write([ToolCall("add", {"x": 1}, id="burnish01")])
+    turn = environments.tool_format.message(text)
+    answer = {"role": "tool", "name": "add", "content": "six 6", "tool_call_id": "burnish01"}
+    schemas = environments.schemas[None]
+    reply = tokenizer.decode(dialogue.reply(turn, [answer], schemas, stop=number))
+    assert "six 6" in reply
+    certificate = certify(dialogue, environments.tool_format.message, text, schemas)
+    if certificate.extends:
+        prompt = tokenizer.decode(dialogue.opening([question], schemas))
+        shown = dialogue.as_shown(answer, certificate.answer_role)
+        asked, _ = dialogue.offering([question], schemas)
+        assert prompt + text + certificate.stop + reply == dialogue.render([*asked, turn, shown], schemas)

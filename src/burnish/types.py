@@ -58,6 +58,7 @@ class Score:
         extra: what reward functions logged of the completion, by column.
         terms: value of each criterion as it counts in the total, before the weight: 0 behind a closed gate, and
             normalised within the group where the criterion says so.
+        turns: values by turn, of the criteria that judge turns; their sum is the criterion's value.
     """
 
     total: float | None
@@ -66,6 +67,7 @@ class Score:
     answers: dict[str, str] = field(default_factory=dict[str, str])
     extra: dict[str, Any] = field(default_factory=dict[str, Any])
     terms: dict[str, float | None] = field(default_factory=dict[str, "float | None"])
+    turns: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
 @dataclass(slots=True)

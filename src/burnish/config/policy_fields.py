@@ -283,6 +283,12 @@ class GRPOFields(PolicyFields):
         "subtracted and divided by).",
         REWARDS,
     )
+    turn_credit: bool = own(
+        False,
+        "Credit a turn of an episode with the rewards that follow it only, where criteria or the environment reward "
+        "single turns; turns are compared with the turns of the same number of the other episodes.",
+        REWARDS,
+    )
     scale_rewards: Literal["group", "batch", "none"] | bool = own(
         "group",
         "Divisor of centred rewards: standard deviation of the group (group) or of the batch (batch), or 1 (none).",
@@ -308,6 +314,11 @@ class GRPOFields(PolicyFields):
     )
 
     def contradictions(self) -> Iterator[str]:
+        if self.turn_credit and (self.multi_objective_aggregation == "normalize_then_sum" or self.kl_in == "reward"):
+            yield (
+                "turn_credit = True needs the rewards of turns as they are: remove multi_objective_aggregation = "
+                '"normalize_then_sum" and kl_in = "reward", or turn_credit.'
+            )
         if self.multi_objective_aggregation == "normalize_then_sum":
             if self.advantage_estimator != "group":
                 yield (

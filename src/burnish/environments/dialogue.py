@@ -121,13 +121,15 @@ class Dialogue:
             {**call, "function": {**call["function"], "arguments": {"x": _STAND_IN}}}
             for call in turn.get("tool_calls") or ()
         ]
-        stand_in = {"role": "assistant", "content": _STAND_IN, **({"tool_calls": calls} if calls else {})}
+        # Content beside calls is left out: some templates write it behind the answers.
+        said = {"content": "", "tool_calls": calls} if calls else {"content": _STAND_IN}
+        stand_in = {"role": "assistant", **said}
         # Templates take a tool's answer only after a call that they have rendered.
         role = self.answer_role if calls else "user"
         text = self.render([_QUESTION, stand_in, *(self.as_shown(answer, role) for answer in answers)], schemas)
-        said = text.rfind(_STAND_IN)
-        found = [(place, name) for name in self.stops if (place := text.find(name, said)) >= 0]
-        if said < 0 or not found:
+        begun = text.rfind(_STAND_IN)
+        found = [(place, name) for name in self.stops if (place := text.find(name, begun)) >= 0]
+        if begun < 0 or not found:
             stops = ", ".join(map(repr, self.stops))
             raise DataError(f"it ends an assistant turn with none of the tokens that end sampling ({stops}).")
         return (text, *min(found))

@@ -220,9 +220,12 @@ class EpisodeEngine(Engine):
             record.messages.append({"role": "assistant", "content": turn.text})
             return False
         try:
-            message = play.environment.message(turn.text)
+            text = turn.text
+            if turn.stop_reason is StopReason.STOP:  # a stop string may end a tool call, and be part of it
+                text = decode_text(self._dialogue.tokenizer, turn.token_ids, self._dialogue.ends)
+            message = play.environment.message(text)
             record.messages.append(message)
-            reply: Reply = await self._called(play.environment.step, turn.text)
+            reply: Reply = await self._called(play.environment.step, text)
             record.rewards[-1] = reply.reward
             record.num_calls += reply.calls
             record.num_failed_calls += reply.failed_calls

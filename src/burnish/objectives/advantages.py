@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
@@ -21,11 +21,13 @@ __all__ = [
     "mean_normalized_advantages",
     "per_criterion_advantages",
     "token_advantages",
+    "turn_advantages",
     "whitened_advantages",
 ]
 
 Scale = Literal["group", "batch", "none"]
 Rows: TypeAlias = Sequence[Sequence[float | None]]
+Turns: TypeAlias = list[list[list[float]]]
 
 
 def group_advantages(rewards: Rows, *, scale: Scale = "group", eps: float = 1e-4) -> list[list[float]]:
@@ -178,6 +180,34 @@ class Rewards:
     criteria: Sequence[Rows] = ()
     weights: Sequence[float] = ()
     scale: Scale = field(default="group")
+
+
+def turn_advantages(rewards: Rewards, turns: Sequence[Sequence[Sequence[float]]], estimator: Estimator) -> Turns:
+    r"""Estimate the advantage of each turn from the rewards that follow it: the reward to go, per turn.
+
+    .. math:: g_{ijk} = r_{ij} - \sum_{l < k} w_{ijl}, \qquad A_{\cdot\cdot k} = \mathrm{estimator}(g_{\cdot\cdot k})
+
+    with w the reward of a turn. Turn k is compared with the k-th turns of the other completions of its group that have
+    one. Where only the last turn is rewarded, the advantage of the first turn is that of the completion.
+
+    Args:
+        rewards: P rows of G rewards r.
+        turns: P rows of G lists of w, one per turn.
+        estimator: a row of :data:`ADVANTAGES`.
+
+    Returns:
+        P rows of G lists of advantages, one per turn.
+    """
+    found: Turns = [[[] for _ in row] for row in turns]
+    for k in range(max((len(own) for row in turns for own in row), default=0)):
+        to_go = [
+            [None if r is None or k >= len(own) else r - math.fsum(own[:k]) for r, own in zip(*rows, strict=True)]
+            for rows in zip(rewards.totals, turns, strict=True)
+        ]
+        for row, own, advantages in zip(found, turns, estimator(replace(rewards, totals=to_go)), strict=True):
+            for listed, given, advantage in zip(row, own, advantages, strict=True):
+                listed.extend([advantage] if k < len(given) else [])
+    return found
 
 
 Estimator: TypeAlias = Callable[[Rewards], list[list[float]]]

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 from burnish.errors import RewardError
 from burnish.rewards.calls import Call, CallTimeout, accepted
@@ -17,7 +17,7 @@ from burnish.rewards.criterion import Criterion
 from burnish.rewards.notes import Notes, as_list
 from burnish.types import Completion, Episode, Group
 
-__all__ = ["OWN_ARGUMENTS", "Batch", "Grading", "LogMetric", "Outcome", "column_names", "flatten"]
+__all__ = ["OWN_ARGUMENTS", "Batch", "Grading", "LogMetric", "Outcome", "PerTurn", "column_names", "flatten"]
 
 Outcome: TypeAlias = float | Exception | None
 """Value of a completion, why it has none, or None where the criterion does not apply."""
@@ -153,6 +153,18 @@ class _Part:
     notes: Notes
 
 
+class PerTurn(float):
+    """The value of a criterion that judges turns: the sum of its `turns`."""
+
+    turns: list[float]
+
+    def __new__(cls, turns: Sequence[float]) -> Self:
+        """Add up the values of turns."""
+        value = super().__new__(cls, math.fsum(turns))
+        value.turns = list(turns)
+        return value
+
+
 class Grading:
     """One criterion on the completions of a rollout: `start` begins calls, and `outcomes` ends them.
 
@@ -236,7 +248,8 @@ class Grading:
             # Of a function that returns one value whatever it gets, asking one by one would take that for each.
             return [error] * size if len(values) == 1 else error
         part.notes.settle(self._criterion.name, part.batch.extras, log_metric)
-        return [_as_number(value) for value in values]
+        episodes = part.batch.columns.get("episodes") or [None] * size
+        return [_as_number(*pair) for pair in zip(values, episodes, strict=True)]
 
     def _one_by_one(self, failed: Sequence[_Part], log_metric: LogMetric | None) -> dict[str, Outcome]:
         """Grade each completion in a separate call; after several time-outs, skip the rest."""
@@ -252,9 +265,15 @@ class Grading:
         return found
 
 
-def _as_number(value: Any) -> Outcome:
+def _as_number(value: Any, episode: Episode | None) -> Outcome:
     if value is None or isinstance(value, Exception):
         return value
+    if episode is not None and isinstance(value, list | tuple):
+        turns = [_as_number(turn, None) for turn in cast("Sequence[Any]", value)]
+        if len(turns) != len(episode.turns):
+            return ValueError(f"it returned {len(turns)} values for an episode of {len(episode.turns)} turns")
+        wrong = next((turn for turn in turns if isinstance(turn, Exception)), None)
+        return wrong or PerTurn([0.0 if turn is None else turn for turn in turns if not isinstance(turn, Exception)])
     if hasattr(value, "item") and getattr(value, "size", None) != 0:  # a NumPy scalar or a tensor of one element
         try:
             value = value.item()

@@ -38,7 +38,8 @@ class Criterion:
             which adds a column to the transcripts, and `log_metric(name, value)`; without `**kwargs` it gets only the
             arguments that its signature names. Completions are strings, or
             `[{"role": "assistant", "content": text}]` if the prompt is a list of messages; of an episode of several
-            turns all its messages, and `episodes` and `environments` are arguments too. It returns one value per
+            turns all its messages, and `episodes` and `environments` are arguments too; its value may then be a list
+            of one number per turn. It returns one value per
             completion: a number, None (does not apply), or an Exception (could not be graded). It may have an attribute
             `is_settled`, see `burnish.rewards.settled.SettledRule`.
         weight: factor in the total; finite. A criterion of weight 0 is logged, and its failures do not void the total.

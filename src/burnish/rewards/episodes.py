@@ -17,20 +17,21 @@ class EnvironmentReward:
 
     Args:
         environment: name of the environment, that of its class; None for any.
-        per_turn: add up the rewards of the turns instead.
+        per_turn: return the rewards of the turns instead.
     """
 
     environment: str | None = None
     per_turn: bool = False
 
-    def __call__(self, episodes: Sequence[Episode | None] = (), **columns: Any) -> list[float | None]:
+    def __call__(self, episodes: Sequence[Episode | None] = (), **columns: Any) -> list[float | list[float] | None]:
         return [None if e is None or self.environment not in (None, e.name) else self._value(e) for e in episodes]
 
-    def _value(self, episode: Episode) -> float | None:
+    def _value(self, episode: Episode) -> float | list[float] | None:
         if not self.per_turn:
             return episode.reward
-        given = [reward for reward in episode.rewards if reward is not None]
-        return sum(given) if given else None
+        if all(reward is None for reward in episode.rewards):
+            return None
+        return [reward or 0.0 for reward in episode.rewards]
 
 
 def valid_tool_calls() -> Any:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from burnish.data.columns import meant_columns, rename_tip
 from burnish.errors import ConfigError, DataError, EngineError, RewardError
-from burnish.rewards.batch import OWN_ARGUMENTS, Batch, Grading, LogMetric, Outcome, column_names, flatten
+from burnish.rewards.batch import OWN_ARGUMENTS, Batch, Grading, LogMetric, Outcome, PerTurn, column_names, flatten
 from burnish.rewards.calls import CallTimeout, parameters_of
 from burnish.rewards.criterion import Criterion, RewardFunction
 from burnish.rewards.verifiers import AnswerVerifier
@@ -223,6 +223,8 @@ class Rubric:
                 not criterion.never_counts
                 and any(isinstance(outcomes[name][i], Exception) for name in (criterion.name, *criterion.gates))
             )
+            if isinstance(outcome, PerTurn):
+                score.turns[criterion.name], outcome = outcome.turns, float(outcome)
             score.criteria[criterion.name] = None if isinstance(outcome, Exception) else outcome
         values = list(score.terms.values())
         if all(value is None for value in values) and not score.errors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,13 @@ import torch
 from burnish.errors import CheckFailed, ConfigError
 from burnish.model.packing import pack
 from burnish.model.scoring import Scores, eval_mode, score
-from burnish.objectives.advantages import ADVANTAGES, Rewards, per_criterion_advantages, token_advantages
+from burnish.objectives.advantages import (
+    ADVANTAGES,
+    Rewards,
+    per_criterion_advantages,
+    token_advantages,
+    turn_advantages,
+)
 from burnish.objectives.aggregate import aggregate, sequence_means
 from burnish.objectives.kl import KL_ESTIMATORS
 from burnish.objectives.policy import (
@@ -47,12 +53,16 @@ class Record:
         num_tokens: number of tokens.
         criteria: value of each criterion.
         penalties: penalty of each token (beta times KL), or None.
+        turns: weighted reward of each turn, where turns are credited apart.
+        turn_tokens: number of tokens of each turn.
     """
 
     reward: float | None
     num_tokens: int
     criteria: list[float | None]
     penalties: list[float] | None
+    turns: list[float] = field(default_factory=list[float])
+    turn_tokens: list[int] = field(default_factory=list[int])
 
     @property
     def total(self) -> float | None:
@@ -188,7 +198,21 @@ class PolicyGradient(Algorithm):
         kl = completion.token.get("kl") if self.kl.is_in_reward else None
         penalties = None if kl is None else [self.kl.coefficient * value for value in completion.scored(kl)]
         values = [terms.get(name) for name in self.stage.rubric.names]
-        return Record(self.clipped_reward(completion), completion.num_scored_tokens, values, penalties)
+        turns, lengths = self._credited(completion) if self.args.turn_credit else ([], [])
+        return Record(self.clipped_reward(completion), completion.num_scored_tokens, values, penalties, turns, lengths)
+
+    def _credited(self, completion: Completion) -> tuple[list[float], list[int]]:
+        """Return the weighted reward and the number of tokens of each turn."""
+        score, episode = completion.score, completion.episode
+        if episode is None or not episode.turns:
+            return [0.0], [completion.num_scored_tokens]
+        turns = [0.0] * len(episode.turns)
+        rubric = self.stage.rubric
+        for name, weight in zip(rubric.names, rubric.weights(self.run.state), strict=True):
+            # A term that a gate or a normalisation has changed is credited to the whole episode.
+            if score is not None and name in score.turns and score.terms[name] == score.criteria[name]:
+                turns = [total + weight * own for total, own in zip(turns, score.turns[name], strict=True)]
+        return turns, [end - start for start, end in episode.turns]
 
     def estimate(self, table: Sequence[Sequence[Record]]) -> Sequence[Sequence[float | list[float]]]:
         """Estimate advantages with the configured row of `burnish.objectives.advantages.ADVANTAGES`."""
@@ -375,6 +399,15 @@ def estimate(
         weights=weights,
         scale=scale,
     )
+    if any(r.turns for row in table for r in row):
+        found = turn_advantages(rewards, [[r.turns for r in row] for row in table], ADVANTAGES[estimator])
+        return [
+            [
+                [advantage for advantage, n in zip(listed, r.turn_tokens, strict=True) for _ in range(n)]
+                for listed, r in zip(*rows, strict=True)
+            ]
+            for rows in zip(found, table, strict=True)
+        ]
     if by_criterion:
         return per_criterion_advantages(rewards.criteria, weights, rewards.totals)
     return ADVANTAGES[estimator](rewards)
