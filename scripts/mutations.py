@@ -31,6 +31,8 @@ FAULT = "test_reward_faults.py::test_a_fault_excludes_what_it_hits_and_nothing_e
 SCORING, HEAD, NATIVE, SFT = "test_scoring.py", "test_head.py", "test_native.py", "test_sft.py"
 ADVANTAGES, ROUNDS, PROMPTS = "test_advantages.py", "test_rounds.py", "test_prompts.py"
 VALUE = "test_objectives_value.py"
+TEXTARENA, GYM, MCP = "test_textarena.py", "test_gym_environment.py", "test_mcp.py"
+ENVIRONMENT_FILES = "test_environment_files.py"
 EPISODES, AGENTS = "test_episodes.py", "test_agents.py"
 TOOLS, TOOL_FORMATS = "test_tools.py", "test_tool_formats.py"
 GRADIENT = "test_policy_trainer.py::test_gradient_by_an_independent_script"
@@ -112,6 +114,24 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/vllm/colocated.py", "replace(request, on_done=None) for", "request for", COLOCATED),
     ("rollout/vllm/dispatch.py", "                job.request.on_done(found)\n", "                pass\n", "test_vllm_pool.py::test_groups_are_reported_as_they_finish_and_an_error_of_that_is_raised"),
     ("rewards/judge.py", "self.slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))", "asyncio.Semaphore(self.max_concurrency)", "test_rewards_judge.py"),
+    # adapters of environments
+    ("environments/textarena.py", "            vars(module)[\"random\"] = _RANDOM\n", "            pass\n", TEXTARENA),
+    ("environments/textarena.py", "self._call(self.game.reset, num_players=self._players, seed=seed)", "self._call(self.game.reset, num_players=self._players)", TEXTARENA),
+    ("environments/textarena.py", "if not (sender == self.seat and kind.name == \"PLAYER_ACTION\")", "if True", TEXTARENA),
+    ("environments/textarena.py", "action=_without_reasoning(text)", "action=text", TEXTARENA),
+    ("environments/textarena.py", "float(given[self.seat])", "float(given[0])", TEXTARENA),
+    ("environments/textarena.py", "self._unfinished if given is None or not self._is_done", "0.0 if given is None or not self._is_done", TEXTARENA),
+    ("environments/textarena.py", "trial = copy.deepcopy(self.game)", "trial = self.game", TEXTARENA),
+    ("environments/gym.py", "self._cost * max(len(self.scores) - 1, 0)", "self._cost * len(self.scores)", GYM),
+    ("environments/gym.py", "done=score >= 1.0 or left == 0", "done=left == 0", GYM),
+    ("environments/mcp.py", "return MCPSession(server, first.listed) if per_episode else", "return MCPSession(server, first.listed) if False else", MCP),
+    ("environments/mcp.py", "                self.close()\n            raise", "            raise", MCP),
+    ("environments/mcp.py", "        if result.is_error:", "        if False:", MCP),
+    ("environments/mcp.py", "            raise BadArguments(problems)", "            pass", MCP),
+    ("environments/tool_use.py", "            self._subject.close()\n", "            pass\n", MCP),
+    ("environments/registry.py", "        if name in made:", "        if False:", ENVIRONMENT_FILES),
+    ("data/held_out.py", "if any(text for _, text in key)", "if True", ENVIRONMENT_FILES),
+    ("rollout/collect.py", ", row=g.row)", ")", ENVIRONMENT_FILES),
     # native engine
     ("rollout/drafts.py", "if place >= gram:", "if place > gram + 9:", "test_drafts.py"),
     ("rollout/drafts.py", "return drawn / (self._fixed + rows * width)", "return drawn", "test_drafts.py"),

@@ -20,6 +20,7 @@ from burnish.config.sections import EvaluationSection, ModelInit, PairsSection, 
 from burnish.config.stages import PIPELINE_STAGES, met_fields, refused_fields
 from burnish.config.validation import bounds, schema_of
 from burnish.data.sources import SOURCE_KEYS
+from burnish.environments.registry import ENVIRONMENTS, NOT_IN_FILES
 from burnish.rewards.registry import CRITERIA
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -125,6 +126,25 @@ def rubric() -> list[str]:
     ]
 
 
+def environments() -> list[str]:
+    """The kinds of environments with their options."""
+    rows: list[list[object]] = []
+    for kind, make in ENVIRONMENTS.items():
+        options = [
+            f"`{name}: {parameter.annotation}"
+            + ("`" if parameter.default is inspect.Parameter.empty else f" = {parameter.default!r}`")
+            for name, parameter in inspect.signature(make).parameters.items()
+            if name not in NOT_IN_FILES
+        ]
+        rows.append([f"`{kind}`", (inspect.getdoc(make) or "").partition("\n\n")[0], ", ".join(options)])
+    return [
+        "`[environment]` has a `kind` and the options of that kind; of several `[[environment]]` each also has a `name`, "
+        "by which the column `environment` of the rows chooses. See [tools and environments](environments.md).",
+        "",
+        *table("kind, meaning, options", rows),
+    ]
+
+
 def page() -> str:
     """The reference of run files."""
     lines = [
@@ -155,6 +175,9 @@ def page() -> str:
         "## [[rubric]]",
         "",
         *rubric(),
+        "## [environment]",
+        "",
+        *environments(),
     ]
     for name, (infos, text) in SECTIONS.items():
         rows = [
@@ -186,6 +209,8 @@ def schema() -> dict[str, Any]:
             },
         ]
     }
+    kinds = {"kind": {"enum": list(ENVIRONMENTS)}}
+    environment: dict[str, Any] = {"type": "object", "required": ["kind"], "properties": kinds}
     sections = {name: schema_of(infos) for name, (infos, _) in SECTIONS.items() if "." not in name}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -209,6 +234,7 @@ def schema() -> dict[str, Any]:
                 "type": "array",
                 "items": {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": list(CRITERIA)}}},
             },
+            "environment": {"anyOf": [environment, {"type": "array", "items": environment}]},
             "training": {"anyOf": [{"$ref": f"#/properties/{kind}"} for kind in STAGES]},
             **stages,
             **sections,

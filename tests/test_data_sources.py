@@ -226,7 +226,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ({"path": "x", "mix": []}, "give exactly one of path"),
         (
             {"path": "x", "paths": "y"},
-            "train.paths is unknown: a source with path takes columns, completion_template, limit, name, path",
+            "train.paths is unknown: a source with path takes columns, completion_template, environment, limit, name",
         ),
         ({"path": 3}, "train.path = 3: use a str or Path"),
         ({"path": "x", "limit": True}, "train.limit = True: use a int"),

@@ -12,7 +12,8 @@ from burnish.rewards import check_gold
 from burnish.rewards.answers import extract_answer
 
 OWN_DATA = Path(__file__).parent.parent / "examples" / "own_data.toml"  # trained in test_own_data.py
-EXAMPLES = sorted(path for path in OWN_DATA.parent.glob("*.toml") if path != OWN_DATA)
+CALCULATOR = OWN_DATA.parent / "calculator.toml"
+EXAMPLES = sorted(path for path in OWN_DATA.parent.glob("*.toml") if path not in (OWN_DATA, CALCULATOR))
 
 
 def test_there_are_three_task_families() -> None:

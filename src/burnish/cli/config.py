@@ -17,6 +17,7 @@ from burnish.config.paths import expanded, folder_problem, is_file, is_folder, m
 from burnish.config.sections import EvaluationSection, PairsSection, ReportSection, model_init, section
 from burnish.config.stages import FROM_PAIRS, PIPELINE_STAGES, STAGES, stages_with
 from burnish.data.sources import as_source, check_source
+from burnish.environments.registry import environments_from_config
 from burnish.errors import ConfigError, show
 from burnish.rewards.registry import rubric_from_config
 from burnish.rewards.rubric import Rubric
@@ -32,6 +33,8 @@ __all__ = [
     "load_pipeline_file",
     "load_run_file",
 ]
+
+Factories: TypeAlias = Callable[[], Any] | dict[str, Callable[[], Any]]
 
 FileKind: TypeAlias = Kind
 """A command whose run file describes one stage: a stage, eval or pairs."""
@@ -66,6 +69,8 @@ class RunFile:
     model_init: dict[str, Any] = field(default_factory=dict[str, Any])
     peft: dict[str, Any] | None = None
     rubric: Rubric | None = None
+    environment: Factories | None = None
+    """Factory of an episode's environment, or several by name: `environment_factory` of the trainer."""
     training: dict[str, Any] = field(default_factory=dict[str, Any])
     evaluation: EvaluationSection | None = None
     pairs: PairsSection | None = None
@@ -86,6 +91,8 @@ class PipelineFile:
     """Folder of the run, with a subfolder for each stage."""
     model_init: dict[str, Any] = field(default_factory=dict[str, Any])
     peft: dict[str, Any] | None = None
+    environment: Factories | None = None
+    """Factory of an episode's environment, or several by name, of the online stages and the evaluations."""
     stages: dict[str, Any] = field(default_factory=dict[str, Any])
     """Stage -> settings, in the order of `PIPELINE_STAGES`."""
     report: ReportSection = field(default_factory=ReportSection)
@@ -104,6 +111,7 @@ _TABLES = {
     "peft": dict[str, Any],
     "data": dict[str, Any],
     "rubric": list[dict[str, Any]],
+    "environment": dict[str, Any] | list[dict[str, Any]],
     "training": dict[str, Any],
     "evaluation": dict[str, Any],
     "pairs": dict[str, Any],
@@ -146,7 +154,10 @@ def load_run_file(path: str | Path, overrides: Sequence[str], kind: FileKind) ->
         run = dataclasses.replace(run, evaluation=EvaluationSection())
     given = {"data.train": run.data.train, "data.eval": run.data.eval, "rubric": run.rubric}
     required = {"data.eval" if kind == "eval" else "data.train", *(("data.eval", "rubric") if run.evaluation else ())}
-    required |= {"rubric"} if not trains or STAGES[kind].online else set()
+    # An environment may reward its episodes itself, which the trainer finds out.
+    required |= {"rubric"} if not trains or (STAGES[kind].online and run.environment is None) else set()
+    if run.environment is not None and not (kind == "eval" or (trains and STAGES[kind].online)):
+        raise ConfigError(f"{path}: `burnish {kind}` plays no episodes; remove [environment], or run an online stage.")
     _require({name: given[name] for name in sorted(required)}, path)
     _check_solved(run.evaluation, run.rubric)
     _refuse_moved(run.training, "training")
@@ -182,6 +193,10 @@ def load_pipeline_file(path: str | Path, overrides: Sequence[str]) -> PipelineFi
     }
     _check_order(stages, path)
     shared = _shared(tables, path, pipeline=True)
+    if shared["environment"] is not None and (unable := [kind for kind in ("pairs", *FROM_PAIRS) if kind in stages]):
+        raise ConfigError(
+            f"{path}: [{unable[0]}] with [environment]: pairs are made of single turns; remove one of the two."
+        )
     data: DataSection = shared["data"]
     shared["evaluation"] = shared["evaluation"] or EvaluationSection()
     required: dict[str, Any] = {"data.eval": data.eval, "rubric": shared["rubric"]}
@@ -244,13 +259,16 @@ def _shared(tables: Mapping[str, Any], path: str | Path, *, pipeline: bool) -> d
     """Check the tables that both kinds of file have."""
     if "model" not in tables:
         raise ConfigError(f"{path}: model is missing; give a {_MODEL_SOURCES}.")
-    evaluation = tables.get("evaluation")
+    evaluation, folder = tables.get("evaluation"), Path(path).parent
     return {
         "model": _model(tables["model"]),
         "model_init": model_init(tables.get("model_init", {})),
         "peft": check_lora(tables["peft"]) if "peft" in tables else None,
         "data": _data(tables.get("data", {}), pipeline=pipeline),
-        "rubric": rubric_from_config(tables["rubric"], folder=Path(path).parent) if "rubric" in tables else None,
+        "rubric": rubric_from_config(tables["rubric"], folder=folder) if "rubric" in tables else None,
+        "environment": environments_from_config(tables["environment"], folder=folder)
+        if "environment" in tables
+        else None,
         "evaluation": None if evaluation is None else section(EvaluationSection, evaluation),
     }
 

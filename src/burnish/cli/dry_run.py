@@ -17,6 +17,7 @@ from burnish.data.tokens import decode_text
 from burnish.rewards import Rubric, check_gold
 from burnish.rewards.answers import render_answer
 from burnish.rewards.verifiers import AnswerVerifier
+from burnish.stages.agents import Agents
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.online import OnlineStage
 from burnish.training.checkpoint import start
@@ -41,6 +42,7 @@ def dry_run(
     rows: Sequence[Mapping[str, Any]],
     *,
     rubric: Rubric | None = None,
+    environment: Any = None,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
     """Print sample rows with their masks, parsed gold answers, sequence lengths, steps and output files.
@@ -51,6 +53,7 @@ def dry_run(
         model: model whose tokenizer is loaded.
         rows: training rows.
         rubric: reward of an online stage.
+        environment: `environment_factory` of an online stage.
         eval_rows: held-out rows.
 
     Raises:
@@ -59,7 +62,9 @@ def dry_run(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
     tokenizer = resolve_tokenizer(model, None, config)
-    stats, stage = EncodeStats(), make_stage(kind, config, tokenizer, rubric)
+    stats, stage = EncodeStats(), make_stage(kind, config, tokenizer, rubric, model=model, environment=environment)
+    if isinstance(stage, OnlineStage) and stage.environments is not None:
+        _show_environments(console, stage)
     groups = stage.encode(rows, "train_dataset", stats)
     for group in groups[:_NUM_SHOWN]:
         _show_group(console, kind, group, tokenizer)
@@ -89,11 +94,41 @@ def dry_run(
     console.print("dry run: no weights were loaded, nothing was written")
 
 
-def make_stage(kind: str, config: Any, tokenizer: Any, rubric: Rubric | None = None) -> Stage:
+def make_stage(
+    kind: str,
+    config: Any,
+    tokenizer: Any,
+    rubric: Rubric | None = None,
+    *,
+    model: str | None = None,
+    environment: Any = None,
+) -> Stage:
     """Create the stage of a trainer to encode rows with; no weights are loaded."""
     if STAGES[kind].online:
-        return OnlineStage(config, tokenizer, Algorithm(config), rubric)
+        return OnlineStage(
+            config, tokenizer, Algorithm(config), rubric, agents=Agents(model, environment_factory=environment)
+        )
     return getattr(burnish, f"{STAGES[kind].name}Trainer").stage_class(config, tokenizer)
+
+
+def _show_environments(console: Console, stage: OnlineStage) -> None:
+    """Print the environments of episodes, their tools and rewards, and what is proven of the chat template."""
+    environments = stage.environments
+    assert environments is not None
+    for name, schemas in environments.schemas.items():
+        tools = [schema["function"] for schema in schemas]
+        signatures = [f"{tool['name']}({', '.join(tool['parameters'].get('properties', {}))})" for tool in tools]
+        shown = f"environment {name!r}" if name is not None else "environment"
+        console.print(f"{shown}: {environments.names[name]}; tools: {', '.join(signatures) or 'none'}")
+    console.print(f"criteria: {', '.join(stage.rubric.names)}")
+    certificate = environments.certificate
+    same = "as the template renders them" if certificate.extends else "kept as sampled, unlike the template's rendering"
+    kept = "kept" if certificate.keeps_reasoning else "kept here, but dropped by the template in earlier turns"
+    console.print(
+        f"chat template: turns end with {certificate.stop!r}, and can be extended token for token; earlier turns are "
+        f"{same}; tools answer as {certificate.answer_role!r}; reasoning is {kept}"
+    )
+    console.print()
 
 
 def _show_group(console: Console, kind: str, group: Group, tokenizer: Any) -> None:

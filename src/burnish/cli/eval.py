@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from burnish.cli.config import load_run_file
 from burnish.config.paths import is_file, missing
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
                 f"({missing(section.compare_with)})."
             )
         before = Evaluation.from_dict(read_json(Path(section.compare_with), {}))
-    result = evaluate_model(file.model, rows, file.rubric, section, name=file.model, model_init=file.model_init)
+    shared: dict[str, Any] = {"model_init": file.model_init, "environment": file.environment}
+    result = evaluate_model(file.model, rows, file.rubric, section, name=file.model, **shared)
     if section.output is not None:
         write_json(Path(section.output), result.to_dict())
     summary = asdict(result.summary())

@@ -124,6 +124,7 @@ class Pipeline:
             rows, held_out = _rows_of(name, data, _Pairs([], []))
             eval_rows = held_out if self._evaluates(name) else None
             shared: dict[str, Any] = {"rubric": self.file.rubric, "model_init": self.file.model_init}
+            shared["environment"] = self.file.environment
             stages.train(
                 name, self.file.model, rows, self._settings(name), eval_rows=eval_rows, only_look=True, **shared
             )
@@ -156,6 +157,8 @@ class Pipeline:
         }
         if table in _GRADED:
             found["rubric"] = rubric_identity(self.file.rubric)
+            if self.file.environment is not None:
+                found["environment"] = self.file.document["environment"]
         if table not in ("pairs", "evaluation"):
             found["peft"] = self.file.peft
         return found | rows
@@ -248,7 +251,8 @@ class Pipeline:
         # Later stages continue training the adapters of the previous one.
         shared["peft"] = self.file.peft if model == self.file.model else None
         shared["eval_rows"] = eval_rows if self._evaluates(name) else None
-        stages.train(name, model, rows, self._settings(name), rubric=self.file.rubric, **shared)
+        shared |= {"rubric": self.file.rubric, "environment": self.file.environment}
+        stages.train(name, model, rows, self._settings(name), **shared)
         (folder / "done").touch()
         return str(folder)
 
@@ -272,6 +276,9 @@ class Pipeline:
         )
         if not target.is_file():
             shared: dict[str, Any] = {"name": name, "model_init": self._model_init(model)}
+            if self.file.environment is not None:
+                episodes = next((stage for kind, stage in self.file.stages.items() if kind in ONLINE), {})
+                shared |= {"environment": self.file.environment, "episodes": episodes}
             result = stages.evaluate_model(model, rows, self.file.rubric, self.file.evaluation, **shared)
             write_json(target, result.to_dict())
         result = self._evaluation(name)

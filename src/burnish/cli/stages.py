@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -16,9 +17,11 @@ from transformers import modeling_gguf_pytorch_utils
 
 import burnish
 from burnish.cli.dry_run import dry_run
+from burnish.config import known_fields
 from burnish.config.sections import EvaluationSection, PairsSection
 from burnish.config.stages import STAGES
 from burnish.data import encode_rows, errors_of, prompt_group, sft_groups
+from burnish.environments.episodes import EpisodeEngine
 from burnish.errors import ConfigError
 from burnish.evaluation.evaluate import Evaluation, evaluate, mean_nll
 from burnish.evaluation.pairs import PairRanking, best_row, preference_rows, rank_pairs, sample_rows
@@ -31,6 +34,7 @@ from burnish.rewards import Rubric
 from burnish.rollout import SamplingParams, eos_token_ids, make_engine
 from burnish.runs.files import write_json_lines
 from burnish.runs.lock import locked
+from burnish.stages.agents import Agents
 from burnish.training.callbacks import EngineProgress
 from burnish.training.checkpoint import start
 
@@ -52,6 +56,7 @@ def train(
     training: dict[str, Any],
     *,
     rubric: Rubric | None = None,
+    environment: Any = None,
     eval_rows: Rows | None = None,
     model_init: dict[str, Any] | None = None,
     peft: dict[str, Any] | None = None,
@@ -65,6 +70,7 @@ def train(
         rows: training rows.
         training: keyword arguments of the stage's config.
         rubric: reward of an online stage.
+        environment: `environment_factory` of an online stage; None for single turns.
         eval_rows: held-out rows.
         model_init: arguments of from_pretrained.
         peft: fields of a LoraConfig.
@@ -77,11 +83,14 @@ def train(
     config_class, trainer_class = (getattr(burnish, f"{stage.name}{ending}") for ending in ("Config", "Trainer"))
     config = config_class(**{"model_init_kwargs": model_init or None, **training})
     if only_look:
-        dry_run(kind, config, model, rows, rubric=rubric if stage.online else None, eval_rows=eval_rows)
+        shown: dict[str, Any] = {"rubric": rubric, "environment": environment} if stage.online else {}
+        dry_run(kind, config, model, rows, eval_rows=eval_rows, **shown)
         return None
     # Fail before weights are loaded; the trainer checks again afterwards.
     start(config, config.resume_from_checkpoint, model=model, check_only=True)
     rewards: dict[str, Any] = {"reward_funcs": rubric} if stage.online else {}
+    if stage.online and environment is not None:
+        rewards["environment_factory"] = environment
     # The lock covers loading and saving; other ranks end with the first one.
     with locked(config.output_dir) if config.process_index == 0 else nullcontext():
         trainer = trainer_class(
@@ -108,12 +117,19 @@ def _lora(fields: dict[str, Any] | None) -> Any:
 def evaluate_model(
     model: str, rows: Rows, rubric: Rubric, section: EvaluationSection, *, name: str, seed: int = 0, **shared: Any
 ) -> Evaluation:
-    """Evaluate pass@k of a saved model on rows, and `nll` if they have completions; `shared` is `model_init`."""
+    """Evaluate pass@k of a saved model on rows, and `nll` if they have completions.
+
+    `shared` is `model_init`, and for episodes `environment` and the fields of the trainer that limit them, `episodes`.
+    """
     loaded, tokenizer, sampling = _sampling(model, rows, rubric, section, "data.eval", **shared)
     total = len(sampling["groups"]) * section.num_samples
-    with EngineProgress(sampling["engine"], f"evaluate {name}", total) as shown:
-        sampling |= {"engine": shown}
-        result = evaluate(ks=section.ks, seed=seed, solved=section.solved, name=name, **sampling)
+    options: dict[str, Any] = {"ks": section.ks, "seed": seed, "solved": section.solved, "name": name}
+    if isinstance(sampling["engine"], EpisodeEngine):
+        result = evaluate(**options, **sampling)
+    else:
+        with EngineProgress(sampling["engine"], f"evaluate {name}", total) as shown:
+            options["engine"] = shown
+            result = evaluate(**sampling | options)
     if any("completion" not in row for row in rows):
         return result
     prepare_for_scoring(loaded)
@@ -152,10 +168,18 @@ def _sampling(
     section: EvaluationSection | PairsSection,
     name: str,
     model_init: dict[str, Any] | None = None,
+    environment: Any = None,
+    episodes: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Load a model and its tokenizer; also return the arguments that `evaluate` and `sample_rows` share."""
     tokenizer = load_processing_class(model)
     adopt_chat_template(tokenizer, section.chat_template)
+    agents = Agents(model, environment_factory=environment)
+    fields = {name: info.default for name, info in known_fields("grpo").items()} | dict(episodes or {})
+    environments = agents.environments(SimpleNamespace(**fields | {"stop_settled": False}), tokenizer)
+    if environments is not None:
+        with errors_of(name):
+            rows = [environments.prepared(row) for row in rows]
     groups = encode_rows(prompt_group, rows, tokenizer, name=name)
     with errors_of(name):
         rubric.check_columns(groups)
@@ -166,6 +190,7 @@ def _sampling(
         temperature=section.temperature,
         eos_token_ids=eos_token_ids(loaded, tokenizer),
     )
-    engine = make_engine(loaded.to(device), tokenizer)
+    engine: Any = make_engine(loaded.to(device), tokenizer)
+    engine = agents.playing(engine, environments, loaded, tokenizer, params)
     shared = {"engine": engine, "groups": groups, "rubric": rubric, "params": params}
     return loaded, tokenizer, {**shared, "num_samples": section.num_samples}

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
         rows,
         file.training,
         rubric=file.rubric,
+        environment=file.environment,
         eval_rows=eval_rows,
         model_init=file.model_init,
         peft=file.peft,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def disjoint(
     Raises:
         DataError: a row without a prompt, or no row left.
     """
-    held = {_prompt_key(row, i) for i, row in enumerate(evaluation)}
+    # A prompt without a question is left to an environment, which asks another one each time.
+    held = {key for key in map(_prompt_key, evaluation, itertools.count()) if any(text for _, text in key)}
     seen: set[tuple[tuple[str, str], ...]] = set()
     kept: list[Row] = []
     num_held = num_repeated = 0

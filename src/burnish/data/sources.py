@@ -23,7 +23,7 @@ __all__ = ["SOURCE_KEYS", "as_rows", "as_source", "check_source", "finite_rows",
 
 Row: TypeAlias = dict[str, Any]
 
-_COMMON = frozenset({"columns", "completion_template", "limit", "prompt_template", "system_prompt"})
+_COMMON = frozenset({"columns", "completion_template", "environment", "limit", "prompt_template", "system_prompt"})
 SOURCE_KEYS = {
     "path": frozenset({"name", "path", "revision", "split"}) | _COMMON,
     "source": frozenset({"options", "seed", "size", "source", "task"}) | _COMMON,
@@ -37,6 +37,7 @@ _FORMAT = re.compile(r"[^{}]?[<>=^]?[-+ ]?#?\d{0,3},?(\.\d{1,2})?[a-zA-Z%]?")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "columns": Mapping,
     "completion_template": str,
+    "environment": str,
     "limit": int,
     "mix": Sequence,
     "name": str,
@@ -62,11 +63,12 @@ def check_source(spec: Mapping[str, Any] | str | Path, field: str = "data") -> N
     """Check a source's keys and values without loading anything.
 
     Args:
-        spec: a path, `{path, split, name, revision}`, `{source = "reasoning_gym", task, size, seed, options}` or
-            `{mix = [spec, ...]}`; each table may have `columns` (old name -> new name), `limit`, `system_prompt`,
-            `prompt_template` (with the placeholder `{prompt}`) and `completion_template`, which makes demonstrations:
-            its placeholders are columns of the row, or of a task entry's metadata
-            (`"<think>{expression}</think><answer>{answer}</answer>"`).
+        spec: a path, `{path, split, name, revision}`, `{source = "reasoning_gym", task, size, seed, options}`,
+            `{source = "environment", size}` (empty prompts, for an environment that writes its own) or
+            `{mix = [spec, ...]}`; each table may have `columns` (old name -> new name), `environment` (name of the
+            `[[environment]]` of its rows), `limit`, `system_prompt`, `prompt_template` (with the placeholder
+            `{prompt}`) and `completion_template`, which makes demonstrations: its placeholders are columns of the row,
+            or of a task entry's metadata (`"<think>{expression}</think><answer>{answer}</answer>"`).
         field: name of the source in messages.
 
     Raises:
@@ -104,12 +106,23 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
     for key in ("name", "path", "revision", "split", "task"):
         if key in spec and (problem := path_problem(str(spec[key]))) is not None:
             raise ConfigError(f"{field}.{key} = {show(spec[key])}: {problem}.")
-    if kind == "source" and spec["source"] != "reasoning_gym":
-        raise ConfigError(f"{field}.source = {spec['source']!r}: use 'reasoning_gym'; for files give path.")
     if kind == "source":
-        for key in ("task", "size"):
+        source = spec["source"]
+        if source not in ("reasoning_gym", "environment"):
+            raise ConfigError(
+                f"{field}.source = {source!r}: use 'reasoning_gym', or 'environment' for one that writes its own "
+                "prompts; for files give path."
+            )
+        needed = ("task", "size") if source == "reasoning_gym" else ("size",)
+        unused = () if source == "reasoning_gym" else ("task", "seed", "options")
+        for key in needed:
             if key not in spec:
-                raise ConfigError(f"{field}.{key} is missing: a reasoning_gym source needs task and size.")
+                raise ConfigError(f"{field}.{key} is missing: a source {source} needs {' and '.join(needed)}.")
+        for key in unused:
+            if key in spec:
+                raise ConfigError(
+                    f"{field}.{key} = {show(spec[key])}: a source environment does not use it; remove it."
+                )
         if not is_seed(spec.get("seed", 0)):
             raise ConfigError(f"{field}.seed = {show(spec['seed'])}: use an integer of at least 0, below 2^32.")
     if kind == "mix" and not spec["mix"]:
@@ -169,6 +182,8 @@ def load_rows(spec: Mapping[str, Any] | str | Path, field: str = "data") -> list
     spec = cast("Mapping[str, Any]", as_source(spec))
     if "mix" in spec:
         rows = [row for i, part in enumerate(spec["mix"]) for row in load_rows(part, f"{field}.mix[{i}]")]
+    elif spec.get("source") == "environment":
+        rows = [{"prompt": [{"role": "user", "content": ""}]} for _ in range(spec["size"])]
     elif "source" in spec:
         rows = _gym_rows(spec, field)
     else:
@@ -189,6 +204,10 @@ def _shaped(row: Row, spec: Mapping[str, Any], field: str, index: int) -> Row:
         if row.get(new) is not None and new != old:
             raise DataError(f"{field}.columns: row {index} already has a column {new!r}; rename that one too.")
         row = {(new if name == old else name): value for name, value in row.items() if name == old or name != new}
+    if "environment" in spec:
+        if row.get("environment", spec["environment"]) != spec["environment"]:
+            raise DataError(f"{field}.environment: row {index} already has a column environment; remove one of them.")
+        row = {**row, "environment": spec["environment"]}
     if "completion_template" in spec:
         row = _with_completion(row, spec["completion_template"], field, index)
     template, system = spec.get("prompt_template"), spec.get("system_prompt")

@@ -75,6 +75,7 @@ class Environments:
         self.tool_format = tool_format(tokenizer, template, choice)
         probes = {name: self.make({"environment": name}) for name in self._factories}
         self.schemas = {name: list(probe.schemas()) for name, probe in probes.items()}
+        self.names = {name: probe.name for name, probe in probes.items()}
         self.rewarding = list(dict.fromkeys(probe.name for probe in probes.values() if _owns_reward(probe)))
         """Names of the environments that give a reward of their own."""
         for probe in probes.values():
@@ -90,7 +91,7 @@ class Environments:
         """Prove that turns extend one another; say once what differs from the template's own rendering."""
         call = ToolCall(schemas[0]["function"]["name"], {"x": 1}, id="burnish01") if schemas else None
         text = "5" if call is None else self.tool_format.render([call])
-        certificate = certify(self.dialogue, self.tool_format.message, text, schemas)
+        self.certificate = certificate = certify(self.dialogue, self.tool_format.message, text, schemas)
         logger.info("chat template: %s", certificate)
         if not certificate.extends:
             logger.warning(

@@ -9,13 +9,16 @@ from typing import Any
 from burnish.data.formats import Message
 from burnish.environments.environment import Environment, Reply, called
 from burnish.environments.formats import ToolFormat
-from burnish.environments.tools import Toolbox
+from burnish.environments.tool_sets import ToolSet
+from burnish.environments.tools import Tool, Toolbox
 
 __all__ = ["ToolEnvironment", "public_methods"]
 
 
-def public_methods(subject: Any) -> list[Callable[..., Any]]:
-    """Return the methods of an object that are tools: public ones, but for those of TRL's protocol."""
+def public_methods(subject: Any) -> list[Callable[..., Any] | Tool]:
+    """Return the tools of an object: its public methods, but for those of TRL's protocol, or those of a `ToolSet`."""
+    if isinstance(subject, ToolSet):
+        return [*subject.tools]
     names = [name for name, _ in inspect.getmembers(type(subject), inspect.isroutine) if not name.startswith("_")]
     return [getattr(subject, name) for name in names if name not in ("reset", "get_reward")]
 
@@ -48,7 +51,9 @@ class ToolEnvironment(Environment):
     @property
     def name(self) -> str:
         """The name of the object's class."""
-        return "tools" if self._subject is None else type(self._subject).__name__
+        if self._subject is None or isinstance(self._subject, ToolSet):
+            return getattr(self._subject, "name", "tools")
+        return type(self._subject).__name__
 
     @property
     def exposed(self) -> Any:
@@ -99,5 +104,7 @@ class ToolEnvironment(Environment):
 
     def close(self) -> None:
         """Make the environment available to another episode."""
+        if isinstance(self._subject, ToolSet):
+            self._subject.close()
         if self._recycle is not None:
             self._recycle(self)

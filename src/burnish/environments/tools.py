@@ -22,7 +22,7 @@ from burnish.environments.schemas import describe_type, parse_docstring
 from burnish.errors import ConfigError, show
 from burnish.rewards.calls import Call, CallTimeout
 
-__all__ = ["Tool", "ToolResult", "Toolbox"]
+__all__ = ["BadArguments", "Tool", "ToolResult", "Toolbox"]
 
 _LONGEST_ERROR = 500
 
@@ -52,8 +52,12 @@ class ToolResult:
         return {"role": "tool", "name": self.name, "content": self.content, **identifier}
 
 
-class _BadArguments(Exception):
-    """Arguments that a tool cannot take: the type of the error, and what to tell the model."""
+class BadArguments(Exception):
+    """Arguments that a tool cannot take.
+
+    Args:
+        problems: the type of each error, the argument, and what to tell the model.
+    """
 
     def __init__(self, problems: Sequence[tuple[str, str, str]]) -> None:
         self.error, self.argument, _ = problems[0]
@@ -136,7 +140,7 @@ class Tool:
         """Return arguments converted to the parameters' types; only conversions that lose nothing are made.
 
         Raises:
-            _BadArguments: an argument is missing, unknown or of another type.
+            BadArguments: an argument is missing, unknown or of another type.
         """
         schema = self.schema["function"]["parameters"]
         known = ", ".join(self.validators) or "none"
@@ -158,7 +162,7 @@ class Tool:
                 said = f"expected {_expected(schema['properties'][key])}, got {show(value, 100)}{_where(error)}"
                 problems.append(("invalid_argument", key, f"{self.name}, argument {key!r}: {said}"))
         if problems:
-            raise _BadArguments(problems)
+            raise BadArguments(problems)
         return converted
 
 
@@ -248,7 +252,7 @@ class Toolbox:
             return _failure(call, "unknown_tool", f"there is no tool {call.name!r}", tools=list(self.tools))
         try:
             arguments = tool.check(copy.deepcopy(call.arguments))  # a tool may change its arguments
-        except _BadArguments as error:
+        except BadArguments as error:
             return _failure(call, error.error, str(error), argument=error.argument)
         except Exception as error:  # a validator of the user's own types
             return _failure(call, "tool_error", _describe(error))

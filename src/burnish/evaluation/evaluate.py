@@ -14,6 +14,7 @@ import torch
 
 from burnish.config import FieldInfo, check_mapping
 from burnish.data.instructions import instruction_columns
+from burnish.environments.episodes import EpisodeEngine
 from burnish.errors import ConfigError, RewardError
 from burnish.model.packing import pack, split_by_tokens
 from burnish.model.scoring import eval_mode, score
@@ -312,6 +313,8 @@ def evaluate(
     problems = [Group(prompt_ids=g.prompt_ids, completions=[], row=g.row, index=g.index) for g in groups]
     collect(engine, problems, num_generations=num_samples, params=params, seed=seed, step=step)
     scores = rubric.score(problems)
+    if isinstance(engine, EpisodeEngine):
+        engine.end(problems)
     errors = _check_failures(scores, max_failed_fraction)
     records = tuple(_problem(g, s, solved) for g, s in zip(problems, scores, strict=True))
     return Evaluation(

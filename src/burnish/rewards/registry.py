@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from burnish.config.options import allowed, check_options, check_type
 from burnish.config.predicates import is_number
 from burnish.errors import ConfigError, show
 from burnish.rewards.catalogue import get_repetition_penalty_reward
@@ -95,7 +95,7 @@ def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criteri
     where = f"rubric[{i}]"  # the name of the list in files
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in CRITERIA:
-        raise ConfigError(f"{where}.kind = {show(kind)}: {_allowed(str(kind)[:100], CRITERIA)}")
+        raise ConfigError(f"{where}.kind = {show(kind)}: {allowed(str(kind)[:100], CRITERIA)}")
     name = options.pop("name", kind)
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"{where}.name = {show(name)}: use a non-empty string.")
@@ -111,48 +111,15 @@ def _criterion(i: int, entry: Mapping[str, Any], folder: Path | None) -> Criteri
     if "timeout_seconds" not in inspect.signature(CRITERIA[kind]).parameters:  # graders have a limit per completion
         common["timeout_seconds"] = options.pop("timeout_seconds", None)
         if common["timeout_seconds"] is not None:
-            _check_type(f"{where}.timeout_seconds", common["timeout_seconds"], "float")
+            check_type(f"{where}.timeout_seconds", common["timeout_seconds"], "float")
     for key in _SWITCHES & common.keys():
-        _check_type(f"{where}.{key}", common[key], "bool")
+        check_type(f"{where}.{key}", common[key], "bool")
     factory = CRITERIA[kind]
-    parameters = {k: p for k, p in inspect.signature(factory).parameters.items() if k not in _NOT_IN_FILES}
-    for key, value in options.items():
-        if key not in parameters:
-            names = {*parameters, *_COMMON, "kind", "name", "timeout_seconds", "weight"}
-            raise ConfigError(
-                f"{where}.{key} = {show(value)} is not an option of kind {kind!r}: {_allowed(key, names)}"
-            )
-        _check_type(f"{where}.{key}", value, str(parameters[key].annotation))
-    for key, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and key not in options:
-            raise ConfigError(f"{where}.{key} is missing: kind {kind!r} needs it.")
+    common_names = {*_COMMON, "kind", "name", "timeout_seconds", "weight"}
+    check_options(where, kind, factory, options, hidden=_NOT_IN_FILES, common=common_names)
     if "folder" in inspect.signature(factory).parameters:
         options["folder"] = folder
     try:
         return Criterion(name, factory(**options), **common)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _allowed(key: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    close = difflib.get_close_matches(key, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Use one of: {', '.join(names)}."
-
-
-def _check_type(where: str, value: Any, annotation: str) -> None:
-    strings = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    ok, wanted = {
-        "str": (isinstance(value, str), "a string"),
-        "bool": (isinstance(value, bool), "true or false"),
-        "int": (isinstance(value, int) and not isinstance(value, bool), "an integer"),
-        "float": (number, "a number"),
-        "Sequence[str]": (strings, "a list of strings"),
-        "Sequence[float]": (isinstance(value, list) and all(map(is_number, value)), "a list of numbers"),
-        "Mapping[str, Any] | None": (isinstance(value, Mapping), "a table"),
-        "str | None": (isinstance(value, str), "a string"),
-    }[annotation]
-    if not ok:
-        raise ConfigError(f"{where} = {show(value)}: use {wanted}.")

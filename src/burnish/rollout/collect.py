@@ -47,6 +47,6 @@ def collect(
     Raises:
         EngineError: the engine broke its contract.
     """
-    requests = [Request(group.prompt_ids, num_generations, params, group.index) for group in groups]
+    requests = [Request(g.prompt_ids, num_generations, params, g.index, row=g.row) for g in groups]
     for group, completions in zip(groups, generate(engine, requests, seed=seed, step=step), strict=True):
         group.completions = completions
