@@ -124,9 +124,9 @@ def test_random_opponents_play_by_the_rules_and_by_the_seed(name: str, players: 
         assert list(threads.map(lambda seed: _play(name, seed, players), range(6))) == games
 
 
-def test_a_game_without_an_end_has_no_reward_of_its_own() -> None:
-    for chosen in (None, 0.25):
-        played = game("TicTacToe-v0", opponent=columns, seat=0, unfinished_reward=chosen)
+def test_a_game_that_a_limit_ends_is_lost() -> None:
+    for options, chosen in (({}, -1.0), ({"unfinished_reward": 0.25}, 0.25)):
+        played = game("TicTacToe-v0", opponent=columns, seat=0, **options)
         played.reset(ROW, 0)
         played.step("[0]")
         assert played.reward() == chosen

@@ -48,7 +48,7 @@ def textarena_environment(
     opponent: str | Callable[..., str] | None = None,
     players: int | None = None,
     seat: int | None = None,
-    unfinished_reward: float | None = None,
+    unfinished_reward: float = -1.0,
     options: Mapping[str, Any] | None = None,
     folder: Path | None = None,
 ) -> Callable[[], TextArenaEnvironment]:
@@ -63,7 +63,7 @@ def textarena_environment(
             `f(observation) -> move` by "file.py:name", which may also take `rng`, the episode's random.Random.
         players: number of seats; None for 1, or 2 with an opponent.
         seat: the policy's seat; None to draw it for each prompt.
-        unfinished_reward: reward of a game that a limit ended; None excludes it from the loss.
+        unfinished_reward: reward of a game that a limit ended: that of a lost one, or a policy could stall.
         options: arguments of the game, such as {max_number = 10}.
         folder: folder of the run file, which the path of a function is relative to.
 
@@ -107,7 +107,7 @@ class TextArenaEnvironment(Environment):
         opponent: str | Callable[..., str] | None,
         players: int,
         seat: int | None,
-        unfinished_reward: float | None,
+        unfinished_reward: float,
         options: Mapping[str, Any] | None,
     ) -> None:
         self._game, self._options, self._players, self._fixed_seat = game, dict(options or {}), players, seat
@@ -168,7 +168,7 @@ class TextArenaEnvironment(Environment):
         self._play_others()
         return Reply([{"role": "user", "content": self._news()}], done=self._is_done)
 
-    def reward(self) -> float | None:
+    def reward(self) -> float:
         """Return the reward that the game gives the policy's seat."""
         given = cast("Mapping[int, float] | None", self._call(self.game.close)[0])
         return self._unfinished if given is None or not self._is_done else float(given[self.seat])
