@@ -116,7 +116,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/judge.py", "self.slots.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(self.max_concurrency))", "asyncio.Semaphore(self.max_concurrency)", "test_rewards_judge.py"),
     # adapters of environments
     ("environments/textarena.py", "            vars(module)[\"random\"] = _RANDOM\n", "            pass\n", TEXTARENA),
-    ("environments/textarena.py", "self._call(self.game.reset, num_players=self._players, seed=seed)", "self._call(self.game.reset, num_players=self._players)", TEXTARENA),
+    ("environments/textarena.py", "self._rng.randrange(self._players) if", "0 if", TEXTARENA),
     ("environments/textarena.py", "if not (sender == self.seat and kind.name == \"PLAYER_ACTION\")", "if True", TEXTARENA),
     ("environments/textarena.py", "action=_without_reasoning(text)", "action=text", TEXTARENA),
     ("environments/textarena.py", "float(given[self.seat])", "float(given[0])", TEXTARENA),

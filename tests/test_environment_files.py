@@ -49,6 +49,12 @@ class Echo(Environment):
         return float(self.turns)
 
 
+class Gold(Echo):
+    def reset(self, row, seed):
+        super().reset(row, seed)
+        self.answer = row["answer"]
+
+
 class Counter:
     def reset(self, **row):
         self.count = 0
@@ -260,7 +266,7 @@ def test_an_evaluation_plays_episodes(folder: Path, capsys: pytest.CaptureFixtur
     path = folder / "eval.toml"
     path.write_text(
         f'model = "{folder}/model"\ndata.eval = "{folder}/rows.jsonl"\n[environment]\nkind = "python"\n'
-        'factory = "env.py:Echo"\noptions.rounds = 1\n[[rubric]]\nkind = "environment"\n'
+        'factory = "env.py:Gold"\noptions.rounds = 1\n[[rubric]]\nkind = "environment"\n'
         "[evaluation]\nnum_samples = 2\nmax_completion_length = 600\n"
     )
     assert main(["eval", str(path)]) == 0

@@ -85,6 +85,13 @@ def test_a_function_plays_the_other_seat(moves: list[str], reward: float, num_tu
         assert "placed their symbol (X)" not in shown[2]
 
 
+def test_the_reward_is_that_of_the_policys_seat() -> None:
+    played = game("TicTacToe-v0", opponent=columns, seat=1)
+    played.reset(ROW, 0)
+    assert [played.step(move).done for move in ("[0]", "[8]")] == [False, True]  # against 3, 4 and 5
+    assert played.reward() == -1.0
+
+
 def test_seats_are_drawn_by_seed_and_the_other_may_begin() -> None:
     played = game("TicTacToe-v0", opponent=columns)
     seats = []
