@@ -218,7 +218,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/formats.py", "return text.count(f\"<{name}>\") > 1 or (", "return text.count(f\"<{name}>\") > 0 or (", SETTLED),
     ("rewards/catalogue.py", "return text.count(\"<think>\") > 1 or not", "return text.count(\"<think>\") > 0 or not", SETTLED),
     ("stages/sampler.py", "rule = self._stage.settled if is_training else None", "rule = self._stage.settled", SETTLED),
-    ("stages/algorithm.py", "completion.stop_reason is StopReason.LENGTH", "completion.stop_reason is not StopReason.EOS", SETTLED),
+    ("types.py", "self.stop_reason in (StopReason.LENGTH, StopReason.BUDGET)", "self.stop_reason is not StopReason.EOS", SETTLED),
     # vLLM
     ("rollout/vllm/wire.py", '"seed": key + request.first_sample', '"seed": key', "test_vllm_wire.py"),
     ("rollout/vllm/updates.py", "version != self._version or ", "", "test_vllm_pool.py"),
@@ -337,7 +337,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/policy_gradient.py", "else min(max(reward, clip[0]), clip[1])", "else reward", RLOO),
     ("training/kl_penalty.py", "self._next = adapted_beta(", "self.coefficient = self._next = adapted_beta(", BETA),
     ("stages/sampler.py", "        self._check(groups)\n", "", "test_policy_trainer.py"),
-    ("stages/policy_gradient.py", "[self.kl.coefficient * value for value in kl]", "[-self.kl.coefficient * value for value in kl]", RLOO),
+    ("stages/policy_gradient.py", "[self.kl.coefficient * value for value in completion.scored(kl)]", "[-self.kl.coefficient * value for value in completion.scored(kl)]", RLOO),
     ("training/kl_penalty.py", "KL_ESTIMATORS[self._args.kl_estimator]", "KL_ESTIMATORS[\"k3\"]", RLOO),
     ("stages/policy_gradient.py", "return wanted and (", "return False and (", "test_policy_trainer.py::test_the_divergence_in_the_reward_does_not_depend_on_what_an_engine_tells"),
     ("stages/policy_gradient.py", "always = kl_coef > 0 or bonus.is_on", "always = kl_coef > 0", "test_policy_trainer.py::test_a_group_without_spread_keeps_its_entropy_bonus"),
