@@ -146,7 +146,7 @@ class Run:
         )
         args = GRPOConfig(
             output_dir=str(self.folder / "grpo"), max_steps=options.steps, per_device_train_batch_size=32,
-            num_generations=8, max_completion_length=200, learning_rate=4e-6, scale_rewards="batch",
+            num_generations=8, max_completion_length=200, learning_rate=1.5e-5, scale_rewards="batch",
             lr_scheduler_type="constant_with_warmup", warmup_steps=3, save_strategy="no", logging_steps=1,
             max_tool_calling_iterations=3, num_generations_eval=1, seed=self.seed, report_to=[], log_completions=True,
         )  # fmt: skip
