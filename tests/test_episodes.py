@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
@@ -386,17 +388,42 @@ def test_openings_become_the_prompt_of_the_group(differs: bool) -> None:
 class Server(Script, OverlappingEngine):
     """The script as a server, which samples while its caller does something else."""
 
+    asking = 0
+
     def start(self, requests: Sequence[Request], *, seed: int, step: int) -> list[Future[list[Completion]]]:
         futures = [Future[list[Completion]]() for _ in requests]
+        self.asking += len(futures)
 
         def serve() -> None:
             for asked, future in zip(requests, futures, strict=True):
-                future.set_result(self.play(asked))
+                with contextlib.suppress(InvalidStateError):  # nobody waits any more
+                    future.set_result(self.play(asked))
 
         threading.Thread(target=serve, daemon=True).start()
         return futures
 
-    def cancel(self, begun: Sequence[Future[list[Completion]]]) -> None: ...
+    def cancel(self, begun: Sequence[Future[list[Completion]]]) -> None:
+        self.given_up = [*begun]
+
+
+def test_turns_of_episodes_that_are_given_up_are_cancelled() -> None:
+    environments, script, _ = setup("chatml", None, factory=lambda: Rounds(2))
+    server, hold = Server(script.tokenizer, script.end, None), threading.Event()
+
+    def turn(index: int, sample: int, number: int) -> tuple[str, StopReason]:
+        hold.wait(60)
+        return "Hi.", StopReason.EOS
+
+    server.turns, server.given_up = turn, []
+    over = environments.engine(server, environments.dialogue.ends, None)
+    assert isinstance(over, OverlappingEngine)
+    begun = over.start([request(environments, samples=2)], seed=0, step=0)
+    while not server.asking:
+        time.sleep(0.01)
+    over.cancel(begun)
+    while not server.given_up:
+        time.sleep(0.01)
+    hold.set()
 
 
 def test_episodes_over_a_server_are_those_over_an_engine_and_overlap() -> None:

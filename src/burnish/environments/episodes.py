@@ -137,7 +137,12 @@ class EpisodeEngine(Engine):
         """Start the episodes of one request on the event loop."""
 
         async def sample(request: Request) -> list[Completion]:
-            return await asyncio.wrap_future(ask(request))
+            asked = ask(request)
+            try:
+                return await asyncio.wrap_future(asked)
+            except asyncio.CancelledError:
+                self._give_up(asked)
+                raise
 
         async def episodes() -> list[Completion]:
             plays = await asyncio.gather(
@@ -172,13 +177,16 @@ class EpisodeEngine(Engine):
 
         return asyncio.run_coroutine_threadsafe(episodes(), shared_loop("episodes"))
 
+    def _give_up(self, asked: Future[list[Completion]]) -> None:
+        """Stop sampling a turn that nobody waits for; an engine in this process has sampled it by then."""
+
     async def _open(self, request: Request, number: int, seed: int, step: int) -> _Play:
         """Make an environment, reset it, and encode the context of the first turn."""
         completion = Completion([], loss_mask=[], sampler_logprobs=[], policy_logprobs=[])
         record = completion.episode = Episode()
         play = _Play(request, number, Environment(), (), list(request.prompt_ids), completion, record)
         try:
-            play.environment = self._make_environment(request.row)
+            play.environment = await self._called(self._make_environment, request.row)
             record.environment, record.name = play.environment, play.environment.name
             play.schemas = play.environment.schemas()
             # Equal over the samples of a group: they answer the same task.
@@ -318,9 +326,12 @@ class OverlappingEpisodeEngine(EpisodeEngine, OverlappingEngine):
         return [self._begin(request, ask, lambda: None, seed, step) for request in requests]
 
     def cancel(self, begun: Sequence[Future[list[Completion]]]) -> None:
-        """Give up episodes."""
+        """Give up episodes, and the turns that are being sampled for them."""
         for future in begun:
             future.cancel()
+
+    def _give_up(self, asked: Future[list[Completion]]) -> None:
+        self.engine.cancel([asked])
 
 
 def episode_engine(

@@ -64,7 +64,6 @@ class Environments:
         budget: Budget | None = None,
     ) -> None:
         self._tools, self._tool_seconds, self._budget = list(tools), tool_seconds, budget or Budget()
-        self._tokenizer, self._kwargs = tokenizer, chat_template_kwargs
         self.is_mixed = isinstance(factory, Mapping)
         self._factories: dict[str | None, Factory | None] = (
             {**factory} if isinstance(factory, Mapping) else {None: factory}
@@ -79,7 +78,8 @@ class Environments:
         self.rewarding = list(dict.fromkeys(probe.name for probe in probes.values() if _owns_reward(probe)))
         """Names of the environments that give a reward of their own."""
         for probe in probes.values():
-            probe.close()
+            if isinstance(probe, ToolEnvironment):
+                probe.close()  # the first episode takes it
         offered = [schema for schemas in self.schemas.values() for schema in schemas]
         is_described = not offered or describes_tools(tokenizer, template, offered)
         if not is_described:
