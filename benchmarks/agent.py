@@ -1,6 +1,6 @@
 """An agent learns to use tools: SmolLM2 with three arithmetic tools, taught on the spot, then GRPO (README.md).
 
-Usage: python benchmarks/agent.py [--seeds 0 1 2] [--steps 40] [--sft-steps 8] [--held-out 200]
+Usage: python benchmarks/agent.py [--seeds 0 1 2] [--steps 26] [--sft-steps 12] [--held-out 160]
 
 A problem takes one or two tool calls, whose results the next turn has to use: numbers are too large for the model to
 multiply itself. A short supervised stage shows the format on a few transcripts; GRPO then plays episodes of up to four
@@ -203,9 +203,9 @@ def paired(before: list[bool], after: list[bool]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--sft-steps", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--sft-steps", type=int, default=12)
+    parser.add_argument("--held-out", type=int, default=160)
     parser.add_argument("--out", type=Path, default=Path("outputs/agent"))
     options = parser.parse_args()
     runs: list[Row] = []
