@@ -118,7 +118,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("environments/textarena.py", "            vars(module)[\"random\"] = _RANDOM\n", "            pass\n", TEXTARENA),
     ("environments/textarena.py", "self._rng.randrange(self._players) if", "0 if", TEXTARENA),
     ("environments/textarena.py", "if not (sender == self.seat and kind.name == \"PLAYER_ACTION\")", "if True", TEXTARENA),
-    ("environments/textarena.py", "action=_without_reasoning(text)", "action=text", TEXTARENA),
+    ("environments/textarena.py", "action=without_reasoning(text)", "action=text", TEXTARENA),
     ("environments/textarena.py", "float(given[self.seat])", "float(given[0])", TEXTARENA),
     ("environments/textarena.py", "self._unfinished if given is None or not self._is_done", "0.0 if given is None or not self._is_done", TEXTARENA),
     ("environments/textarena.py", "trial = copy.deepcopy(self.game)", "trial = self.game", TEXTARENA),

@@ -111,7 +111,7 @@ TOOLS = '[environment]\nkind = "tools"\ntools = ["env.py:add"]\n[[rubric]]\nkind
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"kind": "tool"}, "environment.kind = 'tool': did you mean 'tools'. Use one of: gym, mcp, python"),
+        ({"kind": "tool"}, "environment.kind = 'tool': did you mean 'tools'. Use one of: gym, mcp, openenv, python"),
         ({}, "environment.kind = None: "),
         ({"kind": "tools"}, "environment.tools is missing: kind 'tools' needs it"),
         ({"kind": "tools", "tools": []}, "name at least one function"),
@@ -142,6 +142,7 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
     tables = {
         "textarena": {"game": "TicTacToe-v0"},
         "mcp": {"command": ["x"]},
+        "openenv": {"url": "http://localhost:8000"},
         "gym": {},
     }
     for kind, options in tables.items():

@@ -10,6 +10,7 @@ from typing import Any
 from burnish.config.options import allowed, check_options
 from burnish.environments.gym import gym_environment
 from burnish.environments.mcp import mcp_environment
+from burnish.environments.openenv import openenv_environment
 from burnish.environments.textarena import textarena_environment
 from burnish.environments.tool_sets import ToolSet
 from burnish.environments.tools import Tool
@@ -63,6 +64,7 @@ def _imported(field: str, name: str, options: Mapping[str, Any] | None, folder: 
 ENVIRONMENTS: dict[str, Callable[..., Callable[[], Any]]] = {
     "gym": gym_environment,
     "mcp": mcp_environment,
+    "openenv": openenv_environment,
     "python": python_environment,
     "textarena": textarena_environment,
     "tools": tools_environment,

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from burnish.data.formats import Message
 from burnish.environments.environment import Environment, Reply
+from burnish.environments.turns import behind_prompt, without_reasoning
 from burnish.errors import ConfigError, show
 from burnish.rewards.calls import accepted
 from burnish.rewards.functions import python_function
@@ -157,14 +158,11 @@ class TextArenaEnvironment(Environment):
         """Begin a game; its first observation follows the prompt of the row."""
         self.begin(seed)
         self._play_others()
-        *before, last = row.get("prompt") or [{"role": "user", "content": ""}]
-        if last["role"] != "user":
-            return [*before, last, {"role": "user", "content": self._news()}]
-        return [*before, {**last, "content": f"{last['content']}\n\n{self._news()}".lstrip()}]
+        return behind_prompt(row, self._news())
 
     def step(self, text: str) -> Reply:
         """Move, and let the others move until it is the policy's turn again."""
-        self._is_done = self._call(self.game.step, action=_without_reasoning(text))[0]
+        self._is_done = self._call(self.game.step, action=without_reasoning(text))[0]
         self._play_others()
         return Reply([{"role": "user", "content": self._news()}], done=self._is_done)
 
@@ -243,8 +241,3 @@ def _use_episode_random() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("textarena.") and vars(module).get("random") is random:
             vars(module)["random"] = _RANDOM
-
-
-def _without_reasoning(text: str) -> str:
-    """Return a turn without its reasoning, of which the template may have written the opening tag."""
-    return re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL).rpartition("</think>")[2].strip()
