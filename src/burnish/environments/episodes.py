@@ -24,7 +24,7 @@ from burnish.environments.environment import Environment, Reply, called
 from burnish.errors import DataError, contained
 from burnish.rewards.calls import shared_loop
 from burnish.rollout.collect import generate
-from burnish.rollout.engine import Engine, OverlappingEngine, Request
+from burnish.rollout.engine import Engine, EngineOver, OverlappingEngine, Request
 from burnish.rollout.prompts import Shard
 from burnish.rollout.sampling import stream_key
 from burnish.types import Completion, Episode, Group, StopReason
@@ -70,7 +70,7 @@ class _Play:
     started: float = field(default_factory=time.monotonic)
 
 
-class EpisodeEngine(Engine):
+class EpisodeEngine(EngineOver):
     """Engine that plays an episode for every sample.
 
     Args:
@@ -112,19 +112,6 @@ class EpisodeEngine(Engine):
         finally:
             for future in begun:
                 future.cancel()
-
-    def sync(self, version: int) -> Mapping[str, float] | None:
-        """Sample from the trainer's current weights from now on."""
-        return self.engine.sync(version)
-
-    def sleep(self) -> None:
-        """Free what only sampling needs."""
-        if (sleep := getattr(self.engine, "sleep", None)) is not None:
-            sleep()
-
-    def close(self) -> None:
-        """Close the engine."""
-        self.engine.close()
 
     def _begin(
         self,

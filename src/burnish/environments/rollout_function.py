@@ -9,7 +9,7 @@ from typing import Any
 from burnish.data.tokens import decode_text
 from burnish.errors import EngineError
 from burnish.rollout.collect import generate
-from burnish.rollout.engine import Engine, Request, SamplingParams
+from burnish.rollout.engine import Engine, EngineOver, Request, SamplingParams
 from burnish.types import Completion, Episode, StopReason
 
 __all__ = ["RolloutFunctionEngine"]
@@ -17,7 +17,7 @@ __all__ = ["RolloutFunctionEngine"]
 _COLUMNS = ("prompt_ids", "completion_ids", "logprobs")
 
 
-class RolloutFunctionEngine(Engine):
+class RolloutFunctionEngine(EngineOver):
     """Engine that asks a function for the completions.
 
     Args:
@@ -77,19 +77,6 @@ class RolloutFunctionEngine(Engine):
             for i, ids in enumerate(prompt_ids)
         ]
         return generate(self.engine, requests, seed=self._key[0], step=self._key[1])
-
-    def sync(self, version: int) -> Mapping[str, float] | None:
-        """Sample from the trainer's current weights from now on."""
-        return self.engine.sync(version)
-
-    def sleep(self) -> None:
-        """Free what only sampling needs."""
-        if (sleep := getattr(self.engine, "sleep", None)) is not None:
-            sleep()
-
-    def close(self) -> None:
-        """Close the engine."""
-        self.engine.close()
 
     def _completion(self, row: Mapping[str, Any]) -> Completion:
         token_ids = [int(token) for token in row["completion_ids"]]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from burnish.errors import ConfigError
 from burnish.types import Completion
 
-__all__ = ["Engine", "OverlappingEngine", "Request", "SamplingParams", "eos_token_ids"]
+__all__ = ["Engine", "EngineOver", "OverlappingEngine", "Request", "SamplingParams", "eos_token_ids"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,25 @@ class OverlappingEngine(Engine, Protocol):
     def cancel(self, begun: Sequence[Future[list[Completion]]]) -> None:
         """Give up what `start` has begun."""
         ...
+
+
+class EngineOver(Engine):
+    """An engine that samples through another one, to which it leaves all but `generate`."""
+
+    engine: Engine
+
+    def sync(self, version: int) -> Mapping[str, float] | None:
+        """Sample from the trainer's current weights from now on."""
+        return self.engine.sync(version)
+
+    def sleep(self) -> None:
+        """Free what only sampling needs, where the other engine can."""
+        if (sleep := getattr(self.engine, "sleep", None)) is not None:
+            sleep()
+
+    def close(self) -> None:
+        """Close the other engine."""
+        self.engine.close()
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
