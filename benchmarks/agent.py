@@ -1,6 +1,6 @@
 """An agent learns to use tools: SmolLM2 with three arithmetic tools, taught on the spot, then GRPO (README.md).
 
-Usage: python benchmarks/agent.py [--seeds 0 1 2] [--steps 26] [--sft-steps 12] [--held-out 160]
+Usage: python benchmarks/agent.py [--seeds 0 1 2] [--steps 18] [--sft-steps 12] [--held-out 120]
 
 A problem takes one or two tool calls, whose results the next turn has to use: numbers are too large for the model to
 multiply itself. A short supervised stage shows the format on a few transcripts; GRPO then plays episodes of up to four
@@ -80,19 +80,12 @@ def problems(number: int, seed: int) -> list[Problem]:
     while len(found) < number:
         a, b, c = draw.randint(112, 989), draw.randint(12, 98), draw.randint(101, 999)
         thing = draw.choice(things)
-        kind = draw.randrange(4)
-        if kind == 0:
+        if draw.random() < 0.5:
             text = f"A box holds {a} {thing}. How many {thing} are in {b} boxes?"
             found.append(Problem(text, (("multiply", a, b),)))
-        elif kind == 1:
-            text = f"Ana has {a} {thing} and buys {c} more. How many {thing} does she have?"
-            found.append(Problem(text, (("add", a, c),)))
-        elif kind == 2:
+        else:
             text = f"There are {b} boxes with {a} {thing} each, and {c} loose {thing}. How many {thing} are there?"
             found.append(Problem(text, (("multiply", a, b), ("add", a * b, c))))
-        else:
-            text = f"{b} shelves hold {a} {thing} each. {c} {thing} are sold. How many {thing} are left?"
-            found.append(Problem(text, (("multiply", a, b), ("subtract", a * b, c))))
     return found
 
 
@@ -203,9 +196,9 @@ def paired(before: list[bool], after: list[bool]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=26)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--sft-steps", type=int, default=12)
-    parser.add_argument("--held-out", type=int, default=160)
+    parser.add_argument("--held-out", type=int, default=120)
     parser.add_argument("--out", type=Path, default=Path("outputs/agent"))
     options = parser.parse_args()
     runs: list[Row] = []

@@ -275,7 +275,7 @@ def test_an_environment_of_trl_needs_no_reward_function(tmp_path: Path) -> None:
 
 
 def test_without_a_reward_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reward_funcs = None: pass a rubric or functions, or an environment"):
+    with pytest.raises(ConfigError, match="reward_funcs = None: pass a callable, a Rubric, or an environment"):
         build(tmp_path, environment_factory=Talk, reward_funcs=None)
 
 

@@ -348,7 +348,7 @@ def test_only_truncated_completions_are_masked(tmp_path: Path) -> None:
     algorithm = grpo(tmp_path, mask_truncated_completions=True).stage.algorithm
     for reason in StopReason:
         completion = Completion([1, 2], stop_reason=reason, score=Score(1.0))
-        assert algorithm.in_loss(completion) is (reason is not StopReason.LENGTH)
+        assert algorithm.in_loss(completion) is (reason not in (StopReason.LENGTH, StopReason.BUDGET))
     assert not algorithm.in_loss(Completion([1, 2], stop_reason=StopReason.EOS, score=Score(None)))
 
 

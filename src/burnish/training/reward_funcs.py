@@ -48,7 +48,7 @@ def as_rubric(
     if rewards is None:
         if not environments:
             raise ConfigError(
-                "reward_funcs = None: pass a rubric or functions, or an environment that gives a reward (get_reward())."
+                "reward_funcs = None: pass a callable, a Rubric, or an environment that gives a reward (get_reward())."
             )
         return _with_environments((), environments)
     listed: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
