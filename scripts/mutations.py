@@ -68,6 +68,8 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("environments/dialogue.py", "return ids if stop is None else ids[1:]", "return ids", EPISODES),
     ("environments/dialogue.py", "self._controls.sub(lambda found: f\"{found[0][0]} {found[0][1:]}\", plain)", "plain", EPISODES),
     ("environments/dialogue.py", "        if _ANSWER in whole:\n", "        if True:\n", EPISODES),
+    ("environments/dialogue.py", "            if not turn.get(\"tool_calls\"):\n                raise\n", "            raise\n", EPISODES),
+    ("environments/textarena.py", "            return Reply(done=True)\n", "            raise\n", TEXTARENA),
     ("environments/setup.py", "self._idle[name].append(environment)", "pass", EPISODES),
     ("rewards/rubric.py", "score.total, score.errors[\"environment\"] = None, completion.episode.error", "score.errors[\"environment\"] = completion.episode.error", AGENTS),
     ("rewards/verifiers.py", "if message[\"role\"] == \"assistant\"]", "]", AGENTS),

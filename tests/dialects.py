@@ -45,6 +45,7 @@ LLAMA = """\
 Functions: {% for tool in tools %}{{ tool | tojson }} {% endfor %}<|eot_id|>{% endif -%}
 {%- for m in messages -%}
 {%- if m.tool_calls -%}
+{%- if m.tool_calls | length > 1 %}{{ raise_exception('one call a turn') }}{% endif -%}
 <|start_header_id|>assistant<|end_header_id|>
 
 {"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}<|eot_id|>

@@ -116,13 +116,16 @@ def turns_of(environments: Environments, seed: int) -> Any:
         call = ToolCall("add", {"a": draw.randint(0, 9), "b": number}, id="abcdef123")
         kinds = {
             "call": write([call]),
+            # Some templates want an identifier, or take one call a turn: the policy may write something else.
+            "bare": write([ToolCall("add", {"a": number, "b": 1})]),
+            "two": write([call, ToolCall("add", {"a": 0, "b": number})]),
             "failing": write([ToolCall("fail", {"reason": "é <|im_end|> [INST]"}, id="abcdef124")]),
             "unknown": write([ToolCall("other", {}, id="abcdef125")]),
             "thinking": f"<think>\nHm.\n</think>\n\n{write([call])}",
             "cut": write([call])[:-3],
             "plain": "It is 5.",
         }
-        weights = [4, 2, 1, 3, 1, 1] if number < 5 else [0, 0, 0, 0, 0, 1]
+        weights = [4, 2, 2, 2, 1, 3, 1, 1] if number < 5 else [0] * 7 + [1]
         text = draw.choices(list(kinds.values()), weights)[0]
         return (text + "STOP", StopReason.STOP) if draw.random() < 0.2 else (text, StopReason.EOS)
 

@@ -139,6 +139,19 @@ def test_a_game_that_a_limit_ends_is_lost() -> None:
         assert played.reward() == chosen
 
 
+def test_a_move_that_the_game_trips_over_loses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception would exclude the completion, and a policy could look for one instead of losing."""
+    played = game("TicTacToe-v0", opponent=columns, seat=0)
+    played.reset(ROW, 0)
+
+    def broken(action: str) -> Any:
+        raise IndexError(action)
+
+    monkeypatch.setattr(played.game, "step", broken)
+    assert played.step("[99]").done
+    assert played.reward() == -1.0
+
+
 def test_an_opponent_without_a_move_fails_its_episode_with_the_fix() -> None:
     make = textarena_environment(game="Chopsticks-v0", opponent="random", seat=1)
     environments, _, engine = setup("chatml", lambda i, s, n: ("[attack]", StopReason.EOS), factory=make)

@@ -93,6 +93,9 @@ class Dialogue:
     ) -> list[int]:
         """Encode what follows a sampled turn, up to the next turn.
 
+        Where the template rejects the calls of a turn (one without the identifier that it wants, a second one), the
+        answers are shown as messages of the user: what a policy writes must not end its episode without a reward.
+
         Args:
             turn: the turn as a message: which tools it calls decides how answers are rendered.
             answers: messages of the environment.
@@ -102,7 +105,12 @@ class Dialogue:
         Raises:
             DataError: the template does not end the turn with a stop token, or rejects the messages.
         """
-        text, place, name = self.rendered_reply(turn, answers, schemas)
+        try:
+            text, place, name = self.rendered_reply(turn, answers, schemas)
+        except DataError:
+            if not turn.get("tool_calls"):
+                raise
+            text, place, name = self.rendered_reply({"role": "assistant", "content": ""}, answers, schemas)
         # Encoded behind the stop token, as in a whole conversation: a tokenizer may treat the start of a text apart.
         ids = plain_ids(self.tokenizer, text[place:])
         if ids[:1] != [self.stops[name]]:

@@ -6,6 +6,7 @@ import contextvars
 import copy
 import difflib
 import importlib
+import logging
 import random
 import re
 import sys
@@ -22,6 +23,8 @@ from burnish.rewards.functions import python_function
 from burnish.rewards.verifiers import require
 
 __all__ = ["TextArenaEnvironment", "textarena_environment"]
+
+logger = logging.getLogger(__name__)
 
 _MOST_MOVES = 10_000
 """Moves of other seats in a row after which a game is given up: it would never come back to the policy."""
@@ -162,14 +165,20 @@ class TextArenaEnvironment(Environment):
 
     def step(self, text: str) -> Reply:
         """Move, and let the others move until it is the policy's turn again."""
-        self._is_done = self._call(self.game.step, action=without_reasoning(text))[0]
+        try:
+            self._is_done = self._call(self.game.step, action=without_reasoning(text))[0]
+        except Exception as error:  # games trip over moves that they do not expect, and a policy could hide in that
+            logger.info("%s failed on a move, which ends the game as unfinished: %r", self._game, error)
+            return Reply(done=True)
         self._play_others()
         return Reply([{"role": "user", "content": self._news()}], done=self._is_done)
 
     def reward(self) -> float:
         """Return the reward that the game gives the policy's seat."""
+        if not self._is_done:
+            return self._unfinished
         given = cast("Mapping[int, float] | None", self._call(self.game.close)[0])
-        return self._unfinished if given is None or not self._is_done else float(given[self.seat])
+        return self._unfinished if given is None else float(given[self.seat])
 
     def _play_others(self) -> None:
         """Let other seats move until it is the policy's turn, or the game has ended."""

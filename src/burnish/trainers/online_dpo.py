@@ -53,12 +53,7 @@ class OnlineDPOTrainer(Learner[OnlineStage]):
         quantization_config: load the model's weights quantised (QLoRA); needs `peft_config`.
         peft_config: train these adapters instead of the weights.
         reward_processing_classes: tokenizers of reward models; their own if None.
-        tools: typed functions that the policy may call over several turns.
-        rollout_func: `f(prompts, trainer)` that returns the completions of a rollout itself: columns `prompt_ids`,
-            `completion_ids`, `logprobs` and optionally `env_mask`, G rows for each prompt.
-        environment_factory: makes an episode's environment: a `burnish.environments.Environment`, or an object with
-            `reset(**row)`, public methods that are tools, and `get_reward()` where it owns the reward; a dictionary of
-            several is chosen from by the column `environment`.
+        tools, rollout_func, environment_factory: episodes of several turns, as in `GRPOTrainer`.
         engine: samples completions; the native in-process engine if None.
         ref_model: the reference; if None, the model as it was given (adapters off, or a frozen copy).
         compute_metrics: the groups of an evaluation, sampled and scored -> metrics by name.
