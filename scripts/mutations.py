@@ -122,7 +122,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("environments/textarena.py", "if not (sender == self.seat and kind.name == \"PLAYER_ACTION\")", "if True", TEXTARENA),
     ("environments/textarena.py", "action=without_reasoning(text)", "action=text", TEXTARENA),
     ("environments/textarena.py", "float(given[self.seat])", "float(given[0])", TEXTARENA),
-    ("environments/textarena.py", "self._unfinished if given is None or not self._is_done", "0.0 if given is None or not self._is_done", TEXTARENA),
+    ("environments/textarena.py", "        if not self._is_done:\n            return self._unfinished\n", "        if not self._is_done:\n            return 0.0\n", TEXTARENA),
     ("environments/textarena.py", "trial = copy.deepcopy(self.game)", "trial = self.game", TEXTARENA),
     ("environments/gym.py", "self._cost * max(len(self.scores) - 1, 0)", "self._cost * len(self.scores)", GYM),
     ("environments/gym.py", "done=score >= 1.0 or left == 0", "done=left == 0", GYM),
@@ -515,6 +515,9 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
 )  # fmt: skip
 
 
+_HANGS_SECONDS = 900.0
+
+
 def cannot_be_made(mutation: tuple[str, str, str, str]) -> str | None:
     """Why a line of MUTATIONS fits the sources no more, or None: code moves, and the line must move with it."""
     name, old, _, tests = mutation
@@ -539,7 +542,12 @@ def survives(mutation: tuple[str, str, str, str]) -> str | None:
         file.write_text(file.read_text().replace(old, new))
         environment = {**os.environ, "PYTHONPATH": str(Path(folder) / "src"), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=_HANGS_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return None  # the mutated code waits for what never comes, and no test passes
         if done.returncode == 1:
             return None
         return f"{name}: {old!r} -> {new!r} survives {tests} (exit {done.returncode})"
