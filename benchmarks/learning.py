@@ -49,7 +49,8 @@ class Task:
     def _rows(self, name: str) -> Rows:
         return load_rows(getattr(self.file.data, name), f"data.{name}")
 
-    def _disjoint(self, name: str) -> Rows:
+    def training_rows(self, name: str = "train") -> Rows:
+        """Rows of a data set that no held-out problem is among."""
         return disjoint(self._rows(name), self._rows("eval"), keep_repeats=True)[0]
 
     def prepare(self) -> dict[str, Any]:
@@ -62,7 +63,7 @@ class Task:
                 "output_dir": str(self.checkpoint),
                 "report_to": "none",
             }
-            stages.train("sft", self.file.model, self._disjoint("sft"), settings)
+            stages.train("sft", self.file.model, self.training_rows("sft"), settings)
             done.touch()
         found = self.folder / f"start-{len(self.held_out)}.json"
         if not found.is_file():
@@ -80,7 +81,7 @@ class Task:
     def settings(self, side: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         """Settings of a worker; writes the file with its prompts, which have the seed's order on both sides."""
         grpo, task = self.file.stages["grpo"], self.folder / f"task-{seed}.json"
-        rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in self._disjoint("train")]
+        rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in self.training_rows()]
         random.Random(seed).shuffle(rows)
         # TRL's environment has no reasoning-gym. `exact` accepts what its verifier does, except +7 or 7.0.
         rubric = [
