@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
@@ -46,6 +47,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "server-lora": LORA | SERVER,
 }
 """Settings of an arm beside those of the demo."""
+TIMED = ("server", "ahead")
+"""Arms that are compared by the clock, in all seeds; the others have two."""
 KEPT = (
     "reward",
     "kl",
@@ -158,10 +161,10 @@ def stored(arm: str, seed: int, options: argparse.Namespace) -> Run | None:
     return found
 
 
-def start(arm: str, seed: int, url: str | None, options: argparse.Namespace) -> None:
-    """Run one arm and seed in a process of its own, on the trainer's core."""
+def start(arm: str, seed: int, url: str | None, core: int, options: argparse.Namespace) -> None:
+    """Run one arm and seed in a process of its own, on one core."""
     log = options.out / f"{arm}-{seed}.log"
-    command = ["taskset", "-c", str(options.cores[0]), sys.executable, __file__, "--one", arm, str(seed),
+    command = ["taskset", "-c", str(core), sys.executable, __file__, "--one", arm, str(seed),
                f"--steps={options.steps}", f"--held-out={options.held_out}", f"--out={options.out}"]  # fmt: skip
     command += ["--url", url] if url else []
     with log.open("w") as stream:
@@ -214,25 +217,31 @@ def main() -> None:
     task = make_task(options)
     first = task.prepare()
     say(f"start: {first['accuracy']:.1%}")
-    for arms, words in (
-        (("native", "native-lora"), None),
-        (("server", "ahead"), ()),
-        (("server-lora",), ("--lora-rank", str(RANK))),
-    ):
-        # The order of arms alternates, so that a machine that slows down favours none.
-        missing = [
-            (arm, seed)
-            for number, seed in enumerate(options.seeds)
-            for arm in (arms if number % 2 == 0 else arms[::-1])
-            if arm in options.arms and stored(arm, seed, options) is None
-        ]
-        if not missing:
-            continue
-        with contextlib.nullcontext(None) if words is None else served(task.checkpoint, options, *words) as url:
-            for arm, seed in missing:
-                start(arm, seed, url, options)
-                run = stored(arm, seed, options) or {}
-                say(f"{arm} seed {seed}: {run['last']['accuracy']:.1%} after {run['steps'][-1]['clock'] / 60:.1f} min")
+    # The order of arms alternates, so that a machine that slows down favours none.
+    missing = [
+        (arm, seed)
+        for number, seed in enumerate(options.seeds)
+        for arm in (options.arms if number % 2 == 0 else options.arms[::-1])
+        if (seed < 2 or arm in TIMED) and stored(arm, seed, options) is None
+    ]
+
+    def run(arm: str, seed: int, url: str | None, core: int) -> None:
+        start(arm, seed, url, core, options)
+        found = stored(arm, seed, options) or {}
+        say(f"{arm} seed {seed}: {found['last']['accuracy']:.1%} after {found['steps'][-1]['clock'] / 60:.1f} min")
+
+    for adapters in (False, True):
+        mine = [(arm, seed) for arm, seed in missing if "use_vllm" in ARMS[arm] and arm.endswith("-lora") == adapters]
+        if mine:
+            with served(task.checkpoint, options, *(("--lora-rank", str(RANK)) if adapters else ())) as url:
+                for arm, seed in mine:
+                    run(arm, seed, url, options.cores[0])
+    # These use one core each and are not timed against each other.
+    alone = [(arm, seed) for arm, seed in missing if "use_vllm" not in ARMS[arm]]
+    with ThreadPoolExecutor(2) as pool:
+        halves = [pool.submit(lambda n=n: [run(*one, None, options.cores[n]) for one in alone[n::2]]) for n in (0, 1)]
+        for half in halves:
+            half.result()
     runs = {arm: [run for seed in options.seeds if (run := stored(arm, seed, options))] for arm in options.arms}
     summary = summarise({arm: own for arm, own in runs.items() if own}, first)
     about = {"hardware": hardware(1), "model": MODEL, "task": "examples/chain_sum.toml", "summary": summary}
