@@ -21,7 +21,7 @@ OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.p
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
-KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
+KERNELS, FUSED, SANDBOX = "test_cpu_kernels.py", "test_fused_layers.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS = "test_rewards_texts.py"
 OVERLAP = "test_reward_overlap.py"
@@ -149,6 +149,13 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/cpu_kernels.cpp", "n.kv_heads * n.value_size};", "n.kv_heads * n.size};", KERNELS),
     ("rollout/cpu_kernels.cpp", "sum / K + epsilon", "sum / K", KERNELS),
     ("rollout/fused_norms.py", "if agree[type(norm.module)]]", "]", KERNELS),
+    ("rollout/fused_layers.py", "layer.error <= _MOST_ERROR", "True", FUSED),
+    ("rollout/fused_layers.py", "and hidden.shape[1] <= MOST_ROWS", "", FUSED),
+    ("rollout/fused_layers.py", "and p.computes(group)", "", FUSED),
+    ("rollout/cpu_kernels.cpp", "straight - to_float", "straight + to_float", FUSED),
+    ("rollout/cpu_kernels.cpp", "if (norm) norm_row(x, norm, x, size, n.head_epsilon);", "", FUSED),
+    ("rollout/cpu_kernels.cpp", "n.gate_up, n.gate_up_bias, gate_up", "n.gate_up, nullptr, gate_up", FUSED),
+    ("rollout/cpu_kernels.cpp", "x < 0 ? decayed : 1.0f", "1.0f", FUSED),
     ("rollout/native.py", "key=expected_tokens, reverse=True", "key=expected_tokens", ADMISSION),
     ("rollout/native.py", "return mean if tokens is None else tokens", "return 0.0 if tokens is None else tokens", ADMISSION),
     ("stages/sampler.py", "lengths = self.lengths if is_training else {}", "lengths = self.lengths", ADMISSION),

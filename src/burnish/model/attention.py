@@ -30,6 +30,7 @@ from burnish.errors import CheckFailed, ModelError
 __all__ = [
     "IMPLEMENTATION",
     "AttentionCall",
+    "BoundMask",
     "Layout",
     "MaskRule",
     "SlidingWindow",
@@ -122,13 +123,13 @@ class _Active:
 
 
 @dataclass(frozen=True)
-class _BoundMask:
+class BoundMask:
     """The `attention_mask` that layers receive: the layout with the mask rule of that layer."""
 
     active: _Active
     rule: SlidingWindow | MaskRule | None
 
-    def __getitem__(self, index: Any) -> _BoundMask:
+    def __getitem__(self, index: Any) -> BoundMask:
         """Return itself: layers that share keys and values slice their mask, and the rule holds for any slice."""
         return self
 
@@ -278,7 +279,7 @@ def _mask(
         )
     if active.checks_mask and attention_mask is not None and not bool(attention_mask.all()):
         raise ModelError("attention_mask: it has zeros, but rows of a layout have no padding; pass all ones.")
-    return _BoundMask(active, _bind_rule(mask_function, local_size, device))
+    return BoundMask(active, _bind_rule(mask_function, local_size, device))
 
 
 def _bind_rule(
@@ -321,9 +322,9 @@ def _attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux if s_aux is not None else sinks,
-        rule=attention_mask.rule if isinstance(attention_mask, _BoundMask) else None,
+        rule=attention_mask.rule if isinstance(attention_mask, BoundMask) else None,
     )
-    if isinstance(attention_mask, _BoundMask):
+    if isinstance(attention_mask, BoundMask):
         _refuse_unknown(call, dropout, kwargs)
         attention_mask.active.calls += 1
         return attention_mask.active.layout.attend(call), None

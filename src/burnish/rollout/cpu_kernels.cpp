@@ -1,5 +1,6 @@
 // What decoding on a CPU spends most of its time in: products of a few rows with a whole weight, and attention of one
-// token to the cache of its row. cpu_kernels.py compiles this file on the machine that runs it, and says what for.
+// token to the cache of its row; and all that a decoder layer computes before and after its attention, in one call each.
+// cpu_kernels.py compiles this file on the machine that runs it, and says what for.
 //
 // bf16 values are handled as 16-bit integers, sums are fp32. The order of additions depends on sizes alone, never on
 // the number of rows or threads, so that a completion does not depend on what it is sampled beside.
@@ -110,7 +111,45 @@ void multiply_block(
     }
 }
 
+// out [M, N] = input [M, K] weight^T + bias, of which each thread of a team computes some columns; all threads call it.
+struct Multiplier {
+    int64_t configured = 0;
+
+    void operator()(
+        const bf16* input, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K
+    ) {
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < N / COLUMNS; ++block) {
+            for (int64_t row = 0; row < M; row += 32) {
+                const int64_t rows = std::min<int64_t>(32, M - row);
+                const int64_t upper = std::min<int64_t>(16, rows), lower = rows - upper;
+                if (rows != configured) configure(upper, lower), configured = rows;
+                const int64_t column = block * COLUMNS;
+                multiply_block(
+                    input + row * K, packed + column * K, bias ? bias + column : nullptr, out + row * N + column,
+                    N, K, upper, lower
+                );
+            }
+        }
+    }
+
+    ~Multiplier() {
+        if (configured) _tile_release();
+    }
+};
+
 #endif
+
+// weight * x / sqrt(mean of squares + epsilon), rounded to bf16 before the weight as well as after.
+void norm_row(const bf16* from, const bf16* weight, bf16* to, int64_t K, float epsilon) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < K; ++k) sum += to_float(from[k]) * to_float(from[k]);
+    const float factor = 1 / sqrtf(sum / K + epsilon);
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k)
+        to[k] = round_bf16(to_float(weight[k]) * to_float(round_bf16(factor * to_float(from[k]))));
+}
 
 // e^x for x <= 0, in a form that compilers vectorise: 2^n times a polynomial of degree 6, within 2 units in the last
 // place; below -87 it is e^-87.
@@ -129,6 +168,37 @@ inline float exp_of(float x) {
     memcpy(&power, &bits, sizeof power);
     return y * power;
 }
+
+inline float silu(float x) {
+    const float decayed = exp_of(-fabsf(x));
+    return x * (x < 0 ? decayed : 1.0f) / (1 + decayed);
+}
+
+void add_row(const bf16* a, const bf16* b, bf16* to, int64_t K) {
+#pragma omp simd
+    for (int64_t k = 0; k < K; ++k) to[k] = round_bf16(to_float(a[k]) + to_float(b[k]));
+}
+
+// x cos + (-second half, first half) sin, in place, with each product rounded as transformers rounds it.
+void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t size) {
+    const int64_t half = size / 2;
+#pragma omp simd
+    for (int64_t d = 0; d < half; ++d) {
+        const float a = to_float(x[d]), b = to_float(x[d + half]);
+        const float straight = to_float(round_bf16(a * to_float(cos[d])));
+        const float turned = to_float(round_bf16(b * to_float(cos[d + half])));
+        x[d] = round_bf16(straight - to_float(round_bf16(b * to_float(sin[d]))));
+        x[d + half] = round_bf16(turned + to_float(round_bf16(a * to_float(sin[d + half]))));
+    }
+}
+
+// Weights of a decoder layer, packed where they are multiplied by, and its sizes; biases and norms of heads may be null.
+struct Layer {
+    const bf16 *input_norm, *query_key_value, *query_key_value_bias, *query_norm, *key_norm, *output, *output_bias;
+    const bf16 *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    int64_t hidden, query_heads, kv_heads, head, intermediate;
+    float input_epsilon, head_epsilon, mlp_epsilon;
+};
 
 // Keys and values of one head in one row's cache; one token's next to another's by `stride`.
 template <typename T>
@@ -279,39 +349,72 @@ void pack(const bf16* weight, bf16* packed, int64_t N, int64_t K) {
 void product(const bf16* input, const bf16* packed, const bf16* bias, bf16* out, int64_t M, int64_t N, int64_t K) {
 #pragma omp parallel
     {
-        int64_t configured = 0;
+        Multiplier multiply;
+        multiply(input, packed, bias, out, M, N, K);
+    }
+}
+
+// Queries, keys and values of a layer: out [T, (query_heads + 2 kv_heads) head] = rotated(norm(hidden) weight^T + bias),
+// where the queries and keys of each head may be normalised before they are rotated; normed [T, hidden] is scratch.
+void project(
+    const Layer* layer, const bf16* hidden, const bf16* cos, const bf16* sin, bf16* normed, bf16* out, int64_t T
+) {
+    const Layer& n = *layer;
+    const int64_t size = n.head, rotated = n.query_heads + n.kv_heads, width = (rotated + n.kv_heads) * size;
+#pragma omp parallel
+    {
+        Multiplier multiply;
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < N / COLUMNS; ++block) {
-            for (int64_t row = 0; row < M; row += 32) {
-                const int64_t rows = std::min<int64_t>(32, M - row);
-                const int64_t upper = std::min<int64_t>(16, rows), lower = rows - upper;
-                if (rows != configured) configure(upper, lower), configured = rows;
-                const int64_t column = block * COLUMNS;
-                multiply_block(
-                    input + row * K, packed + column * K, bias ? bias + column : nullptr, out + row * N + column,
-                    N, K, upper, lower
-                );
-            }
+        for (int64_t t = 0; t < T; ++t)
+            norm_row(hidden + t * n.hidden, n.input_norm, normed + t * n.hidden, n.hidden, n.input_epsilon);
+        multiply(normed, n.query_key_value, n.query_key_value_bias, out, T, width, n.hidden);
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < T * rotated; ++pair) {
+            const int64_t t = pair / rotated, head = pair % rotated;
+            bf16* x = out + t * width + head * size;
+            const bf16* norm = head < n.query_heads ? n.query_norm : n.key_norm;
+            if (norm) norm_row(x, norm, x, size, n.head_epsilon);
+            rotate(x, cos + t * size, sin + t * size, size);
         }
-        if (configured) _tile_release();
+    }
+}
+
+// The rest of a layer: out = h + down(silu(gate(x)) up(x)) with h = hidden + output(attended) and x = norm(h);
+// scratch holds T (hidden + 3 intermediate) values.
+void transform(const Layer* layer, const bf16* hidden, const bf16* attended, bf16* scratch, bf16* out, int64_t T) {
+    const Layer& n = *layer;
+    const int64_t H = n.hidden, I = n.intermediate;
+    bf16 *normed = scratch, *gate_up = normed + T * H, *product = gate_up + 2 * T * I;
+#pragma omp parallel
+    {
+        Multiplier multiply;
+        multiply(attended, n.output, n.output_bias, out, T, H, n.query_heads * n.head);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < T; ++t) {
+            add_row(hidden + t * H, out + t * H, out + t * H, H);
+            norm_row(out + t * H, n.mlp_norm, normed + t * H, H, n.mlp_epsilon);
+        }
+        multiply(normed, n.gate_up, n.gate_up_bias, gate_up, T, 2 * I, H);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < T * I / COLUMNS; ++block) {
+            const int64_t t = block * COLUMNS / I, first = block * COLUMNS % I;
+            const bf16 *gate = gate_up + t * 2 * I + first, *up = gate + I;
+#pragma omp simd
+            for (int64_t i = 0; i < COLUMNS; ++i)
+                product[t * I + first + i] = round_bf16(to_float(round_bf16(silu(to_float(gate[i])))) * to_float(up[i]));
+        }
+        multiply(product, n.down, n.down_bias, normed, T, H, I);
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < T; ++t) add_row(out + t * H, normed + t * H, out + t * H, H);
     }
 }
 
 #endif
 
-// out [M, K] = weight * input / sqrt(mean of squares + epsilon), rounded to bf16 before the weight as well as after.
+// out [M, K]: `norm_row` of each row.
 void rms_norm(const bf16* input, const bf16* weight, bf16* out, int64_t M, int64_t K, float epsilon) {
 #pragma omp parallel for schedule(static) if (M * K > 16384)
-    for (int64_t row = 0; row < M; ++row) {
-        const bf16* from = input + row * K;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < K; ++k) sum += to_float(from[k]) * to_float(from[k]);
-        const float factor = 1 / sqrtf(sum / K + epsilon);
-#pragma omp simd
-        for (int64_t k = 0; k < K; ++k)
-            out[row * K + k] = round_bf16(to_float(weight[k]) * to_float(round_bf16(factor * to_float(from[k]))));
-    }
+    for (int64_t row = 0; row < M; ++row) norm_row(input + row * K, weight, out + row * K, K, epsilon);
 }
 
 #define BURNISH_ATTEND(NAME, T)                                                                                        \

@@ -1,4 +1,4 @@
-"""Products and attention of a decode forward on a CPU, in C++ that is compiled here.
+"""Products, attention and whole decoder layers of a decode forward on a CPU, in C++ that is compiled here.
 
 torch's own kernels are made for many rows: a product of a few rows reads its weight at half of the memory's rate, and
 attention of one token to a few hundred keys is mostly overhead. `cpu_kernels.cpp` is compiled in two seconds by the
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["CPUKernels", "cpu_kernels"]
+__all__ = ["CPUKernels", "LayerWeights", "cpu_kernels"]
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +34,22 @@ _X86_FLAGS = ("-mprefer-vector-width=512",)
 _COMPILING_SECONDS = 120
 _BLOCK = 32
 """Sizes of packed weights are multiples of this."""
+
+
+class LayerWeights(ctypes.Structure):
+    """The `Layer` of `cpu_kernels.cpp`: addresses of a decoder layer's weights, and its sizes.
+
+    Whoever makes one keeps the tensors alive. Biases and norms of heads may be None.
+    """
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "input_norm", "query_key_value", "query_key_value_bias", "query_norm", "key_norm", "output", "output_bias",
+            "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias",
+        )),
+        *((name, ctypes.c_int64) for name in ("hidden", "query_heads", "kv_heads", "head", "intermediate")),
+        *((name, ctypes.c_float) for name in ("input_epsilon", "head_epsilon", "mlp_epsilon")),
+    ]  # fmt: skip
 
 
 class CPUKernels:
@@ -49,6 +65,8 @@ class CPUKernels:
         if self._has_product:
             library.pack.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2
             library.product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+            library.project.argtypes = [ctypes.POINTER(LayerWeights)] + [ctypes.c_void_p] * 5 + [ctypes.c_int64]
+            library.transform.argtypes = [ctypes.POINTER(LayerWeights)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64]
         library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float]
         tensor, strided = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         arguments = strided * 3 + tensor * 5 + [ctypes.c_int64] * 7 + [ctypes.c_float]
@@ -82,6 +100,41 @@ class CPUKernels:
         added = None if bias is None else bias.data_ptr()
         rows = hidden.numel() // depth
         self._library.product(hidden.data_ptr(), packed.data_ptr(), added, out.data_ptr(), rows, size, depth)
+        return out
+
+    def project(
+        self, layer: LayerWeights, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Return a layer's queries [1, heads, T, D], keys and values [1, kv_heads, T, D], rotated.
+
+        Args:
+            layer: its weights.
+            hidden: [1, T, H] in bf16.
+            cos: [1, T, D] in bf16, of the rotary embedding.
+            sin: [1, T, D] in bf16.
+        """
+        assert hidden.dtype == cos.dtype == sin.dtype == torch.bfloat16
+        hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+        tokens, heads = hidden.shape[1], (layer.query_heads, layer.kv_heads, layer.kv_heads)
+        normed, out = torch.empty_like(hidden), hidden.new_empty(1, tokens, sum(heads), layer.head)
+        pointers = (x.data_ptr() for x in (hidden, cos, sin, normed, out))
+        self._library.project(layer, *pointers, tokens)
+        query, key, value = out.transpose(1, 2).split_with_sizes(heads, dim=1)
+        return query, key, value
+
+    def transform(self, layer: LayerWeights, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return a layer's output: h + mlp(norm(h)) with h = hidden + output(attended), the MLP gated by SiLU.
+
+        Args:
+            layer: its weights.
+            hidden: [1, T, H] input of the layer, in bf16.
+            attended: [1, T, heads, D] output of its attention, in bf16.
+        """
+        assert hidden.dtype == attended.dtype == torch.bfloat16
+        hidden, attended = hidden.contiguous(), attended.contiguous()
+        tokens, out = hidden.shape[1], torch.empty_like(hidden)
+        scratch = hidden.new_empty(tokens * (layer.hidden + 3 * layer.intermediate))
+        self._library.transform(layer, *(x.data_ptr() for x in (hidden, attended, scratch, out)), tokens)
         return out
 
     def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from burnish.rollout.cpu_kernels import CPUKernels, cpu_kernels
 
-__all__ = ["fused_norms"]
+__all__ = ["epsilon_of", "fused_norms"]
 
 _EPSILONS = ("variance_epsilon", "eps")
 """Names that modules give to their epsilon."""
@@ -44,6 +44,11 @@ def fused_norms(model: nn.Module) -> Generator[None]:
             norm.module.__dict__.pop("forward", None)
 
 
+def epsilon_of(module: nn.Module) -> float:
+    """Return the epsilon of a norm, or 0 where it is not known."""
+    return next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), 0.0)
+
+
 def _may_be_fused(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return (
@@ -67,7 +72,7 @@ class _Norm:
 
     def __init__(self, module: Any, kernels: CPUKernels) -> None:
         self.module, self._kernels, self._forward = module, kernels, module.forward
-        self._epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), 0.0)
+        self._epsilon = epsilon_of(module)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the norm's output."""

@@ -38,6 +38,7 @@ from burnish.rollout.decoding import (
 )
 from burnish.rollout.drafts import MOST_GUESSES, DraftSource, DraftWidth
 from burnish.rollout.engine import Engine, Request
+from burnish.rollout.fused_layers import FusedLayers
 from burnish.rollout.fused_norms import fused_norms
 from burnish.rollout.packed_linears import packed_linears
 from burnish.rollout.validation import check_requests
@@ -49,6 +50,8 @@ _PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward, which bounds its activations; a longer prompt is prefilled alone."""
 _LEAST_SHARED_TOKENS = 32
 """Tokens below which prompts that begin alike are prefilled apart: one more part of the row would cost as much."""
+_TRIED_TOKENS = 24
+"""Tokens of a forward in which fused layers are compared with the model's own."""
 _FIRST_OWN_TOKENS = 64
 """Initial cache length of a row; it doubles as completions grow."""
 _COPIED_PROMPT_TOKENS = 128
@@ -144,6 +147,7 @@ class NativeEngine(Engine):
         self._spec = head_spec(self._lm.config) if spec is None else spec
         self._pack_weights = pack_weights
         self._speculate = speculate
+        self._fused_layers = FusedLayers(self._lm)
         self._compiled = CompiledForward(self._lm) if compile_forward else None
         self.version = 0
         self.last_stats = RolloutStats()
@@ -171,9 +175,15 @@ class NativeEngine(Engine):
         started = time.perf_counter()
         total = sum(request.num_samples for request in requests)
         rows = min(total, self._max_running)
-        pack = packed_linears(self._lm, rows, self._forward_once) if self._pack_weights else nullcontext()
+        pack = packed_linears(self._lm, rows, self._forward_once) if self._pack_weights else nullcontext({})
         weights = nullcontext() if self._compiled is None else self._compiled.current_weights()
-        with sampling_mode(self._model), pack, fused_norms(self._lm), weights:
+        with (
+            sampling_mode(self._model),
+            pack as products,
+            self._fused_layers.running(products, self._prefill_once),
+            fused_norms(self._lm),
+            weights,
+        ):
             while run.pending or run.prompts:
                 self._admit(run)
                 if run.rows:
@@ -418,6 +428,13 @@ class NativeEngine(Engine):
     def _forward_once(self) -> None:
         """Run a forward of one token."""
         self._lm.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+
+    def _prefill_once(self) -> None:
+        """Prefill a few tokens, into a cache of their own."""
+        cache = CacheLayout()
+        tokens = torch.arange(_TRIED_TOKENS, device=self.device)
+        cache.begin_prefill([PromptSpan(None, 0, _TRIED_TOKENS, slice(0, 0))])
+        self._forward(cache, tokens % self._lm.get_input_embeddings().weight.shape[0], tokens)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self._lm.get_output_embeddings()(hidden)

@@ -8,7 +8,7 @@ packed into one product, which costs one call and one wait for all threads inste
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -20,13 +20,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from burnish.rollout.cpu_kernels import cpu_kernels
 
-__all__ = ["num_products", "packed_linears", "siblings"]
+__all__ = ["MOST_ROWS", "PackedProduct", "num_products", "packed_linears", "siblings"]
 
-_MOST_ROWS = 128
+MOST_ROWS = 128
 """With more rows, reordering is a small part of the product and a packing made for few rows no longer pays."""
 
 
-_products: ContextVar[Sequence[_Product]] = ContextVar("burnish_products", default=())
+_products: ContextVar[Sequence[PackedProduct]] = ContextVar("burnish_products", default=())
 _library = torch.library.Library("burnish", "FRAGMENT")
 _library.define("packed_product(Tensor input, int number, int size) -> Tensor")
 
@@ -43,7 +43,7 @@ torch.library.register_fake(
 
 
 @contextmanager
-def packed_linears(model: nn.Module, rows: int, run: Callable[[], Any]) -> Generator[None]:
+def packed_linears(model: nn.Module, rows: int, run: Callable[[], Any]) -> Generator[Mapping[nn.Module, PackedProduct]]:
     """Run plain linear layers from packed copies of their weights, which are freed on exit.
 
     Only `nn.Linear` itself is replaced, in bf16 on a CPU with bf16 products, and only where nothing else has replaced
@@ -54,17 +54,22 @@ def packed_linears(model: nn.Module, rows: int, run: Callable[[], Any]) -> Gener
         model: its layers get another `forward`, restored on exit.
         rows: typical number of rows.
         run: runs a forward of the model, however short, which shows the layers that read the same input.
+
+    Yields:
+        The product of each layer.
     """
-    layers = [layer for layer in model.modules() if rows <= _MOST_ROWS and _is_packable(layer)]
-    products: list[_Product] = []
+    layers = [layer for layer in model.modules() if rows <= MOST_ROWS and _is_packable(layer)]
+    products: list[PackedProduct] = []
+    by_layer: dict[nn.Module, PackedProduct] = {}
     token = _products.set(products)
     try:
         for group in siblings(layers, run):
-            product = _Product(group, rows, len(products))
+            product = PackedProduct(group, rows, len(products))
             products.append(product)
             for index, layer in enumerate(group):
                 layer.__dict__["forward"] = partial(product, index)
-        yield
+                by_layer[layer] = product
+        yield by_layer
     finally:
         _products.reset(token)
         for layer in layers:
@@ -118,7 +123,7 @@ def _is_packable(module: nn.Module) -> bool:
     )
 
 
-class _Product:
+class PackedProduct:
     """One packed product for layers that read the same input.
 
     The first layer that is called computes the outputs of all; the others take theirs if they are called with that very
@@ -138,21 +143,21 @@ class _Product:
         kernels = cpu_kernels()
         self._kernels = kernels if kernels is not None and kernels.packs(weight) else None
         if self._kernels is not None:
-            self._weight = self._kernels.pack(weight)
+            self.weight = self._kernels.pack(weight)
         else:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         biases: list[Any] = [layer.bias for layer in layers]
-        self._bias: Tensor | None = None
+        self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
-            self._bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
+            self.bias = torch.cat([w.new_zeros(len(w)) if b is None else b.detach() for w, b in pairs])
         self._input: Tensor | None = None
         self._version = -1
         self._outputs: dict[int, Tensor] = {}
 
     def __call__(self, index: int, hidden: Tensor) -> Tensor:
         """Return the output of one layer."""
-        if hidden.numel() > _MOST_ROWS * hidden.shape[-1]:
+        if hidden.numel() > MOST_ROWS * hidden.shape[-1]:
             layer = self._layers[index]
             return nn.functional.linear(hidden, layer.weight, layer.bias)
         if len(self._sizes) == 1:
@@ -165,6 +170,15 @@ class _Product:
             self._input = None
         return output
 
+    @property
+    def is_by_kernel(self) -> bool:
+        """Whether the weight is packed for the compiled kernels."""
+        return self._kernels is not None
+
+    def computes(self, layers: Sequence[nn.Module]) -> bool:
+        """Return whether the product is of these layers, in this order."""
+        return list(self._layers) == list(layers)
+
     def _output(self, hidden: Tensor) -> Tensor:
         if isinstance(hidden, FakeTensor):  # in a traced forward
             return torch.ops.burnish.packed_product(hidden, self._number, sum(self._sizes))
@@ -173,5 +187,5 @@ class _Product:
     def multiply(self, hidden: Tensor) -> Tensor:
         """Return the outputs of all layers, one after another."""
         if self._kernels is not None:
-            return self._kernels.product(hidden, self._weight, self._bias)
-        return torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")
+            return self._kernels.product(hidden, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
