@@ -124,3 +124,11 @@ def test_layers_are_compared_once_and_restored(calls: list[int]) -> None:
     found = values(made.generate(asked, seed=1, step=0))
     assert len(calls) == first - 1, "the layer that was compared"
     assert values(engine(model, fuses=False).generate(asked, seed=1, step=0)) == found, "the weights of now"
+
+
+def test_layers_that_do_not_share_their_input_run_as_they_are(calls: list[int]) -> None:
+    model = build(FORMS["llama"])
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (args[0].clone(),))
+    engine(model).generate(requests(), seed=1, step=0)
+    assert not calls
