@@ -23,7 +23,7 @@ CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
-TEXTS = "test_rewards_texts.py"
+TEXTS, POWERS = "test_rewards_texts.py", "test_rewards_powers.py"
 OVERLAP = "test_reward_overlap.py"
 BLOCKS = "test_reward_faults.py::test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone"
 KILLED = "test_reward_faults.py::test_an_answer_whose_worker_is_killed_again_is_excluded"
@@ -502,6 +502,20 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/grading.py", "if spelling and spelling == _spelling(gold):", "if False:", "test_math_verifier.py"),
     ("rewards/values.py", "slope < 0 else (-sympy.oo, end)", "slope > 0 else (-sympy.oo, end)", "test_math_verifier.py"),
     ("rewards/values.py", "gap > 0.01 *", "gap > 100 *", "test_math_verifier.py"),
+    ("rewards/powers.py", "and exponent.q % 2 == 1:\n        return (-1) ** exponent.p * _product", "and exponent.q % 2 == 1:\n        return _product", POWERS),
+    ("rewards/powers.py", "totals[atom] = totals.get(atom, 0) + count", "totals[atom] = count", POWERS),
+    ("rewards/powers.py", "*_primes(int(base.q), -1)]", "*_primes(int(base.q), 1)]", POWERS),
+    ("rewards/powers.py", "product, place = atom ** (digit + rest), 1", "product, place = atom**digit, 1", POWERS),
+    ("rewards/powers.py", "        place *= _STEP\n", "", POWERS),
+    ("rewards/powers.py", "return base * between if near <= number else base / between", "return base * between", POWERS),
+    ("rewards/powers.py", "return power(number, exponent) * rest**exponent", "return rest**exponent", POWERS),
+    ("rewards/powers.py", "sympy.Pow: power,", "sympy.Pow: lambda base, exponent: base,", POWERS),
+    ("rewards/powers.py", "and (known := _POWER.fullmatch(base.name))", "and (known := None)", POWERS),
+    ("rewards/equality.py", "            return False  # equal at all points is then not equal\n", "            pass\n", POWERS),
+    ("rewards/equality.py", "collected(gold / answer) == 1", "False", POWERS),
+    ("rewards/grading.py", "        if _has_giants(theirs):", "        if False:", POWERS),
+    ("rewards/values.py", "and variables(last) and not variables(first)", "and not variables(first)", POWERS),
+    ("rewards/rubric.py", "isinstance(v, Exception) else float(v) for v", "isinstance(v, Exception) else v for v", AGENTS),
     ("rewards/notation.py", "not _DOUBT.search(lead[0])", "True", "test_math_verifier.py"),
     ("rewards/mathematics.py", "raise Unreadable(\"two numbers in a row\")\n                value", "pass\n                value", "test_math_verifier.py"),
     ("rewards/commands.py", "argument = argument.subs(unit_symbol(\"degree\"), sympy.pi / 180)", "pass", "test_math_verifier.py"),
