@@ -22,6 +22,7 @@ TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
+TREE = "test_sandbox.py::test_a_tree_of_processes_has_the_memory_of_one"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS, POWERS = "test_rewards_texts.py", "test_rewards_powers.py"
 OVERLAP = "test_reward_overlap.py"
@@ -209,12 +210,12 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/jail/filters.py", ", \"vmsplice\": (278, 75)", "", SANDBOX),
     ("rewards/jail/filters.py", "code += _on_argument(_MMAP[machine], 3, shared)", "pass", SANDBOX),
     ("rewards/jail/entry.py", "\"random\", \"urandom\")", "\"random\", \"urandom\", \"zero\")", SANDBOX),
-    ("rewards/sandbox/memory.py", "        found += _children(child)\n", "        pass\n", SANDBOX),
-    ("rewards/sandbox/memory.py", "for thread in os.listdir(f\"/proc/{pid}/task\"):", "for thread in [str(pid)]:", SANDBOX),
-    ("rewards/sandbox/memory.py", "(\"Pss_Anon:\", \"SwapPss:\")", "(\"Anonymous:\", \"SwapPss:\")", SANDBOX),
-    ("rewards/sandbox/memory.py", "if pid in descendants(ancestor):", "if True:", SANDBOX),
-    ("rewards/sandbox/zygotes.py", "kill_all(below[1:], self._pid)", "kill_all(below[2:], self._pid)", SANDBOX),
-    ("rewards/programs.py", "    \"memory\": \"took too much memory\",\n", "", SANDBOX),
+    ("rewards/sandbox/memory.py", "        found += _children(child)\n", "        pass\n", TREE),
+    ("rewards/sandbox/memory.py", "for thread in os.listdir(f\"/proc/{pid}/task\"):", "for thread in [str(pid)]:", TREE),
+    ("rewards/sandbox/memory.py", "(\"Pss_Anon:\", \"SwapPss:\")", "(\"Anonymous:\", \"SwapPss:\")", "test_sandbox.py::test_what_processes_share_counts_once"),
+    ("rewards/sandbox/memory.py", "if pid in descendants(ancestor):", "if True:", "test_sandbox.py::test_memory_by_what_the_kernel_lets_be_read"),
+    ("rewards/sandbox/zygotes.py", "kill_all(below[1:], self._pid)", "kill_all(below[2:], self._pid)", TREE),
+    ("rewards/programs.py", "    \"memory\": \"took too much memory\",\n", "", "test_sandbox.py::test_an_answer_of_too_many_processes_scores_zero"),
     ("rewards/jail/judge.py", "_ask(self, operation, other) if isinstance(other, Proxy) else NotImplemented", "_ask(self, operation, other)", SANDBOX),
     ("rewards/jail/judge.py", "if not hasattr(builtins, name) and not", "if not", SANDBOX),
     ("rewards/jail/judge.py", "importlib.import_module(name) if name in modules else decode(value, self.handle)", "decode(value, self.handle)", SANDBOX),
