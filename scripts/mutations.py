@@ -22,8 +22,9 @@ TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, FUSED, SANDBOX = "test_cpu_kernels.py", "test_fused_layers.py", "test_sandbox.py"
+TREE = "test_sandbox.py::test_a_tree_of_processes_has_the_memory_of_one"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
-TEXTS = "test_rewards_texts.py"
+TEXTS, POWERS = "test_rewards_texts.py", "test_rewards_powers.py"
 OVERLAP = "test_reward_overlap.py"
 BLOCKS = "test_reward_faults.py::test_a_coroutine_that_blocks_the_event_loop_harms_itself_alone"
 KILLED = "test_reward_faults.py::test_an_answer_whose_worker_is_killed_again_is_excluded"
@@ -213,6 +214,15 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/jail/filters.py", "\"socket\": (41, 198), ", "", SANDBOX),
     ("rewards/jail/filters.py", "\"unshare\": (272, 97), ", "", SANDBOX),
     ("rewards/jail/filters.py", "\"memfd_create\": (319, 279), ", "", SANDBOX),
+    ("rewards/jail/filters.py", ", \"vmsplice\": (278, 75)", "", SANDBOX),
+    ("rewards/jail/filters.py", "code += _on_argument(_MMAP[machine], 3, shared)", "pass", SANDBOX),
+    ("rewards/jail/entry.py", "\"random\", \"urandom\")", "\"random\", \"urandom\", \"zero\")", SANDBOX),
+    ("rewards/sandbox/memory.py", "        found += _children(child)\n", "        pass\n", TREE),
+    ("rewards/sandbox/memory.py", "for thread in os.listdir(f\"/proc/{pid}/task\"):", "for thread in [str(pid)]:", TREE),
+    ("rewards/sandbox/memory.py", "(\"Pss_Anon:\", \"SwapPss:\")", "(\"Anonymous:\", \"SwapPss:\")", "test_sandbox.py::test_what_processes_share_counts_once"),
+    ("rewards/sandbox/memory.py", "if pid in descendants(ancestor):", "if True:", "test_sandbox.py::test_memory_by_what_the_kernel_lets_be_read"),
+    ("rewards/sandbox/zygotes.py", "kill_all(below[1:], self._pid)", "kill_all(below[2:], self._pid)", TREE),
+    ("rewards/programs.py", "    \"memory\": \"took too much memory\",\n", "", "test_sandbox.py::test_an_answer_of_too_many_processes_scores_zero"),
     ("rewards/jail/judge.py", "_ask(self, operation, other) if isinstance(other, Proxy) else NotImplemented", "_ask(self, operation, other)", SANDBOX),
     ("rewards/jail/judge.py", "if not hasattr(builtins, name) and not", "if not", SANDBOX),
     ("rewards/jail/judge.py", "importlib.import_module(name) if name in modules else decode(value, self.handle)", "decode(value, self.handle)", SANDBOX),
@@ -386,6 +396,12 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("objectives/value.py", "old_values_N + clip), old_values_N - clip)", "old_values_N + clip), old_values_N - 2 * clip)", VALUE),
     ("objectives/value.py", "0.0) / (count - 1)", "0.0) / count", VALUE),
     ("objectives/value.py", "- (total / count) ** 2", "", VALUE),
+    ("objectives/value.py", "left_S = rewards_S - torch", "left_S = rewards_S + torch", VALUE),
+    ("objectives/value.py", "rewards_N = early_N + torch.where", "rewards_N = torch.where", VALUE),
+    ("stages/actor_critic.py", "placed[end - 1] += reward", "placed[-1] += reward", AGENTS),
+    ("stages/actor_critic.py", "        if self.args.turn_credit:\n", "        if True:\n", AGENTS),
+    ("stages/actor_critic.py", "else (reward, *self._turn_rewards(completion))", "else (reward,)", AGENTS),
+    ("stages/policy_gradient.py", "return (reward, *self._turn_rewards(completion))", "return (reward,)", AGENTS),
     ("model/packing.py", "values[j] = next(rest)", "values[j - 1] = next(rest)", "test_packing.py"),
     ("model/critic.py", "        model = copy.deepcopy(model)\n", "", CRITIC),
     ("model/critic.py", "copy_modules(policy).unload()", "copy.deepcopy(policy).unload()", CRITIC),
@@ -494,6 +510,20 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rewards/grading.py", "if spelling and spelling == _spelling(gold):", "if False:", "test_math_verifier.py"),
     ("rewards/values.py", "slope < 0 else (-sympy.oo, end)", "slope > 0 else (-sympy.oo, end)", "test_math_verifier.py"),
     ("rewards/values.py", "gap > 0.01 *", "gap > 100 *", "test_math_verifier.py"),
+    ("rewards/powers.py", "and exponent.q % 2 == 1:\n        return (-1) ** exponent.p * _product", "and exponent.q % 2 == 1:\n        return _product", POWERS),
+    ("rewards/powers.py", "totals[atom] = totals.get(atom, 0) + count", "totals[atom] = count", POWERS),
+    ("rewards/powers.py", "*_primes(int(base.q), -1)]", "*_primes(int(base.q), 1)]", POWERS),
+    ("rewards/powers.py", "product, place = atom ** (digit + rest), 1", "product, place = atom**digit, 1", POWERS),
+    ("rewards/powers.py", "        place *= _STEP\n", "", POWERS),
+    ("rewards/powers.py", "return base * between if near <= number else base / between", "return base * between", POWERS),
+    ("rewards/powers.py", "return power(number, exponent) * rest**exponent", "return rest**exponent", POWERS),
+    ("rewards/powers.py", "sympy.Pow: power,", "sympy.Pow: lambda base, exponent: base,", POWERS),
+    ("rewards/powers.py", "and (known := _POWER.fullmatch(base.name))", "and (known := None)", POWERS),
+    ("rewards/equality.py", "            return False  # equal at all points is then not equal\n", "            pass\n", POWERS),
+    ("rewards/equality.py", "collected(gold / answer) == 1", "False", POWERS),
+    ("rewards/grading.py", "        if _has_giants(theirs):", "        if False:", POWERS),
+    ("rewards/values.py", "and variables(last) and not variables(first)", "and not variables(first)", POWERS),
+    ("rewards/rubric.py", "isinstance(v, Exception) else float(v) for v", "isinstance(v, Exception) else v for v", AGENTS),
     ("rewards/notation.py", "not _DOUBT.search(lead[0])", "True", "test_math_verifier.py"),
     ("rewards/mathematics.py", "raise Unreadable(\"two numbers in a row\")\n                value", "pass\n                value", "test_math_verifier.py"),
     ("rewards/commands.py", "argument = argument.subs(unit_symbol(\"degree\"), sympy.pi / 180)", "pass", "test_math_verifier.py"),

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 PRELUDE = """
-import ctypes, os, signal, socket, struct, subprocess, sys, threading, time
+import ctypes, mmap, os, signal, socket, struct, subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 def attempt(act):
     try:
@@ -95,6 +95,8 @@ ATTACKS = {
     "patched library": "import builtins, json, os as o\nbuiltins.print = json.dumps = o.listdir = sum.__class__ and (lambda *a, **k: 1 / 0)",
     "System V memory": "x = os.uname().machine == 'x86_64'\nattempt(lambda: syscall(29 if x else 194, 4711, 4096, 0o1666))\nattempt(lambda: syscall(68 if x else 186, 4711, 0o1666))",
     "shared memory": "attempt(lambda: open('/dev/shm/left', 'w') and os.path.realpath('/dev/shm') != os.getcwd() and None)\nattempt(lambda: os.memfd_create('x'))",
+    "memory that outlives its mapping": "x = os.uname().machine == 'x86_64'\nfor flags in (0x21, 0x23): attempt(lambda: syscall(9 if x else 222, 0, 1 << 20, 3, flags, -1, 0))\nattempt(lambda: mmap.mmap(-1, 1 << 20))\nattempt(lambda: mmap.mmap(os.open('/dev/zero', os.O_RDONLY), 1 << 20, prot=mmap.PROT_READ))",
+    "memory in pipes": "page, (r, w) = ctypes.create_string_buffer(4096), os.pipe()\nvector = struct.pack('PN', ctypes.addressof(page), 4096)\nattempt(lambda: syscall(278 if os.uname().machine == 'x86_64' else 75, w, vector, 1, 0))",
     "devices": "for name in ('mem', 'kmem', 'sda', 'vda', 'kvm', 'fuse', 'kmsg', 'tty', 'ptmx', 'net/tun'): attempt(lambda: open('/dev/' + name, 'rb'))\nattempt(lambda: os.mknod('dev', 0o60666, os.makedev(254, 0)))",
     "terminal input": "import fcntl\nfor d in range(3): attempt(lambda: fcntl.ioctl(d, 0x5412, b'x'))",
     "clock": "attempt(lambda: time.clock_settime(time.CLOCK_REALTIME, 0))\nattempt(lambda: libc.sethostname(b'x', 1) == 0)",
@@ -110,6 +112,26 @@ SLOW = (
     "endless loop", "sleeps forever", "ignores signals", "C loop", "endless handler", "threads without end", "survives its parent",
 )  # fmt: skip
 """Attacks that only a time limit ends."""
+
+TREES = {
+    "children": "for _ in range(6):\n    if os.fork() == 0:\n        x = bytearray(150 << 20); time.sleep(60)\ntime.sleep(5)",
+    "a chain": "for _ in range(6):\n    x = None\n    x = bytearray(150 << 20)\n    if os.fork(): time.sleep(5); break",
+    "a daemon's children": "if os.fork() == 0:\n    os.setsid()\n    for _ in range(6):\n        if os.fork() == 0:\n            x = bytearray(150 << 20); time.sleep(60)\n    os._exit(0)\ntime.sleep(5)",
+    "children of threads": "def grow():\n    for _ in range(4):\n        if os.fork() == 0:\n            x = bytearray(50 << 20); time.sleep(60)\n    time.sleep(60)\nthreading.stack_size(1 << 18)\nfor _ in range(2): threading.Thread(target=grow).start()\ntime.sleep(5)",
+    "pages of a fork, written apart": "x = bytearray(150 << 20)\nfor _ in range(5):\n    if os.fork() == 0:\n        x[::4096] = b'1' * len(x[::4096]); time.sleep(60)\ntime.sleep(5)",
+    "ignores signals": "for n in range(1, 64):\n    try: signal.signal(n, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nfor _ in range(6):\n    if os.fork() == 0:\n        x = bytearray(150 << 20); time.sleep(60)\ntime.sleep(5)",
+}  # fmt: skip
+"""Trees of processes, each with less memory than the limit of 256 MiB, together with far more."""
+
+HONEST = """
+data = bytearray(150 << 20)
+for i in range(5):
+    if os.fork() == 0:
+        time.sleep(1)
+        os._exit(sum(data[::1 << 20]) + i)
+print([os.waitstatus_to_exitcode(os.wait()[1]) >= 0 for _ in range(5)])
+"""
+"""Processes that only read what they have from a fork, so that it exists once."""
 
 _FOLDER = "the folder is on disk: only the size of each file is limited"
 WITHOUT_NAMESPACES = {"file flood": _FOLDER, "many files": _FOLDER, "leaves a daemon": "no process can be started"}

@@ -220,6 +220,82 @@ def test_credit_of_a_last_turn_is_that_of_the_completion(tmp_path: Path) -> None
         torch.testing.assert_close(a, b)
 
 
+class Wages(Talk):
+    """Rewards every turn, by its text."""
+
+    def step(self, text: str) -> Reply:
+        reply = super().step(text)
+        return Reply(reply.messages, done=reply.done, reward=sum(map(ord, text)) % 5 - 1.5)
+
+
+class Once(Wages):
+    """Ends with the first turn."""
+
+    def step(self, text: str) -> Reply:
+        reply = super().step(text)
+        return Reply(reply.messages, done=True, reward=reply.reward)
+
+
+def wages() -> Rubric:
+    return Rubric([Criterion("wages", EnvironmentReward(per_turn=True), weight=2.0)])
+
+
+PPO: dict[str, Any] = {"kind": PPOTrainer, "config": PPOConfig, "environment_factory": Wages}
+
+
+@pytest.mark.parametrize("credited", [True, False])
+def test_a_critic_learns_what_a_turn_earned(tmp_path: Path, credited: bool) -> None:
+    """Returns are the reward to go from the turn on: with lambda and gamma of 1, they are not discounted in it."""
+    fields = {"turn_credit": credited, "lam": 1.0, "beta": 0.0, "whiten_advantages": False, "reward_clip_range": None}
+    trainer = build(tmp_path, **PPO, reward_funcs=wages(), fields=fields)
+    completions = [c for groups in trainer.stage.rollout_step() for g in groups for c in g.completions]
+    assert max(len(c.episode.turns) for c in completions) == 3
+    for completion in completions:
+        returns, values = completion.token["returns"], completion.token["values"]
+        paid = [2.0 * (reward or 0.0) for reward in completion.episode.rewards]
+        assert sum(paid) == pytest.approx(completion.reward)
+        for k, (start, end) in enumerate(completion.episode.turns):
+            to_go = sum(paid[k:] if credited else paid)
+            assert returns[start:end] == pytest.approx([to_go] * (end - start), abs=1e-5)  # values are fp32
+            own = [to_go - value for value in values[start:end]]
+            assert completion.token["advantages"][start:end] == pytest.approx(own, abs=1e-5)
+    trainer.train()
+    assert max(logs(trainer, "grad_norm")) > 0
+    assert all(math.isfinite(loss) for loss in logs(trainer, "loss"))
+
+
+@pytest.mark.parametrize(
+    ("factory", "rewards"), [(Talk, spread), (Once, wages()), (Wages, Rubric([Criterion("whole", spread)]))]
+)
+def test_credit_without_a_turn_before_the_last_changes_no_bit(tmp_path: Path, factory: Any, rewards: Any) -> None:
+    made = {**PPO, "environment_factory": factory, "reward_funcs": rewards}
+    runs = [build(tmp_path / str(c), **made, fields={"turn_credit": c, "beta": 0.1}) for c in (False, True)]
+    for run in runs:
+        run.train()
+    for a, b in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(PPOTrainer, PPOConfig), (GRPOTrainer, GRPOConfig)])
+def test_rewards_of_turns_that_add_up_to_the_same_are_a_signal(tmp_path: Path, kind: type, config: type) -> None:
+    def zero_sum(episodes: list[Episode], **columns: Any) -> list[Any]:
+        paid = [float(i % 2) if len(e.turns) > 1 else 0.0 for i, e in enumerate(episodes)]
+        return [[p, *[0.0] * (len(e.turns) - 2), -p][: len(e.turns)] for p, e in zip(paid, episodes, strict=True)]
+
+    def signals(credited: bool) -> list[Any]:
+        fields = {"turn_credit": credited, "max_completion_length": 400}
+        trainer = build(
+            tmp_path / str(credited), kind=kind, config=config, environment_factory=Talk, reward_funcs=zero_sum,
+            fields=fields,
+        )  # fmt: skip
+        completions = [c for groups in trainer.stage.rollout_step() for g in groups for c in g.completions]
+        assert {c.reward for c in completions} == {0.0}
+        return [trainer.stage.algorithm.reward_components(c) for c in completions]
+
+    assert len(set(signals(True))) > 1
+    assert len(set(signals(False))) == 1
+
+
 def test_a_reward_function_may_return_a_value_per_turn(tmp_path: Path) -> None:
     def by_turn(episodes: list[Episode], **columns: Any) -> list[Any]:
         return [[float(end - start) for start, end in episode.turns] for episode in episodes]
@@ -372,17 +448,24 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         build(tmp_path, environment_factory=Talk, fields={"tool_format": "hermis"})
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"environment_factory": Talk}, {**PPO, "reward_funcs": wages(), "fields": {"num_iterations": 1}}]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
     """A checkpoint in the middle of a rollout holds episodes that are trained on afterwards."""
     fields = {
         "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 4,
         "lr_scheduler_type": "constant", "per_device_train_batch_size": 4,
     }  # fmt: skip
-    whole = build(tmp_path / "a", environment_factory=Talk, fields=fields)
+    fields |= options.get("fields", {})
+
+    def made(name: str, **changes: Any) -> Any:
+        return build(tmp_path / name, **{**options, "fields": {**fields, **changes}})
+
+    whole = made("a")
     whole.train()
-    part = build(tmp_path / "b", environment_factory=Talk, fields={**fields, "max_steps": 3})
-    part.train()
-    rest = build(tmp_path / "b", environment_factory=Talk, fields=fields)
+    made("b", max_steps=3).train()
+    rest = made("b")
     rest.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert rest.state.global_step == 4
     for a, b in zip(whole.model.parameters(), rest.model.parameters(), strict=True):

@@ -115,6 +115,48 @@ def test_token_rewards_by_hand() -> None:
     assert rewards.tolist() == [0.0, 3.0, -4.0]
 
 
+def test_rewards_of_turns_by_hand() -> None:
+    """Two turns of 2 tokens each, the first rewarded with 2 of 5 in all; a sequence of one turn gets its reward 7."""
+    index, early = torch.tensor([0, 0, 0, 0, 1]), f64(0, 2, 0, 0, 0)
+    rewards = token_rewards(torch.zeros(5), f64(5, 7), sequence_index_N=index, beta=0.0, early_rewards_N=early)
+    assert rewards.tolist() == [0.0, 2.0, 0.0, 3.0, 7.0]
+    kl = f64(1, 2, 3, 4, 5)
+    rewards = token_rewards(kl, f64(5, 7), sequence_index_N=index, beta=0.5, early_rewards_N=early)
+    assert rewards.tolist() == [-0.5, 1.0, -1.5, 1.0, 4.5]
+
+
+def test_rewards_of_turns_add_up_to_the_reward() -> None:
+    early, reward = normal(14), normal(5, seed=1)
+    rewards = token_rewards(torch.zeros(14).double(), reward, sequence_index_N=INDEX, beta=0.0, early_rewards_N=early)
+    sums = torch.zeros(5).double().index_add(0, INDEX, rewards)
+    torch.testing.assert_close(sums, torch.where(torch.tensor(LENGTHS) > 0, reward, 0.0), rtol=0, atol=1e-14)
+
+
+def test_early_rewards_of_zero_change_no_bit() -> None:
+    kl, reward = normal(14).float(), normal(5, seed=1)
+    settings = {"sequence_index_N": INDEX, "beta": 0.3}
+    plain = token_rewards(kl, reward, **settings)
+    assert torch.equal(token_rewards(kl, reward, **settings, early_rewards_N=torch.zeros(14).double()), plain)
+    none, nobody = torch.zeros(0), torch.zeros(0).long()
+    assert token_rewards(none, none, sequence_index_N=nobody, beta=0.0, early_rewards_N=none).shape == (0,)
+
+
+def test_gae_over_two_turns_and_a_tool_between_by_hand() -> None:
+    """Tokens a b | tool tool | c d, rewards 1 at b and 2 at d, values 3 1 - - 2 4, gamma 1/2, lambda 1/2.
+
+    The deltas are 0 + 1/2 - 3 = -5/2 at a, 1 + 2/2 - 1 = 1 at b (the state that b leads to is the one before c),
+    0 + 4/2 - 2 = 0 at c and 2 - 4 = -2 at d; each advantage is its delta and a quarter of the next advantage.
+    """
+    mask, values = torch.tensor([True, True, False, False, True, True]), f64(3, 1, 100, -100, 2, 4)
+    index = torch.zeros(4).long()
+    rewards = token_rewards(
+        torch.zeros(4).double(), f64(3), sequence_index_N=index, beta=0.0, early_rewards_N=f64(0, 1, 0, 0)
+    )
+    advantages, returns = gae(rewards, values[mask], index, 1, gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [-2.28125, 0.875, -0.5, -2.0]
+    assert returns.tolist() == [0.71875, 1.875, 1.5, 2.0]
+
+
 def test_the_returns_of_token_rewards_are_the_reward_less_the_divergence_to_come() -> None:
     kl, reward = normal(14), normal(5, seed=1)
     rewards = token_rewards(kl, reward, sequence_index_N=INDEX, beta=0.3)

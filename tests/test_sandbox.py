@@ -19,9 +19,10 @@ import pytest
 
 from burnish.errors import ConfigError, RewardError
 from burnish.rewards import Limits, Sandbox, SandboxError, WorkerPool, code_answer, gym_answer, math_answer
+from burnish.rewards.sandbox import memory
 from burnish.rewards.sandbox import trial as trials
 from burnish.rewards.sandbox.levels import LEVELS
-from sandbox_attacks import ATTACKS, CHEATS, PRELUDE, SLOW, WITHOUT_NAMESPACES
+from sandbox_attacks import ATTACKS, CHEATS, HONEST, PRELUDE, SLOW, TREES, WITHOUT_NAMESPACES
 
 SHORT = Limits(wall_seconds=0.5, cpu_seconds=1, memory_bytes=256 << 20, processes=8, file_bytes=4 << 20)
 
@@ -148,6 +149,80 @@ def test_attack_through_the_verifier(best: Sandbox, host: Host, name: str) -> No
     [value] = verify(["p"], [text], tests=[["assert answer(20) == 41", "assert answer(1) == 3"]])
     assert value == 0.0
     assert_contained(best, host, before, processes)
+
+
+TREE = Limits(wall_seconds=20.0, memory_bytes=256 << 20)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_tree_of_processes_has_the_memory_of_one(box: Sandbox, host: Host, name: str) -> None:
+    if box.level == "landlock":
+        pytest.skip("no process can be started")
+    assert box.run("print(1)").stdout == "1\n"
+    before, processes, start = host.state(), descendants(), time.monotonic()
+    run = box.run(program(host, f"{TREES[name]}\nprint('ESCAPED')"), limits=TREE)
+    assert run.end == "memory"
+    assert time.monotonic() - start < 5
+    assert "ESCAPED" not in run.stdout
+    assert_contained(box, host, before, processes)
+
+
+def test_what_processes_share_counts_once(box: Sandbox) -> None:
+    if box.level == "landlock":
+        pytest.skip("no process can be started")
+    run = box.run(PRELUDE + HONEST, limits=TREE)
+    assert (run.end, run.stdout) == ("ok", "[True, True, True, True, True]\n")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_answer_of_too_many_processes_scores_zero(best: Sandbox, inside: bool) -> None:
+    if best.level == "landlock":
+        pytest.skip("no process can be started")
+    # Only the second test makes it grow; what it passed before does not count.
+    answer = f"{PRELUDE}\ndef f(n):\n    if n == 0: return 1\n" + "\n".join(
+        f"    {line}" for line in TREES["children"].splitlines()
+    )
+    options = {"sandbox": best, "memory_mib": 256, "same_process": inside, "partial_credit": True}
+    column = {"tests": [["assert f(0) == 1", "f(1)"]]}
+    assert code_answer(**options)(["p"], [f"```python\n{answer}\n```"], **column) == [0.0]
+    [value] = code_answer(**options, failures="exclude")(["p"], [f"```python\n{answer}\n```"], **column)
+    assert isinstance(value, RewardError)
+    assert "too much memory" in str(value)
+
+
+def test_memory_by_what_the_kernel_lets_be_read(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where shares are closed to the reader, each process counts with all that it sees: more, never less."""
+    if sys.platform != "linux":
+        pytest.skip("/proc needs Linux")
+    code = "import os, time\nx = bytearray(64 << 20)\nif pid := os.fork(): print(pid, flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pids = [parent.pid, int(parent.stdout.readline())]
+        assert memory.descendants(parent.pid) == pids[1:]
+        assert memory.innermost(parent.pid) == pids[1]
+        assert memory.memory_exceeds(pids, 60 << 20)
+        assert not memory.memory_exceeds(pids, 110 << 20)
+        read = Path.read_text
+
+        def closed(path: Path, *arguments: Any, **options: Any) -> str:
+            if path.name in ("smaps_rollup", "children"):
+                raise PermissionError(str(path))
+            return read(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "read_text", closed)
+        monkeypatch.setattr(memory, "_lists_children", lambda: False)
+        assert memory.memory_exceeds(pids, 110 << 20)
+        assert not memory.memory_exceeds(pids, 200 << 20)
+        assert memory.descendants(parent.pid) == pids[1:]
+        memory.kill_all([host.victim.pid], parent.pid)  # not below it
+        memory.kill_all(pids[1:], parent.pid)
+        parent.kill()
+        monkeypatch.undo()
+        deadline = time.monotonic() + 5
+        while memory._address_space(pids[1]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert memory._address_space(pids[1]) == 0
+    assert host.victim.poll() is None
 
 
 @pytest.mark.parametrize("name", CHEATS)

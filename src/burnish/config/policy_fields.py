@@ -263,6 +263,13 @@ class PolicyFields(OnlineFields):
                 )
 
 
+_TURN_CREDIT = (
+    "Credit a turn of an episode with the rewards that follow it only, where criteria or the environment reward single "
+    "turns. GRPO and RLOO compare a turn with the turns of the same number of the other episodes; PPO places the "
+    "reward of a turn on the turn's last token."
+)
+
+
 @stage(
     "GRPO",
     summary="train on rewards: sample groups of completions and reinforce the better ones of each group",
@@ -283,12 +290,7 @@ class GRPOFields(PolicyFields):
         "subtracted and divided by).",
         REWARDS,
     )
-    turn_credit: bool = own(
-        False,
-        "Credit a turn of an episode with the rewards that follow it only, where criteria or the environment reward "
-        "single turns; turns are compared with the turns of the same number of the other episodes.",
-        REWARDS,
-    )
+    turn_credit: bool = own(False, _TURN_CREDIT, REWARDS)
     scale_rewards: Literal["group", "batch", "none"] | bool = own(
         "group",
         "Divisor of centred rewards: standard deviation of the group (group) or of the batch (batch), or 1 (none).",
@@ -408,6 +410,7 @@ class PPOFields(PolicyFields):
     )
     value_learning_rate: NonNegative | None = own(None, "Learning rate of the critic. None: learning_rate.", CRITIC)
     value_prefit_steps: Natural = own(0, "Optimizer steps at the start that train only the critic.", CRITIC)
+    turn_credit: bool = own(True, _TURN_CREDIT, REWARDS)
     whiten_rewards: bool = own(False, "Scale token rewards to a standard deviation of 1, keeping their mean.", REWARDS)
     whiten_advantages: bool = own(True, "Whiten the advantages over all tokens of a rollout.", REWARDS)
     missing_eos_penalty: NonNegative | None = own(

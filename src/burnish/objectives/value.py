@@ -1,7 +1,8 @@
 r"""Token rewards, generalised advantage estimation and the value loss of a critic.
 
 V_t is the critic's value of the state before token t, r_t the token's reward. The steps of an episode are the scored
-tokens of a sequence; tokens excluded from the loss, such as a tool's output, are skipped.
+tokens of a sequence, numbered without gaps: tokens excluded from the loss, such as a tool's output, are part of the
+state before the next scored token, and have neither a value nor a reward of their own.
 """
 
 from __future__ import annotations
@@ -12,24 +13,36 @@ __all__ = ["clipped_value_loss", "explained_variance", "gae", "moments", "token_
 
 
 def token_rewards(
-    kl_N: torch.Tensor, rewards_S: torch.Tensor, *, sequence_index_N: torch.Tensor, beta: float
+    kl_N: torch.Tensor,
+    rewards_S: torch.Tensor,
+    *,
+    sequence_index_N: torch.Tensor,
+    beta: float,
+    early_rewards_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Place the sequence reward on its last token, with a KL penalty on every token (1909.08593).
 
-    .. math:: r_t = -\beta\,\mathrm{KL}_t + \mathbb 1[t \text{ is last}]\, R_s
+    .. math:: r_t = -\beta\,\mathrm{KL}_t + e_t + \mathbb 1[t \text{ is last}]\, \big(R_s - \sum_u e_u\big)
+
+    with e the part of R that was earned before the end, so the rewards of a sequence add up to R whatever e is.
 
     Args:
         kl_N: [N] estimated divergence from the reference, in nats; no gradient.
         rewards_S: [S] rewards; that of a sequence without scored tokens is dropped.
         sequence_index_N: [N] sequence of each token, ascending.
         beta: weight of the penalty, at least 0.
+        early_rewards_N: [N] e: the reward of each turn but the last, on the turn's last token; None means 0.
 
     Returns:
         [N] rewards.
     """
     assert kl_N.shape == sequence_index_N.shape
+    early_N = torch.zeros_like(kl_N) if early_rewards_N is None else early_rewards_N.to(kl_N.dtype)
+    assert early_N.shape == kl_N.shape
     _, is_last_N = _ends(sequence_index_N)
-    rewards_N = torch.where(is_last_N, rewards_S.to(kl_N.dtype)[sequence_index_N], 0.0)
+    rewards_S = rewards_S.to(kl_N.dtype)
+    left_S = rewards_S - torch.zeros_like(rewards_S).index_add(0, sequence_index_N, early_N)
+    rewards_N = early_N + torch.where(is_last_N, left_S[sequence_index_N], 0.0)
     return rewards_N - beta * kl_N.detach()
 
 
@@ -48,6 +61,11 @@ def gae(
     .. math::
         \delta_t = r_t + \gamma V_{t+1} - V_t \qquad
         A_t = \sum_{k \ge 0} (\gamma\lambda)^k\, \delta_{t+k} \qquad R_t = A_t + V_t
+
+    Token t + 1 is the next scored token of the sequence. At the last token of a turn it is the first of the next turn,
+    whose value sees what the environment wrote in between: that is the state the turn led to. So gamma and lambda count
+    the policy's tokens alone. With gamma = lambda = 1, the advantage of a token is the sum of the rewards from it on,
+    less its value.
 
     Args:
         rewards_N: [N] token rewards.

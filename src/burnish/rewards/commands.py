@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from burnish.rewards.notation import FUNCTIONS, GREEK, Unreadable
+from burnish.rewards.powers import binomial, power, substituted
 from burnish.rewards.values import (
     Grid,
     Items,
@@ -12,7 +13,6 @@ from burnish.rewards.values import (
     Region,
     expression,
     interval,
-    power,
     sympy_module,
     unit_symbol,
 )
@@ -63,6 +63,8 @@ COMMANDS = frozenset(
 
 _APPLIED = "fghFGHPQ"
 _MAX_TERMS = 1_000
+_MAX_SERIES_EXPONENT = 1_000
+"""Largest integer in an exponent of a series without end, whose closed form SymPy finds."""
 _INVERSE = {
     "sin": "asin",
     "cos": "acos",
@@ -149,10 +151,7 @@ def command(parser: Parser, name: str) -> Any:
     if name in ("frac", "binom"):
         first, second = expression(parser.braced()), expression(parser.braced())
         if name == "binom":
-            whole = first.is_Integer and second.is_Integer and max(abs(first), abs(second)) <= 5_000
-            if not whole and first.is_number and second.is_number:
-                raise Unreadable("a binomial coefficient")
-            return sympy.binomial(first, second)
+            return binomial(first, second)
         if second.is_zero:
             raise Unreadable("division by 0")
         return first / second
@@ -254,6 +253,11 @@ def series(parser: Parser, name: str) -> Any:
     parser.bound[index] = bound
     body = expression(parser.term())
     del parser.bound[index]
+    if low.is_Integer and high.is_Integer and low <= high:
+        terms = [substituted(body, {bound: sympy.Integer(k)}) for k in range(int(low), int(high) + 1)]
+        return (sympy.Add if name == "sum" else sympy.Mul)(*terms)
+    if any(abs(n) > _MAX_SERIES_EXPONENT for p in body.atoms(sympy.Pow) for n in p.exp.atoms(sympy.Integer)):
+        raise Unreadable("a series of large powers")
     series = (sympy.Sum if name == "sum" else sympy.Product)(body, (bound, low, high)).doit()
     if series.has(sympy.Sum, sympy.Product, sympy.Piecewise):
         raise Unreadable("a series without a closed form")

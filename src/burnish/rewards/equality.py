@@ -3,6 +3,9 @@
 Rationals are compared as rationals. Other numbers are compared at a precision beyond every digit that occurs in either
 of them, relative to their size, and expressions with variables at several rational points: an identity in its variables
 holds at all of them, anything else at almost none (Schwartz-Zippel).
+
+Numbers too large to write out are expressions of such variables, too: the giants of :mod:`burnish.rewards.powers`. At
+the points, other giants may come up, such as (29/23)^(10^12), and are compared in the same way.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from burnish.rewards.notation import Unreadable
+from burnish.rewards.powers import collected, substituted
 from burnish.rewards.values import (
     Choice,
     Clock,
@@ -25,6 +29,7 @@ from burnish.rewards.values import (
     Region,
     Words,
     as_set,
+    giants,
     is_expression,
     sympy_module,
     unit_symbol,
@@ -234,12 +239,18 @@ def same_expression(gold: Any, answer: Any) -> bool:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if not symbols:
         return _same_number(gold, answer)
+    sympy = sympy_module()
+    if giants(gold) or giants(answer):
+        if gold.has(sympy.floor, sympy.ceiling) or answer.has(sympy.floor, sympy.ceiling):
+            return False  # equal at all points is then not equal
+        if not answer.is_zero and collected(gold / answer) == 1:
+            return True
     if any(symbol.name.startswith("unit ") for symbol in gold.free_symbols ^ answer.free_symbols):
         return False
-    has_sizes = gold.has(sympy_module().Abs) or answer.has(sympy_module().Abs)
+    has_sizes = gold.has(sympy.Abs) or answer.has(sympy.Abs)
     roots = not has_sizes and _needs_positive(gold) and _needs_positive(answer)
-    verdicts = [_same_number(*at) for at in _points((gold, answer), symbols, positive=roots)]
-    return bool(verdicts) and all(verdicts)
+    points = list(_points((gold, answer), symbols, positive=roots))
+    return bool(points) and all(_same_number(*at) for at in points)
 
 
 def _needs_positive(value: Any) -> bool:
@@ -259,7 +270,10 @@ def _points(values: tuple[Any, Any], symbols: Sequence[Any], *, positive: bool) 
             size = sympy.Rational(_NUMERATORS[(5 * trial + i) % len(_NUMERATORS)], _DENOMINATORS[(trial + i) % 6])
             negative = not positive and not symbol.is_positive and (trial + i) % 3 == 0
             at[symbol] = -size if negative else size
-        point = values[0].xreplace(at), values[1].xreplace(at)
+        try:
+            point = substituted(values[0], at), substituted(values[1], at)
+        except Unreadable:  # not defined there
+            continue
         if not any(value.has(sympy.nan, sympy.zoo) for value in point):
             found.append(point)
     real = [point for point in found if all(value.is_real is not False for value in point)]
@@ -273,6 +287,8 @@ def _same_number(a: Any, b: Any) -> bool:
     endless = (sympy.nan, sympy.zoo, sympy.oo, -sympy.oo)
     if (a.is_Rational and b.is_Rational) or a.has(*endless) or b.has(*endless):
         return False
+    if giants(a) or giants(b):
+        return same_expression(a, b)
     if a.atoms(sympy.core.function.AppliedUndef) or b.atoms(sympy.core.function.AppliedUndef):
         return bool(sympy.expand(a - b) == 0)
     rationals = a.atoms(sympy.Rational) | b.atoms(sympy.Rational)

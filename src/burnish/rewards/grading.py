@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from burnish.rewards.answers import UNREADABLE_GOLD
 from burnish.rewards.equality import same, same_expression
 from burnish.rewards.mathematics import read
 from burnish.rewards.notation import Unreadable, clean, tokenize
-from burnish.rewards.values import TooLarge, is_expression
+from burnish.rewards.values import giants, is_expression
 
 __all__ = ["is_correct"]
 
@@ -94,6 +95,8 @@ def is_correct(
     """
     ours, theirs = _read(gold), _read(answer)
     if isinstance(ours, Unreadable):
+        if _has_giants(theirs):  # which math-verify would write out
+            return False
         parsed = parse(gold)
         if not parsed:
             raise ValueError(f"the gold answer {gold!r} {UNREADABLE_GOLD}")
@@ -103,9 +106,6 @@ def is_correct(
         if _is_statement(gold) or _is_statement(answer) or _structure(gold) != _structure(answer):
             return False
         return _verified(parsed, parse(answer), verify)
-    if isinstance(theirs, TooLarge):
-        # Decided where SymPy can write the number out within the time limit.
-        return _verified(parse(gold), parse(answer), verify)
     if isinstance(theirs, Unreadable):
         return False
     try:
@@ -120,6 +120,15 @@ def _read(text: str) -> Any:
         return read(text)
     except Unreadable as error:
         return error
+
+
+def _has_giants(value: Any) -> bool:
+    """Return whether a parsed answer holds a number that is too large to write out."""
+    if isinstance(value, tuple):
+        return any(_has_giants(item) for item in value)  # pyright: ignore[reportUnknownVariableType]
+    if is_dataclass(value):
+        return any(_has_giants(getattr(value, field.name)) for field in fields(value))
+    return hasattr(value, "free_symbols") and bool(giants(value))
 
 
 def _spelling(text: str) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 r"""Parser of mathematical answers: numbers, expressions, tuples, sets, intervals, matrices, relations, units, words.
 
 The structure of an answer is kept: a set is not a tuple, a list of alternatives not one number. Expressions become
-SymPy objects that are built node by node, never from text, with bounds on powers and factorials. Whatever the grammar
-does not cover raises `Unreadable`; :mod:`burnish.rewards.equality` compares the results.
+SymPy objects that are built node by node, never from text, with :mod:`burnish.rewards.powers` of any size. Whatever the
+grammar does not cover raises `Unreadable`; :mod:`burnish.rewards.equality` compares the results.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from burnish.rewards import commands
 from burnish.rewards.notation import FUNCTIONS, GREEK, Token, Unreadable, clean, is_prose, plain_words, tokenize
+from burnish.rewards.powers import factorial, power
 from burnish.rewards.values import (
     Choice,
     Clock,
@@ -26,14 +27,13 @@ from burnish.rewards.values import (
     Words,
     as_set,
     expression,
-    factorial,
     is_unit,
     number,
-    power,
     relate,
     sympy_module,
     unit,
     unit_symbol,
+    variables,
 )
 
 __all__ = ["Parser", "read"]
@@ -78,7 +78,6 @@ def read(text: str) -> Any:
 
     Raises:
         Unreadable: not covered by the grammar.
-        TooLarge: a number of too many digits.
     """
     text = clean(text)
     if not text:
@@ -230,7 +229,7 @@ class Parser:
     def name_only(self) -> Any:
         """Parse a value that holds letters."""
         value = expression(self.union())
-        if not value.free_symbols:
+        if not variables(value):
             raise Unreadable("a number equated to a number")
         return value
 

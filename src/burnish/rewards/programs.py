@@ -17,7 +17,12 @@ from burnish.rewards.verifiers import AnswerVerifier, Grader, Row
 
 __all__ = ["code_answer", "sql_answer"]
 
-_FAILED = {"crash": "crashed", "output": "wrote too much", "timeout": "took too long"}
+_FAILED = {
+    "crash": "crashed",
+    "memory": "took too much memory",
+    "output": "wrote too much",
+    "timeout": "took too long",
+}
 
 
 def code_answer(
@@ -53,9 +58,9 @@ def code_answer(
         same_process: run tests of code in the process of the answer, as tests need that pass it objects of classes of
             their own. An answer can then forge its result.
         timeout_seconds: time limit of all tests of code of an answer, and of each input.
-        memory_mib: memory limit of one process of an answer, in MiB.
-        failures: "zero" scores an answer 0 that crashes, takes too long or writes too much; "exclude" excludes it from
-            the loss.
+        memory_mib: memory limit of all processes of an answer together, in MiB.
+        failures: "zero" scores an answer 0 that crashes, takes too long or too much memory, or writes too much;
+            "exclude" excludes it from the loss.
         isolation: "auto", "bubblewrap", "namespaces" or "landlock"; "none" runs answers with all rights of the trainer.
         sandbox: sandbox to run in; None for the shared one with that isolation.
 

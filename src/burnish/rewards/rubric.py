@@ -194,7 +194,8 @@ class Rubric:
         """Return the terms of each criterion, behind its gates and normalised; `sizes` are those of the groups."""
         terms: dict[str, list[float | None]] = {}
         for criterion in self.criteria:
-            values: list[float | None] = [None if isinstance(v, Exception) else v for v in outcomes[criterion.name]]
+            # Plain numbers, without the turns of a PerTurn: a checkpoint holds them.
+            values = [None if v is None or isinstance(v, Exception) else float(v) for v in outcomes[criterion.name]]
             for gate, least in criterion.gates.items():
                 for i, passed in enumerate(outcomes[gate]):
                     if isinstance(passed, float) and passed < least and values[i] is not None:

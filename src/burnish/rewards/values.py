@@ -13,6 +13,7 @@ from typing import Any
 from burnish.rewards.notation import Unreadable
 
 __all__ = [
+    "GIANT",
     "Choice",
     "Clock",
     "Equation",
@@ -24,29 +25,24 @@ __all__ = [
     "Pair",
     "Ratio",
     "Region",
-    "TooLarge",
     "Words",
     "as_set",
     "expression",
-    "factorial",
+    "giants",
     "is_expression",
     "is_unit",
     "number",
-    "power",
     "relate",
     "sympy_module",
     "unit",
     "unit_symbol",
     "units_of",
+    "variables",
 ]
 
-_MAX_BITS = 200_000
-_MAX_FACTORIAL = 5_000
-_MAX_EXPONENT = 10_000
-
-
-class TooLarge(Unreadable):
-    """A number of too many digits to write out."""
+GIANT = "giant "
+"""What the name of a symbol begins with that stands for a number too large to write out; see `powers`."""
+_MAX_DECIMAL_EXPONENT = 10_000
 
 
 @dataclass(frozen=True)
@@ -268,6 +264,16 @@ def units_of(value: Any) -> set[Any]:
     return {symbol for symbol in value.free_symbols if symbol.name.startswith("unit ")}
 
 
+def giants(value: Any) -> set[Any]:
+    """Return the symbols of numbers too large to write out, in an expression or a set."""
+    return {symbol for symbol in value.free_symbols if symbol.name.startswith(GIANT)}
+
+
+def variables(value: Any) -> set[Any]:
+    """Return the letters and units in an expression."""
+    return value.free_symbols - giants(value)
+
+
 def expression(value: Any) -> Any:
     """Return a value that must be an expression.
 
@@ -283,51 +289,13 @@ def number(text: str) -> Any:
     """Convert digits, with a decimal point and an exponent, to an exact rational.
 
     Raises:
-        TooLarge: more than 1,000 digits.
+        Unreadable: an exponent above 10,000.
     """
     mantissa, _, exponent = text.lower().partition("e")
-    if len(mantissa) > 1_000 or abs(int(exponent or 0)) > 1_000:
-        raise TooLarge(text[:40])
+    if abs(int(exponent or 0)) > _MAX_DECIMAL_EXPONENT:
+        raise Unreadable(f"the exponent of {text[:40]}")
     value = Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
     return sympy_module().Rational(value.numerator, value.denominator)
-
-
-def power(base: Any, exponent: Any) -> Any:
-    """Raise to a power; odd roots of negative numbers are real.
-
-    Raises:
-        TooLarge: more than 200,000 bits, or a symbolic base to more than 10,000.
-    """
-    sympy = sympy_module()
-    if exponent.is_Rational and not base.is_Rational and abs(exponent) > _MAX_EXPONENT:
-        raise TooLarge("an exponent")
-    if exponent.is_Rational and base.is_Rational:
-        bits = max(abs(base.p), base.q).bit_length() * max(abs(exponent.p) // exponent.q, 1)
-        if bits > _MAX_BITS or exponent.q > _MAX_EXPONENT:
-            raise TooLarge("a power")
-        if base < 0 and exponent.q % 2 == 1 and exponent.q > 1:
-            return (-1) ** exponent.p * (-base) ** exponent
-    if base.is_number and exponent.is_number and not exponent.is_Rational:
-        size = sympy.Abs(exponent).evalf(5)
-        if not size.is_comparable or size > _MAX_EXPONENT:
-            raise TooLarge("an exponent")
-    if exponent.is_Rational and exponent.q % 2 and exponent.q > 1 and not base.is_number and not base.is_nonnegative:
-        # A letter may be negative.
-        return sympy.sign(base) ** exponent.p * sympy.Abs(base) ** exponent
-    if base.is_zero and exponent.is_negative:
-        raise Unreadable("division by 0")
-    return base**exponent
-
-
-def factorial(value: Any, double: bool) -> Any:
-    """Apply ! or !!.
-
-    Raises:
-        TooLarge: of more than 5,000.
-    """
-    if value.is_number and not (value.is_Integer and 0 <= value <= _MAX_FACTORIAL):
-        raise TooLarge("a factorial")
-    return (sympy_module().factorial2 if double else sympy_module().factorial)(value)
 
 
 def as_set(value: Any) -> Any:
@@ -397,9 +365,9 @@ def _equated(values: list[Any]) -> Any:
     if isinstance(first, Pair) and all(is_expression(item) and item.is_Symbol for item in first.items):
         return Named(str(first.items), last)
     differences = [expression(a) - expression(b) for a, b in itertools.pairwise(values)]
-    if len(values) == 2 and last.is_Symbol and expression(first).is_number:
+    if len(values) == 2 and last.is_Symbol and variables(last) and not variables(first):
         return Named(last.name, first, last)
-    if not any(value.free_symbols for value in values):
+    if not any(variables(value) for value in values):
         # A calculation: steps that disagree leave several values.
         return Items(tuple(values))
     if len(differences) > 1:
@@ -413,9 +381,9 @@ def _compared(left: Any, relation: str, right: Any) -> Any:
     if relation in (">", ">="):
         left, right, relation = right, left, relation.replace(">", "<")
     negative = expression(left) - expression(right)
-    variables = negative.free_symbols
-    if len(variables) == 1:
-        [x] = variables
+    letters = variables(negative)
+    if len(letters) == 1:
+        [x] = letters
         slope = sympy.diff(negative, x)
         if slope.is_number and slope.is_real and not slope.is_zero:
             end = -negative.subs(x, 0) / slope
@@ -423,7 +391,7 @@ def _compared(left: Any, relation: str, right: Any) -> Any:
             if relation == "!=":
                 return Region(sympy.Complement(sympy.Reals, sympy.FiniteSet(end)), x.name)
             return Region(sympy.Interval(*ends, relation == "<", relation == "<"), x.name)
-    elif not variables or relation == "!=":
+    elif not letters or relation == "!=":
         raise Unreadable("a relation between numbers")
     if any(value.has(sympy.oo, -sympy.oo) for value in (left, right)):
         raise Unreadable("a relation to infinity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -95,7 +96,10 @@ class ActorCritic(PolicyGradient):
         is_penalised = self.kl.is_in_reward and any("kl" in c.token for c in completions)
         kl_N = _flat([c.scored(c.token["kl"]) for c, _ in scored]) if is_penalised else torch.zeros_like(values_N)
         rewards_S = torch.tensor([reward for _, reward in scored], dtype=torch.float64)
-        rewards_N = token_rewards(kl_N, rewards_S, sequence_index_N=index_N, beta=self.kl.coefficient)
+        early_N = _flat([self._early_rewards(c) for c, _ in scored])
+        rewards_N = token_rewards(
+            kl_N, rewards_S, sequence_index_N=index_N, beta=self.kl.coefficient, early_rewards_N=early_N
+        )
         if args.whiten_rewards:
             rewards_N = whiten(rewards_N, self._moments(rewards_N), shift_mean=False)
         advantages_N, returns_N = gae(rewards_N, values_N, index_N, len(lengths), gamma=args.gamma, lam=args.lam)
@@ -113,6 +117,15 @@ class ActorCritic(PolicyGradient):
         if reward is None or penalty is None or not completion.is_truncated:
             return reward
         return reward - penalty
+
+    def _early_rewards(self, completion: Completion) -> list[float]:
+        """Place the reward of each turn but the last, which gets the rest, on the last token of its turn."""
+        placed = [0.0] * completion.num_scored_tokens
+        if self.args.turn_credit:
+            turns, lengths = self._credited(completion)
+            for end, reward in zip(itertools.accumulate(lengths[:-1]), turns[:-1], strict=True):
+                placed[end - 1] += reward
+        return placed
 
     def _moments(self, values_N: torch.Tensor) -> torch.Tensor:
         """Compute moments over the tokens of all ranks."""
@@ -151,9 +164,9 @@ class ActorCritic(PolicyGradient):
         return step
 
     def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
-        """Return the reward that advantages are computed from."""
+        """Return the rewards that advantages are computed from."""
         reward = self._reward(completion)
-        return None if reward is None else (reward,)
+        return None if reward is None else (reward, *self._turn_rewards(completion))
 
     @property
     def compared(self) -> str:

@@ -139,14 +139,19 @@ class PolicyGradient(Algorithm):
             )
 
     def reward_components(self, completion: Completion) -> tuple[float, ...] | None:
-        """Return the clipped reward, or the criteria where each is normalised separately."""
+        """Return the clipped reward with those of turns, or the criteria where each is normalised separately."""
         reward = self.clipped_reward(completion)
         if reward is None:
             return None
         if completion.score is None or not self._by_criterion:
-            return (reward,)
+            return (reward, *self._turn_rewards(completion))
         values = [completion.score.terms.get(name) for name in self.stage.rubric.names]
         return tuple(value for value in values if value is not None)
+
+    def _turn_rewards(self, completion: Completion) -> list[float]:
+        """Return the rewards of turns that are credited apart; empty where none has one."""
+        turns = self._credited(completion)[0] if self.args.turn_credit else []
+        return turns if any(turns) else []
 
     @property
     def _by_criterion(self) -> bool:

@@ -29,7 +29,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "sethostname": (170, 161), "setns": (308, 268), "settimeofday": (164, 170), "shmat": (30, 196),
     "shmctl": (31, 195), "shmget": (29, 194), "socket": (41, 198), "swapoff": (168, 225), "swapon": (167, 224),
     "syslog": (103, 116), "umount2": (166, 39), "unshare": (272, 97), "userfaultfd": (323, 282), "uselib": (134, None),
-    "vhangup": (153, 58),
+    "vhangup": (153, 58), "vmsplice": (278, 75),
 }  # fmt: skip
 
 # Without a PID namespace, calls that reach other processes of the user; without a mount namespace, calls on files that
@@ -48,6 +48,7 @@ _REFUSED_WITHOUT_NAMESPACES: dict[str, tuple[int | None, int | None]] = {
 CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _IOCTL = {"x86_64": 16, "aarch64": 29}
+_MMAP = {"x86_64": 9, "aarch64": 222}
 _PRLIMIT = {"x86_64": 302, "aarch64": 261}
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
@@ -55,6 +56,7 @@ NAMESPACE_FLAGS = 0x7E020000
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
 
 _CLONE_THREAD = 0x00010000
+_MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -86,6 +88,9 @@ def build_filter(*, has_namespaces: bool, machine: str | None = None) -> bytes |
     for number in sorted(numbers[column] or 0 for numbers in table.values() if numbers[column] is not None):
         code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, refuse)]
     code += _on_argument(CLONE[machine], 0, [(_JUMP_ANY_BIT, 0, 1, NAMESPACE_FLAGS), (_RETURN, 0, 0, refuse)])
+    # One page left of a shared mapping keeps all of its memory, which then counts for no process.
+    shared = [(_JUMP_ANY_BIT, 0, 2, _MAP_SHARED), (_JUMP_ANY_BIT, 0, 1, _MAP_ANONYMOUS), (_RETURN, 0, 0, refuse)]
+    code += _on_argument(_MMAP[machine], 3, shared)
     ioctl = [(_JUMP_EQUAL, 1, 0, _TIOCSTI), (_JUMP_EQUAL, 0, 1, _TIOCLINUX), (_RETURN, 0, 0, refuse)]
     code += _on_argument(_IOCTL[machine], 1, ioctl)
     if not has_namespaces:

@@ -21,7 +21,7 @@ __all__ = ["find_level", "trial"]
 _LOCK = threading.Lock()
 _PROCESSES = 8
 _ATTACKS = """
-import ctypes, json, os, socket, sys, time
+import ctypes, json, mmap, os, socket, sys, time
 
 task = json.load(sys.stdin)
 breaches = []
@@ -57,6 +57,7 @@ attempt("reads another process", lambda: open(f"/proc/{task['pid']}/environ").re
 attempt("makes a user namespace", call("unshare", 0x10000000))
 attempt("mounts", call("mount", b"none", b"/dev", b"tmpfs", 0, None))
 attempt("traces", call("ptrace", 16, task["pid"], 0, 0))
+attempt("shares memory that does not count", lambda: mmap.mmap(-1, 4096))
 attempt("writes to the interpreter", lambda: open(os.path.join(os.path.dirname(os.__file__), "burnish_x.py"), "w"))
 attempt("starts processes without end", processes)
 if task["namespaces"] and os.getpid() > 9:

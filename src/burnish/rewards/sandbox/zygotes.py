@@ -9,17 +9,23 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, cast
 
 from burnish.errors import ConfigError, RewardError
 from burnish.rewards.jail.entry import FOLDER
 from burnish.rewards.sandbox.levels import clean_environment, interpreter_view, jailed_command
+from burnish.rewards.sandbox.memory import descendants, innermost, kill_all, memory_exceeds
 
 __all__ = ["Limits", "Run", "SandboxError", "Zygote"]
 
 _START_SECONDS = 60.0
 _BACKSTOP_SECONDS = 30.0
+_WATCH_SECONDS = 0.02
+"""Time between two looks at the memory of a run; most runs have ended before the first."""
+_WATCH_SHARE = 4
+"""A look that took long is followed by a pause of at least so many times its duration."""
 
 
 class SandboxError(RewardError):
@@ -33,7 +39,7 @@ class Limits:
     Attributes:
         wall_seconds: time until everything is killed.
         cpu_seconds: processor time of one process, whole seconds.
-        memory_bytes: address space of one process.
+        memory_bytes: memory of the processes of a run together (Linux), and address space of each.
         processes: processes and threads of a run together.
         output_bytes: bytes kept of each output; a program that writes more has failed.
         file_bytes: bytes of the run's folder, and of any one file.
@@ -57,7 +63,8 @@ class Run:
     """How a run ended.
 
     Attributes:
-        end: "ok", "error" (exit status above 0, or an exception), "crash" (a signal), "timeout" or "output" (too much).
+        end: "ok", "error" (exit status above 0, or an exception), "crash" (a signal), "timeout", "output" (too much) or
+            "memory" (its processes took too much together).
         code: exit status, negative for a signal; None if it is not known.
         stdout: standard output.
         stderr: standard error.
@@ -100,6 +107,7 @@ class Zygote:
         self.alive = True
         self.last_words = ""
         self.landlock = int(self._reply(_START_SECONDS).get("landlock", 0))
+        self._pid = innermost(self._process.pid)
 
     def run(self, program: str, stdin: str, job: dict[str, Any] | None, judge: str, limits: Limits) -> Run:
         """Run a program with an input, or judge it by tests."""
@@ -117,7 +125,17 @@ class Zygote:
             except OSError as error:
                 self.kill()
                 raise SandboxError(f"the sandbox died: {self.last_words}") from error
-            reply = self._reply(limits.wall_seconds + _BACKSTOP_SECONDS)
+            exceeded = False
+
+            def watch() -> None:
+                nonlocal exceeded
+                below = descendants(self._pid)
+                exceeded = exceeded or memory_exceeds(below, limits.memory_bytes)
+                if exceeded:
+                    # The first is the supervisor, which reports once the program is gone, and takes the rest along.
+                    kill_all(below[1:], self._pid)
+
+            reply = self._reply(limits.wall_seconds + _BACKSTOP_SECONDS, watch)
             if "broken" in reply:
                 raise SandboxError(f"the sandbox failed: {reply['broken']}")
             outputs = [os.pread(file, limits.output_bytes + 1, 0) for file in files[2:4]]
@@ -125,14 +143,27 @@ class Zygote:
         if any(len(output) > limits.output_bytes for output in outputs):
             end = "output"
         out, err = (output[: limits.output_bytes].decode(errors="replace") for output in outputs)
+        if exceeded:
+            return Run("memory", None, out, err)
         return Run(end, reply.get("code"), out, err, reply.get("results", []), str(reply.get("note", "")))
 
-    def _reply(self, seconds: float) -> dict[str, Any]:
-        data, deadline = b"", time.monotonic() + seconds
+    def _reply(self, seconds: float, watch: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Wait for a reply, and meanwhile call `watch` now and then."""
+        data, start = b"", time.monotonic()
+        deadline, pause = start + seconds, seconds if watch is None else _WATCH_SECONDS
         try:
             while not data.endswith(b"\n"):
-                self._control.settimeout(max(0.001, deadline - time.monotonic()))
-                received = self._control.recv(1 << 16)
+                left = deadline - time.monotonic()
+                self._control.settimeout(max(0.001, min(left, pause)))
+                try:
+                    received = self._control.recv(1 << 16)
+                except TimeoutError:
+                    looked = time.monotonic()
+                    if watch is None or looked >= deadline:
+                        raise
+                    watch()
+                    pause = max(_WATCH_SECONDS, _WATCH_SHARE * (time.monotonic() - looked))
+                    continue
                 if not received:
                     raise SandboxError("")
                 data += received
