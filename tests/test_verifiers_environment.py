@@ -186,6 +186,8 @@ def test_tools_are_the_environments(dialect: str) -> None:
     [schema] = environments.schemas[None]
     assert schema["function"]["name"] == "add"
     assert "Add two numbers" in script.tokenizer.decode(episode.opening)
+    given = [message.get("tool_call_id", "abcdef123") for message in episode.messages if message["role"] == "tool"]
+    assert all(identifier.startswith("abcdef") for identifier in given)  # ours are not shown
     answers = said(completion, "tool")
     assert answers[:2] == ["5", "'sub'"]
     places = zip(episode.turns, episode.turns[1:], strict=False)
@@ -226,6 +228,7 @@ class Account(vf.StatefulToolEnv):
         return {**tool_args, "state": state}
 
     def total(self, state: Any) -> float:
+        assert state["completion"][0]["content"] == ""  # the calls are not in the text as well
         return float(state["sum"])
 
 
@@ -351,7 +354,7 @@ def test_an_episode_that_a_limit_ends_is_scored_as_it_stands(tokens: int) -> Non
     scored: list[tuple[list[str], bool]] = []
 
     def told(completion: Any, state: Any) -> float:
-        scored.append(([message["content"] for message in completion], state["is_truncated"]))
+        scored.append(([message["content"] for message in completion], state["trajectory"][0]["is_truncated"]))
         return 0.5
 
     budget = Budget(turns=2)
@@ -363,7 +366,7 @@ def test_an_episode_that_a_limit_ends_is_scored_as_it_stands(tokens: int) -> Non
     cut = completion.stop_reason is StopReason.LENGTH
     assert cut == (tokens == 9)
     texts, is_truncated = scored[0]
-    assert (texts[0], is_truncated) == ("I think it is 9", True)
+    assert (texts[0], is_truncated) == ("I think it is 9", cut)
     assert len(texts) == (1 if cut else 3)
 
 
