@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -149,6 +150,27 @@ def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) ->
         extra = {"gym": "envs"}.get(kind, kind)
         with pytest.raises(ConfigError, match=rf"pip install 'burnish\[{extra}\]'"):
             environments_from_config({"kind": kind, **options})
+
+
+def test_releases_of_verifiers_that_cannot_be_played_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    for version, words in (
+        (missing, r"needs the package verifiers: pip install 'burnish\[verifiers\]'"),
+        (
+            lambda name: "0.4.0",
+            r"verifiers 0\.4\.0 is installed: burnish plays 0\.1\..*pip install 'burnish\[verifiers\]'",
+        ),
+    ):
+        monkeypatch.setattr("importlib.metadata.version", version)
+        with pytest.raises(ConfigError, match=words):
+            environments_from_config({"kind": "verifiers", "env_id": "wordle"})
+        with pytest.raises(ConfigError, match=words):
+            load_rows({"source": "verifiers", "env_id": "wordle"})
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.14")
+    with pytest.raises(ConfigError, match="env_id = ' ': use the name"):
+        environments_from_config({"kind": "verifiers", "env_id": " "})
 
 
 def test_every_kind_documents_its_options() -> None:

@@ -334,8 +334,42 @@ def test_a_slow_tool_does_not_hold_up_other_episodes() -> None:
     assert sorted(len(c.episode.turns) for c in found if c.episode) == [2, 3, 3]
 
 
+class Closing(Rounds):
+    """Notes the turns that are cut off, the calls of the others, and its end."""
+
+    cuts, calls, closed = list[str](), list[str](), list[Environment]()
+
+    async def cut(self, text: str) -> None:
+        self.cuts.append(text)
+        if self.rounds == 9:
+            raise ValueError("nothing may be cut")
+
+    def step(self, text: str) -> Reply:
+        assert self.tool_format is not None
+        self.calls.extend(call.name for call in self.tool_format.parse(text))
+        return super().step(text)
+
+    def close(self) -> None:
+        self.closed.append(self)
+
+
+@pytest.mark.parametrize("rounds", [2, 9])
+def test_an_environment_hears_of_a_turn_that_is_cut_off_and_reads_calls(rounds: int) -> None:
+    environments, script, engine = setup("chatml", None, factory=lambda: Closing(rounds))
+    Closing.cuts.clear()
+    Closing.calls.clear()
+    texts = [environments.tool_format.render([ToolCall("add", {})]), "It is five."]
+    script.turns = lambda index, sample, number: (texts[number], [StopReason.EOS, StopReason.LENGTH][number])
+    [[completion]] = engine.generate([request(environments)], seed=0, step=0)
+    assert (Closing.cuts, Closing.calls) == (["It is five."], ["add"])
+    assert completion.episode is not None
+    assert completion.episode.error == (None if rounds == 2 else "turn 2: ValueError: nothing may be cut")
+    assert completion.episode.reward == (10.0 if rounds == 2 else None)
+
+
 def test_an_error_of_the_engine_ends_the_rollout() -> None:
-    environments, script, engine = setup("chatml", None, factory=lambda: Rounds(3))
+    environments, script, engine = setup("chatml", None, factory=lambda: Closing(3))
+    Closing.closed.clear()
 
     def turn(index: int, sample: int, number: int) -> tuple[str, StopReason]:
         if number == 1:
@@ -345,6 +379,10 @@ def test_an_error_of_the_engine_ends_the_rollout() -> None:
     script.turns = turn
     with pytest.raises(EngineError, match="no server is left"):
         engine.generate([request(environments, samples=3)], seed=0, step=0)
+    deadline = time.monotonic() + 10
+    while len(Closing.closed) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(Closing.closed) == 3  # nobody else would
 
 
 class Opening(Rounds):

@@ -17,6 +17,7 @@ from burnish.data.columns import meant_columns, rename_line, rename_tip
 from burnish.data.files import read_rows
 from burnish.data.formats import messages_of, with_system
 from burnish.data.instructions import instruction_row
+from burnish.data.verifiers_rows import verifiers_rows
 from burnish.errors import ConfigError, DataError, show
 
 __all__ = ["SOURCE_KEYS", "as_rows", "as_source", "check_source", "finite_rows", "load_rows"]
@@ -26,10 +27,17 @@ Row: TypeAlias = dict[str, Any]
 _COMMON = frozenset({"columns", "completion_template", "environment", "limit", "prompt_template", "system_prompt"})
 SOURCE_KEYS = {
     "path": frozenset({"name", "path", "revision", "split"}) | _COMMON,
-    "source": frozenset({"options", "seed", "size", "source", "task"}) | _COMMON,
+    "source": frozenset({"env_id", "options", "seed", "size", "source", "split", "task"}) | _COMMON,
     "mix": frozenset({"mix"}) | _COMMON,
 }
 """Keys of a source, by the key that determines its kind."""
+
+_GENERATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "environment": (("size",), ()),
+    "reasoning_gym": (("task", "size"), ("seed", "options")),
+    "verifiers": (("env_id",), ("options", "split")),
+}
+"""Generator of rows -> the keys that it needs, and others that it takes."""
 
 _MOST_TASKS = 10_000_000
 _PLACEHOLDER = re.compile(r"[^\W\d]\w*(\[\w+\])*")
@@ -37,6 +45,7 @@ _FORMAT = re.compile(r"[^{}]?[<>=^]?[-+ ]?#?\d{0,3},?(\.\d{1,2})?[a-zA-Z%]?")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "columns": Mapping,
     "completion_template": str,
+    "env_id": str,
     "environment": str,
     "limit": int,
     "mix": Sequence,
@@ -64,7 +73,8 @@ def check_source(spec: Mapping[str, Any] | str | Path, field: str = "data") -> N
 
     Args:
         spec: a path, `{path, split, name, revision}`, `{source = "reasoning_gym", task, size, seed, options}`,
-            `{source = "environment", size}` (empty prompts, for an environment that writes its own) or
+            `{source = "environment", size}` (empty prompts, for an environment that writes its own),
+            `{source = "verifiers", env_id, options, split}` (those of an environment of verifiers) or
             `{mix = [spec, ...]}`; each table may have `columns` (old name -> new name), `environment` (name of the
             `[[environment]]` of its rows), `limit`, `system_prompt`, `prompt_template` (with the placeholder
             `{prompt}`) and `completion_template`, which makes demonstrations: its placeholders are columns of the row,
@@ -108,21 +118,20 @@ def _check_values(spec: Mapping[str, Any], kind: str, field: str) -> None:
             raise ConfigError(f"{field}.{key} = {show(spec[key])}: {problem}.")
     if kind == "source":
         source = spec["source"]
-        if source not in ("reasoning_gym", "environment"):
+        if source not in _GENERATORS:
             raise ConfigError(
-                f"{field}.source = {source!r}: use 'reasoning_gym', or 'environment' for one that writes its own "
-                "prompts; for files give path."
+                f"{field}.source = {source!r}: use 'reasoning_gym', 'verifiers' for such an environment's rows, or "
+                "'environment' for one that writes its own prompts; for files give path."
             )
-        needed = ("task", "size") if source == "reasoning_gym" else ("size",)
-        unused = () if source == "reasoning_gym" else ("task", "seed", "options")
+        needed, optional = _GENERATORS[source]
         for key in needed:
             if key not in spec:
                 raise ConfigError(f"{field}.{key} is missing: a source {source} needs {' and '.join(needed)}.")
-        for key in unused:
+        for key in sorted(SOURCE_KEYS["source"] - _COMMON - {"source", *needed, *optional}):
             if key in spec:
-                raise ConfigError(
-                    f"{field}.{key} = {show(spec[key])}: a source environment does not use it; remove it."
-                )
+                raise ConfigError(f"{field}.{key} = {show(spec[key])}: a source {source} does not use it; remove it.")
+        if source == "verifiers" and spec.get("split", "train") not in ("train", "eval"):
+            raise ConfigError(f"{field}.split = {show(spec['split'])}: use 'train' or 'eval'.")
         if not is_seed(spec.get("seed", 0)):
             raise ConfigError(f"{field}.seed = {show(spec['seed'])}: use an integer of at least 0, below 2^32.")
     if kind == "mix" and not spec["mix"]:
@@ -184,6 +193,8 @@ def load_rows(spec: Mapping[str, Any] | str | Path, field: str = "data") -> list
         rows = [row for i, part in enumerate(spec["mix"]) for row in load_rows(part, f"{field}.mix[{i}]")]
     elif spec.get("source") == "environment":
         rows = [{"prompt": [{"role": "user", "content": ""}]} for _ in range(spec["size"])]
+    elif spec.get("source") == "verifiers":
+        rows = verifiers_rows(spec, field)
     elif "source" in spec:
         rows = _gym_rows(spec, field)
     else:

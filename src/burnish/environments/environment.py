@@ -6,10 +6,13 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from burnish.data.formats import Message
 from burnish.rewards.calls import in_thread
+
+if TYPE_CHECKING:
+    from burnish.environments.formats import ToolFormat
 
 __all__ = ["Environment", "Reply", "called"]
 
@@ -41,7 +44,12 @@ class Environment:
     `close`. `reset`, `step`, `reward` and `close` may be async; plain ones run in threads, so that episodes do not wait
     for one another. An exception in any method excludes the completion from the loss, with its reason; an error that
     the policy has caused and should see is a message of the reply.
+
+    Attributes:
+        tool_format: reads and writes tool calls in the format of the run's chat template; set before an episode.
     """
+
+    tool_format: ToolFormat | None = None
 
     @property
     def name(self) -> str:
@@ -74,6 +82,9 @@ class Environment:
     def step(self, text: str) -> Reply | Awaitable[Reply]:
         """Answer a turn of the policy: its text, without the tokens that end a turn."""
         raise NotImplementedError
+
+    async def cut(self, text: str) -> None:
+        """Receive a last turn that the limit on tokens has cut off, in place of `step`; it may be plain, too."""
 
     def message(self, text: str) -> Message:
         """Return a turn as a chat message, as the template and the reward functions read it."""

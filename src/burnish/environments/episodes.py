@@ -131,9 +131,9 @@ class EpisodeEngine(EngineOver):
                 self._give_up(asked)
                 raise
 
-        async def episodes() -> list[Completion]:
+        async def play_all(opened: list[Environment]) -> list[Completion]:
             plays = await asyncio.gather(
-                *(self._open(request, number, seed, step) for number in range(request.num_samples))
+                *(self._open(request, number, seed, step, opened) for number in range(request.num_samples))
             )
             ready = [play for play in plays if play.record.error is None]
             first: list[Completion] = []
@@ -162,18 +162,27 @@ class EpisodeEngine(EngineOver):
                 request.on_done(done)
             return done
 
+        async def episodes() -> list[Completion]:
+            opened: list[Environment] = []
+            try:
+                return await play_all(opened)
+            except BaseException:  # given up, so that `end` will not hear of them
+                await self._close(opened)
+                raise
+
         return asyncio.run_coroutine_threadsafe(episodes(), shared_loop("episodes"))
 
     def _give_up(self, asked: Future[list[Completion]]) -> None:
         """Stop sampling a turn that nobody waits for; an engine in this process has sampled it by then."""
 
-    async def _open(self, request: Request, number: int, seed: int, step: int) -> _Play:
-        """Make an environment, reset it, and encode the context of the first turn."""
+    async def _open(self, request: Request, number: int, seed: int, step: int, opened: list[Environment]) -> _Play:
+        """Make an environment, note it, reset it, and encode the context of the first turn."""
         completion = Completion([], loss_mask=[], sampler_logprobs=[], policy_logprobs=[])
         record = completion.episode = Episode()
         play = _Play(request, number, Environment(), (), list(request.prompt_ids), completion, record)
         try:
             play.environment = await self._called(self._make_environment, request.row)
+            opened.append(play.environment)
             record.environment, record.name = play.environment, play.environment.name
             play.schemas = play.environment.schemas()
             # Equal over the samples of a group: they answer the same task.
@@ -213,6 +222,10 @@ class EpisodeEngine(EngineOver):
         done.stop_reason = turn.stop_reason
         if turn.stop_reason is StopReason.LENGTH:
             record.messages.append({"role": "assistant", "content": turn.text})
+            try:
+                await self._called(play.environment.cut, turn.text)
+            except Exception as error:
+                record.error = _reason(f"turn {len(record.turns)}", error)
             return False
         try:
             text = turn.text
@@ -263,19 +276,18 @@ class EpisodeEngine(EngineOver):
         """Close the environments of completions that have been scored, so that others can use them."""
         records = [c.episode for group in groups for c in group.completions if c.episode is not None]
         opened = [record.environment for record in records if record.environment is not None]
+        asyncio.run_coroutine_threadsafe(self._close(opened), shared_loop("episodes")).result()
+        for record in records:
+            record.environment = None
 
+    async def _close(self, environments: Sequence[Environment]) -> None:
         async def close(environment: Environment) -> None:
             try:
                 await self._called(environment.close)
             except Exception as error:
                 logger.warning("%s.close() failed: %s", type(environment).__name__, error)
 
-        async def close_all() -> None:
-            await asyncio.gather(*map(close, opened))
-
-        asyncio.run_coroutine_threadsafe(close_all(), shared_loop("episodes")).result()
-        for record in records:
-            record.environment = None
+        await asyncio.gather(*map(close, environments))
 
     async def _called(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a method of an environment: a plain one in a thread, where it cannot hold up the other episodes."""

@@ -14,6 +14,7 @@ from burnish.environments.openenv import openenv_environment
 from burnish.environments.textarena import textarena_environment
 from burnish.environments.tool_sets import ToolSet
 from burnish.environments.tools import Tool
+from burnish.environments.verifiers import verifiers_environment
 from burnish.errors import ConfigError, show
 from burnish.rewards.functions import python_function
 
@@ -68,6 +69,7 @@ ENVIRONMENTS: dict[str, Callable[..., Callable[[], Any]]] = {
     "python": python_environment,
     "textarena": textarena_environment,
     "tools": tools_environment,
+    "verifiers": verifiers_environment,
 }
 """`kind` in run files -> function that makes the factory of an episode's environment."""
 

@@ -116,6 +116,7 @@ class Environments:
         factory = self._factories[name]
         made = None if factory is None else factory()
         if isinstance(made, Environment):
+            made.tool_format = self.tool_format
             return made
         if made is not None and not callable(getattr(made, "reset", None)):
             raise ConfigError(
