@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
+TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, SANDBOX = "test_cpu_kernels.py", "test_sandbox.py"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
@@ -253,7 +254,28 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/vllm/engine.py", "busy = set(self._gathered(list(pool.call(pool.hold()))))", "busy = pool.call(pool.hold())", "test_vllm_pool.py"),
     ("rollout/vllm/engine.py", "        self._gathered([])", "        pass", "test_vllm_pool.py"),
     ("rollout/vllm/pool.py", "self.update, self.mode = update, mode", "self.update = update", "test_vllm_pool.py::test_every_rank_knows_which_log_probabilities_it_gets"),
-    ("rollout/vllm/delivery.py", "== _on_its_way(update) and", "== 0 and", "test_vllm_pool.py"),
+    ("rollout/vllm/delivery.py", '== f"{update.tag}{_ON_ITS_WAY}" and', "== 0 and", "test_vllm_pool.py"),
+    ("rollout/vllm/delivery.py", 'await _mark(client, f"{update.tag}{FAILED}")', "pass", TRANSFER),
+    ("rollout/vllm/delivery.py", "if is_cut and not transfer.resumes:", "if False:", TRANSFER),
+    ("rollout/vllm/delivery.py", "if found.endswith(FAILED):", "if False:", TRANSFER),
+    ("rollout/vllm/delivery.py", "        if not is_cut:", "        if True:", TRANSFER),
+    ("rollout/vllm/delivery.py", "        if not is_cut:", "        if False:", TRANSFER),
+    ("rollout/vllm/transfer.py", " and all(used == [ours] for used in theirs)", "", TRANSFER),
+    ("rollout/vllm/transfer.py", " and not any(ours in used for used in theirs)", "", TRANSFER),
+    ("rollout/vllm/transfer.py", " or overlaps or", " or", TRANSFER),
+    ("rollout/vllm/transfer.py", "if theirs and theirs != [ours]:", "if False:", TRANSFER),
+    ("rollout/vllm/transfer.py", " and version.startswith(update.run):", ":", TRANSFER),
+    ("rollout/vllm/transfer.py", 'if "already active" not in str(error):', "if True:", TRANSFER),
+    ("rollout/vllm/transfer.py", "            sender.shutdown()", "            pass", TRANSFER),
+    ("rollout/vllm/engine.py", 'needs_folder = transport == "folder" or', "needs_folder = True or", TRANSFER),
+    ("vllm_plugin.py", "            os._exit(_FAILED_COMMIT)", "            raise", PLUGIN),
+    ("vllm_plugin.py", "            self._pack_heads()\n", "", PLUGIN),
+    ("vllm_plugin.py", "!= manifest.checksum:", "!= manifest.checksum and False:", PLUGIN),
+    ("vllm_plugin.py", "            self._check_layout(_layout(tensors))\n", "", PLUGIN),
+    ("vllm_plugin.py", "            self._check_sizes(manifest.folder)\n", "", PLUGIN),
+    ("vllm_plugin.py", "if manifest.run != self._run:", "if False:", PLUGIN),
+    ("cli/serve.py", "if _has_failed(url, 10 * args.interval):", "if False:", "test_serve.py"),
+    ("config/online_fields.py", "self.use_vllm and self.staleness_bound and", "False and", TRANSFER),
     ("stages/sampler.py", "return self.source.position - (0 if self.ahead is None else len(self.ahead))", "return self.source.position", "test_staleness.py"),
     ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),
     ("stages/online.py", "fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)", "pass", "test_staleness.py"),
