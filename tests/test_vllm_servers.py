@@ -328,7 +328,7 @@ def test_a_commit_that_fails_ends_the_server_which_comes_back(
     async def with_another_tensor(client: Any, served: Any, update: Any, deadlines: Any) -> None:
         """Nothing tells at the first version of a run which tensors the model has."""
         if client.url == other.url:
-            update = replace(update, folder=shutil.copytree(update.folder, tmp_path / "changed"))
+            update = replace(update, folder=str(shutil.copytree(update.folder, tmp_path / "changed")))
             save_file({"model.layers.9.norm.weight": torch.zeros(1)}, tmp_path / "changed" / "another.safetensors")
         await prepare(client, served, update, deadlines)
 
