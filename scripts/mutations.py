@@ -274,7 +274,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("vllm_plugin.py", "            self._check_layout(_layout(tensors))\n", "", PLUGIN),
     ("vllm_plugin.py", "            self._check_sizes(manifest.folder)\n", "", PLUGIN),
     ("vllm_plugin.py", "if manifest.run != self._run:", "if False:", PLUGIN),
-    ("cli/serve.py", "if _has_failed(url, 10 * args.interval):", "if False:", "test_serve.py"),
+    ("cli/serve.py", "if _has_failed(url, 10 * args.interval):", "if False:", "test_serve.py::test_a_server_with_a_part_of_a_version_is_started_again"),
     ("config/online_fields.py", "self.use_vllm and self.staleness_bound and", "False and", f"{TRANSFER}::test_weights_that_change_while_servers_sample_go_by_the_folder"),
     ("stages/sampler.py", "return self.source.position - (0 if self.ahead is None else len(self.ahead))", "return self.source.position", "test_staleness.py"),
     ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),

@@ -212,7 +212,7 @@ def test_a_server_with_a_part_of_a_version_is_started_again(watched: Callable[..
     one = watched()
     eventually(lambda: one.times_ready() == 1)
     (tmp_path / "failed").write_text("burnish-1-2-3, failed")
-    eventually(lambda: len(one.started()) == 2)
+    eventually(lambda: len(one.started()) == 2, 60.0)
     (tmp_path / "failed").unlink()
     eventually(lambda: one.times_ready() == 2)
     one.process.send_signal(signal.SIGINT)
