@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
+TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, FUSED, SANDBOX = "test_cpu_kernels.py", "test_fused_layers.py", "test_sandbox.py"
 TREE = "test_sandbox.py::test_a_tree_of_processes_has_the_memory_of_one"
@@ -273,7 +274,28 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/vllm/engine.py", "busy = set(self._gathered(list(pool.call(pool.hold()))))", "busy = pool.call(pool.hold())", "test_vllm_pool.py"),
     ("rollout/vllm/engine.py", "        self._gathered([])", "        pass", "test_vllm_pool.py"),
     ("rollout/vllm/pool.py", "self.update, self.mode = update, mode", "self.update = update", "test_vllm_pool.py::test_every_rank_knows_which_log_probabilities_it_gets"),
-    ("rollout/vllm/delivery.py", "== _on_its_way(update) and", "== 0 and", "test_vllm_pool.py"),
+    ("rollout/vllm/delivery.py", '== f"{update.tag}{_ON_ITS_WAY}" and', "== 0 and", "test_vllm_pool.py"),
+    ("rollout/vllm/delivery.py", 'await _mark(client, f"{update.tag}{FAILED}")', "pass", f"{TRANSFER}::test_a_server_that_fails_half_way_answers_nothing_until_it_is_restarted"),
+    ("rollout/vllm/delivery.py", "if is_cut and not transfer.resumes:", "if False:", f"{TRANSFER}::test_a_trainer_that_ended_in_the_middle_leaves_no_mixture"),
+    ("rollout/vllm/delivery.py", "if found.endswith(FAILED):", "if False:", f"{TRANSFER}::test_a_server_that_fails_half_way_answers_nothing_until_it_is_restarted"),
+    ("rollout/vllm/delivery.py", "        if not is_cut:", "        if True:", f"{TRANSFER}::test_a_mixture_stays_paused_when_nothing_can_be_prepared"),
+    ("rollout/vllm/delivery.py", "        if not is_cut:", "        if False:", f"{TRANSFER}::test_weights_that_cannot_be_prepared_leave_the_version_before"),
+    ("rollout/vllm/transfer.py", " and all(used == [ours] for used in theirs)", "", f"{TRANSFER}::test_the_way_is_chosen_by_where_the_weights_are"),
+    ("rollout/vllm/transfer.py", " and not any(ours in used for used in theirs)", "", f"{TRANSFER}::test_the_way_is_chosen_by_where_the_weights_are"),
+    ("rollout/vllm/transfer.py", " or overlaps or", " or", f"{TRANSFER}::test_the_way_is_chosen_by_where_the_weights_are"),
+    ("rollout/vllm/transfer.py", "if theirs and theirs != [ours]:", "if False:", f"{TRANSFER}::test_a_server_on_another_gpu_is_refused_before_anything_changes"),
+    ("rollout/vllm/transfer.py", " and version.startswith(update.run):", ":", f"{TRANSFER}::test_a_restarted_server_is_met_in_a_group_again"),
+    ("rollout/vllm/transfer.py", 'if "already active" not in str(error):', "if True:", f"{TRANSFER}::test_a_trainer_that_ended_in_the_middle_leaves_no_mixture"),
+    ("rollout/vllm/transfer.py", "            sender.shutdown()", "            pass", f"{TRANSFER}::test_a_server_that_fails_half_way_answers_nothing_until_it_is_restarted"),
+    ("rollout/vllm/engine.py", 'needs_folder = transport == "folder" or', "needs_folder = True or", f"{TRANSFER}::test_servers_sample_from_what_was_sent"),
+    ("vllm_plugin.py", "            os._exit(_FAILED_COMMIT)", "            raise", PLUGIN),
+    ("vllm_plugin.py", "            self._pack_heads()\n", "", PLUGIN),
+    ("vllm_plugin.py", "!= manifest.checksum:", "!= manifest.checksum and False:", PLUGIN),
+    ("vllm_plugin.py", "            self._check_layout(_layout(tensors))\n", "", PLUGIN),
+    ("vllm_plugin.py", "            self._check_sizes(manifest.folder)\n", "", PLUGIN),
+    ("vllm_plugin.py", "if manifest.run != self._run:", "if False:", PLUGIN),
+    ("cli/serve.py", "if _has_failed(url, 10 * args.interval):", "if False:", "test_serve.py::test_a_server_with_a_part_of_a_version_is_started_again"),
+    ("config/online_fields.py", "self.use_vllm and self.staleness_bound and", "False and", f"{TRANSFER}::test_weights_that_change_while_servers_sample_go_by_the_folder"),
     ("stages/sampler.py", "return self.source.position - (0 if self.ahead is None else len(self.ahead))", "return self.source.position", "test_staleness.py"),
     ("stages/sampler.py", "state.global_step - begun > bound", "state.global_step - begun > 99", "test_staleness.py"),
     ("stages/online.py", "fresh_N &= version_N.isnan() | (version_N == self.run.state.global_step)", "pass", "test_staleness.py"),

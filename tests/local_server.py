@@ -6,10 +6,12 @@ test_vllm_servers.py.
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ class LocalServer(ThreadServer):
 
     ignore_reload, keep_head, drop_adapter: weights that do not arrive, in whole or in part. hot: samples at twice the
     temperature. raw: log-probabilities before the sampling parameters. logits: no log-probabilities. refuse_rank:
-    adapters are refused. hang: answers no request for completions. deaf: answers nothing. break: closes the connection
-    in the middle of an answer. dribble: sends an answer byte by byte, slowly.
+    adapters are refused. half: a load ends half-way. hang: answers no request for completions. deaf: answers nothing.
+    break: closes the connection in the middle of an answer. dribble: sends an answer byte by byte, slowly.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, port: int = 0, token: str | None = None) -> None:
@@ -36,6 +38,12 @@ class LocalServer(ThreadServer):
         self.weight_version, self.paused, self.tokens = "default", False, 0.0
         self.token_seconds = 0.0
         """Time that a token takes."""
+        self.backend: str | None = None
+        """Back end of its weight transfer; one of vLLM's registry, or burnish's plug-in."""
+        self.plugin: Any = None
+        self.is_updating = False
+        self.init_info: dict[str, Any] = {}
+        self.update_info: dict[str, Any] = {}
         self.faults: set[str] = set()
         self.calls: list[str] = []
         self.sampled: list[dict[str, Any]] = []
@@ -46,13 +54,54 @@ class LocalServer(ThreadServer):
     # What the routes do.
 
     def load_weights(self, folder: str) -> None:
+        self.take(AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).eval())
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load weights by their names in a checkpoint; the plug-in calls this as a model's `load_weights`."""
+        fresh = AutoModelForCausalLM.from_config(self.model.config).to(self.model.dtype).eval()
+        fresh.load_state_dict(dict(tensors), strict=False)
+        self.take(fresh)
+
+    def take(self, fresh: Any) -> None:
+        if "half" in self.faults:
+            raise RuntimeError("half of the weights are loaded")
         if "ignore_reload" in self.faults:
             return
         head = self.model.get_output_embeddings().weight.detach().clone()
-        fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).eval()
         if "keep_head" in self.faults:
             fresh.get_output_embeddings().weight = torch.nn.Parameter(head)
         self.model = fresh
+
+    def transfer(self, path: str, body: dict[str, Any]) -> None:
+        """Do what the routes of vLLM's weight transfer do; errors of workers have status 500."""
+        if self.backend is None:
+            raise RuntimeError("Weight transfer not configured.")
+        try:
+            match path:
+                case "/init_weight_transfer_engine":
+                    self.init_info = body["init_info"]
+                    if self.plugin is not None:
+                        self.plugin.init_transfer_engine(self.plugin.parse_init_info(self.init_info))
+                case "/start_weight_update":
+                    if self.is_updating:
+                        raise ValueError("start_weight_update called while a weight update is already active.")
+                    self.is_updating = True
+                case "/update_weights":
+                    self.update_info = body["update_info"]
+                    if self.plugin is not None:
+                        self.plugin.update_weights(self.update_info)
+                    elif self.backend == "ipc":
+                        handles = pickle.loads(base64.b64decode(self.update_info["ipc_handles_pickled"]))
+                        values = [next(iter(by_gpu.values())) for by_gpu in handles]
+                        self.load_tensors(dict(zip(self.update_info["names"], values, strict=True)))
+                case _:
+                    self.is_updating = False
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"Call to {path} method failed: {error}") from error
+
+    def restart(self, model: Any) -> None:
+        """Be as after a start with other weights."""
+        self.model, self.weight_version, self.paused, self.is_updating = model, "default", False, False
 
     def load_adapter(self, name: str, folder: str) -> None:
         config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
@@ -171,8 +220,14 @@ class _Handler(JsonHandler):
             case "/collective_rpc":
                 server.load_weights(body["kwargs"]["weights_path"])
                 return {"results": [None]}
+            case "/server_info":
+                transfer = None if server.backend is None else {"backend": server.backend}
+                parallel = {"world_size": 1, "data_parallel_size": 1}
+                return {"vllm_config": {"weight_transfer_config": transfer, "parallel_config": parallel}}
             case "/reset_prefix_cache":
                 return {"success": True}
+            case _ if path.endswith(("_weight_update", "_weight_transfer_engine", "/update_weights")):
+                server.transfer(path, body)
             case "/v1/load_lora_adapter":
                 server.load_adapter(body["lora_name"], body["lora_path"])
             case "/v1/unload_lora_adapter":

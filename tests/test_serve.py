@@ -36,6 +36,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         while os.path.exists({hang!r}): time.sleep(0.1)
         self.send_response(200); self.end_headers()
+        if self.path == "/weight_info":
+            version = open({failed!r}).read() if os.path.exists({failed!r}) else "a"
+            self.wfile.write(json.dumps({{"weight_version": version}}).encode())
 words = sys.argv
 HTTPServer((words[words.index("--host") + 1], int(words[words.index("--port") + 1])), Handler).serve_forever()
 """
@@ -55,7 +58,8 @@ def free_port() -> int:
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
     file = tmp_path / "vllm"
-    file.write_text(PROGRAM.format(python=sys.executable, log=str(tmp_path / "log"), hang=str(tmp_path / "hang")))
+    places = {name: str(tmp_path / name) for name in ("log", "hang", "failed")}
+    file.write_text(PROGRAM.format(python=sys.executable, **places))
     file.chmod(0o755)
     return file
 
@@ -74,14 +78,27 @@ def test_the_command_line_makes_a_sync_possible() -> None:
     assert "--enable-lora --max-loras 2 --max-cpu-loras 2 --max-lora-rank 16" in line
     assert command[-2:] == ["--seed", "3"]
     assert "--enable-lora" not in server_command("vllm", "folder", parsed("m"))
-    environment = server_environment("secret")
+    environment = server_environment("secret", "folder", "plugins")
     assert environment["VLLM_API_KEY"] == "secret"
     assert environment["VLLM_SERVER_DEV_MODE"] == environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == "plugins"
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
+    assert server_environment("secret", "ipc", "plugins")["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "1"
+
+
+@pytest.mark.parametrize(("way", "backend"), [("folder", "burnish"), ("ipc", "ipc"), ("nccl", "nccl")])
+def test_the_back_end_of_the_weights_is_that_asked_for(way: str, backend: str) -> None:
+    command = server_command("vllm", "folder", parsed("m", "--weight-transfer", way))
+    assert json.loads(command[command.index("--weight-transfer-config") + 1]) == {"backend": backend}
+    if way == "folder":
+        assert command == server_command("vllm", "folder", parsed("m"))
 
 
 def test_what_cannot_work_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0: .*without the token.*--expose"):
         run(parsed("m", "--host", "0.0.0.0"))
+    with pytest.raises(ConfigError, match=r"--weight-transfer ipc with --expose: .*127"):
+        run(parsed("m", "--host", "0.0.0.0", "--expose", "--weight-transfer", "ipc"))
     with pytest.raises(ConfigError, match="--lora-rank 1000: use 1 to 512"):
         server_command("vllm", "folder", parsed("m", "--lora-rank", "1000"))
     with pytest.raises(ConfigError, match="no such program"):
@@ -189,6 +206,17 @@ def test_a_hung_server_is_started_again(watched: Callable[..., Watched], tmp_pat
     assert not is_running(one.started()[0]["pid"])
     one.process.send_signal(signal.SIGINT)
     assert "server ended" in one.ended()
+
+
+def test_a_server_with_a_part_of_a_version_is_started_again(watched: Callable[..., Watched], tmp_path: Path) -> None:
+    one = watched()
+    eventually(lambda: one.times_ready() == 1)
+    (tmp_path / "failed").write_text("burnish-1-2-3, failed")
+    eventually(lambda: len(one.started()) == 2, 60.0)
+    (tmp_path / "failed").unlink()
+    eventually(lambda: one.times_ready() == 2)
+    one.process.send_signal(signal.SIGINT)
+    assert "the server could not load the whole of a version: starting it again" in one.ended()
 
 
 def test_restarts_are_bounded(watched: Callable[..., Watched], program: Path) -> None:

@@ -8,22 +8,26 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 import tiny
-from burnish.errors import CheckFailed, ConfigError
+from burnish.errors import CheckFailed, ConfigError, EngineError
 from burnish.rollout import Request, SamplingParams
 from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm import Deadlines, ServerPool, VLLMServerEngine
+from burnish.rollout.vllm.delivery import prove
 from burnish.rollout.vllm.registry import token_of
 from burnish.types import Completion
 from test_staleness import trained_prompts
@@ -275,7 +279,7 @@ def test_a_death_in_the_middle_of_a_sync_is_no_mixture(server: Served, other: Se
     post = victim.post
 
     async def dying(path: str, body: Any, **options: Any) -> Any:
-        if path == "/collective_rpc":
+        if path == "/update_weights":
             victim.post = post
             for pid in other.pids("VLLM::Worker") or other.pids("multiprocessing"):
                 os.kill(pid, signal.SIGKILL)
@@ -286,6 +290,53 @@ def test_a_death_in_the_middle_of_a_sync_is_no_mixture(server: Served, other: Se
     timed(made, REQUESTS)
     other.wait()
     tiny.move(model, 1e-2, seed=8)
+    assert made.sync(2)["sampling/servers"] == 2
+    timed(made, REQUESTS)
+
+
+def test_weights_that_cannot_be_prepared_leave_the_version_before(server: Served, engine: Any) -> None:
+    model = fresh(seed=14)
+    made = engine(model, server.url)
+    made.sync(0)
+    before, write = made._updates.newest, made._folders.write
+
+    def damage(*args: Any) -> Path:
+        folder = write(*args)
+        file = folder / "model.safetensors"
+        os.truncate(file, file.stat().st_size - 64)
+        return folder
+
+    made._folders.write = damage
+    tiny.move(model, 1e-2)
+    with pytest.raises(EngineError, match=r"keeps its weights.*is damaged"):
+        made.sync(1)
+    (held,) = made._pool.servers
+    made._pool.call(prove(held, before, DEADLINES))
+    made._folders.write = write
+    tiny.move(model, 1e-2, seed=8)
+    assert made.sync(2)["sampling/servers"] == 1
+
+
+def test_a_commit_that_fails_ends_the_server_which_comes_back(
+    server: Served, other: Served, engine: Any, tmp_path: Path
+) -> None:
+    model = fresh(seed=14)
+    engine(model, server.url, other.url).sync(0)
+    made = engine(model, server.url, other.url)
+    prepare = made._pool.transfer.prepare
+
+    async def with_another_tensor(client: Any, served: Any, update: Any, deadlines: Any) -> None:
+        """Nothing tells at the first version of a run which tensors the model has."""
+        if client.url == other.url:
+            update = replace(update, folder=str(shutil.copytree(update.folder, tmp_path / "changed")))
+            save_file({"model.layers.9.norm.weight": torch.zeros(1)}, tmp_path / "changed" / "another.safetensors")
+        await prepare(client, served, update, deadlines)
+
+    made._pool.transfer.prepare = with_another_tensor
+    assert made.sync(1)["sampling/servers"] == 1
+    made._pool.transfer.prepare = prepare
+    other.wait()
+    tiny.move(model, 1e-2)
     assert made.sync(2)["sampling/servers"] == 2
     timed(made, REQUESTS)
 

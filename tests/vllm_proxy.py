@@ -13,7 +13,10 @@ from urllib.parse import urlsplit
 
 from safetensors.torch import load_file, save_file
 
+from burnish.vllm_plugin import folder_checksum
 from http_server import JsonHandler, ThreadServer
+
+_SESSION = ("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update")
 
 
 class Proxy(ThreadServer):
@@ -37,13 +40,18 @@ class Proxy(ThreadServer):
 
     def changed(self, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
         """The body to forward, or None for a call that is acknowledged and dropped."""
-        if path == "/collective_rpc":
-            if "ignore_reload" in self.faults:
-                return None
-            folder = Path(body["kwargs"]["weights_path"])
+        if "ignore_reload" in self.faults and path in ("/collective_rpc", *_SESSION):
+            return None
+        if path in ("/collective_rpc", "/init_weight_transfer_engine"):
+            where, name = (
+                (body["kwargs"], "weights_path") if path == "/collective_rpc" else (body["init_info"], "folder")
+            )
+            folder = Path(where[name])
             if "keep_head" in self.faults:
                 assert self.head is not None
-                body["kwargs"]["weights_path"] = str(self._with_old_head(folder))
+                where[name] = str(self._with_old_head(folder))
+                if "checksum" in where:
+                    where["checksum"] = folder_checksum(where[name])
             else:
                 self.head = self.own / "head"
                 shutil.copytree(folder, self.head, dirs_exist_ok=True)

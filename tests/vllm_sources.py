@@ -58,7 +58,7 @@ def lora(model: Any) -> Any:
 class Served:
     """A `burnish serve` process."""
 
-    def __init__(self, folder: Path, log: Path, *words: str) -> None:
+    def __init__(self, folder: Path, log: Path, *words: str, environment: Mapping[str, str] | None = None) -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             self.port = int(found.getsockname()[1])
@@ -68,13 +68,12 @@ class Served:
         program = os.environ.get("BURNISH_VLLM", str(ROOT / ".venv-vllm" / "bin" / "vllm"))
         if shutil.which(program) is None:
             pytest.skip("no vLLM here: make vllm")
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [*command, "--vllm", program, "--lora-rank", "8", *words, "--", "--enforce-eager"],
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})},
             )
 
     def wait(self) -> None:

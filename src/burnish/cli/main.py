@@ -154,6 +154,12 @@ def _add_serve(commands: Any) -> None:
         action="store_true",
         help="report log-probabilities before truncation, for max_staleness with top_p, top_k, min_p or a penalty",
     )
+    serve.add_argument(
+        "--weight-transfer",
+        choices=["folder", "ipc", "nccl"],
+        default="folder",
+        help="way of full weights: a folder, memory of the trainer's GPU, or from another GPU (default: %(default)s)",
+    )
     serve.add_argument("--vllm", metavar="PROGRAM", help="vLLM's program (default: .venv-vllm/bin/vllm, or the PATH's)")
     serve.add_argument("--restarts", type=int, default=3, help="how often to start it again (default: %(default)s)")
     serve.add_argument("--expose", action="store_true", help="listen at an address that others reach")

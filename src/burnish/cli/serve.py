@@ -20,14 +20,16 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from burnish import vllm_plugin
 from burnish.errors import ConfigError, EngineError
 from burnish.model.adapter_files import saved_adapters
 from burnish.model.sources import find_model
 from burnish.progress import format_seconds, say
+from burnish.rollout.vllm.delivery import FAILED
 from burnish.rollout.vllm.registry import forget, register
 from burnish.rollout.vllm.weights import MAX_RANK, lora_slot
 
-__all__ = ["find_vllm", "run", "servable", "server_command", "server_environment", "untied"]
+__all__ = ["find_vllm", "plugin_path", "run", "servable", "server_command", "server_environment", "untied"]
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _INDEX = "model.safetensors.index.json"
@@ -42,17 +44,28 @@ def run(args: argparse.Namespace) -> None:
             f"--host {args.host}: whoever reaches the server can load weights and run methods on it, without the "
             "token. Use 127.0.0.1 and an SSH tunnel, or add --expose in a network that you trust."
         )
+    if args.expose and args.weight_transfer == "ipc":
+        raise ConfigError(
+            "--weight-transfer ipc with --expose: vLLM would run what others send it, since handles of GPU memory are "
+            "pickled. The trainer is on the same machine: use 127.0.0.1."
+        )
     executable = find_vllm(args.vllm)
     token = os.environ.get("VLLM_API_KEY") or secrets.token_urlsafe(24)
-    with servable(args.model, bf16=args.dtype != "float32") as folder, _ended_by_signals():
+    with servable(args.model, bf16=args.dtype != "float32") as folder, plugin_path() as plugins, _ended_by_signals():
         command = server_command(executable, folder, args)
         register(
             args.port,
-            {"url": f"http://{args.host}:{args.port}", "token": token, "model": args.model, "pid": os.getpid()},
+            {
+                "url": f"http://{args.host}:{args.port}",
+                "token": token,
+                "model": args.model,
+                "pid": os.getpid(),
+                "gpus": _gpus(),
+            },
         )
         say(f"starting {shlex.join(command)}")
         try:
-            _watch(command, {**os.environ, **server_environment(token)}, args)
+            _watch(command, {**os.environ, **server_environment(token, args.weight_transfer, plugins)}, args)
         finally:
             forget(args.port)
 
@@ -81,6 +94,8 @@ def server_command(executable: str, folder: str, args: argparse.Namespace) -> li
     mode = "raw_logprobs" if args.raw_logprobs else "processed_logprobs"
     command += ["--served-model-name", args.model, "--logprobs-mode", mode]
     command += ["--generation-config", "vllm", "--dtype", args.dtype]
+    backend = vllm_plugin.BACKEND if args.weight_transfer == "folder" else args.weight_transfer
+    command += ["--weight-transfer-config", json.dumps({"backend": backend})]
     if not _has_gpu():
         # A seeded prompt that is prefilled in parts ends the engine of the CPU build (vLLM 0.32), whose generators have
         # no offset to set back.
@@ -96,9 +111,14 @@ def server_command(executable: str, folder: str, args: argparse.Namespace) -> li
     return [*command, *args.overrides]
 
 
-def server_environment(token: str) -> dict[str, str]:
-    """Return the variables that open the routes of a sync, with the token."""
+def server_environment(token: str, weight_transfer: str, plugins: str) -> dict[str, str]:
+    """Return the variables that open the routes of a sync, with the token and the folder of the plug-in."""
+    path = os.pathsep.join(filter(None, (plugins, os.environ.get("PYTHONPATH"))))
+    # vLLM reads handles of GPU memory from HTTP in pickled form only.
+    pickled = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if weight_transfer == "ipc" else {}
     return {
+        **pickled,
+        "PYTHONPATH": path,
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_API_KEY": token,
@@ -112,6 +132,28 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _gpus() -> list[str]:
+    """Return the identities of the visible GPUs, asked in another process so that this one holds no memory of them."""
+    if not _has_gpu():
+        return []
+    each = "str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())"
+    line = f"import json, torch; print(json.dumps([{each}]))"
+    return json.loads(subprocess.run([sys.executable, "-c", line], stdout=subprocess.PIPE, check=True).stdout)
+
+
+@contextlib.contextmanager
+def plugin_path() -> Generator[str]:
+    """Yield a folder from which Python loads the plug-in of vLLM as if it were installed; burnish need not be."""
+    with tempfile.TemporaryDirectory(prefix="burnish-plugin-") as made:
+        shutil.copy(vllm_plugin.__file__, Path(made, "burnish_vllm_plugin.py"))
+        about = Path(made, "burnish_vllm_plugin-1.dist-info")
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: burnish-vllm-plugin\nVersion: 1\n", "utf-8")
+        entry = "[vllm.general_plugins]\nburnish = burnish_vllm_plugin:register\n"
+        (about / "entry_points.txt").write_text(entry, "utf-8")
+        yield made
 
 
 @contextlib.contextmanager
@@ -224,17 +266,19 @@ def _watch(command: Sequence[str], environment: dict[str, str], args: argparse.N
 
 def _until_it_fails(process: subprocess.Popen[bytes], args: argparse.Namespace) -> str:
     """Wait until a server ends or hangs; return what happened."""
-    url, started = f"http://{args.host}:{args.port}/health", time.monotonic()
+    url, started = f"http://{args.host}:{args.port}", time.monotonic()
     is_up, answered = False, time.monotonic()
     while process.poll() is None:
         time.sleep(args.interval)
         try:
-            with urllib.request.urlopen(url, timeout=10 * args.interval):
+            with urllib.request.urlopen(f"{url}/health", timeout=10 * args.interval):
                 answered = time.monotonic()
         except (urllib.error.URLError, OSError):
             if is_up and time.monotonic() - answered > args.hung:
                 return f"did not answer for {args.hung:.0f} s"
             continue
+        if _has_failed(url, 10 * args.interval):
+            return "could not load the whole of a version"
         if not is_up:
             is_up = True
             say(
@@ -242,6 +286,15 @@ def _until_it_fails(process: subprocess.Popen[bytes], args: argparse.Namespace) 
                 f'"server" and vllm_server_base_url = "http://{args.host}:{args.port}" in [training]'
             )
     return f"ended with status {process.returncode}"
+
+
+def _has_failed(url: str, timeout: float) -> bool:
+    """Return whether a trainer has noted that the server holds a part of a version."""
+    try:
+        with urllib.request.urlopen(f"{url}/weight_info", timeout=timeout) as answer:
+            return str(json.load(answer).get("weight_version")).endswith(FAILED)
+    except (OSError, ValueError):  # busy, or without the route
+        return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -254,6 +254,13 @@ class OnlineFields(CommonFields):
         "Folder for the weights of a sync, which trainer and servers see. None: shared memory of this machine.",
         SERVERS,
     )
+    vllm_weight_transfer: Literal["auto", "folder", "ipc", "nccl"] = own(
+        "auto",
+        "Way of full weights to servers. folder: vllm_weights_dir. ipc: handles of GPU memory, on the same GPU. nccl: "
+        "broadcast to other GPUs, with vLLM in the trainer's environment too. auto: what the servers were started for "
+        "(`burnish serve --weight-transfer`) where it can work, else folder.",
+        SERVERS,
+    )
     vllm_gpu_memory_utilization: Proportion = own(
         0.3, "Fraction of the device's memory for vLLM's weights and cache, with vllm_mode colocate.", SERVERS
     )
@@ -326,6 +333,12 @@ class OnlineFields(CommonFields):
                 'vllm_model_impl = "transformers" with vllm_mode = "colocate": vLLM would change classes of '
                 'transformers that the model being trained is made of; use "vllm", or set vllm_mode = "server" and '
                 "give the server --model-impl transformers."
+            )
+        if self.use_vllm and self.staleness_bound and self.vllm_weight_transfer in ("ipc", "nccl"):
+            yield (
+                f'vllm_weight_transfer = "{self.vllm_weight_transfer}" with max_staleness = {self.staleness_bound}: a '
+                'server that comes back while the weights change needs those of the last sync; use "folder", or '
+                "max_staleness = 0."
             )
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:

@@ -28,6 +28,7 @@ from burnish.rollout.engine import OverlappingEngine
 from burnish.rollout.engines import cache_tokens
 from burnish.rollout.prompts import PromptSource, Shard, empty_shard, whole_groups
 from burnish.rollout.vllm import EmbeddedLLM, EmbeddedOptions, ServerPool, VLLMColocatedEngine, VLLMServerEngine
+from burnish.rollout.vllm.transfer import check_transport, choose_transport
 from burnish.stages.agents import Agents
 from burnish.stages.algorithm import Algorithm
 from burnish.stages.sampler import Sampler, prompts_per_rollout
@@ -316,6 +317,7 @@ class OnlineStage(Stage):
         """Load the model, once the servers that will sample from it have been found and checked."""
         if self.args.use_vllm and self.args.vllm_mode == "server":
             args = self.args
+            check_transport(args.vllm_weight_transfer)
             # At temperature 1 the model's own log-probabilities serve too; of stale samples under truncation only they.
             needs_own = args.staleness_bound and args.samples_part
             modes = ("processed",) if args.temperature != 1 else ("raw",) if needs_own else ("processed", "raw")
@@ -335,8 +337,13 @@ class OnlineStage(Stage):
             "weights_dir": args.vllm_weights_dir,
         }
         if self._pool is not None:
-            ranks = {"agreed": run.ranks.agreed, "gathered": run.ranks.gathered}
-            return VLLMServerEngine(run.model, self.tokenizer, self._pool, **ranks, **shared)
+            pool, ranks, device = self._pool, run.ranks, causal_lm(run.model).device
+            by: dict[str, Any] = {"ranks": ranks.count, "overlaps": args.staleness_bound > 0}
+            shared["transport"] = ranks.agreed(
+                lambda: choose_transport(args.vllm_weight_transfer, device, pool.servers, **by)
+            )
+            shared |= {"agreed": ranks.agreed, "gathered": ranks.gathered}
+            return VLLMServerEngine(run.model, self.tokenizer, pool, **shared)
         micro_batches = micro_batches_per_rollout(args.steps_per_generation, args.gradient_accumulation_steps)
         options = EmbeddedOptions(
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,

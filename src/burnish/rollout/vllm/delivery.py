@@ -12,15 +12,17 @@ from typing import Any
 
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
 from burnish.rollout.vllm.identity import Served
+from burnish.rollout.vllm.transfer import WeightTransfer
 from burnish.rollout.vllm.updates import Proof, Update
 from burnish.rollout.vllm.wire import parse_prompt_logprobs, probe_request
 
-__all__ = ["Server", "confirm", "deliver", "has", "prove"]
+__all__ = ["FAILED", "Server", "confirm", "deliver", "has", "prove"]
 
+_ON_ITS_WAY = ", on its way"
+"""Ends the version of a server between its weights; no group is sampled at it."""
 
-def _on_its_way(update: Update) -> str:
-    """Return the version of a server between its weights; no group is sampled at it."""
-    return f"{update.tag}, on its way"
+FAILED = ", failed"
+"""Ends the version of a server that could not load the whole of one: it must be started again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,8 +52,14 @@ class Server:
         return self.adapter or self.served.name
 
 
-async def deliver(server: Server, update: Update, deadlines: Deadlines) -> None:
+async def deliver(server: Server, update: Update, transfer: WeightTransfer, deadlines: Deadlines) -> None:
     """Load an update, prove it by the probe, and let the server sample again.
+
+    Args:
+        server: takes the update.
+        update: what to load.
+        transfer: way of full weights.
+        deadlines: see `Deadlines`.
 
     Raises:
         ServerLost, ServerRefused: the server failed on the way, and may not sample.
@@ -62,25 +70,47 @@ async def deliver(server: Server, update: Update, deadlines: Deadlines) -> None:
         await server.client.post("/resume", {}, deadline=deadlines.sync)  # paused where groups were running
         await _deliver_adapter(server, update, deadlines)
     else:
-        await _deliver_weights(server, update, deadlines)
+        await _deliver_weights(server, update, transfer, deadlines)
     await prove(server, update, deadlines)
     server.version, server.reason = update.tag, ""
 
 
-async def _deliver_weights(server: Server, update: Update, deadlines: Deadlines) -> None:
-    client = server.client
+async def _deliver_weights(server: Server, update: Update, transfer: WeightTransfer, deadlines: Deadlines) -> None:
+    client, served = server.client, server.served
+    assert served is not None
+    found = str(await _version(server))
+    is_cut = found.endswith(_ON_ITS_WAY)
+    if is_cut and not transfer.resumes:
+        found = found.replace(_ON_ITS_WAY, FAILED)
+        await _mark(client, found)
+    if found.endswith(FAILED):
+        raise ServerLost(
+            f"{client.url} has only a part of {found[: -len(FAILED)]}: start it again (`burnish serve` does)."
+        )
+    try:
+        await transfer.prepare(client, served, update, deadlines)
+    except (ServerLost, ServerRefused):
+        if not is_cut:  # it has the version before, whole, and may answer others with it
+            with contextlib.suppress(ServerLost, ServerRefused):
+                await client.post("/resume", {})
+        raise
     # Paused first: no request may see half of the weights, or keys and values of the old ones.
     await client.post("/pause?mode=abort", {}, deadline=deadlines.sync)
-    await client.post("/update_weight_version", {"new_version": _on_its_way(update)})
-    call = {
-        "method": "reload_weights",
-        "kwargs": {"weights_path": update.folder},
-        "timeout": deadlines.sync,
-    }
-    await client.post("/collective_rpc", call, deadline=deadlines.sync + deadlines.call)
+    await client.post("/update_weight_version", {"new_version": f"{update.tag}{_ON_ITS_WAY}"})
+    try:
+        await transfer.commit(client, served, update, deadlines)
+    except (ServerLost, ServerRefused):
+        await _mark(client, f"{update.tag}{FAILED}")  # another attempt would mix the two
+        raise
     await _reset_prefix_cache(client)
     await client.post("/update_weight_version", {"new_version": update.tag})
     await client.post("/resume", {}, deadline=deadlines.sync)
+
+
+async def _mark(client: ServerClient, version: str) -> None:
+    """Leave a note on a server, if it answers."""
+    with contextlib.suppress(ServerLost, ServerRefused):
+        await client.post("/update_weight_version", {"new_version": version})
 
 
 async def _reset_prefix_cache(client: ServerClient) -> None:
@@ -122,7 +152,7 @@ async def has(server: Server, update: Update, deadlines: Deadlines) -> bool:
     if update.is_adapter:
         return server.adapter == update.tag
     until = time.monotonic() + deadlines.sync
-    while (found := await _version(server)) == _on_its_way(update) and time.monotonic() < until:
+    while (found := await _version(server)) == f"{update.tag}{_ON_ITS_WAY}" and time.monotonic() < until:
         await asyncio.sleep(deadlines.heartbeat)
     return found == update.tag
 

@@ -25,7 +25,7 @@ from burnish.errors import ConfigError, EngineError
 from burnish.model.scoring import causal_lm
 from burnish.rollout.vllm.weights import has_adapters, lora_slot
 
-__all__ = ["EmbeddedLLM", "EmbeddedOptions", "check_embedding"]
+__all__ = ["EmbeddedLLM", "EmbeddedOptions", "check_embedding", "undisturbed"]
 
 _VERSION = "0.32"
 """Oldest vLLM whose workers reload weights from tensors as is done here."""
@@ -116,7 +116,7 @@ class EmbeddedLLM:
         self._folder = tempfile.TemporaryDirectory(prefix="burnish-vllm-")
         self._owns_group = not torch.distributed.is_initialized()
         self.options, self._adapters, self._adapter = options, 0, None
-        with _undisturbed():
+        with undisturbed():
             try:
                 self._vllm = importlib.import_module("vllm")
                 self.is_cpu: bool = importlib.import_module("vllm.platforms").current_platform.is_cpu()
@@ -311,7 +311,7 @@ def _kept_random_state() -> Generator[None]:
 
 
 @contextmanager
-def _undisturbed() -> Generator[None]:
+def undisturbed() -> Generator[None]:
     """Undo what a start of vLLM changes for the whole process, and for every process that it starts later."""
     variables = {name: os.environ.get(name) for name in (*_NEEDED, *_DEFAULTS, *_OWN_VARIABLES)}
     os.environ |= {**_DEFAULTS, **os.environ, **_NEEDED}

@@ -12,8 +12,9 @@ from burnish.errors import EngineError
 from burnish.rollout.engine import OverlappingEngine, Request
 from burnish.rollout.vllm.dispatch import Samples
 from burnish.rollout.vllm.pool import ServerPool
+from burnish.rollout.vllm.transfer import Transport, make_transfer
 from burnish.rollout.vllm.updates import Update, Updates, check_fits, probe_metrics
-from burnish.rollout.vllm.weights import WeightFolders, refuse_unsupported
+from burnish.rollout.vllm.weights import WeightFolders, has_adapters, refuse_unsupported
 from burnish.rollout.vllm.wire import LogprobsMode
 from burnish.types import Completion
 
@@ -29,9 +30,9 @@ def _alone(work: Callable[[], T]) -> T:
 class VLLMServerEngine(OverlappingEngine):
     """Engine that samples from vLLM servers with the trainer's weights.
 
-    `sync` writes the weights (or the LoRA adapters) to a folder in shared memory, has every server load them by vLLM's
-    own routes, and compares its log-probabilities of fixed tokens with the trainer's. A server that dies, stops or is
-    slow is dropped and its groups are replayed; it rejoins at a later sync.
+    `sync` writes the weights (or the LoRA adapters) to a folder in shared memory, or sends weights from GPU to GPU, has
+    every server load them by vLLM's own routes, and compares its log-probabilities of fixed tokens with the trainer's.
+    A server that dies, stops or is slow is dropped and its groups are replayed; it rejoins at a later sync.
 
     Args:
         model: the model being trained, bare or with LoRA adapters, prepared for scoring.
@@ -39,6 +40,7 @@ class VLLMServerEngine(OverlappingEngine):
         pool: connected servers.
         bound: largest KL of the probe that rounding explains, in nats per token.
         weights_dir: folder that trainer and servers see; None for shared memory.
+        transport: way of full weights, see `burnish.rollout.vllm.transfer`; adapters go by the folder.
         agreed: runs a function on the first rank and returns its result on all.
         gathered: concatenates the lists of all ranks.
 
@@ -54,6 +56,7 @@ class VLLMServerEngine(OverlappingEngine):
         *,
         bound: float,
         weights_dir: str | None = None,
+        transport: Transport = "folder",
         agreed: Callable[[Callable[[], T]], T] = _alone,
         gathered: Callable[[list[Any]], list[Any]] = list,
     ) -> None:
@@ -61,8 +64,10 @@ class VLLMServerEngine(OverlappingEngine):
         self._pool = pool
         self._agreed: Callable[[Callable[[], Any]], Any] = agreed
         self._gathered = gathered
-        self._folders = WeightFolders(weights_dir)
+        needs_folder = transport == "folder" or has_adapters(model)
+        self._folders = WeightFolders(weights_dir) if needs_folder else None
         self._updates = Updates(model, tokenizer, bound=bound, folders=self._folders)
+        pool.transfer = make_transfer(transport, model)
         self.version = 0
         self._finalizer = weakref.finalize(self, _close, pool, self._folders)
 
@@ -140,6 +145,7 @@ class VLLMServerEngine(OverlappingEngine):
         return [(server.client.url, server.adapter) for server in self._pool.ready], self._pool.mode
 
 
-def _close(pool: ServerPool, folders: WeightFolders) -> None:
+def _close(pool: ServerPool, folders: WeightFolders | None) -> None:
     pool.close()
-    folders.close()
+    if folders is not None:
+        folders.close()

@@ -21,6 +21,8 @@ _CHUNK = 4096
 _ROUNDED_NATS = 0.25
 """Largest difference between decoding a token and scoring it in a prompt, in 16 bits."""
 
+_INFO_SECONDS = 120.0
+
 _TEXT = "Répondez: 12 * 7 = 84,\n\tif x<=y: return '…'  # ok; 日本語, naïve café — 1e-6"
 
 
@@ -32,11 +34,15 @@ class Served:
         name: its name in requests.
         root: folder or name that it was loaded from.
         max_model_len: most tokens of a prompt with its completion, or None.
+        backend: back end of its weight transfer, or None.
+        workers: processes that hold a part of the weights, or a copy.
     """
 
     name: str
     root: str
     max_model_len: int | None
+    backend: str | None = None
+    workers: int = 1
 
 
 async def read_served(client: ServerClient) -> Served:
@@ -49,8 +55,23 @@ async def read_served(client: ServerClient) -> Served:
     for card in listed:
         if not card.get("parent"):
             longest = card.get("max_model_len")
-            return Served(str(card["id"]), str(card.get("root") or card["id"]), longest and int(longest))
+            backend, workers = await _weight_transfer(client)
+            root = str(card.get("root") or card["id"])
+            return Served(str(card["id"]), root, longest and int(longest), backend, workers)
     raise ConfigError(f"{client.url} serves no model: start one with `burnish serve MODEL`.")
+
+
+async def _weight_transfer(client: ServerClient) -> tuple[str | None, int]:
+    """Return the back end of a server's weight transfer, and the number of its workers."""
+    try:
+        # It lists the packages of its environment, once.
+        answer = await client.get("/server_info?config_format=json", deadline=_INFO_SECONDS)
+    except ServerRefused:  # a server without the routes of a sync, which will fail there
+        return None, 1
+    config = answer.get("vllm_config") or {}
+    transfer, parallel = config.get("weight_transfer_config") or {}, config.get("parallel_config") or {}
+    copies = int(parallel.get("data_parallel_size") or 1)
+    return transfer.get("backend"), copies * int(parallel.get("world_size") or 1)
 
 
 async def check_tokenizer(client: ServerClient, served: Served, tokenizer: Any) -> None:

@@ -16,6 +16,7 @@ from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, Ser
 from burnish.rollout.vllm.delivery import Server, deliver, has, prove
 from burnish.rollout.vllm.dispatch import Dispatcher, Samples
 from burnish.rollout.vllm.identity import check_tokenizer, read_logprobs_mode, read_served
+from burnish.rollout.vllm.transfer import FolderTransfer, WeightTransfer
 from burnish.rollout.vllm.updates import Update
 from burnish.rollout.vllm.wire import LogprobsMode
 
@@ -48,6 +49,7 @@ class ServerPool:
         self.mode: LogprobsMode | None = None
         self.servers = [Server(ServerClient(url, token, deadlines)) for url, token in clients]
         self.update: Update | None = None
+        self.transfer: WeightTransfer = FolderTransfer()
         self._dispatcher, self._lock = Dispatcher(self), asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_serve_loop, args=(self._loop,), name="burnish-vllm", daemon=True)
@@ -200,7 +202,7 @@ class ServerPool:
                 await prove(server, update, self.deadlines)
                 server.version, server.reason = update.tag, ""
         if server.version is None or server.version != update.tag:
-            await deliver(server, update, self.deadlines)
+            await deliver(server, update, self.transfer, self.deadlines)
         assert server.served is not None
         if was_lost:
             self._check_mode(server, await read_logprobs_mode(server.client, server.served, update.sequences[0][:2]))

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from burnish.runs.files import write_json
 
-__all__ = ["forget", "register", "token_of"]
+__all__ = ["forget", "gpus_of", "register", "token_of"]
 
 
 def _folder() -> Path:
@@ -41,11 +41,20 @@ def token_of(url: str) -> str | None:
     """Return the token of a server: VLLM_API_KEY, or that of `burnish serve` on this machine and port."""
     if token := os.environ.get("VLLM_API_KEY"):
         return token
+    return _record_of(url).get("token")
+
+
+def gpus_of(url: str) -> list[str]:
+    """Return the identities of the GPUs that a server sees; none where it was started elsewhere."""
+    return _record_of(url).get("gpus", [])
+
+
+def _record_of(url: str) -> dict[str, Any]:
     parts = urlsplit(url)
     if parts.hostname not in ("127.0.0.1", "localhost", "::1", "0.0.0.0"):
-        return None
+        return {}
     try:
         record = json.loads(_file(parts.port or 80).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return cast("dict[str, Any]", record).get("token")
+        return {}
+    return cast("dict[str, Any]", record)

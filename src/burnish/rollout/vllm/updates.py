@@ -23,6 +23,7 @@ class Update:
 
     Attributes:
         tag: identifies the weights; unique over runs.
+        run: what the tags of this run begin with.
         version: the trainer's number of the weights.
         folder: weights or adapters on disk; empty where tensors are handed over in the process.
         is_adapter: whether adapters are delivered, on a base that vLLM has.
@@ -33,6 +34,7 @@ class Update:
     """
 
     tag: str
+    run: str
     version: int
     folder: str
     is_adapter: bool
@@ -54,7 +56,7 @@ class Updates:
 
     def __init__(self, model: Any, tokenizer: Any, *, bound: float, folders: WeightFolders | None) -> None:
         self._model, self._tokenizer, self._bound, self._folders = model, tokenizer, bound, folders
-        self._run, self._count, self._version = secrets.token_hex(4), 0, -1
+        self._run, self._count, self._version = f"burnish-{secrets.token_hex(4)}", 0, -1
         self.sequences: list[list[int]] = []
         self.newest: Update | None = None
 
@@ -77,9 +79,10 @@ class Updates:
         if newest is not None and not is_new:
             return newest, False
         self._count += 1
-        tag = f"burnish-{self._run}-{version}-{self._count}"
+        tag = f"{self._run}-{version}-{self._count}"
         update = Update(
             tag=tag,
+            run=self._run,
             version=version,
             folder="" if self._folders is None else str(self._folders.write(self._model, tag)),
             is_adapter=has_adapters(self._model),
