@@ -307,3 +307,34 @@ def test_the_calculator_of_the_examples() -> None:
     results = box.run([ToolCall("calculate", {"expression": text}) for text in (good, evil, huge)])
     assert [result.content for result in results[:1]] == ["84.5"]
     assert [result.error for result in results[1:]] == ["tool_error"] * 2
+
+
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The form of SmolLM2's template, which knows no tools."""
+SYSTEM = "Solve the problem with the tools, one call a turn. Then give the answer as a number."
+
+
+def test_the_agents_transcripts_are_what_its_episodes_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the supervised stage teaches is the prompt, the calls and the answers that GRPO's episodes have."""
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    file = load_pipeline_file(root / "examples" / "agent" / "agent.toml", [])
+    assert file.data.eval is not None
+    held_out, train = load_rows(file.data.eval), load_rows(file.data.train or {})
+    assert not check_gold(file.rubric, held_out)
+    assert len(disjoint(train, held_out)[0]) == len(train)
+    tools = file.environment().tools  # type: ignore[misc, operator]
+    tokenizer, end = speaker(template=PLAIN, controls=("<|im_start|>", "<|im_end|>"), end="<|im_end|>")
+    environments = Environments(tokenizer, [end], tools=tools)
+    for row in load_rows(file.data.sft or {}):
+        opening, question, *turns = row["messages"]
+        prepared = environments.prepared({"prompt": [{"role": "system", "content": SYSTEM}, question]})["prompt"]
+        assert [opening, question] == prepared
+        for written, answer in zip(turns[:-1:2], turns[1::2], strict=True):
+            (call,) = environments.tool_format.parse(written["content"])
+            (result,) = Toolbox(tools).run([call])
+            assert environments.dialogue.as_shown(result.message(), "user") == answer
+        assert turns[-1]["content"] == f"The answer is {result.content}."
