@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: agent algorithms bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rewards rollouts sandbox servers sft slow test trl vllm wheels
+.PHONY: agent algorithms asynchronous bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rewards rollouts sandbox servers sft slow test trl vllm wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ rollouts: $(STAMP) $(VLLM_STAMP)  ## sampling speed of burnish, HF generate and 
 
 learning: $(STAMP) $(TRL_STAMP)  ## accuracy over minutes, burnish and TRL, three seeds (hours; goes on if stopped): docs/learning.svg
 	$(BIN)/python benchmarks/learning.py
+
+asynchronous: $(STAMP) $(VLLM_STAMP)  ## GRPO from vLLM servers beside the native engine, and one rollout ahead: accuracy and seconds (40 minutes)
+	$(BIN)/python benchmarks/servers.py
 
 agent: $(STAMP)  ## a model learns to use tools over several turns: held-out success before and after GRPO
 	$(BIN)/python benchmarks/agent.py
