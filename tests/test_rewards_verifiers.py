@@ -24,7 +24,8 @@ from burnish.rewards import (
     soft_overlong,
 )
 
-HANGS = "9^{9^{9^9}}"
+GOLD, HANGS = r"\int_0^2 y dy", r"\int_0^{9^{9^{9^9}}} y dy"
+"""Beyond our own grammar, which bounds its work; math-verify writes the number out."""
 
 
 @pytest.fixture(scope="module")
@@ -177,25 +178,25 @@ def test_math_reads_tags_then_boxes(pool: WorkerPool) -> None:
 
 
 def test_a_hanging_answer_fails_alone_and_in_any_thread(pool: WorkerPool) -> None:
-    rubric = Rubric([Criterion("math", math_answer(pool=pool, timeout_seconds=2, failures="exclude"))])
+    rubric = Rubric([Criterion("math", math_answer(pool=pool, timeout_seconds=6, failures="exclude"))])
     results: list[Any] = []
 
     def grade() -> None:
-        completions = [tagged("y"), tagged(HANGS), tagged("x+x")]
-        results.extend(rubric.criteria[0].function(prompts=["p"] * 3, completions=completions, answer=["2x"] * 3))
+        completions = [tagged("y"), tagged(HANGS), tagged(GOLD)]
+        results.extend(rubric.criteria[0].function(prompts=["p"] * 3, completions=completions, answer=[GOLD] * 3))
 
     thread = threading.Thread(target=grade)
     thread.start()
     thread.join()
     assert results[0] == 0.0
     assert isinstance(results[1], TimeoutError)
-    assert "2 s of work" in str(results[1])
+    assert "6 s of work" in str(results[1])
     assert results[2] == 1.0  # a new process took over
 
 
 def test_a_hanging_answer_scores_zero_unless_told_otherwise(pool: WorkerPool) -> None:
     pytest.importorskip("math_verify")
-    assert one(math_answer(pool=pool, timeout_seconds=1), tagged(HANGS), answer="2x") == 0.0
+    assert one(math_answer(pool=pool, timeout_seconds=1), tagged(HANGS), answer=GOLD) == 0.0
     with pytest.raises(ConfigError, match="failures = 'none' of math_answer: use zero or exclude"):
         math_answer(failures="none")
 
@@ -220,8 +221,8 @@ def test_a_worker_reports_errors_and_survives(pool: WorkerPool) -> None:
 
 def test_equal_calls_run_once_and_workers_run_side_by_side() -> None:
     pool = WorkerPool(num_workers=2)
-    calls = [{"gold": "2y", "answer": HANGS}, {"gold": "2y", "answer": "y+y"}, {"gold": "2y", "answer": HANGS}]
-    results = pool.map("math", calls, timeout_seconds=2)
+    calls = [{"gold": GOLD, "answer": answer} for answer in (HANGS, GOLD, HANGS)]
+    results = pool.map("math", calls, timeout_seconds=6)
     pool.close()
     assert results[1] == 1.0
     assert results[0] is results[2]
