@@ -15,12 +15,13 @@ import json
 import math
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from driver import HERE, hardware, say, source, write
+from driver import HERE, ROOT, hardware, say, source, write
 
 from burnish import Criterion, GRPOConfig, GRPOTrainer, Rubric, SFTConfig, SFTTrainer
 from burnish.environments import Toolbox
@@ -31,22 +32,10 @@ from burnish.rewards.episodes import valid_tool_calls
 from burnish.rewards.verifiers import numeric_answer
 from burnish.training.sampling import known_ends
 
+sys.path.insert(0, str(ROOT / "examples" / "agent"))
+from tools import add, multiply, subtract
+
 Row = dict[str, Any]
-
-
-def multiply(a: int, b: int) -> int:
-    """Multiply two numbers."""
-    return a * b
-
-
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-def subtract(a: int, b: int) -> int:
-    """Subtract b from a."""
-    return a - b
 
 
 TOOLS = (multiply, add, subtract)
