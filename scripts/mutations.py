@@ -157,6 +157,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/fused_layers.py", "layer.error <= _MOST_ERROR", "True", FUSED),
     ("rollout/fused_layers.py", "and hidden.shape[1] <= MOST_ROWS", "", FUSED),
     ("rollout/fused_layers.py", "and p.computes(group)", "", FUSED),
+    ("rollout/fused_layers.py", "for x in (*norms, *packed)) != shapes", "for x in ())", FUSED),
     ("rollout/cpu_kernels.cpp", "straight - to_float", "straight + to_float", FUSED),
     ("rollout/cpu_kernels.cpp", "if (norm) norm_row(x, norm, x, size, n.head_epsilon);", "", FUSED),
     ("rollout/cpu_kernels.cpp", "n.gate_up, n.gate_up_bias, gate_up", "n.gate_up, nullptr, gate_up", FUSED),

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import tiny
 from burnish.rollout import NativeEngine, Request, SamplingParams
@@ -124,6 +125,15 @@ def test_layers_are_compared_once_and_restored(calls: list[int]) -> None:
     found = values(made.generate(asked, seed=1, step=0))
     assert len(calls) == first - 1, "the layer that was compared"
     assert values(engine(model, fuses=False).generate(asked, seed=1, step=0)) == found, "the weights of now"
+
+
+def test_norms_over_all_heads_are_not_taken_for_those_of_a_head(calls: list[int]) -> None:
+    model = build(FORMS["llama"])
+    for layer in model.model.layers:
+        for name in ("q_norm", "k_norm"):
+            setattr(layer.self_attn, name, LlamaRMSNorm(128).to(BF16))
+    engine(model).generate(requests(), seed=1, step=0)
+    assert not calls
 
 
 def test_layers_that_do_not_share_their_input_run_as_they_are(calls: list[int]) -> None:

@@ -490,3 +490,18 @@ def pool() -> Iterator[WorkerPool]:
     pool = WorkerPool(num_workers=1)
     yield pool
     pool.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_tree_that_cannot_be_seen_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory._warn_unseen.cache_clear()
+    memory.warn_if_unseen(os.getpid())
+    assert not caplog.records
+    monkeypatch.setattr(memory, "_address_space", lambda pid: 0)
+    for _ in range(2):
+        memory.warn_if_unseen(os.getpid())
+    (record,) = caplog.records
+    assert "memory_mib bounds each process" in record.getMessage()
+    memory._warn_unseen.cache_clear()

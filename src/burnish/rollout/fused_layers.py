@@ -49,15 +49,15 @@ class FusedLayers:
         self._agree: dict[type[nn.Module], bool] = {}
 
     @contextmanager
-    def running(self, products: Mapping[nn.Module, PackedProduct] | None, run: Callable[[], Any]) -> Generator[None]:
+    def running(self, products: Mapping[nn.Module, PackedProduct], run: Callable[[], Any]) -> Generator[None]:
         """Fuse the layers whose products are packed; autograd must be off.
 
         Args:
-            products: packed products by layer; None for no packing.
+            products: packed products by layer.
             run: runs a short forward with a layout, in which layers of a new class are compared.
         """
         kernels = cpu_kernels() if products else None
-        layers = [] if kernels is None or products is None else list(_layers(self._model, products, kernels))
+        layers = [] if kernels is None else list(_layers(self._model, products, kernels))
         new = {type(layer.module): layer for layer in layers if type(layer.module) not in self._agree}
         try:
             if new:
@@ -124,10 +124,18 @@ def _weights(module: Any, products: Mapping[nn.Module, PackedProduct]) -> _Weigh
         output.weight, output.bias, after.weight, gates.weight, gates.bias, down.weight, down.bias,
     )  # fmt: skip
     epsilons = [epsilon_of(norm) for norm in (before, of_heads[0] if of_heads else before, after)]
+    hidden, inner = attention.q_proj.in_features, mlp.down_proj.in_features
+    queries, keys = attention.q_proj.out_features // size, attention.k_proj.out_features // size
+    shapes = (
+        *[(hidden,)] * 2, *[(size,)] * len(of_heads),
+        ((queries + 2 * keys) * size, hidden), (hidden, queries * size), (2 * inner, hidden), (hidden, inner),
+    )  # fmt: skip
+    # The kernels trust these sizes: they would read and write beyond tensors of others.
+    if tuple(tuple(x.weight.shape) for x in (*norms, *packed)) != shapes:
+        return None
     struct = LayerWeights(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        attention.q_proj.in_features, attention.q_proj.out_features // size, attention.k_proj.out_features // size,
-        size, mlp.down_proj.in_features, *epsilons,
+        hidden, queries, keys, size, inner, *epsilons,
     )  # fmt: skip
     return _Weights(struct, tensors)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["descendants", "innermost", "kill_all", "memory_exceeds"]
+__all__ = ["descendants", "innermost", "kill_all", "memory_exceeds", "warn_if_unseen"]
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -51,6 +54,20 @@ def innermost(pid: int) -> int:
     while below := _children(pid):
         pid = below[0]
     return pid
+
+
+def warn_if_unseen(pid: int) -> None:
+    """Say once that the memory of runs is bounded by process only, where /proc does not show this one."""
+    if sys.platform == "linux" and not _address_space(pid):
+        _warn_unseen()
+
+
+@functools.cache
+def _warn_unseen() -> None:
+    logger.warning(
+        "/proc does not show the sandbox's processes: memory_mib bounds each process of a run, and not all together. "
+        "Mount /proc, without hidepid, to bound them."
+    )
 
 
 def memory_exceeds(pids: Sequence[int], limit_bytes: int) -> bool:

@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 from burnish.errors import ConfigError, RewardError
 from burnish.rewards.jail.entry import FOLDER
 from burnish.rewards.sandbox.levels import clean_environment, interpreter_view, jailed_command
-from burnish.rewards.sandbox.memory import descendants, innermost, kill_all, memory_exceeds
+from burnish.rewards.sandbox.memory import descendants, innermost, kill_all, memory_exceeds, warn_if_unseen
 
 __all__ = ["Limits", "Run", "SandboxError", "Zygote"]
 
@@ -108,6 +108,7 @@ class Zygote:
         self.last_words = ""
         self.landlock = int(self._reply(_START_SECONDS).get("landlock", 0))
         self._pid = innermost(self._process.pid)
+        warn_if_unseen(self._pid)
 
     def run(self, program: str, stdin: str, job: dict[str, Any] | None, judge: str, limits: Limits) -> Run:
         """Run a program with an input, or judge it by tests."""
