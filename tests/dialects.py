@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+import tiny
 
 CHATML = """\
 {%- if tools %}<|im_start|>system
@@ -127,3 +130,13 @@ def speaker(dialect: str = "", *, controls: tuple[str, ...] = (), end: str = "",
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=end, pad_token=end, bos_token=bos)
     made.chat_template = template or DIALECTS[dialect]
     return made, made.convert_tokens_to_ids(end)
+
+
+def save_speaker(folder: Path) -> None:
+    """Save a tiny model that speaks ChatML, with its tokenizer."""
+    tokenizer, end = speaker("chatml")
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end, "max_position_embeddings": 2048}
+    model = tiny.model(**sizes)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import tiny
 from burnish.cli.config import load_pipeline_file, load_run_file
 from burnish.cli.main import main
 from burnish.data import disjoint, load_rows
@@ -20,7 +19,7 @@ from burnish.environments.registry import ENVIRONMENTS, environments_from_config
 from burnish.environments.setup import Environments
 from burnish.errors import ConfigError, DataError
 from burnish.rewards import check_gold
-from dialects import speaker
+from dialects import save_speaker, speaker
 
 CODE = '''
 from burnish.environments import Environment, Reply
@@ -73,12 +72,7 @@ number = 3
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "env.py").write_text(CODE)
-    tokenizer, end = speaker("chatml")
-    sizes = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end, "max_position_embeddings": 2048}
-    model = tiny.model(**sizes)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_speaker(tmp_path / "model")
     rows = [{"prompt": [{"role": "user", "content": f"What is {i} + 1?"}], "answer": str(i + 1)} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-import tiny
 from burnish import GRPOConfig, GRPOTrainer
 from burnish.cli.main import main
 from burnish.data import load_rows
@@ -24,7 +23,7 @@ from burnish.environments.verifiers import VerifiersEnvironment, loaded_environm
 from burnish.errors import ConfigError, EngineError
 from burnish.rewards.calls import shared_loop
 from burnish.types import Completion, Group, StopReason
-from dialects import DIALECTS, speaker
+from dialects import DIALECTS, save_speaker
 from test_environment_files import TRAINING
 from test_episodes import Budget, Environments, Script, request, setup
 
@@ -470,12 +469,7 @@ def load_environment(size: int = 4, more: bool = False):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "say_numbers.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)
-    tokenizer, end = speaker("chatml")
-    sizes = {"vocab_size": len(tokenizer), "eos_token_id": end, "pad_token_id": end, "max_position_embeddings": 2048}
-    model = tiny.model(**sizes)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_speaker(tmp_path / "model")
     return tmp_path
 
 
