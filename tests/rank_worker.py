@@ -73,6 +73,8 @@ def make(stage: str, model: Any, shared: dict[str, Any]) -> Trainer:
             model.generation_config.eos_token_id = end
             online = {**ONLINE, "max_completion_length": 60, "stop": STOPS, "num_generations": 4, "beta": 0.1}
             common = {"processing_class": tokenizer, "environment_factory": Quiz}
+            # With some seeds a draw lies so near the edge of two tokens that one rounding of a bf16 weight decides it.
+            shared = {**shared, "seed": 1}
             return GRPOTrainer(model, spread, GRPOConfig(**shared, **online), ROWS, **common)
         case _:
             args = GRPOConfig(**shared, **ONLINE, num_generations=4, loss_type=stage, beta=0.1)

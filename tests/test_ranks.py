@@ -64,8 +64,8 @@ def test_one_rank_is_two_ranks(tmp_path: Path, stage: str, per_device: int, dtyp
         torch.testing.assert_close(left, right, rtol=0, atol=tolerance)
     for left, right in zip(one["logs"], two["logs"], strict=True):
         assert left == pytest.approx(right, abs=1e-4 if dtype == "float32" else 5e-2)
-    # Each rank samples a part of a round; the transcripts hold all of it, in one order.
-    names = ("step", "prompt_index", "sample", "prompt")
+    # Each rank samples a part of a round; the transcripts hold all of it, in one order, with the same samples.
+    names = ("step", "prompt_index", "sample", "prompt", "completion")
     rows = [
         [[record[name] for name in names] for record in read_json_lines(tmp_path / ranks / "transcripts.jsonl")]
         for ranks in ("one", "two")
