@@ -156,7 +156,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/attention.cpp", "work.scale, grad_key + row", "1, grad_key + row", ROWS),
     ("kernels/attention.cpp", "part < parts; ++part) total", "part < 1; ++part) total", ROWS),
     ("kernels/attention.cpp", "highest = _mm512_max_ps(kept, highest);", "", ROWS),
-    ("kernels/attention.py", "place += -(-length // _BLOCK) * _BLOCK", "place += length", ROWS),
+    ("kernels/attention.py", "*(prompt if number else (0, 0))", "*(0, 0)", ROWS),
     ("kernels/decoding.cpp", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", KERNELS),
     ("kernels/decoding.cpp", "row < M; row += 32", "row < M / 32 * 32; row += 32", KERNELS),
     ("kernels/decoding.cpp", "length = place + 1", "length = std::max<int64_t>(place, 1)", KERNELS),

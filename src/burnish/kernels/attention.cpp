@@ -6,13 +6,13 @@
 // copies of their keys and values. Sums are added in an order that depends on sizes alone, not on threads or on the
 // rest of the row.
 
-#include "common.h"
+#include "tiles.h"
 
 #ifdef BURNISH_AMX
 
 namespace {
 
-const int64_t BLOCK = 32, CHUNK = 128;  // queries of a block; keys whose scores are held at a time
+const int64_t CHUNK = 128;  // keys whose scores are held at a time
 const float LOG2E = 1.44269504f, LN2 = 0.693147181f, FLOOR = -1e30f;
 
 // Rows of the table of sequences. A completion sees its whole prompt; a prompt's own prompt_length is 0.
@@ -27,113 +27,13 @@ struct Work {
     int64_t kv_heads() const { return heads / repeats; }
 };
 
-// sums [32, 32] (+)= left [32, depth] right [depth, 32]; right lies in slabs of 32 rows as two tiles of 16 columns,
-// with neighbouring rows side by side.
-inline void multiply(
-    const bf16* left, int64_t left_stride, const bf16* right, int64_t depth, float* sums, int64_t stride, bool add
-) {
-    // Compilers do not know that loading a tile reads memory: what was written must not be moved behind it.
-    asm volatile("" ::: "memory");
-    if (add) {
-        _tile_loadd(0, sums, 4 * stride);
-        _tile_loadd(1, sums + 16, 4 * stride);
-        _tile_loadd(2, sums + 16 * stride, 4 * stride);
-        _tile_loadd(3, sums + 16 * stride + 16, 4 * stride);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t k = 0; k < depth; k += 32, right += 2 * TILE) {
-        _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + TILE, 64);
-        _tile_loadd(4, left + k, 2 * left_stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, left + 16 * left_stride + k, 2 * left_stride);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, sums, 4 * stride);
-    _tile_stored(1, sums + 16, 4 * stride);
-    _tile_stored(2, sums + 16 * stride, 4 * stride);
-    _tile_stored(3, sums + 16 * stride + 16, 4 * stride);
-}
-
-// Transpose 16 x 16 values of 32 bits.
-inline void transpose(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {  // quarter q of r[4 n + i] is now column 4 q + i of rows 4 n to 4 n + 3
-        const __m512i even_low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        const __m512i even_high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        const __m512i odd_low = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-        t[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        t[8 + i] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-        t[4 + i] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-    }
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-
-// Load 16 rows, of which the first `valid` exist, from 16 pairs of their columns on; transpose the pairs.
-inline void load_transposed(Strided<bf16> x, int64_t first, int64_t valid, int64_t head, int64_t column, __m512i* r) {
-    for (int64_t i = 0; i < 16; ++i)
-        r[i] = i < valid ? _mm512_loadu_si512(x.at(first + i, head) + column) : _mm512_setzero_si512();
-    transpose(r);
-}
-
-const __m512i& interleaving() {  // of two halves of 16 values
-    alignas(64) static const int16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return *reinterpret_cast<const __m512i*>(order);
-}
-
-const __m512i& separating() {  // its inverse
-    alignas(64) static const int16_t order[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
-                                                  1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-    return *reinterpret_cast<const __m512i*>(order);
-}
-
-// The right operand [size, 32 tokens] of up to 32 tokens.
-void pack_columns(Strided<bf16> x, int64_t first, int64_t valid, int64_t head, int64_t size, bf16* packed) {
-    for (int64_t column = 0; column < size; column += 32)
-        for (int64_t half = 0; half < 2; ++half, packed += TILE) {
-            __m512i r[16];
-            load_transposed(x, first + 16 * half, valid - 16 * half, head, column, r);
-            for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(packed + 32 * i, r[i]);
-        }
-}
-
-// The right operands [32 tokens, 32 columns] of up to 32 tokens, one after the other.
-void pack_rows(Strided<bf16> x, int64_t first, int64_t valid, int64_t head, int64_t size, bf16* packed) {
-    const __m512i order = interleaving(), zero = _mm512_setzero_si512();
-    for (int64_t column = 0; column < size; column += 32, packed += 2 * TILE)
-        for (int64_t i = 0; i < 16; ++i) {
-            const int64_t t = 2 * i;
-            const __m512i even = t < valid ? _mm512_loadu_si512(x.at(first + t, head) + column) : zero;
-            const __m512i odd = t + 1 < valid ? _mm512_loadu_si512(x.at(first + t + 1, head) + column) : zero;
-            const __m512i left = _mm512_shuffle_i64x2(even, odd, 0x44), right = _mm512_shuffle_i64x2(even, odd, 0xee);
-            _mm512_storeu_si512(packed + 32 * i, _mm512_permutexvar_epi16(order, left));
-            _mm512_storeu_si512(packed + TILE + 32 * i, _mm512_permutexvar_epi16(order, right));
-        }
-}
-
 // Copy a sequence's tokens of one head to rows [padded, size] and columns [size, padded], from its place on, with zeros
 // up to a whole block; either may be null.
-void pack_sequence(Strided<bf16> x, const Sequence& s, int64_t head, int64_t size, int64_t padded, bf16* rows, bf16* columns) {
-    for (int64_t t = 0; rows && t < (s.length + BLOCK - 1) / BLOCK * BLOCK; ++t) {
+void pack_sequence(
+    Strided<bf16> x, const Sequence& s, int64_t head, int64_t size, int64_t padded, bf16* rows, bf16* columns
+) {
+    const int64_t tokens = whole_blocks(s.length);
+    for (int64_t t = 0; rows && t < tokens; ++t) {
         bf16* row = rows + (s.place + t) * size;
         if (t < s.length)
             memcpy(row, x.at(s.start + t, head), sizeof(bf16) * size);
@@ -141,7 +41,7 @@ void pack_sequence(Strided<bf16> x, const Sequence& s, int64_t head, int64_t siz
             memset(row, 0, sizeof(bf16) * size);
     }
     const __m512i order = separating();
-    for (int64_t t = 0; columns && t < (s.length + BLOCK - 1) / BLOCK * BLOCK; t += 16)
+    for (int64_t t = 0; columns && t < tokens; t += 16)
         for (int64_t column = 0; column < size; column += 32) {
             __m512i r[16];
             load_transposed(x, s.start + t, s.length - t, head, column, r);
@@ -153,18 +53,6 @@ void pack_sequence(Strided<bf16> x, const Sequence& s, int64_t head, int64_t siz
             }
         }
 }
-
-// 2^x, within a few units in the last place; 0 where that is less than fp32 can hold.
-inline __m512 exp2_of(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    __m512 y = _mm512_set1_ps(1.5403530e-4f);
-    for (const float term : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 0.24022651f, 0.69314718f, 1.0f})
-        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(term));
-    return _mm512_scalef_ps(y, n);
-}
-
-inline __m512i to_bf16(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // A block of queries of one sequence.
 struct Queries {
@@ -178,7 +66,7 @@ struct Queries {
 // Up to CHUNK keys at `place` of the packed copies, of which `valid` exist, padded to whole blocks.
 struct Keys {
     int64_t place, position, valid;
-    int64_t padded() const { return (valid + BLOCK - 1) / BLOCK * BLOCK; }
+    int64_t padded() const { return whole_blocks(valid); }
 };
 
 // Call visit(keys) for all keys that a block of queries may see, in chunks.
@@ -265,20 +153,14 @@ struct Scratch {
     }
 };
 
-// Store the products of two keys' values for 32 queries as a row pair of a right operand [keys, 32].
-inline void store_pair(bf16* packed, int64_t key, const __m512 (&even)[2], const __m512 (&odd)[2]) {
-    bf16* slab = packed + key / BLOCK * 2 * TILE + key % BLOCK / 2 * 32;
-    for (int half = 0; half < 2; ++half)
-        _mm512_storeu_si512(slab + half * TILE, _mm512_permutexvar_epi16(interleaving(), to_bf16(even[half], odd[half])));
-}
-
 // One head's output for a block of queries, by an online softmax over chunks of keys; scores are in base 2.
 void attend_block(
     const Work& work, const Queries& queries, Scratch& scratch, const bf16* keys, const bf16* values, bf16* out,
     float* norms
 ) {
     const __m512 scale = _mm512_set1_ps(work.scale * LOG2E);
-    __m512 most[2] = {_mm512_set1_ps(FLOOR), _mm512_set1_ps(FLOOR)}, total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    __m512 most[2] = {_mm512_set1_ps(FLOOR), _mm512_set1_ps(FLOOR)};
+    __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     bool is_first = true;
     for_keys(work, queries, [&](const Keys& chunk) {
         const Visibility visible(work, queries, chunk);
@@ -471,7 +353,8 @@ void attend_rows_backward(
         for (int64_t pair = 0; pair < work.kv_heads() * work.num_sequences; ++pair) {
             const int64_t head = pair / work.num_sequences;
             const Sequence& s = work.sequences[pair % work.num_sequences];
-            pack_sequence(*key, s, head, work.size, work.padded, key_rows + head * keys_size, key_columns + head * keys_size);
+            bf16 *own_keys = key_rows + head * keys_size, *own_columns = key_columns + head * keys_size;
+            pack_sequence(*key, s, head, work.size, work.padded, own_keys, own_columns);
             pack_sequence(*value, s, head, work.value_size, work.padded, value_rows + head * values_size, nullptr);
         }
 #pragma omp for schedule(dynamic)

@@ -56,7 +56,8 @@ def _library(name: str) -> Path:
     # What tells this processor's instructions from another's: a home may be shared by several machines.
     lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     processor = b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features"))}))
-    parts = [source.read_bytes(), (_SOURCES / "common.h").read_bytes(), version, " ".join(flags).encode(), processor]
+    texts = [file.read_bytes() for file in (source, *sorted(_SOURCES.glob("*.h")))]
+    parts = [*texts, version, " ".join(flags).encode(), processor]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish" / "kernels"
     library = home / f"{name}-{key}.so"
