@@ -17,7 +17,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from burnish.kernels import decoding
+from burnish.kernels import decoding, elementwise
 from burnish.kernels.decoding import CPUKernels
 from burnish.rollout import NativeEngine, packed_linears
 from burnish.rollout.fused_norms import fused_norms
@@ -184,7 +184,7 @@ def test_nothing_is_compiled_for_a_model_without_a_use_for_it(monkeypatch: pytes
     def compiled() -> CPUKernels | None:
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(sys.modules["burnish.rollout.fused_norms"], "cpu_kernels", compiled)
+    monkeypatch.setattr(elementwise, "_library", compiled)
     with fused_norms(nn.Sequential(LlamaRMSNorm(96))):  # fp32
         pass
 
@@ -198,8 +198,9 @@ def test_the_engine_samples_alike_with_torchs_kernels(
     model = build(name).to(dtype)
     engine = NativeEngine(model, tokenizer)
     found = values(engine.generate(requests(), seed=1, step=0))
-    for module in (packed_linears, sys.modules["burnish.rollout.cache"], sys.modules["burnish.rollout.fused_norms"]):
+    for module in (packed_linears, sys.modules["burnish.rollout.cache"]):
         monkeypatch.setattr(module, "cpu_kernels", lambda: None)
+    monkeypatch.setattr(elementwise, "_library", lambda: None)
     plain = values(engine.generate(requests(), seed=1, step=0))
     # In bf16 a rounding may lead to another token; what stands before it is judged.
     for (tokens, logprobs), (plain_tokens, plain_logprobs) in zip(found, plain, strict=True):
@@ -223,8 +224,12 @@ def spied(calls: list[str], name: str) -> Any:
 
 def test_an_engine_uses_them(tokenizer: Any, kernels: CPUKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("attend", "product", "rms_norm"):
+    for name in ("attend", "product"):
         monkeypatch.setattr(CPUKernels, name, spied(calls, name))
+    called = elementwise._call
+    monkeypatch.setattr(
+        elementwise, "_call", lambda name, *args, **own: (calls.append(name), called(name, *args, **own))
+    )
     NativeEngine(build("llama").to(BF16), tokenizer).generate(requests(), seed=1, step=0)
     assert {"attend", "rms_norm"} <= set(calls)
     assert ("product" in calls) == kernels.packs(torch.empty(32, 32, dtype=BF16))

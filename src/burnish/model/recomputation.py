@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -21,7 +22,10 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils.checkpoint import checkpoint
 
 from burnish.errors import ConfigError
+from burnish.kernels.elementwise import fuses, gated_silu, rms_norm
+from burnish.model.fused import is_silu, norm_epsilon
 from burnish.model.offload import Saved, restore, saver, storage_key
+from burnish.model.traced import device_type
 
 __all__ = ["recomputing", "save_less", "tile_mlps"]
 
@@ -123,7 +127,12 @@ def recomputing(model: nn.Module) -> Generator[None]:
 
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Compute function(*inputs), saving only the inputs."""
-    value = cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+    value = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return _remembered(cast(Tensor, value), function, *inputs)
+
+
+def _remembered(value: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Let layers that save `value` = function(*inputs) recompute it; return it."""
     cache = _cache.get()
     if cache is not None and value.is_contiguous() and value.storage_offset() == 0:
         cache.add(value, _Recompute(function, tuple(x.detach() for x in inputs)))
@@ -148,11 +157,13 @@ def save_less(model: nn.Module) -> None:
         if kind.__name__.endswith("Norm") and "Batch" not in kind.__name__ and not list(module.children()):
             if all(p.ndim == 1 for p in module.parameters()):
                 module.forward = MethodType(_norm_forward, module)
+                cast(Any, module).burnish_epsilon = norm_epsilon(module) if dtype == torch.bfloat16 else None
         elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
             if kind not in gated:
                 gated[kind] = _is_gated(cast(Any, module), dtype)
             if gated[kind]:
                 module.forward = MethodType(_gated_forward, module)
+                cast(Any, module).burnish_is_silu = is_silu(cast(Any, module).act_fn)
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -180,8 +191,20 @@ def _recomputes(x: Any) -> bool:
     return _cache.get() is not None and torch.is_grad_enabled() and isinstance(x, Tensor)
 
 
+def _fuses(*tensors: Any) -> bool:
+    """Return whether kernels take these tensors; the compiler fuses a traced forward by itself."""
+    return (
+        all(isinstance(x, Tensor) and device_type(x) == "cpu" for x in tensors)
+        and fuses(*tensors)
+        and (torch.is_grad_enabled() or not any(is_fake(x) for x in tensors))
+    )
+
+
 def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = type(self).forward
+    plain, epsilon = type(self).forward, getattr(self, "burnish_epsilon", None)
+    if epsilon is not None and len(args) == 1 and not kwargs and _fuses(args[0], self.weight):
+        function = partial(rms_norm, weight=self.weight, epsilon=epsilon)
+        return _remembered(function(args[0]), function, args[0])
     if len(args) != 1 or kwargs or not _recomputes(args[0]):
         return plain(self, *args, **kwargs)
     return _recomputed(MethodType(plain, self), args[0])
@@ -221,8 +244,13 @@ def _tiled(mlp: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
 def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) == 1 and not kwargs and getattr(self, "burnish_tiles", 1) > 1:
         return _tiled(MethodType(type(self).forward, self), args[0], self.burnish_tiles)
-    if len(args) != 1 or kwargs or not _recomputes(args[0]):
+    if len(args) != 1 or kwargs:
         return type(self).forward(self, *args, **kwargs)
+    if self.burnish_is_silu and _fuses(args[0]):
+        operands = self.gate_proj(args[0]), self.up_proj(args[0])
+        return self.down_proj(_remembered(gated_silu(*operands), gated_silu, *operands))
+    if not _recomputes(args[0]):
+        return type(self).forward(self, *args)
 
     def gate(gate_x: Tensor, up_x: Tensor) -> Tensor:
         return self.act_fn(gate_x) * up_x

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from burnish.kernels.decoding import CPUKernels, LayerWeights, cpu_kernels
 from burnish.model.attention import IMPLEMENTATION, BoundMask
-from burnish.rollout.fused_norms import epsilon_of
+from burnish.model.fused import epsilon_of
 from burnish.rollout.packed_linears import MOST_ROWS, PackedProduct
 
 __all__ = ["FusedLayers"]

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from burnish.kernels.decoding import CPUKernels, cpu_kernels
+from burnish.kernels.elementwise import fuses, rms_norm
+from burnish.model.fused import norm_epsilon
 
-__all__ = ["epsilon_of", "fused_norms"]
-
-_EPSILONS = ("variance_epsilon", "eps")
-"""Names that modules give to their epsilon."""
+__all__ = ["fused_norms"]
 
 
 @contextmanager
@@ -29,12 +27,9 @@ def fused_norms(model: nn.Module) -> Generator[None]:
     Args:
         model: its norms get another `forward`, restored on exit.
     """
-    modules = [module for module in model.modules() if _may_be_fused(module)]
-    # Not compiled for a model that has no use for it, such as one on a GPU.
-    kernels = cpu_kernels() if modules else None
-    norms = [] if kernels is None else [_Norm(module, kernels) for module in modules]
-    agree = {kind: norm.agrees() for kind, norm in {type(norm.module): norm for norm in norms}.items()}
-    fused = [norm for norm in norms if agree[type(norm.module)]]
+    # Nothing is compiled for a model that has no use for it, such as one on a GPU.
+    found = [(module, norm_epsilon(module)) for module in model.modules() if _may_be_fused(module)]
+    fused = [_Norm(module, epsilon) for module, epsilon in found if epsilon is not None and fuses(module.weight)]
     try:
         for norm in fused:
             norm.module.__dict__["forward"] = norm
@@ -44,21 +39,13 @@ def fused_norms(model: nn.Module) -> Generator[None]:
             norm.module.__dict__.pop("forward", None)
 
 
-def epsilon_of(module: nn.Module) -> float:
-    """Return the epsilon of a norm, or 0 where it is not known."""
-    return next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), 0.0)
-
-
-def _may_be_fused(module: nn.Module) -> bool:
+def _may_be_fused(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return (
-        type(module).__name__.endswith("RMSNorm")
-        and "forward" not in module.__dict__
+        "forward" not in module.__dict__
         and isinstance(weight, Tensor)
-        and weight.dim() == 1
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
-        and getattr(module, "bias", None) is None
     )
 
 
@@ -67,24 +54,15 @@ class _Norm:
 
     Args:
         module: an RMS norm, of whatever class.
-        kernels: the compiled kernels.
+        epsilon: the kernel's.
     """
 
-    def __init__(self, module: Any, kernels: CPUKernels) -> None:
-        self.module, self._kernels, self._forward = module, kernels, module.forward
-        self._epsilon = epsilon_of(module)
+    def __init__(self, module: Any, epsilon: float) -> None:
+        self.module, self._epsilon, self._forward = module, epsilon, module.forward
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the norm's output."""
         # A traced forward is fused by the compiler; some models keep their residual stream in fp32.
         if isinstance(hidden, FakeTensor) or hidden.dtype != torch.bfloat16:
             return self._forward(hidden)
-        return self._kernels.rms_norm(hidden, self.module.weight, self._epsilon)
-
-    def agrees(self) -> bool:
-        """Return whether the kernel computes what the module does, within bf16's rounding: classes differ."""
-        generator = torch.Generator().manual_seed(0)
-        hidden = 0.1 * torch.randn(4, len(self.module.weight), generator=generator)
-        hidden[0] *= 0.01  # where the epsilon matters
-        hidden = hidden.to(torch.bfloat16)
-        return torch.allclose(self(hidden).float(), self._forward(hidden).float(), rtol=2**-6, atol=1e-6)
+        return rms_norm(hidden, self.module.weight, self._epsilon)
