@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from burnish.errors import ConfigError
 from burnish.model.offload import Saved, restore, saver, storage_key
 
-__all__ = ["recomputing", "save_less", "tile_mlps"]
+__all__ = ["recompute_later", "recomputing", "save_less", "tile_mlps"]
 
 
 @dataclass(slots=True)
@@ -124,10 +124,15 @@ def recomputing(model: nn.Module) -> Generator[None]:
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Compute function(*inputs), saving only the inputs."""
     value = cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+    recompute_later(value, function, *inputs)
+    return value
+
+
+def recompute_later(value: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Where autograd saves `value` inside `recomputing`, let it save the inputs of function(*inputs) instead."""
     cache = _cache.get()
     if cache is not None and value.is_contiguous() and value.storage_offset() == 0:
         cache.add(value, _Recompute(function, tuple(x.detach() for x in inputs)))
-    return value
 
 
 def save_less(model: nn.Module) -> None:

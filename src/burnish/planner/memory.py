@@ -16,6 +16,7 @@ from typing import NamedTuple
 from burnish.planner.shapes import Linear, ModelShape
 
 __all__ = [
+    "KEPT_PROMPT_TOKENS",
     "PREFILL_TOKENS",
     "Adapters",
     "Bytes",
@@ -27,6 +28,7 @@ __all__ = [
     "checkpoint_bytes",
     "dequantised_bytes",
     "forward_bytes",
+    "keeps_prompt",
     "layer_bytes",
     "mlp_width",
     "saved_bytes",
@@ -40,6 +42,8 @@ Bytes = dict[str, int]
 
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward of the native engine, unless one prompt is longer."""
+KEPT_PROMPT_TOKENS = 64
+"""Least tokens of prompts that are not computed again, for which a group's prompt gets a pass of its own."""
 _COPIED_PROMPT_TOKENS = 128
 """Longest prompt that the native engine copies into the cache of each completion."""
 _CACHE_STEP = 16
@@ -180,6 +184,16 @@ class Part(NamedTuple):
         """
         pairs = prompt * prompt // 2 + completions * completion * (prompt + completion // 2)
         return cls(groups * (prompt + completions * completion), groups * completions * completion, groups * pairs)
+
+
+def keeps_prompt(prompt: int, pieces: int) -> bool:
+    """Return whether the prompt of a group that is cut is computed once, in a pass of its own, and not in each piece.
+
+    Args:
+        prompt: tokens of the prompt.
+        pieces: pieces of the group.
+    """
+    return (pieces - 1) * (prompt - 1) >= KEPT_PROMPT_TOKENS
 
 
 def split_rows(
