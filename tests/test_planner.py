@@ -304,7 +304,7 @@ def test_what_a_longer_completion_adds() -> None:
     )
     method = short.run.method
     added = 8 * 512
-    assert long.run.largest.tokens - short.run.largest.tokens == added
+    assert long.run.largest.held - short.run.largest.held == added
     per_token = 32 * saved_bytes(LLAMA_8B, method) + 4 * 4096
     more = {name: size - short.phases[-1].device.get(name, 0) for name, size in long.phases[-1].device.items()}
     assert more["activations"] == added * per_token
@@ -315,7 +315,7 @@ def test_what_a_longer_completion_adds() -> None:
 def test_what_a_larger_group_and_vocabulary_add() -> None:
     wide = {"num_generations": 16, "per_device_train_batch_size": 16, "token_budget": 10**6}
     one, two = plan_of(training={"token_budget": 10**6}), plan_of(training=wide)
-    assert two.run.largest.tokens - one.run.largest.tokens == 8 * 512  # the prompt is not repeated
+    assert two.run.largest.held - one.run.largest.held == 8 * 512  # the prompt is not repeated
     double = dataclasses.replace(LLAMA_8B, vocabulary=2 * LLAMA_8B.vocabulary)
     moments = [Update(shape, Method(), Part.of(512, 512, 8), 1, on_cpu=False).moments() for shape in (LLAMA_8B, double)]
     table = LLAMA_8B.vocabulary * LLAMA_8B.hidden

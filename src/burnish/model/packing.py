@@ -18,7 +18,17 @@ from burnish.model.kept_prompt import KeptPrompt
 from burnish.planner.memory import keeps_prompt
 from burnish.types import Completion, Group, GroupSpan, PackedBatch
 
-__all__ = ["group_cost", "pack", "partition", "split_by_tokens", "to_row", "unpack", "zero_weight_group"]
+__all__ = [
+    "continued",
+    "group_cost",
+    "halve",
+    "pack",
+    "partition",
+    "split_by_tokens",
+    "to_row",
+    "unpack",
+    "zero_weight_group",
+]
 
 
 def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
@@ -56,7 +66,7 @@ def partition(groups: Sequence[Group], num_batches: int, *, whole: bool = False)
         largest = max(range(len(pieces)), key=lambda i: (len(pieces[i].completions), group_cost(pieces[i])))
         if len(pieces[largest].completions) < 2:
             break
-        pieces[largest : largest + 1] = _halve(pieces[largest])
+        pieces[largest : largest + 1] = halve(pieces[largest])
     order = sorted(range(len(pieces)), key=lambda i: -group_cost(pieces[i]))
     heap = [(0.0, batch) for batch in range(num_batches)]
     batches: list[list[int]] = [[] for _ in range(num_batches)]
@@ -67,7 +77,8 @@ def partition(groups: Sequence[Group], num_batches: int, *, whole: bool = False)
     return [[pieces[i] for i in sorted(batch)] for batch in batches]
 
 
-def _halve(group: Group) -> list[Group]:
+def halve(group: Group) -> list[Group]:
+    """Cut a group of at least two completions between them."""
     middle = (len(group.completions) + 1) // 2
     return [
         Group(group.prompt_ids, part, group.row, group.index)
@@ -102,13 +113,13 @@ def split_by_tokens(
     for group in groups:
         pieces = [group] if whole else _cut(group, token_budget)
         if keep_prompts and keeps_prompt(len(group.prompt_ids), len(pieces)):
-            alone += _continued(pieces)
+            alone += continued(pieces)
         else:
             together += pieces
     return [[piece] for piece in alone] + _balanced(together, token_budget, whole=whole)
 
 
-def _continued(pieces: Sequence[Group]) -> list[Group]:
+def continued(pieces: Sequence[Group]) -> list[Group]:
     """Let the pieces of a group continue a kept prompt with its last token."""
     prompt_ids = pieces[0].prompt_ids
     prompt = KeptPrompt(prompt_ids[:-1], len(pieces))
@@ -130,7 +141,7 @@ def _balanced(pieces: list[Group], token_budget: int, *, whole: bool) -> list[li
 def _cut(group: Group, token_budget: int) -> list[Group]:
     if group.num_tokens <= token_budget or len(group.completions) < 2:
         return [group]
-    return [piece for half in _halve(group) for piece in _cut(half, token_budget)]
+    return [piece for half in halve(group) for piece in _cut(half, token_budget)]
 
 
 def zero_weight_group(token_id: int) -> Group:
