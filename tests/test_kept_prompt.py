@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from burnish import GRPOConfig, GRPOTrainer
 from burnish.model import offload, prefix
+from burnish.model.attention import SlidingWindow
 from burnish.model.kept_prompt import KeptPrompt, _Kept
 from burnish.model.offload import offloading
 from burnish.model.packing import pack, split_by_tokens, unpack
 from burnish.model.recomputation import tile_mlps
 from burnish.model.scoring import continuing, keeps_prompts, prepare_for_scoring, score
-from burnish.types import Completion, Group
+from burnish.types import Completion, Group, GroupSpan
 from live_bytes import LiveBytes
 from test_scoring import DEFAULT_TOLERANCE, TOLERANCE
 from test_trainers import assert_same as assert_same_weights
@@ -101,7 +102,9 @@ def test_pieces_under_what_saves_memory(
     model = prepared("gemma3_text", lora=lora, checkpointing=checkpointing)
     whole = run(model, [GROUPS])
     tile_mlps(model, 3)
-    assert_same(whole, run(model, cut(GROUPS, 80), offloads))
+    parts = cut(GROUPS, 80)
+    assert_same(whole, run(model, parts, offloads))
+    assert not any(part[0].kept_prompt.is_begun for part in parts[:-1])
 
 
 def test_short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +112,21 @@ def test_short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix, "_MAX_QUERIES", 3)
     model = prepared("mistral", sliding_window=6)
     assert_same(run(model, [GROUPS]), run(model, cut(GROUPS, 80)))
+
+
+@pytest.mark.parametrize("rule", [None, SlidingWindow(6)])
+def test_a_block_mask_is_the_whole_row_s(rule: SlidingWindow | None) -> None:
+    """What FlexAttention is given on a GPU: the rows of the whole mask that belong to the piece's queries."""
+    whole = (GroupSpan((0, 20), ((20, 5), (25, 3))),)
+    piece = (GroupSpan((-19, 20), ((1, 5), (6, 3))),)
+    keys, zero = torch.arange(28)[None], torch.zeros(1, dtype=torch.long)
+
+    def mask(spans: Any, kept: int) -> torch.Tensor:
+        return prefix._mask_mod(spans, torch.device("cpu"), rule, kept)(
+            zero, zero, torch.arange(28 - kept)[:, None], keys
+        )
+
+    assert torch.equal(mask(piece, 19), mask(whole, 0)[19:])
 
 
 def test_pieces_are_scored_in_their_order() -> None:

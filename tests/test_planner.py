@@ -279,6 +279,15 @@ def test_parts_are_those_of_the_packer(
     packed = split_by_tokens(groups, budget, whole=whole)
     found = split_rows(prompt, completion, completions, group, budget, whole=whole)
     assert sorted(part.tokens for part in found) == sorted(sum(g.num_tokens for g in part) for part in packed)
+    packed = split_by_tokens(groups, budget, whole=whole, keep_prompts=True)
+    found = split_rows(prompt, completion, completions, group, budget, whole=whole, keep_prompts=True)
+    passes = {id(kept): kept.num_tokens for part in packed if (kept := part[0].kept_prompt) is not None}
+    tokens = [sum(g.num_tokens for g in part) for part in packed]
+    assert sorted(part.tokens for part in found) == sorted([*tokens, *passes.values()])
+    repeated = split_rows(prompt, completion, completions, group, budget, whole=whole)
+    pairs = sum(part.pairs for part in repeated) - sum(part.pairs for part in found)
+    again = sum(kept.num_tokens for part in packed if (kept := part[0].kept_prompt) is not None) - sum(passes.values())
+    assert pairs == pytest.approx(again * (prompt - 1) / 2, abs=len(packed))  # of rounded halves
 
 
 def plan_of(model: str = "Llama-3.1-8B", device: str = "H100", kind: str = "grpo", **given: Any) -> Plan:

@@ -78,8 +78,10 @@ class _Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradient of a piece's own tokens."""
-        gradient, length = cast(Tensor, grad_outputs[0]), ctx.kept.source.shape[2]
-        ctx.kept.add(gradient[:, :, :length])
+        # A loss that is still read would keep the prompt's graph alive.
+        kept, ctx.kept = cast(_Kept, ctx.kept), None
+        gradient, length = cast(Tensor, grad_outputs[0]), kept.source.shape[2]
+        kept.add(gradient[:, :, :length])
         return gradient[:, :, length:], None
 
 
@@ -129,11 +131,12 @@ class KeptPrompt:
         self._num_done += 1
         if self._num_done < self.num_pieces:
             return
-        layers, self._layers, self._num_done = self._layers, {}, 0
         # Adapters on some layers or projections leave others without a gradient.
-        found = [kept for layer in layers.values() for kept in layer if kept.gradient is not None]
+        found = [kept for layer in self._layers.values() for kept in layer if kept.gradient is not None]
         if found:
             torch.autograd.backward([kept.source for kept in found], [kept.take_gradient() for kept in found])
+        # Not before: layers that are recomputed would be kept again.
+        self._layers, self._num_done = {}, 0
 
 
 @dataclass(frozen=True)
