@@ -174,7 +174,6 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     # memory
     ("model/offload.py", "if storage_key(tensor) in self.kept:", "if False:", OFFLOAD),
     # kept prompts
-    ("model/kept_prompt.py", "if call.module not in self._layers:", "if True:", KEPT_PROMPT),
     ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "pass", KEPT_PROMPT),
     ("model/kept_prompt.py", "self.gradient += gradient", "self.gradient = gradient", KEPT_PROMPT),
     ("model/kept_prompt.py", "torch.promote_types(gradient.dtype, torch.float32)", "gradient.dtype", KEPT_PROMPT),
