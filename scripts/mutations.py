@@ -23,7 +23,8 @@ TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
-KERNELS, FUSED, SANDBOX = "test_cpu_kernels.py", "test_fused_layers.py", "test_sandbox.py"
+KERNELS, FUSED, SANDBOX = "test_decoding_kernels.py", "test_fused_layers.py", "test_sandbox.py"
+ROWS = "test_attention_kernels.py"
 TREE = "test_sandbox.py::test_a_tree_of_processes_has_the_memory_of_one"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS, POWERS = "test_rewards_texts.py", "test_rewards_powers.py"
@@ -147,22 +148,32 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/cache.py", "seen = position <= step.positions[:, None]", "seen = position <= step.positions.max()", NATIVE),
     ("rollout/cache.py", "own = own.minimum(most[:, None] - 1)", "own = own.minimum(most[:, None])", "test_drafts.py"),
     ("rollout/packed_linears.py", "hidden._version != self._version", "False", NATIVE),
-    ("rollout/cpu_kernels.cpp", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", KERNELS),
-    ("rollout/cpu_kernels.cpp", "row < M; row += 32", "row < M / 32 * 32; row += 32", KERNELS),
-    ("rollout/cpu_kernels.cpp", "length = place + 1", "length = std::max<int64_t>(place, 1)", KERNELS),
-    ("rollout/cpu_kernels.cpp", "(bits >> 16) & 1", "0", KERNELS),
-    ("rollout/cpu_kernels.cpp", "return most + logf(total)", "return logf(total)", KERNELS),
-    ("rollout/cpu_kernels.cpp", "n.kv_heads * n.value_size};", "n.kv_heads * n.size};", KERNELS),
-    ("rollout/cpu_kernels.cpp", "sum / K + epsilon", "sum / K", KERNELS),
+    ("kernels/attention.cpp", "position + window, INT32_MAX", "position + window + 1, INT32_MAX", ROWS),
+    ("kernels/attention.cpp", "if (key >= keys.valid) return 0;", "", ROWS),
+    ("kernels/attention.cpp", "keys.valid % BLOCK == 0 && keys.position + keys.valid - 1 <= first && ", "keys.valid % BLOCK == 0 && ", ROWS),
+    ("kernels/attention.cpp", "total[half] = _mm512_mul_ps(total[half], decay[half]);", "", ROWS),
+    ("kernels/attention.cpp", "_mm512_mul_ps(_mm512_loadu_ps(at), decay[i % 2])", "_mm512_loadu_ps(at)", ROWS),
+    ("kernels/attention.cpp", "_mm512_sub_ps(_mm512_loadu_ps(scratch.pulls + at), delta)", "_mm512_loadu_ps(scratch.pulls + at)", ROWS),
+    ("kernels/attention.cpp", "work.scale, grad_key + row", "1, grad_key + row", ROWS),
+    ("kernels/attention.cpp", "part < parts; ++part) total", "part < 1; ++part) total", ROWS),
+    ("kernels/attention.cpp", "highest = _mm512_max_ps(kept, highest);", "", ROWS),
+    ("kernels/attention.py", "*(prompt if number else (0, 0))", "*(0, 0)", ROWS),
+    ("kernels/decoding.cpp", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", KERNELS),
+    ("kernels/decoding.cpp", "row < M; row += 32", "row < M / 32 * 32; row += 32", KERNELS),
+    ("kernels/decoding.cpp", "length = place + 1", "length = std::max<int64_t>(place, 1)", KERNELS),
+    ("kernels/common.h", "(bits >> 16) & 1", "0", KERNELS),
+    ("kernels/decoding.cpp", "return most + logf(total)", "return logf(total)", KERNELS),
+    ("kernels/decoding.cpp", "n.kv_heads * n.value_size};", "n.kv_heads * n.size};", KERNELS),
+    ("kernels/decoding.cpp", "sum / K + epsilon", "sum / K", KERNELS),
     ("rollout/fused_norms.py", "if agree[type(norm.module)]]", "]", KERNELS),
     ("rollout/fused_layers.py", "layer.error <= _MOST_ERROR", "True", FUSED),
     ("rollout/fused_layers.py", "and hidden.shape[1] <= MOST_ROWS", "", FUSED),
     ("rollout/fused_layers.py", "and p.computes(group)", "", FUSED),
     ("rollout/fused_layers.py", "for x in (*norms, *packed)) != shapes", "for x in ())", FUSED),
-    ("rollout/cpu_kernels.cpp", "straight - to_float", "straight + to_float", FUSED),
-    ("rollout/cpu_kernels.cpp", "if (norm) norm_row(x, norm, x, size, n.head_epsilon);", "", FUSED),
-    ("rollout/cpu_kernels.cpp", "n.gate_up, n.gate_up_bias, gate_up", "n.gate_up, nullptr, gate_up", FUSED),
-    ("rollout/cpu_kernels.cpp", "x < 0 ? decayed : 1.0f", "1.0f", FUSED),
+    ("kernels/decoding.cpp", "straight - to_float", "straight + to_float", FUSED),
+    ("kernels/decoding.cpp", "if (norm) norm_row(x, norm, x, size, n.head_epsilon);", "", FUSED),
+    ("kernels/decoding.cpp", "n.gate_up, n.gate_up_bias, gate_up", "n.gate_up, nullptr, gate_up", FUSED),
+    ("kernels/decoding.cpp", "x < 0 ? decayed : 1.0f", "1.0f", FUSED),
     ("rollout/native.py", "key=expected_tokens, reverse=True", "key=expected_tokens", ADMISSION),
     ("rollout/native.py", "return mean if tokens is None else tokens", "return 0.0 if tokens is None else tokens", ADMISSION),
     ("stages/sampler.py", "lengths = self.lengths if is_training else {}", "lengths = self.lengths", ADMISSION),

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import tiny
+from burnish.kernels.decoding import CPUKernels, cpu_kernels
 from burnish.rollout import NativeEngine, Request, SamplingParams
-from burnish.rollout.cpu_kernels import CPUKernels, cpu_kernels
 from test_compiled import requests, values
 
 BF16 = torch.bfloat16

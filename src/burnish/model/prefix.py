@@ -6,7 +6,7 @@ into tiles of queries with all of their keys, so each tile's softmax is complete
     O = softmax(cap(scaling * Q [K_prompt, K_own]^T) + mask) [V_prompt, V_own]
 
 The backward pass recomputes the probabilities of a tile, so attention saves only its inputs. On CUDA the same mask is
-a FlexAttention block mask.
+a FlexAttention block mask; on a CPU with AMX, attention in bf16 has kernels of its own (`burnish.kernels.attention`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
+from burnish.kernels.attention import RowTable, attend_rows, attends_rows
 from burnish.model.attention import AttentionCall, MaskRule, SlidingWindow
 from burnish.model.traced import device_type
 from burnish.types import GroupSpan
@@ -100,9 +101,18 @@ class PrefixLayout:
                 if is_fake(query):
                     return cast(Tensor, _KernelAttention.apply(query, key, value))
                 return self._attend_flex(call, query, key, value)
+            is_plain = call.softcap is None and call.sinks is None and not isinstance(call.rule, MaskRule)
+            if is_plain and device_type(query) == "cpu" and attends_rows(query, key, value):
+                window = call.sliding_window
+                return attend_rows(query, key, value, self._table(), scaling=call.scaling, window=window)
             tiles = self._tiles(call.rule, query.device)
             attended = _TileAttention.apply(query, key, value, call.sinks, tiles, call.scaling, call.softcap)
             return cast(Tensor, attended)
+
+    def _table(self) -> RowTable:
+        if "table" not in self._cache:
+            self._cache["table"] = RowTable.of(self.spans)
+        return cast(RowTable, self._cache["table"])
 
     def _tiles(self, rule: _Rule, device: torch.device) -> list[_Tile]:
         if (rule, device) not in self._cache:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from burnish.kernels.decoding import cpu_kernels
 from burnish.model.attention import AttentionCall, math_attention
-from burnish.rollout.cpu_kernels import cpu_kernels
 
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
 

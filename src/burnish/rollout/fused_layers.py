@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from burnish.kernels.decoding import CPUKernels, LayerWeights, cpu_kernels
 from burnish.model.attention import IMPLEMENTATION, BoundMask
-from burnish.rollout.cpu_kernels import CPUKernels, LayerWeights, cpu_kernels
 from burnish.rollout.fused_norms import epsilon_of
 from burnish.rollout.packed_linears import MOST_ROWS, PackedProduct
 

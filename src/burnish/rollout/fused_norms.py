@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from burnish.rollout.cpu_kernels import CPUKernels, cpu_kernels
+from burnish.kernels.decoding import CPUKernels, cpu_kernels
 
 __all__ = ["epsilon_of", "fused_norms"]
 

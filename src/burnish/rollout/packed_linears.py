@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from burnish.rollout.cpu_kernels import cpu_kernels
+from burnish.kernels.decoding import cpu_kernels
 
 __all__ = ["MOST_ROWS", "PackedProduct", "num_products", "packed_linears", "siblings"]
 

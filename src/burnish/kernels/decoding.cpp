@@ -1,68 +1,20 @@
 // What decoding on a CPU spends most of its time in: products of a few rows with a whole weight, and attention of one
 // token to the cache of its row; and all that a decoder layer computes before and after its attention, in one call each.
-// cpu_kernels.py compiles this file on the machine that runs it, and says what for.
+// decoding.py says how to call it.
 //
-// bf16 values are handled as 16-bit integers, sums are fp32. The order of additions depends on sizes alone, never on
-// the number of rows or threads, so that a completion does not depend on what it is sampled beside.
+// Sums are fp32. The order of additions depends on sizes alone, never on the number of rows or threads, so that a
+// completion does not depend on what it is sampled beside.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define BURNISH_AMX 1
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "common.h"
 
 namespace {
-
-typedef uint16_t bf16;
-
-inline float to_float(float x) { return x; }
-
-inline float to_float(bf16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline bf16 round_bf16(float x) {  // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, bf16* out) { *out = round_bf16(x); }
 
 #ifdef BURNISH_AMX
 
 // A weight [N, K] is held as [N / 32][K / 32][2][16][16][2]: tiles of 16 columns and 32 values of K, in the order in
 // which they are read, with neighbours in K side by side.
-const int64_t COLUMNS = 32, DEPTH = 32, TILE = 16 * DEPTH;
+const int64_t COLUMNS = 32, DEPTH = 32;
 const int64_t AHEAD = 4096;  // bytes: the hardware's own prefetching keeps a core at half of the memory's rate
-
-struct __attribute__((packed)) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 hold sums, 4 and 5 up to 16 rows of the input each, 6 and 7 tiles of the weight.
-void configure(int64_t upper, int64_t lower) {
-    TileConfig config;
-    const int64_t rows[8] = {upper, upper, lower, lower, upper, lower, 16, 16};
-    for (int tile = 0; tile < 8; ++tile) {
-        config.rows[tile] = static_cast<uint8_t>(std::max<int64_t>(rows[tile], 1));
-        config.bytes[tile] = 64;
-    }
-    _tile_loadconfig(&config);
-}
 
 void store(const float* left, const float* right, const bf16* bias, bf16* out, int64_t stride, int64_t rows) {
     __m512 add_left = _mm512_setzero_ps(), add_right = _mm512_setzero_ps();
@@ -264,14 +216,6 @@ void combine(const float* weights, Cached<T> values, float* sums, int64_t length
     }
 }
 
-// Strides are of a token and of a head, in elements; the last dimension is dense.
-template <typename T>
-struct Strided {
-    const T* data;
-    int64_t token, head;
-    const T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
-};
-
 struct Sizes {
     int64_t rows, width, kv_heads, repeats, size, value_size, room;
 };
@@ -319,15 +263,8 @@ void attend(
 
 extern "C" {
 
-// Return whether this process may use AMX; asks the kernel for it.
-int has_product() {
-#ifdef BURNISH_AMX
-    const int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return 0;
-#endif
-}
+// Return whether this process may use AMX.
+int has_product() { return may_use_amx(); }
 
 #ifdef BURNISH_AMX
 

@@ -17,8 +17,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from burnish.rollout import NativeEngine, cpu_kernels, packed_linears
-from burnish.rollout.cpu_kernels import CPUKernels
+from burnish.kernels import decoding
+from burnish.kernels.decoding import CPUKernels
+from burnish.rollout import NativeEngine, packed_linears
 from burnish.rollout.fused_norms import fused_norms
 from test_compiled import requests, values
 from test_native import build, tokenizer
@@ -32,12 +33,12 @@ BF16 = torch.bfloat16
 def anew() -> Iterator[None]:
     """Forget what was compiled, since some tests hide the compiler."""
     yield
-    cpu_kernels.cpu_kernels.cache_clear()
+    decoding.cpu_kernels.cache_clear()
 
 
 @pytest.fixture
 def kernels() -> CPUKernels:
-    found = cpu_kernels.cpu_kernels()
+    found = decoding.cpu_kernels()
     if found is None:
         pytest.skip("no C++ compiler")
     return found
@@ -235,10 +236,10 @@ def test_without_a_compiler_torchs_kernels_run_and_it_is_said(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_kernels.cpu_kernels.cache_clear()
+    decoding.cpu_kernels.cache_clear()
     with caplog.at_level(logging.WARNING, logger="burnish"):
-        assert cpu_kernels.cpu_kernels() is None
-        assert cpu_kernels.cpu_kernels() is None
+        assert decoding.cpu_kernels() is None
+        assert decoding.cpu_kernels() is None
     (record,) = caplog.records
     assert "g++" in record.getMessage()
     groups = NativeEngine(build("llama").to(BF16), tokenizer).generate(requests(), seed=1, step=0)
@@ -250,13 +251,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
     blocked = tmp_path / "file"
     blocked.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    cpu_kernels.cpu_kernels.cache_clear()
-    assert cpu_kernels.cpu_kernels() is None
+    decoding.cpu_kernels.cache_clear()
+    assert decoding.cpu_kernels() is None
 
 
 def test_processes_that_start_together_share_one_library(tmp_path: Path, kernels: CPUKernels) -> None:
     del kernels
-    code = "from burnish.rollout.cpu_kernels import cpu_kernels; assert cpu_kernels() is not None"
+    code = "from burnish.kernels.decoding import cpu_kernels; assert cpu_kernels() is not None"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in running] == [0, 0]

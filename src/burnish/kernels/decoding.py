@@ -1,43 +1,28 @@
 """Products, attention and whole decoder layers of a decode forward on a CPU, in C++ that is compiled here.
 
 torch's own kernels are made for many rows: a product of a few rows reads its weight at half of the memory's rate, and
-attention of one token to a few hundred keys is mostly overhead. `cpu_kernels.cpp` is compiled in two seconds by the
-system's C++ compiler, for this very processor, and kept in the user's cache. Without a compiler, torch's kernels run.
+attention of one token to a few hundred keys is mostly overhead. `decoding.cpp` is compiled in two seconds by the
+system's C++ compiler. Without one, torch's kernels run.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import subprocess
-import tempfile
-from functools import cache, partial
-from importlib.resources import files
-from pathlib import Path
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from burnish.kernels.compiling import compiled
+
 __all__ = ["CPUKernels", "LayerWeights", "cpu_kernels"]
 
-_logger = logging.getLogger(__name__)
-
-_FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fPIC",
-    # What lets sums be vectorised; -ffast-math itself would change how the whole process rounds tiny numbers.
-    "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
-)  # fmt: skip
-_X86_FLAGS = ("-mprefer-vector-width=512",)
-_COMPILING_SECONDS = 120
 _BLOCK = 32
 """Sizes of packed weights are multiples of this."""
 
 
 class LayerWeights(ctypes.Structure):
-    """The `Layer` of `cpu_kernels.cpp`: addresses of a decoder layer's weights, and its sizes.
+    """The `Layer` of `decoding.cpp`: addresses of a decoder layer's weights, and its sizes.
 
     Whoever makes one keeps the tensors alive. Biases and norms of heads may be None.
     """
@@ -56,7 +41,7 @@ class CPUKernels:
     """The compiled functions.
 
     Args:
-        library: shared library made of `cpu_kernels.cpp`.
+        library: shared library made of `decoding.cpp`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -190,38 +175,5 @@ class CPUKernels:
 @cache
 def cpu_kernels() -> CPUKernels | None:
     """Return the kernels, compiled at the first call where the cache has none; None where that is impossible."""
-    if platform.system() != "Linux":
-        return None
-    try:
-        return CPUKernels(ctypes.CDLL(str(_compiled())))
-    # A missing compiler, one that fails, no home or one that cannot be written, a library of other OpenMP functions.
-    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
-        _logger.warning("Rollouts use torch's kernels: %s. A C++ compiler (g++ or clang) makes them faster.", error)
-        return None
-
-
-def _compiled() -> Path:
-    """Return the library for this processor, compiler and source."""
-    source = files("burnish.rollout").joinpath("cpu_kernels.cpp").read_bytes()
-    compiler = os.environ.get("CXX", "c++")
-    flags = _FLAGS + (_X86_FLAGS if platform.machine() == "x86_64" else ())
-    run = partial(subprocess.run, capture_output=True, check=True, timeout=_COMPILING_SECONDS)
-    version = run([compiler, "--version"]).stdout
-    # What tells this processor's instructions from another's: a home may be shared by several machines.
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    processor = b"\n".join(sorted({line for line in lines if line.startswith((b"model name", b"flags", b"Features"))}))
-    key = hashlib.sha256(b"\0".join([source, version, " ".join(flags).encode(), processor])).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "burnish" / "kernels"
-    library = home / f"{key}.so"
-    if library.exists():
-        return library
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as folder:
-        text, compiled, linked = (Path(folder) / f"kernels.{ending}" for ending in ("cpp", "o", "so"))
-        text.write_bytes(source)
-        # Linked without an OpenMP library of its own: its functions are found in the one that torch has loaded, whose
-        # threads wait already. A second one would start more of them.
-        for command in ([*flags, "-c", str(text), "-o", str(compiled)], ["-shared", str(compiled), "-o", str(linked)]):
-            run([compiler, *command])
-        linked.replace(library)  # whole or not at all, whoever else compiles
-    return library
+    library = compiled("decoding", "Rollouts")
+    return None if library is None else CPUKernels(library)
