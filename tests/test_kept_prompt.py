@@ -114,6 +114,20 @@ def test_short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(run(model, [GROUPS]), run(model, cut(GROUPS, 80)))
 
 
+def test_pieces_in_bf16_with_heads_that_have_kernels() -> None:
+    """On a CPU with AMX, the whole row and the prompt's run in kernels that pieces do not have."""
+    exact = prepared(head_dim=32)
+    narrow = tiny.model(head_dim=32, dtype=torch.bfloat16).train()
+    prepare_for_scoring(narrow)
+    expected = run(exact, [GROUPS])[1]
+    errors = [
+        max(float((found[name] - one).norm() / one.norm()) for name, one in expected.items())
+        for found in (run(narrow, parts)[1] for parts in ([GROUPS], cut(GROUPS, 80)))
+    ]
+    # Gradients of parts add up in bf16 here.
+    assert errors[1] < 2 * errors[0]
+
+
 @pytest.mark.parametrize("rule", [None, SlidingWindow(6)])
 def test_a_block_mask_is_the_whole_row_s(rule: SlidingWindow | None) -> None:
     """What FlexAttention is given on a GPU: the rows of the whole mask that belong to the piece's queries."""
