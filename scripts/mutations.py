@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+KEPT_PROMPT = "test_kept_prompt.py"
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
@@ -183,6 +184,18 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("stages/online.py", "args.max_steps / (self.steps_per_pass * self.algorithm.passes)", "args.max_steps", "test_compiled.py"),
     # memory
     ("model/offload.py", "if storage_key(tensor) in self.kept:", "if False:", OFFLOAD),
+    # kept prompts
+    ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "pass", KEPT_PROMPT),
+    ("model/kept_prompt.py", "self.gradient += gradient", "self.gradient = gradient", KEPT_PROMPT),
+    ("model/kept_prompt.py", "torch.promote_types(gradient.dtype, torch.float32)", "gradient.dtype", KEPT_PROMPT),
+    ("model/kept_prompt.py", "if self._num_done < self.num_pieces:", "if self._num_done > 1:", KEPT_PROMPT),
+    ("model/kept_prompt.py", "        self._layers, self._num_done = {}, 0", "        pass", KEPT_PROMPT),
+    ("model/prefix.py", "_group_tiles(_shifted(span, kept), positions, rule, device, kept)", "_group_tiles(_shifted(span, kept), positions, rule, device)", KEPT_PROMPT),
+    ("model/prefix.py", "targets=tile.targets - kept)", "targets=tile.targets)", KEPT_PROMPT),
+    ("model/prefix.py", "query = query + num_kept", "query = query + 0", KEPT_PROMPT),
+    ("model/packing.py", "positions += range(kept, kept + prompt_length)", "positions += range(prompt_length)", KEPT_PROMPT),
+    ("model/scoring.py", "and not depends_on_row(lm)", "", KEPT_PROMPT),
+    ("planner/memory.py", "(pieces - 1) * (prompt - 1) >= KEPT", "(pieces - 1) * (prompt - 1) > KEPT", KEPT_PROMPT),
     ("model/offload.py", "or not tensor.is_floating_point()", "", OFFLOAD),
     ("model/offload.py", "parked.coming, parked.is_used = None, True", "parked.coming, parked.is_used = None, False", OFFLOAD),
     ("model/offload.py", "tensor.to(\"cpu\", copy=True)", "tensor.to(\"cpu\")", OFFLOAD),

@@ -67,6 +67,10 @@ def make(stage: str, model: Any, shared: dict[str, Any]) -> Trainer:
                 **shared, **ONLINE, num_generations=4, algorithm="dapo", overlong_buffer=None, temperature=1.5
             )
             return GRPOTrainer(model, only_even, args, PROMPTS, **common)
+        case "pieces":
+            # Two groups of three with long prompts, cut: the last gradient of a step comes from a prompt's own pass.
+            args = GRPOConfig(**shared, **ONLINE, num_generations=3, beta=0.1, token_budget=84)
+            return GRPOTrainer(model, digits, args, [{"prompt": str(n) * 75} for n in range(9)], **common)
         case "episodes":
             tokenizer, end = speaker("chatml")
             model = tiny.model(vocab_size=len(tokenizer), max_position_embeddings=2048, dtype=model.dtype)

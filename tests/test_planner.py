@@ -279,6 +279,15 @@ def test_parts_are_those_of_the_packer(
     packed = split_by_tokens(groups, budget, whole=whole)
     found = split_rows(prompt, completion, completions, group, budget, whole=whole)
     assert sorted(part.tokens for part in found) == sorted(sum(g.num_tokens for g in part) for part in packed)
+    packed = split_by_tokens(groups, budget, whole=whole, keep_prompts=True)
+    found = split_rows(prompt, completion, completions, group, budget, whole=whole, keep_prompts=True)
+    passes = {id(kept): kept.num_tokens for part in packed if (kept := part[0].kept_prompt) is not None}
+    tokens = [sum(g.num_tokens for g in part) for part in packed]
+    assert sorted(part.tokens for part in found) == sorted([*tokens, *passes.values()])
+    repeated = split_rows(prompt, completion, completions, group, budget, whole=whole)
+    pairs = sum(part.pairs for part in repeated) - sum(part.pairs for part in found)
+    again = sum(kept.num_tokens for part in packed if (kept := part[0].kept_prompt) is not None) - sum(passes.values())
+    assert pairs == pytest.approx(again * (prompt - 1) / 2, abs=len(packed))  # of rounded halves
 
 
 def plan_of(model: str = "Llama-3.1-8B", device: str = "H100", kind: str = "grpo", **given: Any) -> Plan:
@@ -304,7 +313,7 @@ def test_what_a_longer_completion_adds() -> None:
     )
     method = short.run.method
     added = 8 * 512
-    assert long.run.largest.tokens - short.run.largest.tokens == added
+    assert long.run.largest.held - short.run.largest.held == added
     per_token = 32 * saved_bytes(LLAMA_8B, method) + 4 * 4096
     more = {name: size - short.phases[-1].device.get(name, 0) for name, size in long.phases[-1].device.items()}
     assert more["activations"] == added * per_token
@@ -315,7 +324,7 @@ def test_what_a_longer_completion_adds() -> None:
 def test_what_a_larger_group_and_vocabulary_add() -> None:
     wide = {"num_generations": 16, "per_device_train_batch_size": 16, "token_budget": 10**6}
     one, two = plan_of(training={"token_budget": 10**6}), plan_of(training=wide)
-    assert two.run.largest.tokens - one.run.largest.tokens == 8 * 512  # the prompt is not repeated
+    assert two.run.largest.held - one.run.largest.held == 8 * 512  # the prompt is not repeated
     double = dataclasses.replace(LLAMA_8B, vocabulary=2 * LLAMA_8B.vocabulary)
     moments = [Update(shape, Method(), Part.of(512, 512, 8), 1, on_cpu=False).moments() for shape in (LLAMA_8B, double)]
     table = LLAMA_8B.vocabulary * LLAMA_8B.hidden

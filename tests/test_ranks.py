@@ -45,7 +45,7 @@ def run(folder: Path, stage: str, per_device: int, dtype: str, ranks: int, resum
     ("stage", "per_device"),
     [
         ("sft", 4), ("stream", 4), ("reward", 3), ("dpo", 3), ("kto", 3), ("grpo", 6), ("dapo", 6), ("dynamic", 6),
-        ("ppo", 6), ("episodes", 6),
+        ("ppo", 6), ("episodes", 6), ("pieces", 3),
     ],
 )  # fmt: skip
 def test_one_rank_is_two_ranks(tmp_path: Path, stage: str, per_device: int, dtype: str) -> None:
@@ -71,7 +71,7 @@ def test_one_rank_is_two_ranks(tmp_path: Path, stage: str, per_device: int, dtyp
         for ranks in ("one", "two")
     ]
     assert rows[0] == rows[1]
-    assert bool(rows[0]) == (stage in ("grpo", "dapo", "dynamic", "ppo", "episodes"))
+    assert bool(rows[0]) == (stage in ("grpo", "dapo", "dynamic", "ppo", "episodes", "pieces"))
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from burnish.model.kept_prompt import KeptPrompt
+
 __all__ = ["Completion", "Episode", "Group", "GroupSpan", "PackedBatch", "Score", "StopReason"]
 
 
@@ -170,12 +172,15 @@ class Group:
         completions: 1 for SFT, 2 for a preference pair (chosen first), G for online learning.
         row: the data set's columns for this prompt (`prompt`, `answer`, ...), as rewards receive them.
         index: place of the prompt in its source: part of the key of every random number drawn for it.
+        kept_prompt: the tokens before `prompt_ids`, where their keys and values are kept for several pieces of a group
+            (`burnish.model.packing.split_by_tokens`); else None.
     """
 
     prompt_ids: list[int]
     completions: list[Completion]
     row: dict[str, Any] = field(default_factory=dict[str, Any])
     index: int = 0
+    kept_prompt: KeptPrompt | None = field(default=None, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -185,7 +190,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpan:
-    """Where one group lies in a packed row: `prompt` then each completion, as (start, length) in tokens."""
+    """Where one group lies in a packed row: `prompt` then each completion, as (start, length) in tokens.
+
+    A prompt whose first k tokens are kept (`burnish.model.kept_prompt`) and not in the row starts at -k.
+    """
 
     prompt: tuple[int, int]
     completions: tuple[tuple[int, int], ...]
@@ -209,6 +217,7 @@ class PackedBatch(Mapping[str, Any]):
         token: [N] fp32 tensors by name: the streams of the completions, and their `sampler_logprobs` and
             `policy_logprobs`; NaN where unknown.
         sequence: [S] fp32 tensors by name; NaN where unknown.
+        kept_prompt: the prompt's tokens before those of the row, where they are kept; the row then holds one group.
     """
 
     input_ids: torch.Tensor
@@ -220,6 +229,7 @@ class PackedBatch(Mapping[str, Any]):
     num_sequences: int
     token: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
     sequence: dict[str, torch.Tensor] = field(default_factory=dict[str, "torch.Tensor"])
+    kept_prompt: KeptPrompt | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -243,6 +253,7 @@ class PackedBatch(Mapping[str, Any]):
             num_sequences=self.num_sequences,
             token={name: tensor.to(device) for name, tensor in self.token.items()},
             sequence={name: tensor.to(device) for name, tensor in self.sequence.items()},
+            kept_prompt=self.kept_prompt,
         )
 
     def __getitem__(self, name: str) -> Any:

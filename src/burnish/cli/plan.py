@@ -147,7 +147,7 @@ def _print(console: Console, budgeted: Budgeted, plan: Plan, proposals: Sequence
     console.print(
         f"prompts of {planned.prompt_tokens} and completions of {planned.completion_tokens} tokens, "
         f"{planned.completions} a micro-batch; {passes} {'pass' if passes == 1 else 'passes'} of up to "
-        f"{planned.largest.tokens} tokens a step"
+        f"{planned.largest.held} tokens a step"
     )
     for line in budgeted.reasons:
         console.print(line)

@@ -109,7 +109,8 @@ class CommonFields:
     token_budget: Count | None = own(
         None,
         "Maximum tokens per forward and backward pass, a group's prompt counted once; a larger micro-batch is split, "
-        "if necessary between completions of a group, with the same gradient. None: 2,048 on a CPU, 16,384 elsewhere.",
+        "if necessary between completions of a group, with the same gradient; a long prompt of such a group is still "
+        "computed once. None: 2,048 on a CPU, 16,384 elsewhere.",
         MODEL,
         fix="use a number of tokens of at least 1; a large one sets no limit",
     )

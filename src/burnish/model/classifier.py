@@ -29,11 +29,10 @@ from burnish.errors import CheckFailed, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapter_files import saved_adapters
 from burnish.model.adapters import put_adapters
-from burnish.model.attention import install
+from burnish.model.attention import Layout, install
 from burnish.model.loading import load_model
 from burnish.model.packing import pack
 from burnish.model.positions import learned_positions, refuse_beyond
-from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout, mark_quantized
 from burnish.model.recomputation import save_less
 from burnish.model.scoring import attention_layout, causal_lm, eval_mode, model_inputs
@@ -61,7 +60,7 @@ logger = logging.getLogger(__name__)
 class RewardRequest:
     """Argument of the model's forward that asks for scores (see `reward_scores`)."""
 
-    layout: PrefixLayout | None
+    layout: Layout | None
     score_index: torch.Tensor
 
 

@@ -7,15 +7,28 @@ computes what it would on one row per completion.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections.abc import Sequence
 
 import torch
 
+from burnish.model.kept_prompt import KeptPrompt
+from burnish.planner.memory import keeps_prompt
 from burnish.types import Completion, Group, GroupSpan, PackedBatch
 
-__all__ = ["group_cost", "pack", "partition", "split_by_tokens", "to_row", "unpack", "zero_weight_group"]
+__all__ = [
+    "continued",
+    "group_cost",
+    "halve",
+    "pack",
+    "partition",
+    "split_by_tokens",
+    "to_row",
+    "unpack",
+    "zero_weight_group",
+]
 
 
 def group_cost(group: Group, *, attention_tokens: float = 4096.0) -> float:
@@ -53,7 +66,7 @@ def partition(groups: Sequence[Group], num_batches: int, *, whole: bool = False)
         largest = max(range(len(pieces)), key=lambda i: (len(pieces[i].completions), group_cost(pieces[i])))
         if len(pieces[largest].completions) < 2:
             break
-        pieces[largest : largest + 1] = _halve(pieces[largest])
+        pieces[largest : largest + 1] = halve(pieces[largest])
     order = sorted(range(len(pieces)), key=lambda i: -group_cost(pieces[i]))
     heap = [(0.0, batch) for batch in range(num_batches)]
     batches: list[list[int]] = [[] for _ in range(num_batches)]
@@ -64,7 +77,8 @@ def partition(groups: Sequence[Group], num_batches: int, *, whole: bool = False)
     return [[pieces[i] for i in sorted(batch)] for batch in batches]
 
 
-def _halve(group: Group) -> list[Group]:
+def halve(group: Group) -> list[Group]:
+    """Cut a group of at least two completions between them."""
     middle = (len(group.completions) + 1) // 2
     return [
         Group(group.prompt_ids, part, group.row, group.index)
@@ -72,7 +86,9 @@ def _halve(group: Group) -> list[Group]:
     ]
 
 
-def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole: bool = False) -> list[list[Group]]:
+def split_by_tokens(
+    groups: Sequence[Group], token_budget: int | None, *, whole: bool = False, keep_prompts: bool = False
+) -> list[list[Group]]:
     """Split groups into the fewest balanced lists of at most `token_budget` packed tokens each.
 
     A group over the budget is cut between completions. A single completion with its prompt is never cut, so its list
@@ -82,6 +98,8 @@ def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole:
         groups: P groups.
         token_budget: most tokens of one list, or None for no limit.
         whole: do not cut groups; one over the budget gets its own list.
+        keep_prompts: compute the prompt of a group that is cut once, where that is worth a pass of its own: the group's
+            pieces come first, each in its own list, and share a `KeptPrompt`.
 
     Returns:
         Non-empty lists; none without groups.
@@ -90,7 +108,27 @@ def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole:
         return []
     if token_budget is None:
         return [list(groups)]
-    pieces = list(groups) if whole else [piece for group in groups for piece in _cut(group, token_budget)]
+    alone: list[Group] = []
+    together: list[Group] = []
+    for group in groups:
+        pieces = [group] if whole else _cut(group, token_budget)
+        if keep_prompts and keeps_prompt(len(group.prompt_ids), len(pieces)):
+            alone += continued(pieces)
+        else:
+            together += pieces
+    return [[piece] for piece in alone] + _balanced(together, token_budget, whole=whole)
+
+
+def continued(pieces: Sequence[Group]) -> list[Group]:
+    """Let the pieces of a group continue a kept prompt with its last token."""
+    prompt_ids = pieces[0].prompt_ids
+    prompt = KeptPrompt(prompt_ids[:-1], len(pieces))
+    return [dataclasses.replace(piece, prompt_ids=prompt_ids[-1:], kept_prompt=prompt) for piece in pieces]
+
+
+def _balanced(pieces: list[Group], token_budget: int, *, whole: bool) -> list[list[Group]]:
+    if not pieces:
+        return []
     count = max(1, -(-sum(p.num_tokens for p in pieces) // token_budget))
     while count < len(pieces):
         lists = partition(pieces, count, whole=whole)
@@ -103,7 +141,7 @@ def split_by_tokens(groups: Sequence[Group], token_budget: int | None, *, whole:
 def _cut(group: Group, token_budget: int) -> list[Group]:
     if group.num_tokens <= token_budget or len(group.completions) < 2:
         return [group]
-    return [piece for half in _halve(group) for piece in _cut(half, token_budget)]
+    return [piece for half in halve(group) for piece in _cut(half, token_budget)]
 
 
 def zero_weight_group(token_id: int) -> Group:
@@ -133,15 +171,18 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
     ]
     token_values: dict[str, list[float]] = {name: [] for stream in streams for name in stream}
     number = 0
+    kept_prompt = groups[0].kept_prompt
+    kept = 0 if kept_prompt is None else kept_prompt.num_tokens
+    assert not kept or len(groups) == 1
     for group in groups:
         prompt_start, prompt_length = len(ids), len(group.prompt_ids)
         ids += group.prompt_ids
-        positions += range(prompt_length)
+        positions += range(kept, kept + prompt_length)
         parts: list[tuple[int, int]] = []
         for completion in group.completions:
             start, length = len(ids), len(completion.token_ids)
             ids += completion.token_ids
-            positions += range(prompt_length, prompt_length + length)
+            positions += range(kept + prompt_length, kept + prompt_length + length)
             parts.append((start, length))
             scored = _scored_tokens(completion, has_prompt=prompt_length > 0)
             score_index += [start + j - 1 if j else prompt_start + prompt_length - 1 for j in scored]
@@ -151,7 +192,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
                 stream = streams[number].get(name)
                 values += [math.nan] * len(scored) if stream is None else [stream[j] for j in scored]
             number += 1
-        spans.append(GroupSpan((prompt_start, prompt_length), tuple(parts)))
+        spans.append(GroupSpan((prompt_start - kept, kept + prompt_length), tuple(parts)))
     names = {name for completion in completions for name in completion.sequence}
     return PackedBatch(
         input_ids=torch.tensor([ids], dtype=torch.long),
@@ -166,6 +207,7 @@ def pack(groups: Sequence[Group]) -> PackedBatch:
             name: torch.tensor([c.sequence.get(name, math.nan) for c in completions], dtype=torch.float32)
             for name in names
         },
+        kept_prompt=kept_prompt,
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from burnish.errors import ModelError
 from burnish.types import Group, PackedBatch
 
-__all__ = ["check_lengths", "check_positions", "learned_positions", "refuse_beyond"]
+__all__ = ["check_lengths", "check_positions", "depends_on_row", "learned_positions", "refuse_beyond"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ def refuse_beyond(positions: int | None, batch: PackedBatch, model: Any) -> None
             f"a sequence has {longest} tokens, and {type(model).__name__} has {positions} positions: shorten the rows "
             "(max_length), or sample shorter completions (max_completion_length)."
         )
+
+
+def depends_on_row(model: Any) -> bool:
+    """Return whether the longest sequence of a row changes the positions of all its tokens."""
+    text = model.config.get_text_config()
+    rope = cast("dict[str, Any]", getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]  # by kind of layer
+    return any(cast("dict[str, Any]", table).get("rope_type") in _BY_LENGTH for table in tables)
 
 
 def check_positions(model: Any, longest: int, what: str, fix: str) -> None:

@@ -12,7 +12,7 @@ a FlexAttention block mask; on a CPU with AMX, attention in bf16 has kernels of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
 
@@ -70,7 +70,8 @@ class PrefixLayout:
     """The layout of packed groups, for `use_layout`.
 
     Args:
-        spans: places of the groups in the row, which they cover.
+        spans: places of the groups in the row, which they cover. Of a prompt that starts before the row, the first
+            tokens have keys and values, which come before the row's, but no queries.
     """
 
     spans: tuple[GroupSpan, ...]
@@ -79,7 +80,12 @@ class PrefixLayout:
     @property
     def position_ids(self) -> Tensor:
         """[1, T] position of each token in its own sequence, on the host."""
-        return torch.tensor(_row_positions(self.spans))[None]
+        return torch.tensor(_row_positions(self.spans)[self._num_kept :])[None]
+
+    @property
+    def _num_kept(self) -> int:
+        """Keys before the row."""
+        return max(-self.spans[0].prompt[0], 0)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the attention output [1, T, heads, D] of one layer; differentiable in query, key, value and sinks."""
@@ -87,7 +93,7 @@ class PrefixLayout:
         autocast, query = torch.is_autocast_enabled(call.query.device.type), call.query
         dtype = torch.get_autocast_dtype(query.device.type) if autocast else query.dtype
         query, key, value = (tensor.to(dtype) for tensor in (call.query, call.key, call.value))
-        assert query.shape[0] == 1 and query.shape[2] == key.shape[2]
+        assert query.shape[0] == 1 and query.shape[2] + self._num_kept == key.shape[2]
         with torch.autocast(query.device.type, enabled=False):
             # FlexAttention's kernels take neither float64 nor heads smaller than 16.
             fits_flex = query.dtype != torch.float64 and min(query.shape[-1], value.shape[-1]) >= 16
@@ -96,6 +102,8 @@ class PrefixLayout:
                     return cast(Tensor, _KernelAttention.apply(query, key, value))
                 return self._attend_flex(call, query, key, value)
             is_plain = call.softcap is None and call.sinks is None and not isinstance(call.rule, MaskRule)
+            # These kernels take as many queries as keys.
+            is_plain &= not self._num_kept
             if is_plain and device_type(query) == "cpu" and attends_rows(query, key, value):
                 window = call.sliding_window
                 return attend_rows(query, key, value, self._table(), scaling=call.scaling, window=window)
@@ -110,9 +118,15 @@ class PrefixLayout:
 
     def _tiles(self, rule: _Rule, device: torch.device) -> list[_Tile]:
         if (rule, device) not in self._cache:
-            positions = _row_positions(self.spans)
+            positions, kept = _row_positions(self.spans), self._num_kept
+            tiles = [
+                tile
+                for span in self.spans
+                for tile in _group_tiles(_shifted(span, kept), positions, rule, device, kept)
+            ]
             self._cache[rule, device] = [
-                tile for span in self.spans for tile in _group_tiles(span, positions, rule, device)
+                replace(tile, queries=tile.queries - kept, targets=tile.targets - kept) if kept else tile
+                for tile in tiles
             ]
         return cast("list[_Tile]", self._cache[rule, device])
 
@@ -121,8 +135,9 @@ class PrefixLayout:
 
         block_key = ("flex", call.rule, query.device)
         if block_key not in self._cache:
-            mask_mod, length = _mask_mod(self.spans, query.device, call.rule), query.shape[2]
-            self._cache[block_key] = create_block_mask(mask_mod, None, None, length, length, device=str(query.device))
+            mask_mod = _mask_mod(self.spans, query.device, call.rule, self._num_kept)
+            lengths = query.shape[2], key.shape[2]
+            self._cache[block_key] = create_block_mask(mask_mod, None, None, *lengths, device=str(query.device))
         cap = call.softcap
 
         def capped(score: Tensor, *_: Tensor) -> Tensor:
@@ -178,7 +193,14 @@ def _row_positions(spans: Sequence[GroupSpan]) -> _Ints:
     return np.concatenate(parts)
 
 
-def _mask_mod(spans: Sequence[GroupSpan], device: torch.device, rule: _Rule) -> Callable[..., Tensor]:
+def _shifted(span: GroupSpan, by: int) -> GroupSpan:
+    (start, length), completions = span.prompt, span.completions
+    return GroupSpan((start + by, length), tuple((first + by, number) for first, number in completions))
+
+
+def _mask_mod(
+    spans: Sequence[GroupSpan], device: torch.device, rule: _Rule, num_kept: int = 0
+) -> Callable[..., Tensor]:
     """Build FlexAttention's mask_mod of the row: (batch, head, query index, key index) -> mask."""
     # By number, not by place: an empty prompt starts where its first completion does.
     owners: list[int] = []
@@ -192,6 +214,7 @@ def _mask_mod(spans: Sequence[GroupSpan], device: torch.device, rule: _Rule) -> 
     own, prompt, positions = (torch.tensor(x, device=device) for x in (owners, prompts, _row_positions(spans)))
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        query = query + num_kept
         seen = (key <= query) & ((own[key] == own[query]) | (own[key] == prompt[query]))
         if isinstance(rule, SlidingWindow):
             return seen & (positions[query] - positions[key] < rule.window)
@@ -202,10 +225,13 @@ def _mask_mod(spans: Sequence[GroupSpan], device: torch.device, rule: _Rule) -> 
     return mask_mod
 
 
-def _group_tiles(span: GroupSpan, positions: _Ints, rule: _Rule, device: torch.device) -> list[_Tile]:
-    """Tile one group: the prompt, then its completions in buckets of similar length."""
+def _group_tiles(
+    span: GroupSpan, positions: _Ints, rule: _Rule, device: torch.device, num_kept: int = 0
+) -> list[_Tile]:
+    """Tile one group: the prompt after its kept tokens, then its completions in buckets of similar length."""
     start, length = span.prompt
-    tiles = _bucket_tiles([(start, length)], (start, 0), positions, rule, device) if length else []
+    asking = [(start + num_kept, length - num_kept)]
+    tiles = _bucket_tiles(asking, (start, num_kept), positions, rule, device) if length else []
     bucket: list[tuple[int, int]] = []
     for sequence in sorted((c for c in span.completions if c[1]), key=lambda c: -c[1]):
         longest = bucket[0][1] if bucket else 0

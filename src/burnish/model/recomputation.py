@@ -27,7 +27,7 @@ from burnish.model.fused import is_silu, norm_epsilon
 from burnish.model.offload import Saved, restore, saver, storage_key
 from burnish.model.traced import device_type
 
-__all__ = ["recomputing", "save_less", "tile_mlps"]
+__all__ = ["recompute_later", "recomputing", "save_less", "tile_mlps"]
 
 
 @dataclass(slots=True)
@@ -128,15 +128,18 @@ def recomputing(model: nn.Module) -> Generator[None]:
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Compute function(*inputs), saving only the inputs."""
     value = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return _remembered(cast(Tensor, value), function, *inputs)
+    return recompute_later(cast(Tensor, value), function, *inputs)
 
 
-def _remembered(value: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Let layers that save `value` = function(*inputs) recompute it; return it."""
+def recompute_later(value: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Where autograd saves `value` inside `recomputing`, let it save the inputs of function(*inputs) instead.
+
+    Returns:
+        `value`.
+    """
     cache = _cache.get()
     if cache is not None and value.is_contiguous() and value.storage_offset() == 0:
         cache.add(value, _Recompute(function, tuple(x.detach() for x in inputs)))
-    return value
 
 
 def save_less(model: nn.Module) -> None:
@@ -204,7 +207,7 @@ def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     plain, epsilon = type(self).forward, getattr(self, "burnish_epsilon", None)
     if epsilon is not None and len(args) == 1 and not kwargs and _fuses(args[0], self.weight):
         function = partial(rms_norm, weight=self.weight, epsilon=epsilon)
-        return _remembered(function(args[0]), function, args[0])
+        return recompute_later(function(args[0]), function, args[0])
     if len(args) != 1 or kwargs or not _recomputes(args[0]):
         return plain(self, *args, **kwargs)
     return _recomputed(MethodType(plain, self), args[0])
@@ -248,7 +251,7 @@ def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).forward(self, *args, **kwargs)
     if self.burnish_is_silu and _fuses(args[0]):
         operands = self.gate_proj(args[0]), self.up_proj(args[0])
-        return self.down_proj(_remembered(gated_silu(*operands), gated_silu, *operands))
+        return self.down_proj(recompute_later(gated_silu(*operands), gated_silu, *operands))
     if not _recomputes(args[0]):
         return type(self).forward(self, *args)
 

@@ -18,24 +18,26 @@ from typing import Any, cast
 import torch
 
 from burnish.errors import CheckFailed, ModelError
-from burnish.model.attention import install, use_layout
+from burnish.model.attention import Layout, install, use_layout
 from burnish.model.head import head_logprobs, head_spec
-from burnish.model.packing import to_row
-from burnish.model.positions import learned_positions, refuse_beyond
+from burnish.model.packing import pack, to_row
+from burnish.model.positions import depends_on_row, learned_positions, refuse_beyond
 from burnish.model.prefix import PrefixLayout
 from burnish.model.quantization import keep_layout
 from burnish.model.recomputation import recomputing, save_less
 from burnish.model.self_test import supports_prefix
 from burnish.model.tiled_head import HeadOutput, HeadSpec
 from burnish.model.traced import is_traced
-from burnish.types import PackedBatch
+from burnish.types import Group, PackedBatch
 
 __all__ = [
     "Scores",
     "ScoringRequest",
     "attention_layout",
     "causal_lm",
+    "continuing",
     "eval_mode",
+    "keeps_prompts",
     "model_inputs",
     "noisy_embeddings",
     "prepare_for_scoring",
@@ -67,7 +69,7 @@ class Scores:
 class ScoringRequest:
     """Argument of the model's forward that asks for scores (see `score`)."""
 
-    layout: PrefixLayout | None
+    layout: Layout | None
     score_index: torch.Tensor
     target_ids: torch.Tensor
     temperature: float
@@ -236,7 +238,7 @@ def _as_tensors(output: HeadOutput) -> tuple[torch.Tensor, ...]:
 
 
 @contextmanager
-def attention_layout(layout: PrefixLayout | None, model: torch.nn.Module) -> Generator[None]:
+def attention_layout(layout: Layout | None, model: torch.nn.Module) -> Generator[None]:
     """Attend by a layout, or without one as the model itself does (one row per completion)."""
     # The mask of a packed row is ours: ones.
     with recomputing(model), nullcontext() if layout is None else use_layout(layout, model, checks_mask=False):
@@ -293,9 +295,32 @@ def score(
     return Scores(logprobs_N, entropy_N if with_entropy else None, correct_N, collision_N if with_collision else None)
 
 
-def model_inputs(
-    batch: PackedBatch, *, prefix: bool
-) -> tuple[dict[str, torch.Tensor], PrefixLayout | None, torch.Tensor]:
+def keeps_prompts(model: torch.nn.Module) -> bool:
+    """Return whether pieces of a group may share keys and values of its prompt: rows of any length give the same."""
+    lm = causal_lm(model)
+    setup = cast("_Setup | None", getattr(lm, "_burnish_scoring", None))
+    return setup is not None and setup.prefix and not depends_on_row(lm)
+
+
+@contextmanager
+def continuing(model: torch.nn.Module, batch: PackedBatch) -> Generator[None]:
+    """Run forward and backward of a batch inside; those of its kept prompt precede the first piece and follow the last.
+
+    Args:
+        model: prepared by `prepare_for_scoring`; may be wrapped.
+        batch: on the model's device. Without a kept prompt, nothing else is run.
+    """
+    prompt = batch.kept_prompt
+    if prompt is not None and not prompt.is_begun:
+        row = pack([Group(list(prompt.token_ids), [])]).to(batch.input_ids.device)
+        row.kept_prompt = prompt
+        score(model, row)
+    yield
+    if prompt is not None:
+        prompt.end_piece()
+
+
+def model_inputs(batch: PackedBatch, *, prefix: bool) -> tuple[dict[str, torch.Tensor], Layout | None, torch.Tensor]:
     """Build the arguments of a model's forward for a packed batch.
 
     Args:
@@ -306,6 +331,7 @@ def model_inputs(
         Arguments by name, the layout of a packed row or None, and `score_index` into the flattened rows.
     """
     if not prefix:
+        assert batch.kept_prompt is None
         input_ids, attention_mask, score_index = to_row(batch, pad_token_id=0)
         return {"input_ids": input_ids, "attention_mask": attention_mask}, None, score_index
     inputs: dict[str, torch.Tensor] = {
@@ -314,4 +340,5 @@ def model_inputs(
         # All ones, not None: without a mask, transformers takes restarting positions for packed sequences.
         "attention_mask": torch.ones_like(batch.input_ids),
     }
-    return inputs, PrefixLayout(batch.spans), batch.score_index
+    kept = batch.kept_prompt
+    return inputs, PrefixLayout(batch.spans) if kept is None else kept.layout(batch.spans), batch.score_index

@@ -6,6 +6,7 @@ order of magnitude of one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from burnish.planner.devices import Device
@@ -81,16 +82,16 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
         costs["rollout"] = Cost() if run.sampler == "server" else _rollout(run, device, completions) * fraction
     forwards = int(run.reference != "none") + int(run.scores_old)
     per_step = run.accumulation * forwards
-    scored = _passes(run, device, backward=False)
+    scored = _passes(run, device, run.rows, backward=False)
     if per_step:
         costs["scoring"] = scored * (
             per_step * (fraction * run.rollout_batches / run.accumulation if run.rollout_batches else 1)
         )
     if run.has_critic:
-        values = _passes(run, device, backward=False, with_head=False) * (run.rollout_batches * fraction)
+        values = _passes(run, device, run.rows, backward=False, with_head=False) * (run.rollout_batches * fraction)
         costs["scoring"] = costs.get("scoring", Cost()) + values
-        costs["critic update"] = _passes(run, device, backward=True, with_head=False) * run.accumulation
-    costs["update"] = _passes(run, device, backward=True, with_head=run.has_head) * run.accumulation
+        costs["critic update"] = _passes(run, device, run.rows, backward=True, with_head=False) * run.accumulation
+    costs["update"] = _passes(run, device, run.parts, backward=True, with_head=run.has_head) * run.accumulation
     if run.ranks > 1:
         # Gradients between ranks, and the weights that each pass of a sharded model gathers.
         moved = 2 * run.method.item * run.method.trained(run.shape)
@@ -101,12 +102,12 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
     return costs
 
 
-def _passes(run: Run, device: Device, *, backward: bool, with_head: bool = True) -> Cost:
+def _passes(run: Run, device: Device, parts: Sequence[Part], *, backward: bool, with_head: bool = True) -> Cost:
     """Cost of the parts of one micro-batch."""
     shape, method = run.shape, run.method
     weights = weight_bytes(shape, method)["weights"]
     flops = seconds = 0.0
-    for part in run.parts:
+    for part in parts:
         if backward:
             work, forwards = update_flops(shape, method, part, with_head=with_head), 4 if method.checkpoints else 3
         else:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from burnish.planner.shapes import Linear, ModelShape
 
 __all__ = [
+    "KEPT_PROMPT_TOKENS",
     "PREFILL_TOKENS",
     "Adapters",
     "Bytes",
@@ -27,6 +28,7 @@ __all__ = [
     "checkpoint_bytes",
     "dequantised_bytes",
     "forward_bytes",
+    "keeps_prompt",
     "layer_bytes",
     "mlp_width",
     "saved_bytes",
@@ -40,6 +42,8 @@ Bytes = dict[str, int]
 
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward of the native engine, unless one prompt is longer."""
+KEPT_PROMPT_TOKENS = 64
+"""Least tokens of prompts that are not computed again, for which a group's prompt gets a pass of its own."""
 _COPIED_PROMPT_TOKENS = 128
 """Longest prompt that the native engine copies into the cache of each completion."""
 _CACHE_STEP = 16
@@ -162,11 +166,18 @@ class Part(NamedTuple):
         tokens: packed tokens, T.
         scored: tokens in the loss, N.
         pairs: query-key pairs of its attention.
+        kept: prompt tokens whose keys and values an earlier pass has computed, P.
     """
 
     tokens: int
     scored: int
     pairs: int
+    kept: int = 0
+
+    @property
+    def held(self) -> int:
+        """Tokens whose activations are there at once, T + P."""
+        return self.tokens + self.kept
 
     @classmethod
     def of(cls, prompt: int, completion: int, completions: int, groups: int = 1) -> Part:
@@ -182,8 +193,25 @@ class Part(NamedTuple):
         return cls(groups * (prompt + completions * completion), groups * completions * completion, groups * pairs)
 
 
+def keeps_prompt(prompt: int, pieces: int) -> bool:
+    """Return whether the prompt of a group that is cut is computed once, in a pass of its own, and not in each piece.
+
+    Args:
+        prompt: tokens of the prompt.
+        pieces: pieces of the group.
+    """
+    return (pieces - 1) * (prompt - 1) >= KEPT_PROMPT_TOKENS
+
+
 def split_rows(
-    prompt: int, completion: int, completions: int, group: int, budget: int, *, whole: bool = False
+    prompt: int,
+    completion: int,
+    completions: int,
+    group: int,
+    budget: int,
+    *,
+    whole: bool = False,
+    keep_prompts: bool = False,
 ) -> list[Part]:
     """Split a micro-batch of equal completions into parts, as `burnish.model.packing.split_by_tokens` does.
 
@@ -194,6 +222,7 @@ def split_rows(
         group: completions of a prompt.
         budget: most tokens of a part (`token_budget`).
         whole: keep the completions of a prompt together.
+        keep_prompts: compute the prompt of a group that is cut in a pass of its own, which is a part too.
     """
 
     def cut(size: int) -> list[int]:
@@ -202,7 +231,20 @@ def split_rows(
         return [*cut((size + 1) // 2), *cut(size // 2)]
 
     sizes = [group] * (completions // group) + [completions % group] * (completions % group > 0)
-    pieces = sorted((Part.of(prompt, completion, one) for size in sizes for one in cut(size)), reverse=True)
+    alone: list[Part] = []
+    pieces: list[Part] = []
+    for size in sizes:
+        found = [Part.of(prompt, completion, one) for one in cut(size)]
+        if keep_prompts and keeps_prompt(prompt, len(found)):
+            kept, pairs = prompt - 1, (prompt - 1) ** 2 // 2
+            alone.append(Part(kept, 0, pairs))
+            alone += [Part(one.tokens - kept, one.scored, one.pairs - pairs, kept) for one in found]
+        else:
+            pieces += found
+    return alone + (_balanced(sorted(pieces, reverse=True), budget) if pieces else [])
+
+
+def _balanced(pieces: list[Part], budget: int) -> list[Part]:
     count = max(1, -(-sum(piece.tokens for piece in pieces) // budget))
     while count < len(pieces):
         heap = [(0, number) for number in range(count)]

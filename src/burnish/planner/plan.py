@@ -165,7 +165,7 @@ def plan_run(run: Run, device: Device) -> Plan:
     if "rollout" in costs:
         phases.append(Phase("rollout", _rollout(run, device), {}, costs["rollout"]))
     if "scoring" in costs:
-        scored = forward_bytes(run.shape, run.method, run.largest, on_cpu=device.is_cpu, with_head=run.has_head)
+        scored = forward_bytes(run.shape, run.method, run.largest_row, on_cpu=device.is_cpu, with_head=run.has_head)
         if run.reference == "freed copy":
             scored["reference"] = run.method.item * run.shape.num_parameters // _divisor(run, "weights")
         phases.append(Phase("scoring", scored, {}, costs["scoring"]))
@@ -263,11 +263,12 @@ def _rollout(run: Run, device: Device) -> Bytes:
 def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     """Take the larger moment of the policy's or the critic's backward pass."""
     shape, method = run.shape, run.method
-    passes = len(run.parts) * run.accumulation
-    with_head = run.has_head and name == "update"
-    moments = Update(shape, method, run.largest, passes, device.is_cpu, with_head).moments()
+    is_policy = name == "update"
+    parts, largest_part = (run.parts, run.largest) if is_policy else (run.rows, run.largest_row)
+    passes = len(parts) * run.accumulation
+    moments = Update(shape, method, largest_part, passes, device.is_cpu, run.has_head and is_policy).moments()
     for found in moments.values():
-        if name == "update":
+        if is_policy:
             found["gradients"] //= _divisor(run, "gradients")
             if run.ranks > 1 and run.sharding in ("fsdp2", "zero3"):
                 # Two layers, of which one is on its way, and the head.
@@ -276,5 +277,5 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     largest = max(moments.values(), key=lambda found: sum(found.values()))
     host: Bytes = {}
     if method.activation_offloading:
-        host["offloaded activations"] = checkpoint_bytes(shape, method, run.largest.tokens)
+        host["offloaded activations"] = checkpoint_bytes(shape, method, largest_part.held)
     return Phase(name, {component: size for component, size in largest.items() if size}, host, cost)

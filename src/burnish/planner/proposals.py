@@ -184,8 +184,8 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
         offer([{"embedding_offloading": True}], "looks embeddings up in host memory; the same gradient")
     whole = request.kind in ("dpo", "reward", "online_dpo")
     least = plan.run.prompt_tokens + plan.run.completion_tokens * (2 if whole else 1)
-    sizes = [size for power in range(24, 6, -1) if least < (size := 2**power) < plan.run.largest.tokens]
-    sizes += [least] if least < plan.run.largest.tokens else []
+    sizes = [size for power in range(24, 6, -1) if least < (size := 2**power) < plan.run.largest.held]
+    sizes += [least] if least < plan.run.largest.held else []
     offer([{"token_budget": size} for size in sizes], "smaller forward and backward passes; the same gradient")
     if plan.run.reference == "copy" and "precompute_ref_log_probs" in fields and not training.get("sync_ref_model"):
         values = {"precompute_ref_log_probs": True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 from burnish.config.algorithms import apply_algorithm
@@ -74,7 +74,8 @@ class Run:
         accumulation: micro-batches of an optimizer step.
         rollout_batches: micro-batches of a rollout; 0 offline.
         passes: passes over a rollout.
-        parts: forward and backward passes of a micro-batch.
+        parts: forward and backward passes of a micro-batch; a kept prompt has one of its own.
+        rows: forward passes of a micro-batch's scoring, and passes of a critic.
         reference: none, adapters switched off, a copy, or a copy that is freed before training.
         scores_old: whether the policy's own log-probabilities are scored before training on them.
         has_head: whether the loss reads log-probabilities.
@@ -100,6 +101,7 @@ class Run:
     rollout_batches: int
     passes: int
     parts: tuple[Part, ...]
+    rows: tuple[Part, ...]
     reference: Literal["none", "adapters off", "copy", "freed copy"]
     scores_old: bool
     has_head: bool
@@ -115,8 +117,13 @@ class Run:
 
     @property
     def largest(self) -> Part:
-        """The part with most tokens."""
-        return max(self.parts)
+        """The part that holds most tokens."""
+        return max(self.parts, key=lambda part: (part.held, part))
+
+    @property
+    def largest_row(self) -> Part:
+        """The row with most tokens."""
+        return max(self.rows)
 
     @property
     def steps_per_rollout(self) -> float:
@@ -148,6 +155,9 @@ def read_run(request: Request) -> Run:
     whole = kind in ("dpo", "online_dpo", "reward")
     trained_per_prompt = 2 if kind == "online_dpo" else group
     trained = completions * trained_per_prompt // group if online else completions
+    # Sharded models keep no prompts.
+    keeps = request.ranks == 1 or request.sharding == "ddp"
+    split = partial(split_rows, prompt, completion, max(trained, 1), trained_per_prompt, budget, whole=whole)
     sampler = "none" if not online else "native" if not values["use_vllm"] else values["vllm_mode"]
     return Run(
         kind=kind,
@@ -160,7 +170,8 @@ def read_run(request: Request) -> Run:
         accumulation=accumulation,
         rollout_batches=rollout,
         passes=passes,
-        parts=tuple(split_rows(prompt, completion, max(trained, 1), trained_per_prompt, budget, whole=whole)),
+        parts=tuple(split(keep_prompts=keeps)),
+        rows=tuple(split()),
         reference=_reference(kind, values, method),
         scores_old=online and kind != "online_dpo" and (passes > 1 or rollout > accumulation),
         has_head=kind != "reward",

@@ -6,7 +6,7 @@ tokens. docs/planning.md has the formulas as a table, with what was measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from burnish.planner.memory import (
     Bytes,
@@ -34,7 +34,8 @@ class Update:
 
     Components: gradients, activations (what the forward pass keeps), layer (working set of one layer), head (a tile,
     scored rows and their gradient), head gradient (of the embedding or head, until it is accumulated), experts (copies
-    with their adapters added) and dequantised (one layer of 4-bit weights).
+    with their adapters added), dequantised (one layer of 4-bit weights) and kept prompt (what its forward pass
+    keeps, and its keys and values with their gradients).
 
     Attributes:
         shape: dimensions of the model.
@@ -55,6 +56,20 @@ class Update:
 
     def moments(self) -> dict[str, Bytes]:
         """Return moments -> components -> bytes."""
+        found = self._moments()
+        if kept := self.part.kept:
+            prompt = replace(self, part=Part(kept, 0, 0), with_head=False)
+            numbers = 2 * self.shape.keys * self.shape.layers * kept
+            # Without checkpoints, the layers keep them anyway.
+            values = self.method.item * numbers * self.method.checkpoints
+            waiting = 0 if self.method.activation_offloading else prompt.kept
+            for moment in found.values():
+                moment["kept prompt"] = waiting + values + 4 * numbers
+            for name, moment in prompt._moments().items():
+                found[f"prompt's {name}"] = moment | {"kept prompt": values + self.method.item * numbers}
+        return found
+
+    def _moments(self) -> dict[str, Bytes]:
         found = {"layer": self.last_layer(), "first layer": self.first_layer(), "embedding": self.embedding()}
         method = self.method
         if method.checkpoints and method.bf16 and self.shape.gated:
@@ -98,7 +113,7 @@ class Update:
         return {
             "gradients": self.earlier,
             "activations": self.kept,
-            "layer": (wide + item * numbers) * self.part.tokens,
+            "layer": (wide + item * numbers) * self.part.tokens + self.joined,
             "head gradient": self.waiting,
         }
 
@@ -160,6 +175,11 @@ class Update:
             return 0
         return sum(adapted_experts(self.shape, self.method)) * self.shape.mixture_layers
 
+    @property
+    def joined(self) -> int:
+        """Bytes of the kept keys and values before those of a recomputed layer's own."""
+        return 2 * self.method.item * self.shape.keys * self.part.kept * self.method.checkpoints
+
     def _after_forward(self) -> Bytes:
         final = 2 * self.method.item * self.shape.hidden * self.part.tokens
         return {"gradients": self.earlier, "activations": self.kept + final, "experts": self.copies}
@@ -180,7 +200,7 @@ class Update:
         # While a weight of the MLP is unpacked, one of its gradients is not there yet.
         spare = method.item * mlp_width(shape) * tokens // method.mlp_tiles
         return {
-            "layer": layer * tokens,
+            "layer": layer * tokens + self.joined,
             "head gradient": self.waiting,
             "experts": working,
             "dequantised": dequantised_bytes(shape, method, spare),

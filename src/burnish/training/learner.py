@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -24,7 +25,7 @@ from burnish.model.masters import MasterWeights, over_masters
 from burnish.model.offload import offloading
 from burnish.model.packing import partition, zero_weight_group
 from burnish.model.recomputation import tile_mlps
-from burnish.model.scoring import eval_mode
+from burnish.model.scoring import continuing, eval_mode, keeps_prompts
 from burnish.training.arguments import check_constructor, check_parts
 from burnish.training.callbacks import MetricsCallback, ProgressCallback
 from burnish.training.cards import CardWriter, keeping_card
@@ -256,10 +257,13 @@ class Learner(Trainer, Generic[S]):
         return batches, torch.tensor(step.denominator, device=device)
 
     def _micro_batch(self, groups: list[Group], step: Step) -> MicroBatch:
-        parts = self.stage.parts(groups)
+        parts = self.stage.parts(groups, keep_prompts=self._keeps_prompts)
+        filler = [zero_weight_group(int(self.tokenizer.pad_token_id or 0))]
+        if self.ranks.count > 1 and parts and parts[-1][0].kept_prompt is not None:
+            # The prompt's backward pass ends its group; gradients are synchronised after it.
+            parts.append(filler)
         count = int(self.ranks.max(len(parts)))
         # Ranks must run the same number of forwards, and a step without work still runs the optimizer.
-        filler = [zero_weight_group(int(self.tokenizer.pad_token_id or 0))]
         parts += [filler] * (max(count, 1) - len(parts))
         return MicroBatch(step, [self.stage.pack(part) for part in parts])
 
@@ -278,8 +282,10 @@ class Learner(Trainer, Generic[S]):
             # Masters average their own fp32 gradients over the ranks, once a step.
             reduces = last and self.master_weights is None
             offload = offloading(model) if self.args.activation_offloading else contextlib.nullcontext()
-            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model), offload:
-                loss = self.stage.loss(model, part.to(self.args.device), inputs.step)
+            synchronised = contextlib.nullcontext() if reduces else self.accelerator.no_sync(model)
+            batch = part.to(self.args.device)
+            with synchronised, offload, continuing(model, batch):
+                loss = self.stage.loss(model, batch, inputs.step)
                 value = loss.value * scale
                 self.accelerator.backward(value)
             self.metrics.add_loss(loss, step=self.state.global_step, scale=scale)
@@ -288,6 +294,13 @@ class Learner(Trainer, Generic[S]):
             total += value.detach()
         self.learning_monitor.add_loss(total)
         return total
+
+    @cached_property
+    def _keeps_prompts(self) -> bool:
+        """Whether pieces of a group share its prompt's keys and values."""
+        # Sharded weights may not be there when the prompt's backward pass needs them.
+        kind, whole = self.accelerator.distributed_type, ("NO", "MULTI_CPU", "MULTI_GPU")
+        return kind in whole and self.get_tp_size() == 1 and keeps_prompts(self.model)
 
     @property
     def master_weights(self) -> MasterWeights | None:

@@ -123,9 +123,10 @@ class Stage:
         """Return this rank's next optimizer step, or None at the end of the data."""
         raise NotImplementedError
 
-    def parts(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """Split groups into parts within `token_budget`."""
-        return split_by_tokens(groups, self.args.token_budget, whole=self.whole_groups)
+    def parts(self, groups: Sequence[Group], *, keep_prompts: bool = False) -> list[list[Group]]:
+        """Split groups into parts within `token_budget`; those that share a kept prompt come first."""
+        budget, whole = self.args.token_budget, self.whole_groups
+        return split_by_tokens(groups, budget, whole=whole, keep_prompts=keep_prompts)
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
         """Pack groups into one row, with the tensors that `loss` uses."""

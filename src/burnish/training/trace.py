@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from burnish.model.packing import continued, halve
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.model.traced import on_host, standing_for
 from burnish.training.ledger import Ledger, Peak
@@ -128,7 +129,13 @@ def fake_model(
 
 
 def trace_update(
-    trainer: Any, groups: Sequence[Group], *, mode: FakeTensorMode | None, device: str = "cuda", num_parts: int = 1
+    trainer: Any,
+    groups: Sequence[Group],
+    *,
+    mode: FakeTensorMode | None,
+    device: str = "cuda",
+    num_parts: int = 1,
+    keeps_prompt: bool = False,
 ) -> Trace:
     """Run a trainer's step and count its bytes.
 
@@ -138,6 +145,7 @@ def trace_update(
         mode: the model's; None for a model with values, which is trained and measured.
         device: type of the device that fake tensors stand for.
         num_parts: passes whose gradients add up before the optimizer's step.
+        keeps_prompt: update on the two halves of the one group, behind its kept prompt, and score the first.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
     ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
@@ -161,16 +169,24 @@ def trace_update(
         else:
             step = stage.next_step(iter([list(groups)]), 1)
             groups = step.groups  # with their streams
-        batch, small = (_faked(stage.pack(part), mode) for part in (groups, [_shortened(groups[0])]))
+        halves = halve(groups[0]) if keeps_prompt else []
+        row, *pieces, small = (
+            _faked(stage.pack(part), mode)
+            for part in (
+                halves[:1] or groups,
+                *([piece] for piece in (continued(halves) if halves else [])),
+                [_shortened(groups[0])],
+            )
+        )
         with ledger.component("optimizer"):
             trainer.create_optimizer()
         # The first step makes the optimizer's states; the second is measured.
         _take_step(trainer, step, [small], ledger)
         with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
             if head is not None:  # a reward model reads no log-probabilities
-                score(model, batch, temperature=1.0)
+                score(model, row, temperature=1.0)
         # Gradients are whole, and from the second pass on wide, after a pass of any size.
-        update, optimizer = _take_step(trainer, step, [small] * min(num_parts - 1, 2) + [batch], ledger)
+        update, optimizer = _take_step(trainer, step, [small] * min(num_parts - 1, 2) + (pieces or [row]), ledger)
     return Trace(scoring, update, optimizer)
 
 

@@ -93,6 +93,8 @@ def trace_request(request: Request) -> Trace:
     adapters = None if request.peft is None else LoraConfig(**fields)
     part, sizes = run.largest, run.prompt_tokens
     groups = max((part.tokens - part.scored) // sizes, 1) if sizes else part.scored // run.completion_tokens
+    if part.kept:  # one group, in two pieces
+        groups, part = 1, part._replace(scored=2 * part.scored)
     each, more = divmod(part.scored // run.completion_tokens, groups)
     shapes = [[run.completion_tokens] * (each + (number < more)) for number in range(groups)]
     model, mode = fake_model(
@@ -113,6 +115,7 @@ def trace_request(request: Request) -> Trace:
             mode=mode,
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
+            keeps_prompt=part.kept > 0,
         )
 
 
