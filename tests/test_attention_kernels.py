@@ -88,6 +88,18 @@ def test_outputs_and_gradients_are_those_of_float64(
         assert (mine.double() - whole).norm() < 4e-3 * scale
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("kept", [1, 37, 64])
+def test_a_prompt_may_have_keys_before_the_row(kept: int, window: int | None) -> None:
+    spans = (GroupSpan((-kept, kept + 1), ((1, 33), (34, 129))),)
+    call = make_call(kept + 163, rule=None if window is None else SlidingWindow(window))
+    call = replace(call, query=call.query[:, :, kept:])
+    found, exact = attend(spans, call), attend(spans, call, torch.float64)
+    assert [x.shape[2] for x in found[1:]] == [163, 163 + kept, 163 + kept]
+    for mine, whole in zip(found, exact, strict=True):
+        assert (mine.double() - whole).norm() < 4e-3 * whole.norm()
+
+
 def test_it_is_what_packed_rows_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
 

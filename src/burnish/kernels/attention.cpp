@@ -15,9 +15,10 @@ namespace {
 const int64_t CHUNK = 128;  // keys whose scores are held at a time
 const float LOG2E = 1.44269504f, LN2 = 0.693147181f, FLOOR = -1e30f;
 
-// Rows of the table of sequences. A completion sees its whole prompt; a prompt's own prompt_length is 0.
+// Rows of the table of sequences. A completion sees its whole prompt; a prompt's own prompt_length is 0. A prompt whose
+// first tokens have keys but no queries starts before the row, and its queries begin with token first_query.
 struct Sequence {
-    int64_t start, length, place, prompt_length, prompt_place;  // places are in packed copies
+    int64_t start, length, first_query, place, prompt_length, prompt_place;  // places are in packed copies
 };
 
 struct Work {
@@ -364,10 +365,11 @@ void attend_rows_backward(
                 key_rows + kv_head * keys_size, key_columns + kv_head * keys_size, value_rows + kv_head * values_size,
                 key_sums + part * keys_size, value_sums + part * values_size,
             };
-            for (int64_t number = first[group]; number < first[group + 1]; ++number)
+            for (int64_t number = first[group]; number < first[group + 1]; ++number) {
+                const Sequence& s = work.sequences[number];
                 for (int64_t head = part * together; head < (part + 1) * together; ++head)
-                    for (int64_t start = 0; start < work.sequences[number].length; start += BLOCK) {
-                        const Queries queries{work.sequences[number], start};
+                    for (int64_t token = s.first_query; token < s.length; token += BLOCK) {
+                        const Queries queries{s, token};
                         const int64_t row = queries.row(), valid = queries.valid();
                         pack_columns(*query, row, valid, head, work.size, scratch.query_columns);
                         pack_rows(*query, row, valid, head, work.size, scratch.query_rows);
@@ -380,6 +382,7 @@ void attend_rows_backward(
                         bf16* result = grad_query + (row * work.heads + head) * work.size;
                         attend_block_backward(work, queries, scratch, gradients, own_norms, deltas, result);
                     }
+            }
         }
 #pragma omp for schedule(dynamic)
         for (int64_t pair = 0; pair < work.kv_heads() * work.num_sequences; ++pair) {

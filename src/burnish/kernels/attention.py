@@ -48,16 +48,19 @@ class RowTable:
     """Places of a row's sequences.
 
     Attributes:
-        sequences: [S, 5] start, length, and place in the packed copies; length and place of its prompt, or zeros.
+        sequences: [S, 6] start, length, first query, place in the packed copies; length and place of its prompt, or
+            zeros.
         blocks: [B, 2] sequence and first query of each block of queries.
         groups: [G + 1] first sequence of each group, and S.
         padded: tokens of the packed copies.
+        kept: keys before the row: those of the first tokens of a prompt that starts there.
     """
 
     sequences: Tensor
     blocks: Tensor
     groups: Tensor
     padded: int
+    kept: int
 
     @classmethod
     def of(cls, spans: Sequence[GroupSpan]) -> RowTable:
@@ -68,12 +71,12 @@ class RowTable:
             prompt = (span.prompt[1], place)
             for number, (start, length) in enumerate((span.prompt, *span.completions)):
                 if length:
-                    sequences.append((start, length, place, *(prompt if number else (0, 0))))
+                    sequences.append((start, length, max(-start, 0), place, *(prompt if number else (0, 0))))
                     place += -(-length // _BLOCK) * _BLOCK
             groups.append(len(sequences))
-        blocks = [(n, first) for n, own in enumerate(sequences) for first in range(0, own[1], _BLOCK)]
+        blocks = [(n, first) for n, own in enumerate(sequences) for first in range(own[2], own[1], _BLOCK)]
         tables = (torch.tensor(x, dtype=torch.int64) for x in (sequences, blocks, groups))
-        return cls(*tables, padded=place)
+        return cls(*tables, padded=place, kept=max(-spans[0].prompt[0], 0))
 
 
 @cache
@@ -106,8 +109,8 @@ def attend_rows(
 
     Args:
         query: [1, heads, T, D] in bf16.
-        key: [1, kv_heads, T, D].
-        value: [1, kv_heads, T, Dv].
+        key: [1, kv_heads, T', D] with T' = T + table.kept.
+        value: [1, kv_heads, T', Dv].
         table: of the row's sequences.
         scaling: factor of the scores.
         window: most positions that a query sees, its own among them; None for all.
@@ -130,7 +133,8 @@ class _RowAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, out, norms)
         ctx.table, ctx.scaling, ctx.window = table, scaling, window
         if not is_fake(query):
-            strided, results = [_strided(x) for x in (query, key, value)], _addresses(*packed, out, norms)
+            strided = [_strided(query), _strided(key, table.kept), _strided(value, table.kept)]
+            results = _addresses(*packed, out, norms)
             cast(ctypes.CDLL, _library()).attend_rows(
                 _work(ctx, query, key, value), *_addresses(table.blocks), len(table.blocks), *strided, *results, tokens
             )
@@ -152,10 +156,13 @@ class _RowAttention(torch.autograd.Function):
         together = 1 if kv_heads * groups < _FEW_TASKS else heads // kv_heads
         packed = [_packed(x, table) for x in (key, key, value)]
         sums = [norms.new_zeros(heads // together, table.padded, x.shape[3]) for x in (key, value)]
-        grads = [x.new_empty(1, tokens, *x.shape[1::2]) for x in (query, key, value)]
+        grads = [x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
         if not is_fake(query):
-            strided = [_strided(x) for x in (query, key, value, out.transpose(1, 2), grad_out)]
-            scratch, results = _addresses(norms, *packed, *sums), _addresses(*grads)
+            shifts = (0, table.kept, table.kept)
+            strided = [_strided(x, shift) for x, shift in zip((query, key, value), shifts, strict=True)]
+            strided += [_strided(out.transpose(1, 2)), _strided(grad_out)]
+            scratch = _addresses(norms, *packed, *sums)
+            results = [x[0, shift:].data_ptr() for x, shift in zip(grads, shifts, strict=True)]
             cast(ctypes.CDLL, _library()).attend_rows_backward(
                 _work(ctx, query, key, value), *_addresses(table.groups), groups, *strided, *scratch, together,
                 *results, tokens,
@@ -176,8 +183,9 @@ def _addresses(*tensors: Tensor) -> list[int]:
     return [x.data_ptr() for x in tensors]
 
 
-def _strided(tensor: Tensor) -> _Strided:
-    return _Strided(tensor.data_ptr(), tensor.stride(2), tensor.stride(1))
+def _strided(tensor: Tensor, shift: int = 0) -> _Strided:
+    """Describe a tensor [1, heads, T, size] whose token `shift` is called 0."""
+    return _Strided(tensor[:, :, shift:].data_ptr(), tensor.stride(2), tensor.stride(1))
 
 
 def _work(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> _Work:

@@ -140,6 +140,7 @@ def recompute_later(value: Tensor, function: Callable[..., Tensor], *inputs: Ten
     cache = _cache.get()
     if cache is not None and value.is_contiguous() and value.storage_offset() == 0:
         cache.add(value, _Recompute(function, tuple(x.detach() for x in inputs)))
+    return value
 
 
 def save_less(model: nn.Module) -> None:
