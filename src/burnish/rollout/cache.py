@@ -221,6 +221,8 @@ class CacheLayout:
             (p if self.copies_prompts else 0) + min(n + width - 1, m)
             for p, n, m in zip(prompt_lengths, own_lengths, max_own, strict=True)
         )
+        # The kernels would write beyond the buffers.
+        assert len(own) <= self._rows and longest <= self._own_tokens, (len(own), longest)
         self._step = _Step(
             positions=(prompt[:, None] + own).flatten(),
             first=prompt - kept,

@@ -23,7 +23,6 @@ namespace {
 typedef uint16_t bf16;
 
 inline float to_float(float x) { return x; }
-inline float to_float(int8_t x) { return x; }
 
 inline float to_float(bf16 x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -209,12 +208,26 @@ struct Cached {
     T* at(int64_t token) const { return first + token * stride; }
 };
 
+// Return keys or values as sums read them: those in 8 bits widened once for all queries, into `wide`.
+template <typename T>
+inline const T* readable(const T* from, float*, int64_t) {
+    return from;
+}
+
+inline const float* readable(const int8_t* from, float* wide, int64_t size) {
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) wide[d] = from[d];
+    return wide;
+}
+
 // scores[r, j] = queries[r] . keys[j]; SIZE is the head size, or 0 for one that is known only now.
 template <int SIZE, typename T>
-void score(const float* queries, Cached<T> keys, float* scores, int64_t length, int64_t repeats, int64_t any_size) {
+void score(
+    const float* queries, Cached<T> keys, float* scores, float* wide, int64_t length, int64_t repeats, int64_t any_size
+) {
     const int64_t size = SIZE ? SIZE : any_size;
     for (int64_t j = 0; j < length; ++j) {
-        const T* key = keys.at(j);
+        const auto* key = readable(keys.at(j), wide, size);
         for (int64_t r = 0; r < repeats; ++r) {
             const float* query = queries + r * size;
             float sum = 0;
@@ -247,12 +260,13 @@ void keep(const T* from, Cached<int8_t> to, Cached<bf16> scales, int64_t place, 
         out[d] = static_cast<int8_t>(std::max(-bound, std::min(rintf(to_float(from[d]) / divisor), bound)));
 }
 
-// Multiply scores or weights by the scales of their tokens, if there are any.
-void rescale(float* scores, Cached<bf16> scales, int64_t length, int64_t repeats) {
+// Multiply scores or weights by the scales of their tokens, if there are any; `wide` holds `length` values.
+void rescale(float* scores, Cached<bf16> scales, float* wide, int64_t length, int64_t repeats) {
     if (!scales.first) return;
-    for (int64_t j = 0; j < length; ++j) {
-        const float scale = to_float(*scales.at(j));
-        for (int64_t r = 0; r < repeats; ++r) scores[r * length + j] *= scale;
+    for (int64_t j = 0; j < length; ++j) wide[j] = to_float(*scales.at(j));
+    for (int64_t r = 0; r < repeats; ++r) {
+#pragma omp simd
+        for (int64_t j = 0; j < length; ++j) scores[r * length + j] *= wide[j];
     }
 }
 
@@ -271,12 +285,16 @@ float normalise(float* scores, int64_t length) {
 
 // sums[r] = sum of weights[r, j] values[j], four tokens at a time: each time reads and writes all sums.
 template <int SIZE, typename T>
-void combine(const float* weights, Cached<T> values, float* sums, int64_t length, int64_t repeats, int64_t any_size) {
+void combine(
+    const float* weights, Cached<T> values, float* sums, float* wide, int64_t length, int64_t repeats, int64_t any_size
+) {
     const int64_t size = SIZE ? SIZE : any_size;
     for (int64_t i = 0; i < repeats * size; ++i) sums[i] = 0;
     int64_t j = 0;
     for (; j + 4 <= length; j += 4) {
-        const T *a = values.at(j), *b = values.at(j + 1), *c = values.at(j + 2), *e = values.at(j + 3);
+        const auto *a = readable(values.at(j), wide, size), *b = readable(values.at(j + 1), wide + size, size);
+        const auto *c = readable(values.at(j + 2), wide + 2 * size, size);
+        const auto *e = readable(values.at(j + 3), wide + 3 * size, size);
         for (int64_t r = 0; r < repeats; ++r) {
             const float* w = weights + r * length + j;
             float* sum = sums + r * size;
@@ -286,7 +304,7 @@ void combine(const float* weights, Cached<T> values, float* sums, int64_t length
         }
     }
     for (; j < length; ++j) {
-        const T* value = values.at(j);
+        const auto* value = readable(values.at(j), wide, size);
         for (int64_t r = 0; r < repeats; ++r) {
             const float weight = weights[r * length + j];
             float* sum = sums + r * size;
@@ -319,9 +337,12 @@ void attend(
     const auto sums_of = n.value_size == 64 ? combine<64, C> : n.value_size == 128 ? combine<128, C> : combine<0, C>;
 #pragma omp parallel
     {
-        float* queries = static_cast<float*>(malloc(sizeof(float) * n.repeats * (n.size + n.value_size + n.room)));
+        const int64_t widest = std::max(n.room, 4 * std::max(n.size, n.value_size));
+        const int64_t scratch = n.repeats * (n.size + n.value_size + n.room) + widest;
+        float* queries = static_cast<float*>(malloc(sizeof(float) * scratch));
         float* sums = queries + n.repeats * n.size;
         float* scores = sums + n.repeats * n.value_size;
+        float* wide = scores + n.repeats * n.room;
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < n.rows * n.kv_heads; ++pair) {
             const int64_t row = pair / n.kv_heads, head = pair % n.kv_heads;
@@ -338,12 +359,12 @@ void attend(
                     const T* from = query.at(token, head * n.repeats + r);
                     for (int64_t d = 0; d < n.size; ++d) queries[r * n.size + d] = scale * to_float(from[d]);
                 }
-                scores_of(queries, keys, scores, length, n.repeats, n.size);
-                rescale(scores, of_keys, length, n.repeats);
+                scores_of(queries, keys, scores, wide, length, n.repeats, n.size);
+                rescale(scores, of_keys, wide, length, n.repeats);
                 const int64_t result = token * n.kv_heads * n.repeats + head * n.repeats;
                 for (int64_t r = 0; r < n.repeats; ++r) norms[result + r] = normalise(scores + r * length, length);
-                rescale(scores, of_values, length, n.repeats);
-                sums_of(scores, values, sums, length, n.repeats, n.value_size);
+                rescale(scores, of_values, wide, length, n.repeats);
+                sums_of(scores, values, sums, wide, length, n.repeats, n.value_size);
                 T* to = out + result * n.value_size;
                 for (int64_t i = 0; i < n.repeats * n.value_size; ++i) from_float(sums[i], to + i);
             }

@@ -237,6 +237,8 @@ class NativeEngine(Engine):
             new = self._choose_prompts(run)
             if new:
                 self._prefill(run, new)
+            elif any(prompt.waiting for prompt in run.prompts):
+                self._reserve(run, own_tokens=run.own_tokens)  # a prompt that has ended leaves room for rows
             started: list[_Row] = []
             for prompt in run.prompts:
                 while prompt.waiting and len(run.rows) + len(started) < self._max_running:

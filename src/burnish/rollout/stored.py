@@ -85,7 +85,7 @@ class Stored:
             # bf16 scales may be too small for fp16.
             wide = torch.float32 if self._dtype == torch.float16 else self._dtype
             scales = self.scales[start:stop, :tokens, :, None].to(wide)
-            return (self.data[start:stop, :tokens] * scales).to(self._dtype).transpose(1, 2)
+            return self.data[start:stop, :tokens].to(wide).mul_(scales).to(self._dtype).transpose(1, 2)
         # A decode forward is many small operators: a view stays from one to the next while its shape does.
         if self._view is None or start or self._window != (stop, tokens):
             self._window = (stop, tokens)
