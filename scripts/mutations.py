@@ -22,6 +22,8 @@ TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
+STANDBY, EIGHT_BITS = "test_standby.py", "test_cache_in_8_bits.py"
+ROUNDED = f"{EIGHT_BITS}::test_logprobs_are_those_of_the_distribution_sampled_from"
 KERNELS, FUSED, SANDBOX = "test_cpu_kernels.py", "test_fused_layers.py", "test_sandbox.py"
 TREE = "test_sandbox.py::test_a_tree_of_processes_has_the_memory_of_one"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
@@ -146,6 +148,18 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/cache.py", "seen = position <= step.positions[:, None]", "seen = position <= step.positions.max()", NATIVE),
     ("rollout/cache.py", "own = own.minimum(most[:, None] - 1)", "own = own.minimum(most[:, None])", "test_drafts.py"),
     ("rollout/packed_linears.py", "hidden._version != self._version", "False", NATIVE),
+    ("rollout/packed_linears.py", 'and module.weight.device.type == "cpu"', "", STANDBY),
+    ("rollout/native.py", "run = self._new_run(prompts, seed, step)", "run = self._kept = self._new_run(prompts, seed, step)", STANDBY),
+    ("rollout/native.py", "self._reserve(run, own_tokens=run.own_tokens)", "pass", f"{EIGHT_BITS}::test_more_rows_fit_under_a_bound"),
+    ("rollout/stored.py", "self.scales[slots, :tokens] = source.scales[slot, :tokens]", "pass", EIGHT_BITS),
+    ("rollout/stored.py", "(power + rest)", "power", f"{EIGHT_BITS}::test_a_rotation_leaves_products_as_they_are"),
+    ("rollout/cache.py", "query=rotated_queries(call.query), ", "", ROUNDED),
+    ("rollout/cache.py", "kept = rotated_keys(key) if self._in_8_bits else key", "kept = key", ROUNDED),
+    ("rollout/cache.py", "values, mask[start:stop]", "values, mask[: stop - start]", ROUNDED),
+    ("rollout/cpu_kernels.cpp", "rescale(scores, of_values, wide, length, n.repeats);", "", f"{EIGHT_BITS}::test_attention_is_that_to_the_widened_values"),
+    ("rollout/cpu_kernels.cpp", "most / 127 + poison", "most / 127", f"{EIGHT_BITS}::test_what_is_no_number_stays_so_for_its_token_and_head"),
+    ("rollout/engines.py", "bytes_in_8_bits(value) if", "value.nbytes if", f"{EIGHT_BITS}::test_more_rows_fit_under_a_bound"),
+    ("training/sampler_check.py", 'cache_dtype == "int8" or ', "", f"{EIGHT_BITS}::test_a_run_trains_and_its_check_sees_the_rounding"),
     ("rollout/cpu_kernels.cpp", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", KERNELS),
     ("rollout/cpu_kernels.cpp", "row < M; row += 32", "row < M / 32 * 32; row += 32", KERNELS),
     ("rollout/cpu_kernels.cpp", "length = place + 1", "length = std::max<int64_t>(place, 1)", KERNELS),
@@ -187,6 +201,8 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/update.py", "self.table if self.num_parts > 1 else 0", "0", TRACE),
     ("planner/update.py", "max(least, most - least) + (sum(adapted)", "0 * (sum(adapted)", TRACE),
     ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
+    ("planner/memory.py", "shape.keys + 2 * shape.kv_heads if", "shape.keys if", "test_planner.py::test_bytes_per_token_by_hand"),
+    ("planner/proposals.py", "rollout to 8 bits\", \"method\"", "rollout to 8 bits\", \"nothing\"", "test_planner.py::test_a_cache_in_8_bits_is_planned_and_proposed"),
     ("planner/budget.py", "propose(request, only_exact=True)", "propose(request)", BUDGET),
     ("planner/budget.py", "request, chosen = change.apply(request), chosen | dict(change.values)", "pass", BUDGET),
     ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),
