@@ -282,7 +282,7 @@ def test_a_run_trains_and_its_check_sees_the_rounding(tmp_path: Path) -> None:
 def test_where_it_cannot_be_had_is_said(tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match=r"rollout_cache_dtype = 'int8' with an engine.* NativeEngine cache_dtype"):
         grpo(tmp_path, rollout_cache_dtype="int8", engine=NativeEngine(tiny.model(), tiny.tokenizer()))
-    with pytest.raises(ConfigError, match='rollout_cache_dtype = "int8" with use_vllm = True'):
+    with pytest.raises(ConfigError, match="rollout_cache_dtype = 'int8' with use_vllm = True"):
         GRPOConfig(rollout_cache_dtype="int8", use_vllm=True)
     with pytest.raises(ConfigError, match="rollout_cache_dtype = 'fp8'"):
         GRPOConfig(rollout_cache_dtype="fp8")  # pyright: ignore[reportArgumentType]

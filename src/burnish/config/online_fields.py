@@ -351,16 +351,12 @@ class OnlineFields(CommonFields):
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."
-        if self.rollout_cache_gib is not None and self.use_vllm:
-            yield (
-                f"rollout_cache_gib = {self.rollout_cache_gib} with use_vllm = True: vLLM has a cache of its own; set "
-                "vllm_gpu_memory_utilization, or the options of the server."
-            )
-        if self.rollout_cache_dtype is not None and self.use_vllm:
-            yield (
-                f'rollout_cache_dtype = "{self.rollout_cache_dtype}" with use_vllm = True: vLLM has a cache of its '
-                "own; remove rollout_cache_dtype, and give a server --kv-cache-dtype."
-            )
+        for name in ("rollout_cache_gib", "rollout_cache_dtype"):
+            if self.use_vllm and (value := getattr(self, name)) is not None:
+                yield (
+                    f"{name} = {value!r} with use_vllm = True: vLLM has a cache of its own; remove it, and set "
+                    "vllm_gpu_memory_utilization, or the options of the server."
+                )
         if self.compile_rollouts and self.use_vllm:
             yield "compile_rollouts = True with use_vllm = True: vLLM compiles by itself; remove compile_rollouts."
         if self.stop_settled and self.use_vllm:

@@ -311,10 +311,8 @@ class OnlineStage(Stage):
         shared: dict[str, Any] = {"is_main": run.ranks.is_first, "gathered": run.ranks.gathered}
         self.transcripts = TranscriptLog(args, **shared)
         self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
-        bound = args.logprob_check_bound
-        if bound is None:
-            bound = default_bound(run.model.dtype, cache_dtype=args.rollout_cache_dtype)
-        self.sampler_check = SamplerCheck(bound)
+        bound = default_bound(run.model.dtype, cache_dtype=args.rollout_cache_dtype)
+        self.sampler_check = SamplerCheck(args.logprob_check_bound or bound)
         if self._tolerates_mismatch:
             self.sampler_check.report_only()
         self.algorithm.join(self)
@@ -366,26 +364,16 @@ class OnlineStage(Stage):
 
     def _native_engine(self, run: Run) -> Engine:
         args, bound = self.args, None
+        held: dict[str, Any] = {"cache_dtype": args.rollout_cache_dtype}
         if args.rollout_cache_gib is not None:
             sets = [self._source.prompts, *run.eval_sets.values()]
             longest = max(len(group.prompt_ids) for groups in sets for group in groups)
             completion = args.max_completion_length
-            sizes: dict[str, Any] = {
-                "prompt": longest,
-                "completion": completion,
-                "cache_dtype": args.rollout_cache_dtype,
-            }
-            bound = cache_tokens(run.model, args.rollout_cache_gib, **sizes)
+            bound = cache_tokens(run.model, args.rollout_cache_gib, prompt=longest, completion=completion, **held)
         compiles = args.compile_rollouts
         if compiles is None:
             compiles = compiling_pays(causal_lm(run.model), self._most_rollouts * args.max_completion_length)
-        return make_engine(
-            run.model,
-            self.tokenizer,
-            max_cache_tokens=bound,
-            compile_forward=compiles,
-            cache_dtype=args.rollout_cache_dtype,
-        )
+        return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=compiles, **held)
 
     @property
     def _most_rollouts(self) -> float:
