@@ -24,7 +24,9 @@ CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, FUSED, SANDBOX = "test_decoding_kernels.py", "test_fused_layers.py", "test_sandbox.py"
-ROWS = "test_attention_kernels.py"
+ROWS, ELEMENTWISE = "test_attention_kernels.py", "test_elementwise_kernels.py"
+STANDBY, EIGHT_BITS = "test_standby.py", "test_cache_in_8_bits.py"
+ROUNDED = f"{EIGHT_BITS}::test_logprobs_are_those_of_the_distribution_sampled_from"
 TREE = "test_sandbox.py::test_a_tree_of_processes_has_the_memory_of_one"
 TERMS, TERMS_RUN = "test_rewards_terms.py", "test_policy_trainer.py::test_criteria_are_normalised_as_they_count"
 TEXTS, POWERS = "test_rewards_texts.py", "test_rewards_powers.py"
@@ -164,8 +166,24 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/common.h", "(bits >> 16) & 1", "0", KERNELS),
     ("kernels/decoding.cpp", "return most + logf(total)", "return logf(total)", KERNELS),
     ("kernels/decoding.cpp", "n.kv_heads * n.value_size};", "n.kv_heads * n.size};", KERNELS),
-    ("kernels/decoding.cpp", "sum / K + epsilon", "sum / K", KERNELS),
-    ("rollout/fused_norms.py", "if agree[type(norm.module)]]", "]", KERNELS),
+    ("kernels/common.h", "sum / K + epsilon", "sum / K", KERNELS),
+    ("rollout/packed_linears.py", 'and module.weight.device.type == "cpu"', "", STANDBY),
+    ("rollout/native.py", "run = self._new_run(prompts, seed, step)", "run = self._kept = self._new_run(prompts, seed, step)", STANDBY),
+    ("rollout/native.py", "self._reserve(run, own_tokens=run.own_tokens)", "pass", f"{EIGHT_BITS}::test_more_rows_fit_under_a_bound"),
+    ("rollout/stored.py", "self.scales[slots, :tokens] = source.scales[slot, :tokens]", "pass", EIGHT_BITS),
+    ("rollout/stored.py", "(power + rest)", "power", f"{EIGHT_BITS}::test_a_rotation_leaves_products_as_they_are"),
+    ("rollout/cache.py", "query=rotated_queries(call.query), ", "", ROUNDED),
+    ("rollout/cache.py", "kept = rotated_keys(key) if self._in_8_bits else key", "kept = key", ROUNDED),
+    ("rollout/cache.py", "values, mask[start:stop]", "values, mask[: stop - start]", ROUNDED),
+    ("kernels/decoding.cpp", "rescale(scores, of_values, wide, length, n.repeats);", "", f"{EIGHT_BITS}::test_attention_is_that_to_the_widened_values"),
+    ("kernels/decoding.cpp", "most / 127 + poison", "most / 127", f"{EIGHT_BITS}::test_what_is_no_number_stays_so_for_its_token_and_head"),
+    ("rollout/engines.py", "bytes_in_8_bits(value) if", "value.nbytes if", f"{EIGHT_BITS}::test_more_rows_fit_under_a_bound"),
+    ("training/sampler_check.py", 'cache_dtype == "int8" or ', "", f"{EIGHT_BITS}::test_a_run_trains_and_its_check_sees_the_rounding"),
+    ("model/fused.py", "return epsilon if _agreeing[type(module), epsilon] else None", "return epsilon", KERNELS),
+    ("kernels/elementwise.cpp", "- pull * x", "", ELEMENTWISE),
+    ("kernels/elementwise.cpp", "total += sums[chunk * K + k]", "total = sums[chunk * K + k]", ELEMENTWISE),
+    ("kernels/elementwise.cpp", "(1 + x * (1 - sigmoid))", "1", ELEMENTWISE),
+    ("model/recomputation.py", "if self.burnish_is_silu and _fuses(args[0]):", "if _fuses(args[0]):", ELEMENTWISE),
     ("rollout/fused_layers.py", "layer.error <= _MOST_ERROR", "True", FUSED),
     ("rollout/fused_layers.py", "and hidden.shape[1] <= MOST_ROWS", "", FUSED),
     ("rollout/fused_layers.py", "and p.computes(group)", "", FUSED),
@@ -211,6 +229,8 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/update.py", "self.table if self.num_parts > 1 else 0", "0", TRACE),
     ("planner/update.py", "max(least, most - least) + (sum(adapted)", "0 * (sum(adapted)", TRACE),
     ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
+    ("planner/memory.py", "shape.keys + 2 * shape.kv_heads if", "shape.keys if", "test_planner.py::test_bytes_per_token_by_hand"),
+    ("planner/proposals.py", "rollout to 8 bits\", \"method\"", "rollout to 8 bits\", \"nothing\"", "test_planner.py::test_a_cache_in_8_bits_is_planned_and_proposed"),
     ("planner/budget.py", "propose(request, only_exact=True)", "propose(request)", BUDGET),
     ("planner/budget.py", "request, chosen = change.apply(request), chosen | dict(change.values)", "pass", BUDGET),
     ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),

@@ -204,6 +204,7 @@ def test_bytes_per_token_by_hand() -> None:
     assert layer_bytes(LLAMA_8B, Method()) == 20 * 4096 + 4 * 1024 + 12 * 14336
     assert layer_bytes(LLAMA_8B, lora) == 16 * 4096 + 4 * 1024 + 12 * 14336 + 14 * 16
     assert cache_bytes(LLAMA_8B, Method()) == 4 * 1024 * 32
+    assert cache_bytes(LLAMA_8B, Method(int8_cache=True)) == 2 * (1024 + 2 * 8) * 32  # a scale for each of 8 heads
 
 
 def test_weights_by_hand() -> None:
@@ -420,6 +421,21 @@ def test_proposals_fit_when_applied(model: str, device: str, kind: str, training
                 assert not estimate(smaller).fits  # each set is a smallest one
     ordinary = [one.slowdown for one in proposals if not any(change.alters == "purpose" for change in one.changes)]
     assert ordinary == sorted(ordinary)
+
+
+def test_a_cache_in_8_bits_is_planned_and_proposed() -> None:
+    fields = {"max_completion_length": 8192, "per_device_train_batch_size": 64, "gradient_checkpointing": True}
+    plain, half = (plan_of(**QLORA, training=fields | more) for more in ({}, {"rollout_cache_dtype": "int8"}))
+    rollouts = [next(phase for phase in plan.phases if phase.name == "rollout") for plan in (plain, half)]
+    sizes = [phase.device["key-value cache"] for phase in rollouts]
+    assert sizes[1] / sizes[0] == (128 + 2) / (2 * 128)
+    assert half.seconds < plain.seconds, "less is read"
+    tight = request_of(device=f"{(plain.peak_bytes + half.peak_bytes) / 2e9:.2f}GB", **QLORA, training=fields)
+    changes = [change for one in propose(tight) for change in one.changes]
+    assert {"rollout_cache_dtype": "int8"} in [change.values for change in changes]
+    exact = [change for one in propose(tight, only_exact=True) for change in one.changes]
+    assert exact
+    assert {"rollout_cache_dtype": "int8"} not in [change.values for change in exact]
 
 
 def test_runs_that_fit_or_never_will_get_no_proposals() -> None:

@@ -100,6 +100,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "cliprange_value": ("none", None),
     "compile_rollouts": ("false", False),
     "sampling_correction": ("token_mask", "token_mask"),
+    "rollout_cache_dtype": ("int8", "int8"),
 }
 """Field -> words of the command line, and what they mean: every union that a config has."""
 

@@ -199,7 +199,7 @@ class OnlineFields(CommonFields):
         None,
         "Stop if KL(sampler || trainer) of fresh samples, in nats per token over the last 2,048 tokens, exceeds this, "
         "or if log-probabilities of a step differ by more than its square root on average. None: 1e-6, or 0.01 in "
-        "bf16.",
+        "bf16 and with rollout_cache_dtype.",
         CORRECTIONS,
         resume="free",
         fix="use a number of nats above 0, or leave it out",
@@ -225,6 +225,14 @@ class OnlineFields(CommonFields):
         SAMPLING,
         resume="free",
         fix="use a number of GiB above 0, or leave it out",
+    )
+    rollout_cache_dtype: Literal["int8"] | None = own(
+        None,
+        "int8: hold the native engine's keys and values in 8 bits, with a scale per token and head. It takes half the "
+        "memory, or twice the completions under rollout_cache_gib, and rounds what is sampled from, by less than bf16 "
+        "does. None: the model's dtype.",
+        SAMPLING,
+        resume="free",
     )
     use_vllm: bool = own(
         False,
@@ -343,11 +351,12 @@ class OnlineFields(CommonFields):
         buffer, limit = self.overlong_buffer, self.max_completion_length
         if buffer is not None and buffer >= limit:
             yield f"overlong_buffer = {buffer!r}: longer than max_completion_length = {limit}; use fewer tokens."
-        if self.rollout_cache_gib is not None and self.use_vllm:
-            yield (
-                f"rollout_cache_gib = {self.rollout_cache_gib} with use_vllm = True: vLLM has a cache of its own; set "
-                "vllm_gpu_memory_utilization, or the options of the server."
-            )
+        for name in ("rollout_cache_gib", "rollout_cache_dtype"):
+            if self.use_vllm and (value := getattr(self, name)) is not None:
+                yield (
+                    f"{name} = {value!r} with use_vllm = True: vLLM has a cache of its own; remove it, and set "
+                    "vllm_gpu_memory_utilization, or the options of the server."
+                )
         if self.compile_rollouts and self.use_vllm:
             yield "compile_rollouts = True with use_vllm = True: vLLM compiles by itself; remove compile_rollouts."
         if self.stop_settled and self.use_vllm:

@@ -126,12 +126,26 @@ struct Cached {
     T* at(int64_t token) const { return first + token * stride; }
 };
 
+// Return keys or values as sums read them: those in 8 bits widened once for all queries, into `wide`.
+template <typename T>
+inline const T* readable(const T* from, float*, int64_t) {
+    return from;
+}
+
+inline const float* readable(const int8_t* from, float* wide, int64_t size) {
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) wide[d] = from[d];
+    return wide;
+}
+
 // scores[r, j] = queries[r] . keys[j]; SIZE is the head size, or 0 for one that is known only now.
 template <int SIZE, typename T>
-void score(const float* queries, Cached<T> keys, float* scores, int64_t length, int64_t repeats, int64_t any_size) {
+void score(
+    const float* queries, Cached<T> keys, float* scores, float* wide, int64_t length, int64_t repeats, int64_t any_size
+) {
     const int64_t size = SIZE ? SIZE : any_size;
     for (int64_t j = 0; j < length; ++j) {
-        const T* key = keys.at(j);
+        const auto* key = readable(keys.at(j), wide, size);
         for (int64_t r = 0; r < repeats; ++r) {
             const float* query = queries + r * size;
             float sum = 0;
@@ -139,6 +153,38 @@ void score(const float* queries, Cached<T> keys, float* scores, int64_t length, 
             for (int64_t d = 0; d < size; ++d) sum += query[d] * to_float(key[d]);
             scores[r * length + j] = sum;
         }
+    }
+}
+
+// Store a token's keys or values of a head as they are.
+template <typename T>
+void keep(const T* from, Cached<T> to, Cached<bf16>, int64_t place, int64_t size) {
+    memcpy(to.at(place), from, sizeof(T) * size);
+}
+
+// Store them in 8 bits, x = scale * round(x / scale) with scale = max |x| / 127; one that is no number makes all so.
+template <typename T>
+void keep(const T* from, Cached<int8_t> to, Cached<bf16> scales, int64_t place, int64_t size) {
+    float most = 0, poison = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t d = 0; d < size; ++d) most = std::max(most, fabsf(to_float(from[d])));
+#pragma omp simd reduction(+ : poison)
+    for (int64_t d = 0; d < size; ++d) poison += 0 * to_float(from[d]);
+    const bf16 scale = round_bf16(most / 127 + poison);
+    const float divisor = poison == 0 && scale ? to_float(scale) : 1, bound = poison == 0 ? 127 : 0;
+    *scales.at(place) = scale;
+    int8_t* out = to.at(place);
+    for (int64_t d = 0; d < size; ++d)
+        out[d] = static_cast<int8_t>(std::max(-bound, std::min(rintf(to_float(from[d]) / divisor), bound)));
+}
+
+// Multiply scores or weights by the scales of their tokens, if there are any; `wide` holds `length` values.
+void rescale(float* scores, Cached<bf16> scales, float* wide, int64_t length, int64_t repeats) {
+    if (!scales.first) return;
+    for (int64_t j = 0; j < length; ++j) wide[j] = to_float(*scales.at(j));
+    for (int64_t r = 0; r < repeats; ++r) {
+#pragma omp simd
+        for (int64_t j = 0; j < length; ++j) scores[r * length + j] *= wide[j];
     }
 }
 
@@ -157,12 +203,16 @@ float normalise(float* scores, int64_t length) {
 
 // sums[r] = sum of weights[r, j] values[j], four tokens at a time: each time reads and writes all sums.
 template <int SIZE, typename T>
-void combine(const float* weights, Cached<T> values, float* sums, int64_t length, int64_t repeats, int64_t any_size) {
+void combine(
+    const float* weights, Cached<T> values, float* sums, float* wide, int64_t length, int64_t repeats, int64_t any_size
+) {
     const int64_t size = SIZE ? SIZE : any_size;
     for (int64_t i = 0; i < repeats * size; ++i) sums[i] = 0;
     int64_t j = 0;
     for (; j + 4 <= length; j += 4) {
-        const T *a = values.at(j), *b = values.at(j + 1), *c = values.at(j + 2), *e = values.at(j + 3);
+        const auto *a = readable(values.at(j), wide, size), *b = readable(values.at(j + 1), wide + size, size);
+        const auto *c = readable(values.at(j + 2), wide + 2 * size, size);
+        const auto *e = readable(values.at(j + 3), wide + 3 * size, size);
         for (int64_t r = 0; r < repeats; ++r) {
             const float* w = weights + r * length + j;
             float* sum = sums + r * size;
@@ -172,7 +222,7 @@ void combine(const float* weights, Cached<T> values, float* sums, int64_t length
         }
     }
     for (; j < length; ++j) {
-        const T* value = values.at(j);
+        const auto* value = readable(values.at(j), wide, size);
         for (int64_t r = 0; r < repeats; ++r) {
             const float weight = weights[r * length + j];
             float* sum = sums + r * size;
@@ -187,36 +237,44 @@ struct Sizes {
 };
 
 // out[t, h] = softmax(scale q[t, h] . keys) values, over the keys of t's row up to t's own, which is stored first.
-template <typename T>
+// The cache is of type C: T without scales, or 8 bits with one per token and head.
+template <typename T, typename C>
 void attend(
-    Strided<T> query, Strided<T> key, Strided<T> value, T* all_keys, T* all_values, const int64_t* places, T* out,
-    float* norms, Sizes n, float scale
+    Strided<T> query, Strided<T> key, Strided<T> value, C* all_keys, C* all_values, bf16* key_scales,
+    bf16* value_scales, const int64_t* places, T* out, float* norms, Sizes n, float scale
 ) {
-    const auto scores_of = n.size == 64 ? score<64, T> : n.size == 128 ? score<128, T> : score<0, T>;
-    const auto sums_of = n.value_size == 64 ? combine<64, T> : n.value_size == 128 ? combine<128, T> : combine<0, T>;
+    const auto scores_of = n.size == 64 ? score<64, C> : n.size == 128 ? score<128, C> : score<0, C>;
+    const auto sums_of = n.value_size == 64 ? combine<64, C> : n.value_size == 128 ? combine<128, C> : combine<0, C>;
 #pragma omp parallel
     {
-        float* queries = static_cast<float*>(malloc(sizeof(float) * n.repeats * (n.size + n.value_size + n.room)));
+        const int64_t widest = std::max(n.room, 4 * std::max(n.size, n.value_size));
+        const int64_t scratch = n.repeats * (n.size + n.value_size + n.room) + widest;
+        float* queries = static_cast<float*>(malloc(sizeof(float) * scratch));
         float* sums = queries + n.repeats * n.size;
         float* scores = sums + n.repeats * n.value_size;
+        float* wide = scores + n.repeats * n.room;
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < n.rows * n.kv_heads; ++pair) {
             const int64_t row = pair / n.kv_heads, head = pair % n.kv_heads;
             const int64_t first = row * n.room * n.kv_heads + head;
-            const Cached<T> keys = {all_keys + first * n.size, n.kv_heads * n.size};
-            const Cached<T> values = {all_values + first * n.value_size, n.kv_heads * n.value_size};
+            const Cached<C> keys = {all_keys + first * n.size, n.kv_heads * n.size};
+            const Cached<C> values = {all_values + first * n.value_size, n.kv_heads * n.value_size};
+            const Cached<bf16> of_keys = {key_scales ? key_scales + first : nullptr, n.kv_heads};
+            const Cached<bf16> of_values = {value_scales ? value_scales + first : nullptr, n.kv_heads};
             for (int64_t token = row * n.width; token < (row + 1) * n.width; ++token) {
                 const int64_t place = places[token] - row * n.room, length = place + 1;
-                memcpy(keys.at(place), key.at(token, head), sizeof(T) * n.size);
-                memcpy(values.at(place), value.at(token, head), sizeof(T) * n.value_size);
+                keep(key.at(token, head), keys, of_keys, place, n.size);
+                keep(value.at(token, head), values, of_values, place, n.value_size);
                 for (int64_t r = 0; r < n.repeats; ++r) {
                     const T* from = query.at(token, head * n.repeats + r);
                     for (int64_t d = 0; d < n.size; ++d) queries[r * n.size + d] = scale * to_float(from[d]);
                 }
-                scores_of(queries, keys, scores, length, n.repeats, n.size);
+                scores_of(queries, keys, scores, wide, length, n.repeats, n.size);
+                rescale(scores, of_keys, wide, length, n.repeats);
                 const int64_t result = token * n.kv_heads * n.repeats + head * n.repeats;
                 for (int64_t r = 0; r < n.repeats; ++r) norms[result + r] = normalise(scores + r * length, length);
-                sums_of(scores, values, sums, length, n.repeats, n.value_size);
+                rescale(scores, of_values, wide, length, n.repeats);
+                sums_of(scores, values, sums, wide, length, n.repeats, n.value_size);
                 T* to = out + result * n.value_size;
                 for (int64_t i = 0; i < n.repeats * n.value_size; ++i) from_float(sums[i], to + i);
             }
@@ -314,19 +372,22 @@ void transform(const Layer* layer, const bf16* hidden, const bf16* attended, bf1
 
 #endif
 
-#define BURNISH_ATTEND(NAME, T)                                                                                        \
+#define BURNISH_ATTEND(NAME, T, C)                                                                                     \
     void NAME(                                                                                                         \
         const T* query, int64_t query_token, int64_t query_head, const T* key, int64_t key_token, int64_t key_head,    \
-        const T* value, int64_t value_token, int64_t value_head, T* keys, T* values, const int64_t* places, T* out,    \
-        float* norms, int64_t rows, int64_t width, int64_t kv_heads, int64_t repeats, int64_t size,                    \
-        int64_t value_size, int64_t room, float scale                                                                  \
+        const T* value, int64_t value_token, int64_t value_head, C* keys, C* values, bf16* key_scales,                 \
+        bf16* value_scales, const int64_t* places, T* out, float* norms, int64_t rows, int64_t width,                  \
+        int64_t kv_heads, int64_t repeats, int64_t size, int64_t value_size, int64_t room, float scale                 \
     ) {                                                                                                                \
-        attend<T>(                                                                                                     \
+        attend<T, C>(                                                                                                  \
             {query, query_token, query_head}, {key, key_token, key_head}, {value, value_token, value_head}, keys,      \
-            values, places, out, norms, {rows, width, kv_heads, repeats, size, value_size, room}, scale                \
+            values, key_scales, value_scales, places, out, norms,                                                      \
+            {rows, width, kv_heads, repeats, size, value_size, room}, scale                                            \
         );                                                                                                             \
     }
 
-BURNISH_ATTEND(attend_bf16, bf16)
-BURNISH_ATTEND(attend_fp32, float)
+BURNISH_ATTEND(attend_bf16, bf16, bf16)
+BURNISH_ATTEND(attend_fp32, float, float)
+BURNISH_ATTEND(attend_bf16_int8, bf16, int8_t)
+BURNISH_ATTEND(attend_fp32_int8, float, int8_t)
 }

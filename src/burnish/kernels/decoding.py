@@ -53,8 +53,12 @@ class CPUKernels:
             library.project.argtypes = [ctypes.POINTER(LayerWeights)] + [ctypes.c_void_p] * 5 + [ctypes.c_int64]
             library.transform.argtypes = [ctypes.POINTER(LayerWeights)] + [ctypes.c_void_p] * 4 + [ctypes.c_int64]
         tensor, strided = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-        arguments = strided * 3 + tensor * 5 + [ctypes.c_int64] * 7 + [ctypes.c_float]
-        self._attend = {torch.bfloat16: library.attend_bf16, torch.float32: library.attend_fp32}
+        arguments = strided * 3 + tensor * 7 + [ctypes.c_int64] * 7 + [ctypes.c_float]
+        half, full, eight = torch.bfloat16, torch.float32, torch.int8
+        self._attend = {
+            (half, half): library.attend_bf16, (half, eight): library.attend_bf16_int8,
+            (full, full): library.attend_fp32, (full, eight): library.attend_fp32_int8,
+        }  # fmt: skip
         for function in self._attend.values():
             function.argtypes = arguments
 
@@ -123,11 +127,11 @@ class CPUKernels:
 
     def attends(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Return whether `attend` takes tensors of these types: one for all, bf16 or fp32."""
-        return query.dtype in self._attend and query.dtype == key.dtype == value.dtype
+        return (query.dtype, key.dtype) in self._attend and query.dtype == key.dtype == value.dtype
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor,
-        *, width: int, scale: float,
+        *, width: int, scale: float, scales: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Store new keys and values of each row; attend to the row's own ones, up to the token itself.
 
@@ -135,11 +139,13 @@ class CPUKernels:
             query: [1, heads, T, D] of T = rows * width new tokens, those of a row together.
             key: [1, kv_heads, T, D].
             value: [1, kv_heads, T, Dv].
-            keys: [slots, room, kv_heads, D] cache, of which the first slots are the rows'.
+            keys: [slots, room, kv_heads, D] cache, of which the first slots are the rows'; of the queries' type, or in
+                8 bits.
             values: [slots, room, kv_heads, Dv].
             places: [T] flattened (row, place) index of each token in the cache.
             width: tokens of a row.
             scale: factor of the scores.
+            scales: [slots, room, kv_heads] scales of keys and values in 8 bits, in bf16.
 
         Returns:
             The output [T, kv_heads, repeats, Dv] and its log normaliser [T, kv_heads, repeats] in fp32.
@@ -153,8 +159,12 @@ class CPUKernels:
         dense = [x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value)]
         for x in dense:
             strided += [x.data_ptr(), x.stride(2), x.stride(1)]
-        self._attend[query.dtype](
-            *strided, keys.data_ptr(), values.data_ptr(), places.data_ptr(), out.data_ptr(), norms.data_ptr(),
+        # The library reads bytes, of whatever they are.
+        assert values.dtype == keys.dtype
+        assert all((s is not None and s.dtype == torch.bfloat16) == (keys.dtype == torch.int8) for s in scales)
+        pointers = (None if x is None else x.data_ptr() for x in (keys, values, *scales, places, out, norms))
+        self._attend[query.dtype, keys.dtype](
+            *strided, *pointers,
             tokens // width, width, kv_heads, heads // kv_heads, size, value_size, room, scale,
         )  # fmt: skip
         return out, norms

@@ -128,6 +128,7 @@ class Method:
         activation_offloading: keep those inputs in the host's memory.
         mlp_tiles: parts of its tokens that an MLP computes one after another.
         embedding_offloading: keep the input embedding in the host's memory.
+        int8_cache: whether the native engine's keys and values are in 8 bits.
     """
 
     bf16: bool = True
@@ -139,6 +140,7 @@ class Method:
     activation_offloading: bool = False
     mlp_tiles: int = 1
     embedding_offloading: bool = False
+    int8_cache: bool = False
 
     @property
     def item(self) -> int:
@@ -400,5 +402,6 @@ def _rounded(tokens: int) -> int:
 
 
 def cache_bytes(shape: ModelShape, method: Method) -> int:
-    """Bytes of the keys and values of a token: 2 K L numbers."""
-    return method.item * 2 * shape.keys * shape.layers
+    """Bytes of the keys and values of a token: 2 K L numbers; in 8 bits with a scale of 2 bytes per head."""
+    size = shape.keys + 2 * shape.kv_heads if method.int8_cache else method.item * shape.keys
+    return 2 * size * shape.layers

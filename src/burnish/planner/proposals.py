@@ -29,8 +29,8 @@ class Change:
         table: table of the run file: training, peft or model_init.
         values: fields that it sets.
         effect: what it does to the run, in words.
-        alters: what is no longer the same: nothing but rounding in the last digits; the precision of weights or
-            optimizer states, or which weights train; or what the run is for.
+        alters: what is no longer the same: nothing but rounding in the last digits; the precision of weights,
+            optimizer states or a rollout's cache, or which weights train; or what the run is for.
     """
 
     table: str
@@ -193,6 +193,8 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
     if plan.run.sampler == "native":
         bounds = [{"rollout_cache_gib": size} for size in _cache_bounds(plan)]
         offer(bounds, "samples fewer completions at a time; the same distribution")
+        if not method.int8_cache:
+            offer([{"rollout_cache_dtype": "int8"}], "rounds keys and values of a rollout to 8 bits", "method")
     if plan.run.sampler == "colocate" and not plan.run.vllm_sleeps and not plan.device.is_cpu:
         offer([{"vllm_enable_sleep_mode": True}], "frees vLLM's memory between rollouts; the same samples")
     if method.optimizer_bytes == 8 and not plan.device.is_cpu:

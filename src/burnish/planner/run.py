@@ -229,6 +229,7 @@ def _method(request: Request, values: Mapping[str, Any]) -> Method:
         activation_offloading=bool(values["activation_offloading"] and not request.device.is_cpu),
         mlp_tiles=values["mlp_tiles"],
         embedding_offloading=bool(values["embedding_offloading"] and not request.device.is_cpu),
+        int8_cache=values.get("rollout_cache_dtype") == "int8",
     )
 
 

@@ -13,13 +13,14 @@ Short prompts are copied into the rows instead: one attention over a few more ke
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from burnish.kernels.decoding import cpu_kernels
 from burnish.model.attention import AttentionCall, math_attention
+from burnish.rollout.stored import Stored, rotated_keys, rotated_queries
 
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
 
@@ -53,44 +54,22 @@ class PromptSpan:
 
 @dataclass(slots=True)
 class _LayerCache:
-    """[slots, tokens, kv_heads, D] keys and values of one attention layer."""
+    """Keys and values of one attention layer."""
 
-    prompt_key: Tensor
-    prompt_value: Tensor
-    own_key: Tensor
-    own_value: Tensor
-    _window: tuple[int, int] = (0, 0)
-    _views: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    prompt_key: Stored
+    prompt_value: Stored
+    own_key: Stored
+    own_value: Stored
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors())
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.prompt_key, self.prompt_value, self.own_key, self.own_value
+        return sum(s.num_bytes for s in (self.prompt_key, self.prompt_value, self.own_key, self.own_value))
 
     def resize(self, *, rows: int, own_tokens: int, prompts: int, prompt_tokens: int) -> None:
-        self.prompt_key = _resized(self.prompt_key, prompts, prompt_tokens)
-        self.prompt_value = _resized(self.prompt_value, prompts, prompt_tokens)
-        self.own_key = _resized(self.own_key, rows, own_tokens)
-        self.own_value = _resized(self.own_value, rows, own_tokens)
-        self._views = None
-
-    def add(self, call: AttentionCall, index: Tensor, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Store new keys and values at `index`; return the first `tokens` of each row, [rows, kv_heads, tokens, D]."""
-        # A decode forward is many small operators: views stay from one to the next while their shape does.
-        if self._views is None or self._window != (rows, tokens):
-            self._window = (rows, tokens)
-            self._views = (
-                self.own_key.flatten(0, 1),
-                self.own_value.flatten(0, 1),
-                self.own_key[:rows, :tokens].transpose(1, 2),
-                self.own_value[:rows, :tokens].transpose(1, 2),
-            )
-        all_keys, all_values, key, value = self._views
-        all_keys.index_copy_(0, index, call.key.squeeze(0).transpose(0, 1))
-        all_values.index_copy_(0, index, call.value.squeeze(0).transpose(0, 1))
-        return key, value
+        for stored in (self.prompt_key, self.prompt_value):
+            stored.resize(prompts, prompt_tokens)
+        for stored in (self.own_key, self.own_value):
+            stored.resize(rows, own_tokens)
 
 
 @dataclass(slots=True)
@@ -173,10 +152,12 @@ class CacheLayout:
     Args:
         max_tokens: most tokens of own and prompt caches together; None for no bound.
         copies_prompts: hold a prompt in the cache of each of its rows, by `start_rows`, and not once per group.
+        in_8_bits: hold keys and values in 8 bits, which decode forwards then attend to.
     """
 
-    def __init__(self, max_tokens: int | None = None, *, copies_prompts: bool = False) -> None:
+    def __init__(self, max_tokens: int | None = None, *, copies_prompts: bool = False, in_8_bits: bool = False) -> None:
         self._max_tokens = max_tokens
+        self._in_8_bits = in_8_bits
         self.copies_prompts = copies_prompts
         self._layers: dict[nn.Module, _LayerCache] = {}
         self._rows = self._own_tokens = self._prompts = self._prompt_tokens = 0
@@ -240,6 +221,8 @@ class CacheLayout:
             (p if self.copies_prompts else 0) + min(n + width - 1, m)
             for p, n, m in zip(prompt_lengths, own_lengths, max_own, strict=True)
         )
+        # The kernels would write beyond the buffers.
+        assert len(own) <= self._rows and longest <= self._own_tokens, (len(own), longest)
         self._step = _Step(
             positions=(prompt[:, None] + own).flatten(),
             first=prompt - kept,
@@ -255,20 +238,20 @@ class CacheLayout:
         """Copy a prompt of this length into the own cache of rows."""
         part = slice(rows.start, rows.stop)
         for layer in self._layers.values():
-            layer.own_key[part, :length] = layer.prompt_key[slot, :length]
-            layer.own_value[part, :length] = layer.prompt_value[slot, :length]
+            layer.own_key.copy(layer.prompt_key, slot, part, length)
+            layer.own_value.copy(layer.prompt_value, slot, part, length)
 
     def move_row(self, source: int, target: int) -> None:
         """Overwrite a row with another one."""
         for layer in self._layers.values():
-            layer.own_key[target] = layer.own_key[source]
-            layer.own_value[target] = layer.own_value[source]
+            layer.own_key.copy(layer.own_key, source, target)
+            layer.own_value.copy(layer.own_value, source, target)
 
     def move_prompt(self, source: int, target: int) -> None:
         """Overwrite a prompt slot with another one."""
         for layer in self._layers.values():
-            layer.prompt_key[target] = layer.prompt_key[source]
-            layer.prompt_value[target] = layer.prompt_value[source]
+            layer.prompt_key.copy(layer.prompt_key, source, target)
+            layer.prompt_value.copy(layer.prompt_value, source, target)
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Return the attention output [1, T, heads, D] of one layer, after storing its keys and values."""
@@ -281,14 +264,9 @@ class CacheLayout:
         return self._attend_rows(call, layer, self._step)
 
     def _allocate(self, call: AttentionCall) -> _LayerCache:
-        # Zeros: a masked key or value that is NaN would still make its row NaN.
-        heads, key, value = call.key.shape[1], call.key.shape[3], call.value.shape[3]
-        return _LayerCache(
-            prompt_key=call.key.new_zeros(self._prompts, self._prompt_tokens, heads, key),
-            prompt_value=call.key.new_zeros(self._prompts, self._prompt_tokens, heads, value),
-            own_key=call.key.new_zeros(self._rows, self._own_tokens, heads, key),
-            own_value=call.key.new_zeros(self._rows, self._own_tokens, heads, value),
-        )
+        prompts, rows = (self._prompts, self._prompt_tokens), (self._rows, self._own_tokens)
+        pairs = [(size, like) for size in (prompts, rows) for like in (call.key, call.value)]
+        return _LayerCache(*(Stored(*size, like, in_8_bits=self._in_8_bits) for size, like in pairs))
 
     def _note_bytes(self) -> None:
         self.peak_bytes = max(self.peak_bytes, sum(layer.num_bytes for layer in self._layers.values()))
@@ -299,13 +277,16 @@ class CacheLayout:
             part = slice(span.start, span.start + span.length)
             key, value = (torch.cat((x[:, :, span.prefix], x[:, :, part]), dim=2) for x in (call.key, call.value))
             if span.slot is not None:
-                layer.prompt_key[span.slot, : key.shape[2]] = key[0].transpose(0, 1)
-                layer.prompt_value[span.slot, : key.shape[2]] = value[0].transpose(0, 1)
+                kept = rotated_keys(key) if self._in_8_bits else key
+                layer.prompt_key.put(span.slot, kept[0].transpose(0, 1))
+                layer.prompt_value.put(span.slot, value[0].transpose(0, 1))
             outputs.append(_causal(call, call.query[:, :, part], key, value).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
     def _attend_rows(self, call: AttentionCall, layer: _LayerCache, step: _Step) -> Tensor:
         _, heads, tokens, _ = call.query.shape
+        if self._in_8_bits:
+            call = replace(call, query=rotated_queries(call.query), key=rotated_keys(call.key))
         out, norm = _attend_own(call, layer, step)
         if call.sinks is not None:
             sinks = call.sinks.to(norm.dtype).view(call.key.shape[1], -1)
@@ -327,14 +308,16 @@ def _attend_own(call: AttentionCall, layer: _LayerCache, step: _Step) -> tuple[T
         kernels = cpu_kernels()
         if kernels is not None and kernels.attends(call.query, call.key, call.value):
             return kernels.attend(
-                call.query, call.key, call.value, layer.own_key, layer.own_value, step.write_index,
-                width=step.width, scale=call.scaling,
+                call.query, call.key, call.value, layer.own_key.data, layer.own_value.data, step.write_index,
+                width=step.width, scale=call.scaling, scales=(layer.own_key.scales, layer.own_value.scales),
             )  # fmt: skip
     _, heads, tokens, size = call.query.shape
     kv_heads, rows = call.key.shape[1], tokens // step.width
-    key, value = layer.add(call, step.write_index, rows, step.own_tokens)
+    layer.own_key.put_at(step.write_index, call.key.squeeze(0).transpose(0, 1))
+    layer.own_value.put_at(step.write_index, call.value.squeeze(0).transpose(0, 1))
     query = call.query.view(kv_heads, heads // kv_heads, rows, step.width, size).permute(2, 0, 3, 1, 4)
-    out, norm = _partial(call, query.flatten(2, 3), key, value, _own_mask(call, step))
+    mask = _own_mask(call, step)
+    out, norm = _partial_stored(call, query.flatten(2, 3), layer.own_key, layer.own_value, step.own_tokens, mask)
     return _by_token(out, step.width), _by_token(norm, step.width)
 
 
@@ -360,26 +343,18 @@ def _merge_prompts(
         own_norm: [T, kv_heads, repeats] its log normaliser.
     """
     grouped = (query if grid.is_full else query.index_select(0, grid.token)).unflatten(0, (grid.groups, grid.width))
-    shared, norm = _partial(
+    shared, norm = _partial_stored(
         call,
         grouped.transpose(1, 2).flatten(2, 3),  # [groups, kv_heads, width * repeats, D]
-        layer.prompt_key[: grid.groups, : grid.prompt_tokens].transpose(1, 2),
-        layer.prompt_value[: grid.groups, : grid.prompt_tokens].transpose(1, 2),
+        layer.prompt_key,
+        layer.prompt_value,
+        grid.prompt_tokens,
         _prompt_mask(call, step, grid),
     )
     shared, norm = _by_token(shared, grid.width), _by_token(norm, grid.width)
     if not grid.is_full:
         shared, norm = shared.index_select(0, grid.cell), norm.index_select(0, grid.cell)
     return torch.lerp(own, shared, torch.sigmoid(norm - own_norm)[..., None].to(own.dtype))
-
-
-def _resized(buffer: Tensor, slots: int, tokens: int) -> Tensor:
-    if buffer.shape[0] == slots and buffer.shape[1] == tokens:
-        return buffer
-    grown = buffer.new_zeros(slots, tokens, *buffer.shape[2:])
-    kept = (slice(min(slots, buffer.shape[0])), slice(min(tokens, buffer.shape[1])))
-    grown[kept] = buffer[kept]
-    return grown
 
 
 def _own_mask(call: AttentionCall, step: _Step) -> Tensor:
@@ -418,6 +393,21 @@ def _prompt_mask(call: AttentionCall, step: _Step, grid: _Grid) -> Tensor:
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, _UNSEEN)
+
+
+def _partial_stored(
+    call: AttentionCall, query: Tensor, key: Stored, value: Stored, tokens: int, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attend to the first tokens of the first N slots; of a cache in 8 bits, widen a few slots at a time."""
+    slots, at_once = len(query), key.slots_at_once(tokens)
+    if at_once is None or at_once >= slots:
+        return _partial(call, query, key.read(0, slots, tokens), value.read(0, slots, tokens), mask)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, slots, at_once):
+        stop = min(start + at_once, slots)
+        keys, values = key.read(start, stop, tokens), value.read(start, stop, tokens)
+        parts.append(_partial(call, query[start:stop], keys, values, mask[start:stop]))
+    return torch.cat([out for out, _ in parts]), torch.cat([norm for _, norm in parts])
 
 
 def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

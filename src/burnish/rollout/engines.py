@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from burnish.rollout.cache import round_up
 from burnish.rollout.decoding import sampling_mode
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
+from burnish.rollout.stored import bytes_in_8_bits
 
 __all__ = ["cache_tokens", "make_engine"]
 
@@ -28,6 +29,7 @@ def make_engine(
     max_running: int = 64,
     max_cache_tokens: int | None = None,
     compile_forward: bool = False,
+    cache_dtype: Literal["int8"] | None = None,
 ) -> NativeEngine | LockstepEngine:
     """Make the in-process engine for a model: `LockstepEngine` where completions cannot share a prompt.
 
@@ -37,6 +39,7 @@ def make_engine(
         max_running: most completions decoded together.
         max_cache_tokens: most tokens in the cache, or None.
         compile_forward: compile the decode forward of the native engine.
+        cache_dtype: dtype of the native engine's keys and values; None for the model's.
     """
     lm = causal_lm(model)
     support = supports_prefix(lm)
@@ -48,16 +51,24 @@ def make_engine(
             max_running=max_running,
             max_cache_tokens=max_cache_tokens,
             compile_forward=compile_forward,
+            cache_dtype=cache_dtype,
         )
     _logger.warning("rollouts of %s: one row per completion, because %s", type(lm).__name__, support.reason)
     if compile_forward:
         _logger.warning(
             "compile_rollouts = True has no effect on %s: only the native engine compiles", type(lm).__name__
         )
+    if cache_dtype is not None:
+        _logger.warning(
+            'rollout_cache_dtype = "%s" has no effect on %s: its cache is transformers\' own, in the model\'s dtype',
+            cache_dtype, type(lm).__name__,
+        )  # fmt: skip
     return LockstepEngine(model, tokenizer, max_running=max_running, max_cache_tokens=max_cache_tokens)
 
 
-def cache_tokens(model: nn.Module, gib: float, *, prompt: int, completion: int) -> int | None:
+def cache_tokens(
+    model: nn.Module, gib: float, *, prompt: int, completion: int, cache_dtype: Literal["int8"] | None = None
+) -> int | None:
     """Return how many tokens' keys and values fit in so much memory; None for a model that keeps none.
 
     Args:
@@ -65,17 +76,23 @@ def cache_tokens(model: nn.Module, gib: float, *, prompt: int, completion: int) 
         gib: memory in GiB.
         prompt: tokens of the longest prompt.
         completion: most tokens of a completion.
+        cache_dtype: as in `make_engine`.
 
     Raises:
         ConfigError: a single completion does not fit.
     """
     lm: Any = causal_lm(model)
+    in_8_bits = cache_dtype == "int8" and supports_prefix(lm).ok
 
     def held(tokens: int) -> int:
         row = torch.ones(1, tokens, dtype=torch.long, device=lm.device)
         cache = lm(input_ids=row, use_cache=True).get("past_key_values")
         tensors = (value for layer in getattr(cache, "layers", ()) for value in vars(layer).values())
-        return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+        return sum(
+            bytes_in_8_bits(value) if in_8_bits and value.is_floating_point() else value.nbytes
+            for value in tensors
+            if isinstance(value, torch.Tensor)
+        )
 
     with sampling_mode(model):
         per_token = held(2) - held(1)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import count, groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ class NativeEngine(Engine):
         pack_weights: hold a prepacked copy of the linear layers during `generate` where that is faster (bf16 on a CPU).
         speculate: compute guessed tokens where few completions run; it changes speed, not what is drawn.
         compile_forward: compile the decode forward, which takes tens of seconds once; it changes speed and rounding.
+        cache_dtype: "int8" holds keys and values in 8 bits; None in the model's dtype.
 
     Raises:
         ConfigError: a bound below 1.
@@ -136,6 +137,7 @@ class NativeEngine(Engine):
         pack_weights: bool = True,
         speculate: bool = True,
         compile_forward: bool = False,
+        cache_dtype: Literal["int8"] | None = None,
     ) -> None:
         check_bounds(max_running, max_cache_tokens)
         self._model = model
@@ -144,6 +146,7 @@ class NativeEngine(Engine):
         self._vocabulary = Vocabulary(tokenizer)
         self._max_running = max_running
         self._max_cache_tokens = max_cache_tokens
+        self._cache_dtype = cache_dtype
         self._spec = head_spec(self._lm.config) if spec is None else spec
         self._pack_weights = pack_weights
         self._speculate = speculate
@@ -221,7 +224,7 @@ class NativeEngine(Engine):
         return _Run(
             # Long completions first: one that starts last would run alone at the end.
             deque(sorted(prompts, key=expected_tokens, reverse=True)),
-            CacheLayout(self._max_cache_tokens, copies_prompts=copies),
+            CacheLayout(self._max_cache_tokens, copies_prompts=copies, in_8_bits=self._cache_dtype == "int8"),
             seed=seed,
             step=step,
             copied_tokens=longest if copies else 0,
@@ -234,6 +237,8 @@ class NativeEngine(Engine):
             new = self._choose_prompts(run)
             if new:
                 self._prefill(run, new)
+            elif any(prompt.waiting for prompt in run.prompts):
+                self._reserve(run, own_tokens=run.own_tokens)  # a prompt that has ended leaves room for rows
             started: list[_Row] = []
             for prompt in run.prompts:
                 while prompt.waiting and len(run.rows) + len(started) < self._max_running:

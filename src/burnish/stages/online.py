@@ -96,10 +96,14 @@ class OnlineStage(Stage):
                 f"stop_settled = True with {type(engine).__name__}, which does not heed Request.is_settled: remove one "
                 "of the two."
             )
-        for name, own in (("compile_rollouts", "compile_forward"), ("rollout_cache_gib", "max_cache_tokens")):
+        for name, own in (
+            ("compile_rollouts", "compile_forward"),
+            ("rollout_cache_gib", "max_cache_tokens"),
+            ("rollout_cache_dtype", "cache_dtype"),
+        ):
             if engine is not None and getattr(args, name):
                 raise ConfigError(
-                    f"{name} = {getattr(args, name)} with an engine: it is for the one that the trainer makes; give "
+                    f"{name} = {getattr(args, name)!r} with an engine: it is for the one that the trainer makes; give "
                     f"NativeEngine {own}, and remove {name}."
                 )
         if args.compile_rollouts:
@@ -307,8 +311,8 @@ class OnlineStage(Stage):
         shared: dict[str, Any] = {"is_main": run.ranks.is_first, "gathered": run.ranks.gathered}
         self.transcripts = TranscriptLog(args, **shared)
         self.eval_transcripts = TranscriptLog(args, **shared, name="eval_transcripts.jsonl")
-        bound = args.logprob_check_bound
-        self.sampler_check = SamplerCheck(default_bound(run.model.dtype) if bound is None else bound)
+        bound = default_bound(run.model.dtype, cache_dtype=args.rollout_cache_dtype)
+        self.sampler_check = SamplerCheck(args.logprob_check_bound or bound)
         if self._tolerates_mismatch:
             self.sampler_check.report_only()
         self.algorithm.join(self)
@@ -360,15 +364,16 @@ class OnlineStage(Stage):
 
     def _native_engine(self, run: Run) -> Engine:
         args, bound = self.args, None
+        held: dict[str, Any] = {"cache_dtype": args.rollout_cache_dtype}
         if args.rollout_cache_gib is not None:
             sets = [self._source.prompts, *run.eval_sets.values()]
             longest = max(len(group.prompt_ids) for groups in sets for group in groups)
             completion = args.max_completion_length
-            bound = cache_tokens(run.model, args.rollout_cache_gib, prompt=longest, completion=completion)
+            bound = cache_tokens(run.model, args.rollout_cache_gib, prompt=longest, completion=completion, **held)
         compiles = args.compile_rollouts
         if compiles is None:
             compiles = compiling_pays(causal_lm(run.model), self._most_rollouts * args.max_completion_length)
-        return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=compiles)
+        return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=compiles, **held)
 
     @property
     def _most_rollouts(self) -> float:

@@ -30,7 +30,7 @@ TRACED_STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
 
 _OF_ROLLOUTS = (
     "compile_rollouts",
-    "rollout_cache_gib",
+    "rollout_cache_",
     "stop_settled",
     "max_staleness",
     "use_vllm",
