@@ -191,7 +191,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/decoding.cpp", "straight - to_float", "straight + to_float", FUSED),
     ("kernels/decoding.cpp", "if (norm) norm_row(x, norm, x, size, n.head_epsilon);", "", FUSED),
     ("kernels/decoding.cpp", "n.gate_up, n.gate_up_bias, gate_up", "n.gate_up, nullptr, gate_up", FUSED),
-    ("kernels/decoding.cpp", "x < 0 ? decayed : 1.0f", "1.0f", FUSED),
+    ("kernels/common.h", "x < 0 ? decayed : 1.0f", "1.0f", FUSED),
     ("rollout/native.py", "key=expected_tokens, reverse=True", "key=expected_tokens", ADMISSION),
     ("rollout/native.py", "return mean if tokens is None else tokens", "return 0.0 if tokens is None else tokens", ADMISSION),
     ("stages/sampler.py", "lengths = self.lengths if is_training else {}", "lengths = self.lengths", ADMISSION),

@@ -28,8 +28,9 @@ def fused_norms(model: nn.Module) -> Generator[None]:
         model: its norms get another `forward`, restored on exit.
     """
     # Nothing is compiled for a model that has no use for it, such as one on a GPU.
-    found = [(module, norm_epsilon(module)) for module in model.modules() if _may_be_fused(module)]
-    fused = [_Norm(module, epsilon) for module, epsilon in found if epsilon is not None and fuses(module.weight)]
+    norms: list[Any] = [module for module in model.modules() if _may_be_fused(module)]
+    found = [(norm, norm_epsilon(norm)) for norm in norms]
+    fused = [_Norm(norm, epsilon) for norm, epsilon in found if epsilon is not None and fuses(norm.weight)]
     try:
         for norm in fused:
             norm.module.__dict__["forward"] = norm
