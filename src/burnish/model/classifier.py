@@ -168,10 +168,9 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
             f"model = {type(model).__name__}: {type(made).__name__} is not its decoder and a score: {fix}."
         )
     setattr(made, prefix, decoder)
-    head.to_empty(device=model.device)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            parameter.copy_(_new_head(parameter.shape, seed) if name == "weight" else torch.zeros(parameter.shape))
+    for name, parameter in list(head.named_parameters()):
+        value = _new_head(parameter.shape, seed) if name == "weight" else torch.zeros(parameter.shape)
+        setattr(head, name, torch.nn.Parameter(value.to(model.device, parameter.dtype)))
     mark_quantized(made, like=model)
     return made.train(model.training)
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from burnish.planner.shapes import Linear, ModelShape
 
 __all__ = [
+    "COPIED_PROMPT_TOKENS",
+    "MOST_ROWS",
     "PREFILL_TOKENS",
     "Adapters",
     "Bytes",
@@ -29,6 +31,7 @@ __all__ = [
     "forward_bytes",
     "layer_bytes",
     "mlp_width",
+    "round_up",
     "saved_bytes",
     "split_rows",
     "tile_bytes",
@@ -40,7 +43,9 @@ Bytes = dict[str, int]
 
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward of the native engine, unless one prompt is longer."""
-_COPIED_PROMPT_TOKENS = 128
+MOST_ROWS = 64
+"""Most completions that the native engine decodes together."""
+COPIED_PROMPT_TOKENS = 128
 """Longest prompt that the native engine copies into the cache of each completion."""
 _CACHE_STEP = 16
 """Tokens to whose multiples the native engine rounds cache lengths."""
@@ -317,15 +322,37 @@ def _slice(size: int, limit: int, multiple: int = 1) -> int:
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
     """Count a forward pass without gradients: a layer's intermediate values, or a tile of the head."""
-    layer = part.tokens * method.item * (2 * shape.hidden + max(3 * mlp_width(shape), shape.queries + 2 * shape.keys))
+    numbers = part.tokens * method.item
+    residual = {"activations": 2 * numbers * shape.hidden}
+    adapts_mlp = _adapts_mlp(shape, method)
+    mlps = _forward_mlps(shape, adapts_mlp=adapts_mlp)
+    # Adapters take their two products of the MLP once its weight, which was unpacked for the base's, is gone.
+    spare = 2 * numbers * shape.width if adapts_mlp else 0
+    layer = {
+        "activations": numbers * (4 * shape.hidden + max(mlps, shape.queries + 2 * shape.keys)),
+        "dequantised": dequantised_bytes(shape, method, spare),
+        "experts": sum(adapted_experts(shape, method)),
+    }
+    if not with_head:
+        return layer
     head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=method.item)
     head += part.scored * (method.item * shape.hidden + 16)
-    residual = 2 * method.item * shape.hidden * part.tokens
-    return {
-        "activations": residual + (0 if with_head and head > layer else layer),
-        "head": head if with_head and head > layer else 0,
-        "dequantised": 0 if with_head and head > layer else dequantised_bytes(shape, method),
-    }
+    return max(layer, residual | {"head": head}, key=lambda found: sum(found.values()))
+
+
+def _forward_mlps(shape: ModelShape, *, adapts_mlp: bool) -> int:
+    """Numbers per token of an MLP in a forward pass: its activation, its product and what adapters add to that."""
+    hidden, dense = shape.hidden, (4 if shape.fused else 3) * shape.width
+    dense += (2 if shape.fused else 1) * shape.width * adapts_mlp
+    # A token's experts: its copies, gate, up, activation and product; or outputs, weighted and put in order.
+    routed = shape.experts_per_token * max(4 * hidden, hidden + 4 * shape.expert_width)
+    return max(dense if shape.dense_layers or not shape.experts else 0, routed if shape.mixture_layers else 0)
+
+
+def _adapts_mlp(shape: ModelShape, method: Method) -> bool:
+    if method.adapters is None or shape.mixture_layers:
+        return False
+    return any(one.outputs in (shape.width, 2 * shape.width) for one, _ in method.adapters.matched(shape))
 
 
 def dequantised_bytes(shape: ModelShape, method: Method, spare: int = 0) -> int:
@@ -346,14 +373,15 @@ def cache_tokens(prompt: int, completion: int, group: int, completions: int, *, 
         completions: completions of a rollout on a rank; at most 64 run at a time.
         bound: most tokens (`rollout_cache_gib`), under which fewer run; None for no bound.
     """
-    rows = min(completions, 64)
+    rows = min(completions, MOST_ROWS)
     prompts = -(-rows // group)
-    copied = prompt if bound is None and prompt <= _COPIED_PROMPT_TOKENS else 0
-    found = rows * _rounded(completion + copied) + prompts * _rounded(prompt)
+    copied = prompt if bound is None and prompt <= COPIED_PROMPT_TOKENS else 0
+    found = rows * round_up(completion + copied) + prompts * round_up(prompt)
     return found if bound is None else min(found, bound)
 
 
-def _rounded(tokens: int) -> int:
+def round_up(tokens: int) -> int:
+    """Round a length of the cache up to the next multiple that the native engine reserves."""
     return -(-tokens // _CACHE_STEP) * _CACHE_STEP
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish.model.attention import AttentionCall, math_attention
+from burnish.model.traced import device_type, has_values
 from burnish.rollout.cpu_kernels import cpu_kernels
 
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
@@ -323,7 +324,7 @@ def _attend_own(call: AttentionCall, layer: _LayerCache, step: _Step) -> tuple[T
     Returns:
         The output [T, kv_heads, repeats, D] and its log normaliser [T, kv_heads, repeats].
     """
-    if call.rule is None and call.softcap is None and call.query.device.type == "cpu":
+    if call.rule is None and call.softcap is None and has_values(call.query):
         kernels = cpu_kernels()
         if kernels is not None and kernels.attends(call.query, call.key, call.value):
             return kernels.attend(
@@ -430,7 +431,7 @@ def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mas
         value: [N, heads, K, D].
         mask: additive, broadcastable to [N, heads, Q, K].
     """
-    if query.device.type == "cpu" and call.softcap is None and key.shape[3] == value.shape[3]:
+    if device_type(query) == "cpu" and call.softcap is None and key.shape[3] == value.shape[3]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=call.scaling
         )

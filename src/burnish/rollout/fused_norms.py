@@ -55,6 +55,7 @@ def _may_be_fused(module: nn.Module) -> bool:
         type(module).__name__.endswith("RMSNorm")
         and "forward" not in module.__dict__
         and isinstance(weight, Tensor)
+        and not isinstance(weight, FakeTensor)
         and weight.dim() == 1
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
