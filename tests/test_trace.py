@@ -146,6 +146,7 @@ def test_a_traced_wave_counts_what_a_rollout_allocates(
         engine.generate(requests, seed=0, step=0)
     assert traced.device_bytes == pytest.approx(measured.device_bytes, rel=0.05)
     assert traced.device["key-value cache"] == engine.last_stats.peak_cache_bytes
+    assert wave.rows == engine.last_stats.peak_rows
 
 
 def _with_values(model: Any) -> Any:
@@ -183,10 +184,14 @@ CASES: list[Request] = [
     request("reward", training={"max_length": 1024, "token_budget": 4096}),
     request("ppo", training={"token_budget": 2048}),
     request("ppo", training={"token_budget": 2048}, peft={"r": 16, "target_modules": "all-linear"}),
+    request(
+        "sft", "Qwen3-0.6B", ranks=4,
+        training={"max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    ),
     request("online_dpo", training={"token_budget": 2048}, peft={"r": 16, "target_modules": "all-linear"}),
     request(
         name="gemma-2-2b", peft={"r": 16, "target_modules": "all-linear"},
-        training={"max_completion_length": 2048, "per_device_train_batch_size": 64, "token_budget": 2048},
+        training={"max_completion_length": 4096, "per_device_train_batch_size": 64, "token_budget": 2048},
     ),
     request(
         name="Qwen3-30B-A3B", peft={"r": 16, "target_modules": "all-linear"},
@@ -195,7 +200,7 @@ CASES: list[Request] = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # peft's own, of fused experts
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # peft's own, of fused experts
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.model.origin}-{len(case.training)}")
 def test_formulas_and_trace_agree(case: Request) -> None:
     plan, trace = estimate(case), trace_request(case)
@@ -246,6 +251,13 @@ def test_what_cannot_be_traced_is_an_error() -> None:
         trace_request(request(peft=lora, model_init={"quantization_config": "int8"}))
     with pytest.raises(ConfigError, match="--trace with optim = 'adamw_bnb_8bit': only AdamW in fp32 is traced"):
         trace_request(request(training={"optim": "adamw_bnb_8bit"}))
+
+
+def test_ranks_have_buckets() -> None:
+    case = request(name="Qwen3-0.6B", ranks=2, training={"token_budget": 1024})
+    trace = trace_request(case)
+    assert trace.update.device["buckets"] == 2 * case.model.shape.num_parameters
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])

@@ -321,32 +321,36 @@ def _slice(size: int, limit: int, multiple: int = 1) -> int:
 
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
-    """Count a forward pass without gradients: a layer's intermediate values, or a tile of the head."""
-    numbers = part.tokens * method.item
-    residual = {"activations": 2 * numbers * shape.hidden}
-    adapts_mlp = _adapts_mlp(shape, method)
-    mlps = _forward_mlps(shape, adapts_mlp=adapts_mlp)
-    # Adapters take their two products of the MLP once its weight, which was unpacked for the base's, is gone.
-    spare = 2 * numbers * shape.width if adapts_mlp else 0
-    layer = {
-        "activations": numbers * (4 * shape.hidden + max(mlps, shape.queries + 2 * shape.keys)),
-        "dequantised": dequantised_bytes(shape, method, spare),
-        "experts": sum(adapted_experts(shape, method)),
-    }
-    if not with_head:
-        return layer
-    head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=method.item)
-    head += part.scored * (method.item * shape.hidden + 16)
-    return max(layer, residual | {"head": head}, key=lambda found: sum(found.values()))
+    """Count a forward pass without gradients, at its largest moment: in a layer, or with a tile of the head."""
+    numbers, item = part.tokens * method.item, method.item
+    moments: list[Bytes] = [
+        {"activations": numbers * (4 * shape.hidden + beside), "dequantised": unpacked, "experts": experts}
+        for beside, unpacked, experts in _forward_moments(shape, method)
+    ]
+    if with_head:
+        head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=item) + part.scored * (item * shape.hidden + 16)
+        moments.append({"activations": 2 * numbers * shape.hidden, "head": head})
+    return max(moments, key=lambda found: sum(found.values()))
 
 
-def _forward_mlps(shape: ModelShape, *, adapts_mlp: bool) -> int:
-    """Numbers per token of an MLP in a forward pass: its activation, its product and what adapters add to that."""
-    hidden, dense = shape.hidden, (4 if shape.fused else 3) * shape.width
-    dense += (2 if shape.fused else 1) * shape.width * adapts_mlp
+def _forward_moments(shape: ModelShape, method: Method) -> list[tuple[int, int, int]]:
+    """List numbers per token beside 4 H (embedding, input, residual, norm), an unpacked weight, and experts' copies."""
+    hidden, tiles = shape.hidden, method.mlp_tiles
+    finished = hidden * (tiles - 1) // tiles  # outputs of the tiles before
+    gate = shape.width if shape.dense_layers or not shape.experts else 0
+    # Activation and product, and with adapters theirs, once the weight that was unpacked for the base is gone.
+    dense = gate * ((4 if shape.fused else 3) + (2 if shape.fused else 1) * _adapts_mlp(shape, method))
     # A token's experts: its copies, gate, up, activation and product; or outputs, weighted and put in order.
     routed = shape.experts_per_token * max(4 * hidden, hidden + 4 * shape.expert_width)
-    return max(dense if shape.dense_layers or not shape.experts else 0, routed if shape.mixture_layers else 0)
+    largest = dequantised_bytes(shape, method)
+    # The output projection beside queries, keys and values, and norms, which compute in fp32.
+    attention = 2 * shape.queries + 2 * shape.keys + 2 * hidden * (method.adapters is not None)
+    return [
+        (finished + dense // tiles, 0, 0),
+        (finished + 2 * gate // tiles, largest, 0),
+        (routed if shape.mixture_layers else 0, 0, sum(adapted_experts(shape, method))),
+        (max(attention, (3 if method.bf16 else 1) * hidden), 0, 0),
+    ]
 
 
 def _adapts_mlp(shape: ModelShape, method: Method) -> bool:

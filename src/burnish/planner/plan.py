@@ -265,7 +265,8 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     with_head = run.has_head and name == "update"
     if run.has_critic and name == "critic update":
         shape = dataclasses.replace(shape, tied=True)  # a score instead of a head
-    moments = Update(shape, method, run.largest, passes, device.is_cpu, with_head).moments()
+    averages = run.ranks > 1 and run.sharding == "ddp"
+    moments = Update(shape, method, run.largest, passes, device.is_cpu, with_head, averages).moments()
     for found in moments.values():
         if name == "update":
             found["gradients"] //= _divisor(run, "gradients")

@@ -16,8 +16,10 @@ from unittest.mock import patch
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from burnish.model.scoring import causal_lm, eval_mode, score
@@ -171,6 +173,7 @@ def trace_update(
     device: str = "cuda",
     num_parts: int = 1,
     wave: Wave | None = None,
+    ranks: int = 1,
 ) -> Trace:
     """Run a trainer's step and count its bytes.
 
@@ -181,6 +184,7 @@ def trace_update(
         device: type of the device that fake tensors stand for.
         num_parts: passes whose gradients add up before the optimizer's step.
         wave: completions that the native engine samples together; None to trace no rollout.
+        ranks: data-parallel processes, of which one is traced, with DDP's buckets and the reduction of its gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
     ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
@@ -202,7 +206,10 @@ def trace_update(
         lm = causal_lm(model)
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    with standing_for(device), nullcontext() if mode is None else mode, ledger:
+    with _ranks(ranks), standing_for(device), nullcontext() if mode is None else mode, ledger:
+        with ledger.component("buckets"):
+            # Its reducer, which allocates them; masters reduce their own gradients, so backward passes go without it.
+            _held = DistributedDataParallel(model, init_sync=False) if ranks > 1 else None
         if hasattr(stage, "algorithm"):
             step = stage.algorithm.step(list(groups), is_on_policy=False)
         else:
@@ -224,6 +231,19 @@ def trace_update(
         update, optimizer = _take_step(trainer, step, passes, ledger)
         rollout = None if wave is None else trace_rollout(model, stage.tokenizer, wave, ledger)
     return Trace(scoring, update, optimizer, rollout, critic_update)
+
+
+@contextmanager
+def _ranks(number: int) -> Generator[None]:
+    """Stand for the first of so many processes; what it sends is dropped."""
+    if number == 1:
+        yield
+        return
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def fake_groups(prompt: int, completions: Sequence[int], *, index: int = 0, reads_last: bool = False) -> list[Group]:
@@ -295,6 +315,8 @@ def _update_critic(critic: Any, batches: Sequence[PackedBatch], ledger: Ledger) 
 def _take_step(trainer: Any, step: Step, parts: list[PackedBatch], ledger: Ledger) -> tuple[Peak, Peak]:
     with ledger.phase() as update:
         trainer.training_step(trainer.model, MicroBatch(step, parts))
+        if distributed.is_initialized() and trainer.master_weights is not None:
+            trainer.master_weights.all_reduce_gradients()
     with ledger.phase() as optimizer, ledger.component("optimizer"):
         if (masters := trainer.master_weights) is not None:
             masters.clip_gradients(1.0)

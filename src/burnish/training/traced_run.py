@@ -64,7 +64,7 @@ def check_traceable(request: Request) -> None:
     """
     if request.ranks > 1 and request.sharding != "ddp":
         raise ConfigError(
-            f"--trace with --sharding = {request.sharding!r}: a rank is traced whole; use ddp, or leave --trace out."
+            f"--trace with --sharding = {request.sharding!r}: burnish trains with DDP; use ddp, or leave --trace out."
         )
     run = read_run(request)
     if run.method.bits == 8:
@@ -109,6 +109,7 @@ def trace_request(request: Request) -> Trace:
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
             wave=_wave(run),
+            ranks=run.ranks,
         )
 
 
