@@ -168,9 +168,10 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
             f"model = {type(model).__name__}: {type(made).__name__} is not its decoder and a score: {fix}."
         )
     setattr(made, prefix, decoder)
-    for name, parameter in list(head.named_parameters()):
-        value = _new_head(parameter.shape, seed) if name == "weight" else torch.zeros(parameter.shape)
-        setattr(head, name, torch.nn.Parameter(value.to(model.device, parameter.dtype)))
+    # New parameters, since a meta tensor cannot be moved in a trace.
+    head.weight = torch.nn.Parameter(_new_head(head.weight.shape, seed).to(model.device, head.weight.dtype))
+    if (bias := cast("torch.Tensor | None", head.bias)) is not None:
+        head.bias = torch.nn.Parameter(torch.zeros_like(bias, device=model.device))
     mark_quantized(made, like=model)
     return made.train(model.training)
 

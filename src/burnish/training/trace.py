@@ -187,21 +187,8 @@ def trace_update(
         ranks: data-parallel processes, of which one is traced, with DDP's buckets and the reduction of its gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
-    ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
-    # Each storage is counted once: these are the others, and an embedding outside the parameters.
-    ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
-    reference = getattr(getattr(stage, "scores", stage), "reference", None)
-    if reference is not None and reference.model is not None:
-        ledger.own("reference", (*reference.model.parameters(), *reference.model.buffers()))
-    critic = getattr(getattr(stage, "algorithm", None), "critic", None)
-    if critic is not None:
-        ledger.own("critic", (*critic.model.parameters(), *critic.model.buffers()))
-        ledger.own("critic's optimizer", getattr(critic.optimizer, "rests", ()))
-    embedding, head = causal_lm(model).get_input_embeddings().weight, causal_lm(model).get_output_embeddings()
-    with on_host():
-        ledger.own("frozen weights", [embedding])
-    if head is not None and head.weight is embedding and embedding.requires_grad:
-        ledger.tied_shapes.add(embedding.shape)
+    _own_models(trainer, ledger)
+    critic, has_head = _critic(stage), causal_lm(model).get_output_embeddings() is not None
     if trainer.args.gradient_checkpointing:
         lm = causal_lm(model)
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
@@ -223,7 +210,7 @@ def trace_update(
         if critic is not None:
             _update_critic(critic, [small], ledger)
         with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
-            if head is not None:  # a reward model reads no log-probabilities
+            if has_head:  # a reward model reads no log-probabilities
                 score(model, batch, temperature=1.0)
         # Gradients are whole, and from the second pass on wide, after a pass of any size.
         passes = [small] * min(num_parts - 1, 2) + [batch]
@@ -231,6 +218,28 @@ def trace_update(
         update, optimizer = _take_step(trainer, step, passes, ledger)
         rollout = None if wave is None else trace_rollout(model, stage.tokenizer, wave, ledger)
     return Trace(scoring, update, optimizer, rollout, critic_update)
+
+
+def _critic(stage: Any) -> Any:
+    return getattr(getattr(stage, "algorithm", None), "critic", None)
+
+
+def _own_models(trainer: Any, ledger: Ledger) -> None:
+    """Count what exists before the step; each storage counts for the first component that has it."""
+    model, stage = trainer.model, trainer.stage
+    ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
+    ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
+    reference = getattr(getattr(stage, "scores", stage), "reference", None)
+    if reference is not None and reference.model is not None:
+        ledger.own("reference", (*reference.model.parameters(), *reference.model.buffers()))
+    if (critic := _critic(stage)) is not None:
+        ledger.own("critic", (*critic.model.parameters(), *critic.model.buffers()))
+        ledger.own("critic's optimizer", getattr(critic.optimizer, "rests", ()))
+    embedding, head = causal_lm(model).get_input_embeddings().weight, causal_lm(model).get_output_embeddings()
+    with on_host():  # one outside the parameters
+        ledger.own("frozen weights", [embedding])
+    if head is not None and head.weight is embedding and embedding.requires_grad:
+        ledger.tied_shapes.add(embedding.shape)
 
 
 @contextmanager

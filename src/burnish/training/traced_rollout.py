@@ -32,8 +32,8 @@ class _TracedEngine(NativeEngine):
     def _new_run(self, prompts: Any, seed: int, step: int) -> Any:
         run: Any = super()._new_run(prompts, seed, step)
         run.own_tokens = max(prompt.request.params.max_new_tokens for prompt in prompts)
-        for name in ("_allocate", "reserve"):
-            setattr(run.cache, name, _counted(self._ledger, "key-value cache", getattr(run.cache, name)))
+        run.cache._allocate = _counted(self._ledger, "key-value cache", run.cache._allocate)
+        run.cache.reserve = _counted(self._ledger, "key-value cache", run.cache.reserve)
         return run
 
     def _head(self, hidden: Tensor) -> Tensor:
