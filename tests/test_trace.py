@@ -182,17 +182,7 @@ CASES: list[Request] = [
     request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
     request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
     request("reward", training={"max_length": 1024, "token_budget": 4096}),
-    request("ppo", training={"token_budget": 2048}),
-    request("ppo", training={"token_budget": 2048}, peft={"r": 16, "target_modules": "all-linear"}),
-    request(
-        "sft", "Qwen3-0.6B", ranks=4,
-        training={"max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
-    ),
     request("online_dpo", training={"token_budget": 2048}, peft={"r": 16, "target_modules": "all-linear"}),
-    request(
-        name="gemma-2-2b", peft={"r": 16, "target_modules": "all-linear"},
-        training={"max_completion_length": 4096, "per_device_train_batch_size": 64, "token_budget": 2048},
-    ),
     request(
         name="Qwen3-30B-A3B", peft={"r": 16, "target_modules": "all-linear"},
         training={"rollout_cache_gib": 0.1, "token_budget": 2048, CHECKPOINTING: True},
@@ -203,13 +193,46 @@ CASES: list[Request] = [
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # peft's own, of fused experts
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.model.origin}-{len(case.training)}")
 def test_formulas_and_trace_agree(case: Request) -> None:
+    _check_formulas(case)
+
+
+def _check_formulas(case: Request) -> Trace:
+    """Compare every phase; loss, metrics and sampling have temporaries of a few rows that no formula lists."""
     plan, trace = estimate(case), trace_request(case)
-    phases = {phase.name: plan.total(phase) - plan.fixed["context"] for phase in plan.phases}
+    planned = {
+        phase.name: plan.total(phase) - plan.fixed["context"] for phase in plan.phases if phase.name != "loading"
+    }
     peaks = trace.by_phase()
-    assert peaks.keys() >= phases.keys() - {"loading"}
-    for name in phases.keys() - {"loading"}:
-        # Loss, metrics and sampling have temporaries of a few rows that no formula lists.
-        assert peaks[name].device_bytes == pytest.approx(phases[name], rel=0.05), name
+    assert peaks.keys() >= planned.keys()
+    for name, size in planned.items():
+        assert peaks[name].device_bytes == pytest.approx(size, rel=0.05), name
+    return trace
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 16, "target_modules": "all-linear"}], ids=["full", "lora"])
+def test_the_formulas_of_a_critic(peft: Any) -> None:
+    assert _check_formulas(request("ppo", training={"token_budget": 2048}, peft=peft)).critic_update is not None
+
+
+def test_the_formulas_of_a_long_rollout() -> None:
+    """Where the attention of a decode forward takes more than a prefill."""
+    training = {
+        "max_completion_length": 4096,
+        "per_device_train_batch_size": 64,
+        "token_budget": 4608,
+        CHECKPOINTING: True,
+    }
+    peft = {"r": 16, "target_modules": "all-linear"}
+    _check_formulas(request(name="gemma-2-2b", prompt_tokens=64, training=training, peft=peft))
+
+
+def test_the_formulas_of_several_ranks() -> None:
+    """A single pass, whose gradients only their average over the ranks widens."""
+    training = {"max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    case = request("sft", "Qwen3-0.6B", ranks=4, training=training)
+    trace = _check_formulas(case)
+    assert trace.update.device["buckets"] == 2 * case.model.shape.num_parameters
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_is_offloaded_is_counted_on_the_host() -> None:
@@ -251,13 +274,6 @@ def test_what_cannot_be_traced_is_an_error() -> None:
         trace_request(request(peft=lora, model_init={"quantization_config": "int8"}))
     with pytest.raises(ConfigError, match="--trace with optim = 'adamw_bnb_8bit': only AdamW in fp32 is traced"):
         trace_request(request(training={"optim": "adamw_bnb_8bit"}))
-
-
-def test_ranks_have_buckets() -> None:
-    case = request(name="Qwen3-0.6B", ranks=2, training={"token_budget": 1024})
-    trace = trace_request(case)
-    assert trace.update.device["buckets"] == 2 * case.model.shape.num_parameters
-    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
@@ -315,9 +331,7 @@ def test_an_8b_trains_on_a_small_gpu(name: str, context: int, limit: float) -> N
         },
     )  # fmt: skip
     trace = trace_request(case)
-    (rollout,) = (phase for phase in estimate(case).phases if phase.name == "rollout")
-    fixed = sum(size for name, size in trace.optimizer.device.items() if name != "activations")
-    assert max(trace.update.device_bytes, trace.optimizer.device_bytes, fixed + rollout.device_bytes) + 1.4e9 <= limit
+    assert max(peak.device_bytes for peak in trace.by_phase().values()) + 1.4e9 <= limit
 
 
 def test_an_sft_trainer_still_trains(tmp_path: Path) -> None:
