@@ -81,7 +81,7 @@ rewards: $(STAMP)  ## a 0/1 reward against a rubric, GRPO, three seeds (an hour;
 memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory.svg
 	$(BIN)/python benchmarks/online_memory.py
 
-planner: $(STAMP)  ## errors of the planner's formulas against traces of 129 configurations (half an hour)
+planner: $(STAMP)  ## errors of the planner's formulas against traces of 84 configurations (a quarter of an hour)
 	$(BIN)/python benchmarks/planner.py
 
 budgets: $(STAMP)  ## whether memory_budget is kept in 30 random runs (ten minutes)

@@ -13,14 +13,21 @@ from peft import LoraConfig
 import tiny
 from burnish import GRPOConfig, SFTConfig, SFTTrainer
 from burnish.cli.main import main
+from burnish.config.stages import STAGES
 from burnish.errors import ConfigError
+from burnish.model.scoring import prepare_for_scoring
+from burnish.model.traced import standing_for
 from burnish.planner.devices import DEVICES, find_device
 from burnish.planner.models import FoundModel, known_models
 from burnish.planner.plan import estimate
+from burnish.planner.rollout import Wave
 from burnish.planner.run import Request
+from burnish.rollout import NativeEngine, SamplingParams
+from burnish.rollout import Request as Prompt
 from burnish.training.ledger import Ledger
 from burnish.training.trace import Trace, fake_groups, fake_model, trace_update
-from burnish.training.traced_run import TRACED_STAGES, _trainer, trace_request
+from burnish.training.traced_rollout import trace_rollout
+from burnish.training.traced_run import _trainer, trace_request
 
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
@@ -83,10 +90,63 @@ def test_a_trace_counts_what_a_step_with_values_allocates(kind: str, mode: dict[
         with _trainer(Request("grpo", FoundModel(None, ""), DEVICES["H100"], fields), model) as trainer:  # type: ignore[arg-type]
             found.append(trace_update(trainer, fake_groups(40, [60, 50, 30, 20]), mode=fake, device="cpu", num_parts=2))
     traced, measured = found
-    for phase in ("scoring", "update", "optimizer"):
-        one, other = getattr(traced, phase), getattr(measured, phase)
+    for phase, peak in traced.by_phase().items():
         margin = 0.10 if kind == "gemma2" and not mode else 0.01
-        assert one.device_bytes == pytest.approx(other.device_bytes, rel=margin), phase
+        assert peak.device_bytes == pytest.approx(measured.by_phase()[phase].device_bytes, rel=margin), phase
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["ppo", "online_dpo"])
+def test_a_trace_counts_a_critic_and_pairs(kind: Any, lora: bool) -> None:
+    config = tiny.model("llama").config
+    config.hidden_size, config.intermediate_size, config.vocab_size = 128, 256, 512
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    found: list[Trace] = []
+    fields = {"per_device_train_batch_size": 8, **({} if kind == "ppo" else {"num_generations": 2})}
+    for has_values in (False, True):
+        model, fake = fake_model(config, peft_config=peft)
+        if has_values:
+            model, fake = _with_values(model), None
+        case = Request(kind, FoundModel(None, ""), DEVICES["H100"], fields)  # type: ignore[arg-type]
+        with _trainer(case, model, mode=fake) as trainer:
+            found.append(trace_update(trainer, fake_groups(40, [60, 50]), mode=fake, device="cpu", num_parts=3))
+    traced, measured = (trace.by_phase() for trace in found)
+    assert ("critic update" in traced) == (kind == "ppo")
+    for phase, peak in traced.items():
+        # In a model as small as this the moment at which one gradient is freed makes 3%.
+        assert peak.device_bytes == pytest.approx(measured[phase].device_bytes, rel=0.05), phase
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "completion", "bound"),
+    [("llama", 200, 24, None), ("llama", 20, 300, None), ("qwen3", 20, 100, 800), ("gemma2", 150, 200, None)],
+)
+def test_a_traced_wave_counts_what_a_rollout_allocates(
+    kind: str, prompt: int, completion: int, bound: int | None
+) -> None:
+    """On a CPU in fp32; the second wave's prompts enter beside a cache that rows which never end have filled."""
+    config = tiny.model(kind).config
+    config.hidden_size, config.intermediate_size, config.vocab_size = 128, 256, 512
+    config.max_position_embeddings = 512
+    wave = Wave.of(prompt, completion, 4, 8, bound)
+    model, fake = fake_model(config, dtype=torch.float32)
+    prepare_for_scoring(model)
+    ledger = Ledger()
+    ledger.own("weights", model.parameters())
+    with standing_for("cpu"), fake, ledger:
+        traced = trace_rollout(model, tiny.tokenizer(), wave, ledger)
+    model, _ = fake_model(config, dtype=torch.float32)
+    model = _with_values(model)
+    prepare_for_scoring(model)
+    engine = NativeEngine(model, tiny.tokenizer(), max_running=8, max_cache_tokens=bound, speculate=False)
+    ledger = Ledger()
+    ledger.own("weights", model.parameters())
+    requests = [Prompt([3] * prompt, 4, SamplingParams(completion), index) for index in range(4)]
+    with ledger, ledger.phase() as measured:
+        engine.generate(requests, seed=0, step=0)
+    assert traced.device_bytes == pytest.approx(measured.device_bytes, rel=0.05)
+    assert traced.device["key-value cache"] == engine.last_stats.peak_cache_bytes
+    assert wave.rows == engine.last_stats.peak_rows
 
 
 def _with_values(model: Any) -> Any:
@@ -122,16 +182,57 @@ CASES: list[Request] = [
     request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
     request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
     request("reward", training={"max_length": 1024, "token_budget": 4096}),
+    request("online_dpo", training={"token_budget": 2048}, peft={"r": 16, "target_modules": "all-linear"}),
+    request(
+        name="Qwen3-30B-A3B", peft={"r": 16, "target_modules": "all-linear"},
+        training={"rollout_cache_gib": 0.1, "token_budget": 2048, CHECKPOINTING: True},
+    ),
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")  # peft's own, of fused experts
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kind}-{case.model.origin}-{len(case.training)}")
 def test_formulas_and_trace_agree(case: Request) -> None:
+    _check_formulas(case)
+
+
+def _check_formulas(case: Request) -> Trace:
+    """Compare every phase; loss, metrics and sampling have temporaries of a few rows that no formula lists."""
     plan, trace = estimate(case), trace_request(case)
-    phases = {phase.name: plan.total(phase) - plan.fixed["context"] for phase in plan.phases}
-    assert trace.update.device_bytes == pytest.approx(phases["update"], rel=0.05)
-    if "scoring" in phases:
-        assert trace.scoring.device_bytes == pytest.approx(phases["scoring"], rel=0.10)
+    planned = {
+        phase.name: plan.total(phase) - plan.fixed["context"] for phase in plan.phases if phase.name != "loading"
+    }
+    peaks = trace.by_phase()
+    assert peaks.keys() >= planned.keys()
+    for name, size in planned.items():
+        assert peaks[name].device_bytes == pytest.approx(size, rel=0.05), name
+    return trace
+
+
+@pytest.mark.parametrize("peft", [None, {"r": 16, "target_modules": "all-linear"}], ids=["full", "lora"])
+def test_the_formulas_of_a_critic(peft: Any) -> None:
+    assert _check_formulas(request("ppo", training={"token_budget": 2048}, peft=peft)).critic_update is not None
+
+
+def test_the_formulas_of_a_long_rollout() -> None:
+    """Where the attention of a decode forward takes more than a prefill."""
+    training = {
+        "max_completion_length": 4096,
+        "per_device_train_batch_size": 64,
+        "token_budget": 4608,
+        CHECKPOINTING: True,
+    }
+    peft = {"r": 16, "target_modules": "all-linear"}
+    _check_formulas(request(name="gemma-2-2b", prompt_tokens=64, training=training, peft=peft))
+
+
+def test_the_formulas_of_several_ranks() -> None:
+    """A single pass, whose gradients only their average over the ranks widens."""
+    training = {"max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    case = request("sft", "Qwen3-0.6B", ranks=4, training=training)
+    trace = _check_formulas(case)
+    assert trace.update.device["buckets"] == 2 * case.model.shape.num_parameters
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_is_offloaded_is_counted_on_the_host() -> None:
@@ -158,7 +259,7 @@ def test_four_bit_weights_take_their_bytes() -> None:
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", TRACED_STAGES)
+@pytest.mark.parametrize("kind", STAGES)
 def test_a_step_reads_no_value_on_the_host(kind: str) -> None:
     """Fake tensors have no values, so a read would raise."""
     case = request(kind, "Qwen3-0.6B", training={"token_budget": 1024}, peft={"r": 4, "target_modules": ["q_proj"]})
@@ -166,8 +267,6 @@ def test_a_step_reads_no_value_on_the_host(kind: str) -> None:
 
 
 def test_what_cannot_be_traced_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="--trace with --stage = 'ppo'"):
-        trace_request(request("ppo"))
     with pytest.raises(ConfigError, match="--trace with --sharding = 'fsdp2'"):
         trace_request(request(ranks=2, sharding="fsdp2"))
     lora = {"r": 4, "target_modules": ["q_proj"]}
@@ -199,7 +298,7 @@ def test_the_command_prints_and_writes_the_trace(tmp_path: Path, capsys: pytest.
     assert "total on the device" in shown
     assert "formulas against it" in shown
     (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
-    assert set(plan["trace"]) == {"scoring", "update", "optimizer"}
+    assert set(plan["trace"]) == {"rollout", "scoring", "update", "optimizer"}
     assert plan["trace"]["update"]["device"]["trained weights"] > 0
 
 
@@ -232,9 +331,7 @@ def test_an_8b_trains_on_a_small_gpu(name: str, context: int, limit: float) -> N
         },
     )  # fmt: skip
     trace = trace_request(case)
-    (rollout,) = (phase for phase in estimate(case).phases if phase.name == "rollout")
-    fixed = sum(size for name, size in trace.optimizer.device.items() if name != "activations")
-    assert max(trace.update.device_bytes, trace.optimizer.device_bytes, fixed + rollout.device_bytes) + 1.4e9 <= limit
+    assert max(peak.device_bytes for peak in trace.by_phase().values()) + 1.4e9 <= limit
 
 
 def test_an_sft_trainer_still_trains(tmp_path: Path) -> None:

@@ -20,8 +20,13 @@ def show_trace(console: Console, request: Request, plan: Plan) -> dict[str, Any]
     with phase("tracing the step"):
         trace = trace_request(request)
     context = plan.fixed.get("context", 0)
-    expected = {planned.name: plan.total(planned) - context for planned in plan.phases}
-    peaks = {"scoring": trace.scoring, "update": trace.update, "optimizer": trace.optimizer}
+    untraced = context + plan.fixed.get("process", 0)
+    # Packed copies of weights are made by kernels of a CPU, which take no fake tensors.
+    expected = {
+        planned.name: plan.total(planned) - untraced - planned.device.get("packed weights", 0)
+        for planned in plan.phases
+    }
+    peaks = trace.by_phase()
     table = Table(box=None, pad_edge=False)
     for title in ("traced", *peaks):
         table.add_column(title, justify="left" if title == "traced" else "right")

@@ -167,10 +167,10 @@ def to_reward_model(model: PreTrainedModel, *, seed: int) -> Any:
             f"model = {type(model).__name__}: {type(made).__name__} is not its decoder and a score: {fix}."
         )
     setattr(made, prefix, decoder)
-    head.to_empty(device=model.device)
-    with torch.no_grad():
-        for name, parameter in head.named_parameters():
-            parameter.copy_(_new_head(parameter.shape, seed) if name == "weight" else torch.zeros(parameter.shape))
+    # New parameters, since a meta tensor cannot be moved in a trace.
+    head.weight = torch.nn.Parameter(_new_head(head.weight.shape, seed).to(model.device, head.weight.dtype))
+    if (bias := cast("torch.Tensor | None", head.bias)) is not None:
+        head.bias = torch.nn.Parameter(torch.zeros_like(bias, device=model.device))
     mark_quantized(made, like=model)
     return made.train(model.training)
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from burnish.errors import BurnishError
@@ -104,10 +105,11 @@ def supports_prefix(model: nn.Module) -> PrefixSupport:
         tiny_config = pretrained.config
     key = (type(pretrained), tiny_config.to_json_string(use_diff=False))
     if key not in _cache:
-        tiny = None if tiny_config is pretrained.config else _tiny_model(type(pretrained), tiny_config)
-        is_representative = tiny is not None and _architecture(pretrained) <= _architecture(tiny)
-        with _prepared(tiny if tiny is not None and is_representative else pretrained) as ready:
-            support = _test(ready)
+        with _disable_current_modes():  # a trace of fake tensors needs the outcome too
+            tiny = None if tiny_config is pretrained.config else _tiny_model(type(pretrained), tiny_config)
+            is_representative = tiny is not None and _architecture(pretrained) <= _architecture(tiny)
+            with _prepared(tiny if tiny is not None and is_representative else pretrained) as ready:
+                support = _test(ready)
         if not is_representative:
             return support
         _cache[key] = support

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from burnish.planner.devices import Device
 from burnish.planner.memory import (
+    MOST_ROWS,
     PREFILL_TOKENS,
     Method,
     Part,
@@ -139,7 +140,7 @@ def _rollout(run: Run, device: Device, completions: int) -> Cost:
     """Prefill each prompt once, then decode up to 64 completions at a time to their greatest length."""
     shape, method, prompt, length = run.shape, run.method, run.prompt_tokens, run.completion_tokens
     per_token = cache_bytes(shape, method)
-    rows = min(completions, 64)
+    rows = min(completions, MOST_ROWS)
     if run.cache_gib is not None:
         room = int(run.cache_gib * 2**30) // per_token
         full = cache_tokens(prompt, length, run.group, completions, bound=room)

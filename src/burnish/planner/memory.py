@@ -16,7 +16,9 @@ from typing import NamedTuple
 from burnish.planner.shapes import Linear, ModelShape
 
 __all__ = [
+    "COPIED_PROMPT_TOKENS",
     "KEPT_PROMPT_TOKENS",
+    "MOST_ROWS",
     "PREFILL_TOKENS",
     "Adapters",
     "Bytes",
@@ -31,6 +33,7 @@ __all__ = [
     "keeps_prompt",
     "layer_bytes",
     "mlp_width",
+    "round_up",
     "saved_bytes",
     "split_rows",
     "tile_bytes",
@@ -44,7 +47,9 @@ PREFILL_TOKENS = 4096
 """Most prompt tokens of one prefill forward of the native engine, unless one prompt is longer."""
 KEPT_PROMPT_TOKENS = 64
 """Least tokens of prompts that are not computed again, for which a group's prompt gets a pass of its own."""
-_COPIED_PROMPT_TOKENS = 128
+MOST_ROWS = 64
+"""Most completions that the native engine decodes together."""
+COPIED_PROMPT_TOKENS = 128
 """Longest prompt that the native engine copies into the cache of each completion."""
 _CACHE_STEP = 16
 """Tokens to whose multiples the native engine rounds cache lengths."""
@@ -360,16 +365,42 @@ def _slice(size: int, limit: int, multiple: int = 1) -> int:
 
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
-    """Count a forward pass without gradients: a layer's intermediate values, or a tile of the head."""
-    layer = part.tokens * method.item * (2 * shape.hidden + max(3 * mlp_width(shape), shape.queries + 2 * shape.keys))
-    head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=method.item)
-    head += part.scored * (method.item * shape.hidden + 16)
-    residual = 2 * method.item * shape.hidden * part.tokens
-    return {
-        "activations": residual + (0 if with_head and head > layer else layer),
-        "head": head if with_head and head > layer else 0,
-        "dequantised": 0 if with_head and head > layer else dequantised_bytes(shape, method),
-    }
+    """Count a forward pass without gradients, at its largest moment: in a layer, or with a tile of the head."""
+    numbers, item = part.tokens * method.item, method.item
+    moments: list[Bytes] = [
+        {"activations": numbers * (4 * shape.hidden + beside), "dequantised": unpacked, "experts": experts}
+        for beside, unpacked, experts in _forward_moments(shape, method)
+    ]
+    if with_head:
+        head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=item) + part.scored * (item * shape.hidden + 16)
+        moments.append({"activations": 2 * numbers * shape.hidden, "head": head})
+    return max(moments, key=lambda found: sum(found.values()))
+
+
+def _forward_moments(shape: ModelShape, method: Method) -> list[tuple[int, int, int]]:
+    """List numbers per token beside 4 H (embedding, input, residual, norm), an unpacked weight, and experts' copies."""
+    hidden, tiles = shape.hidden, method.mlp_tiles
+    finished = hidden * (tiles - 1) // tiles  # outputs of the tiles before
+    gate = shape.width if shape.dense_layers or not shape.experts else 0
+    # Activation and product, and with adapters theirs, once the weight that was unpacked for the base is gone.
+    dense = gate * ((4 if shape.fused else 3) + (2 if shape.fused else 1) * _adapts_mlp(shape, method))
+    # A token's experts: its copies, gate, up, activation and product; or outputs, weighted and put in order.
+    routed = shape.experts_per_token * max(4 * hidden, hidden + 4 * shape.expert_width)
+    largest = dequantised_bytes(shape, method)
+    # The output projection beside queries, keys and values, and norms, which compute in fp32.
+    attention = 2 * shape.queries + 2 * shape.keys + 2 * hidden * (method.adapters is not None)
+    return [
+        (finished + dense // tiles, 0, 0),
+        (finished + 2 * gate // tiles, largest, 0),
+        (routed if shape.mixture_layers else 0, 0, sum(adapted_experts(shape, method))),
+        (max(attention, (3 if method.bf16 else 1) * hidden), 0, 0),
+    ]
+
+
+def _adapts_mlp(shape: ModelShape, method: Method) -> bool:
+    if method.adapters is None or shape.mixture_layers:
+        return False
+    return any(one.outputs in (shape.width, 2 * shape.width) for one, _ in method.adapters.matched(shape))
 
 
 def dequantised_bytes(shape: ModelShape, method: Method, spare: int = 0) -> int:
@@ -390,14 +421,15 @@ def cache_tokens(prompt: int, completion: int, group: int, completions: int, *, 
         completions: completions of a rollout on a rank; at most 64 run at a time.
         bound: most tokens (`rollout_cache_gib`), under which fewer run; None for no bound.
     """
-    rows = min(completions, 64)
+    rows = min(completions, MOST_ROWS)
     prompts = -(-rows // group)
-    copied = prompt if bound is None and prompt <= _COPIED_PROMPT_TOKENS else 0
-    found = rows * _rounded(completion + copied) + prompts * _rounded(prompt)
+    copied = prompt if bound is None and prompt <= COPIED_PROMPT_TOKENS else 0
+    found = rows * round_up(completion + copied) + prompts * round_up(prompt)
     return found if bound is None else min(found, bound)
 
 
-def _rounded(tokens: int) -> int:
+def round_up(tokens: int) -> int:
+    """Round a length of the cache up to the next multiple that the native engine reserves."""
     return -(-tokens // _CACHE_STEP) * _CACHE_STEP
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from burnish.planner.cost import Cost, phase_costs
 from burnish.planner.devices import Device
 from burnish.planner.memory import (
-    PREFILL_TOKENS,
     Bytes,
-    Part,
     cache_bytes,
     cache_tokens,
     checkpoint_bytes,
     forward_bytes,
     weight_bytes,
 )
+from burnish.planner.rollout import Wave
 from burnish.planner.run import Request, Run, read_run
 from burnish.planner.update import Update
 
@@ -247,10 +247,8 @@ def _rollout(run: Run, device: Device) -> Bytes:
     per_token = cache_bytes(shape, method)
     bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // per_token
     tokens = cache_tokens(run.prompt_tokens, run.completion_tokens, run.group, completions, bound=bound)
-    rows = min(completions, 64)
-    prefill = min(max(PREFILL_TOKENS, run.prompt_tokens), run.prompt_tokens * -(-rows // run.group))
-    found = {"key-value cache": tokens * per_token, "logits": 12 * rows * shape.vocabulary}
-    found |= forward_bytes(shape, method, Part(prefill, 0, 0), on_cpu=device.is_cpu, with_head=False)
+    wave = Wave.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
+    found = {"key-value cache": tokens * per_token, **wave.bytes(shape, method, on_cpu=device.is_cpu)}
     if device.is_cpu and device.fast_bf16 and method.bf16:
         linear = 0 if method.bits is not None else shape.linear_weights
         adapters = 0 if method.adapters is None else method.trained(shape)
@@ -266,7 +264,11 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     is_policy = name == "update"
     parts, largest_part = (run.parts, run.largest) if is_policy else (run.rows, run.largest_row)
     passes = len(parts) * run.accumulation
-    moments = Update(shape, method, largest_part, passes, device.is_cpu, run.has_head and is_policy).moments()
+    if run.has_critic and name == "critic update":
+        shape = dataclasses.replace(shape, tied=True)  # a score instead of a head
+    averages = run.ranks > 1 and run.sharding == "ddp"
+    has_head = run.has_head and is_policy
+    moments = Update(shape, method, largest_part, passes, device.is_cpu, has_head, averages).moments()
     for found in moments.values():
         if is_policy:
             found["gradients"] //= _divisor(run, "gradients")

@@ -45,6 +45,7 @@ class Update:
             in fp32.
         on_cpu: whether the device is the CPU, which has smaller tiles.
         with_head: whether the loss reads log-probabilities; false for reward models and critics.
+        averages: whether several ranks average the gradients, which masters do in fp32.
     """
 
     shape: ModelShape
@@ -53,6 +54,7 @@ class Update:
     num_parts: int
     on_cpu: bool
     with_head: bool = True
+    averages: bool = False
 
     def moments(self) -> dict[str, Bytes]:
         """Return moments -> components -> bytes."""
@@ -74,6 +76,8 @@ class Update:
         method = self.method
         if method.checkpoints and method.bf16 and self.shape.gated:
             found["norm"] = self.norm()
+        if self.averages and method.bf16:
+            found["average"] = self.average()
         if self.with_head:
             found |= {"head": self.head(), "head's backward": self.head_backward()}
         return found
@@ -136,6 +140,13 @@ class Update:
             "activations": 2 * self.method.item * self.shape.hidden * self.part.tokens,
             "head gradient": self.table + (self.table if self.num_parts > 1 else 0),
         }
+
+    def average(self) -> Bytes:
+        """The average over ranks, which widens one block of gradients after another."""
+        trained = self.method.trained(self.shape)
+        table = 0 if self.method.adapters is not None else self.shape.vocabulary * self.shape.hidden
+        block = max(table, min(trained, MASTER_BLOCK))
+        return {"gradients": max(4 * trained, self.method.item * trained + 4 * block)}
 
     @property
     def wide(self) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from burnish.kernels.decoding import cpu_kernels
 from burnish.model.attention import AttentionCall, math_attention
+from burnish.model.traced import device_type, has_values
 from burnish.rollout.stored import Stored, rotated_keys, rotated_queries
 
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
@@ -304,7 +305,7 @@ def _attend_own(call: AttentionCall, layer: _LayerCache, step: _Step) -> tuple[T
     Returns:
         The output [T, kv_heads, repeats, D] and its log normaliser [T, kv_heads, repeats].
     """
-    if call.rule is None and call.softcap is None and call.query.device.type == "cpu":
+    if call.rule is None and call.softcap is None and has_values(call.query):
         kernels = cpu_kernels()
         if kernels is not None and kernels.attends(call.query, call.key, call.value):
             return kernels.attend(
@@ -420,7 +421,7 @@ def _partial(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mas
         value: [N, heads, K, D].
         mask: additive, broadcastable to [N, heads, Q, K].
     """
-    if query.device.type == "cpu" and call.softcap is None and key.shape[3] == value.shape[3]:
+    if device_type(query) == "cpu" and call.softcap is None and key.shape[3] == value.shape[3]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, False, attn_mask=mask, scale=call.scaling
         )

@@ -45,6 +45,7 @@ def _may_be_fused(module: Any) -> bool:
     return (
         "forward" not in module.__dict__
         and isinstance(weight, Tensor)
+        and not isinstance(weight, FakeTensor)
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from burnish.rollout.engine import SamplingParams
 
@@ -181,7 +182,7 @@ def _draw_rows(
         scores.div_(softcap).tanh_().mul_(softcap)
     greedy = params.temperature == 0
     unpenalised: torch.Tensor | None = None
-    if bool((params.repetition_penalty != 1).any()):
+    if _any(params.repetition_penalty != 1):
         unpenalised = _by_temperature(scores.clone(), params)
         for row, tokens in enumerate(seen):
             columns = torch.tensor(sorted(set(tokens)), dtype=torch.long, device=scores.device)
@@ -213,9 +214,14 @@ def _draw_rows(
     return token, sampler.to(torch.float32), policy.to(torch.float32)
 
 
+def _any(mask: torch.Tensor) -> bool:
+    """Return whether any entry is true; a trace, which cannot read it, samples without what the entry asks for."""
+    return not is_fake(mask) and bool(mask.any())
+
+
 def _by_temperature(scores: torch.Tensor, params: SamplingBatch) -> torch.Tensor:
     """Divide by the temperature in place; greedy rows stay."""
-    if bool((params.temperature != 1).any()):
+    if _any(params.temperature != 1):
         scores.div_(torch.where(params.temperature == 0, 1.0, params.temperature)[:, None])
     return scores
 
@@ -253,7 +259,7 @@ def _thresholds(scores: torch.Tensor, params: SamplingBatch) -> torch.Tensor | N
     vocabulary = scores.shape[1]
     by_k = (params.top_k > 0) & (params.top_k < vocabulary)
     by_p = params.top_p < 1
-    if not bool((by_k | by_p | (params.min_p > 0)).any()):
+    if not _any(by_k | by_p | (params.min_p > 0)):
         return None
     least = torch.where(params.min_p > 0, params.min_p.log(), -torch.inf)
     if not bool((by_k | by_p).any()):

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from burnish.model.packing import continued, halve
 from burnish.model.scoring import causal_lm, eval_mode, score
 from burnish.model.traced import on_host, standing_for
+from burnish.planner.rollout import Wave
 from burnish.training.ledger import Ledger, Peak
 from burnish.training.step import MicroBatch, Step
-from burnish.types import Completion, Group, PackedBatch
+from burnish.training.traced_rollout import trace_rollout
+from burnish.types import Completion, Group, PackedBatch, Score
 
-__all__ = ["Trace", "fake_groups", "fake_model", "trace_update"]
+__all__ = ["Trace", "adding_fakes", "fake_groups", "fake_model", "trace_update"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,11 +42,26 @@ class Trace:
         scoring: a forward pass without gradient, as for reference and old log-probabilities.
         update: forward and backward passes, with the optimizer's states.
         optimizer: the optimizer's own step.
+        rollout: a prefill and a decode forward of the native engine; None where it does not sample.
+        critic_update: the same as `update` for a critic, with its optimizer's step; None without one.
     """
 
     scoring: Peak
     update: Peak
     optimizer: Peak
+    rollout: Peak | None = None
+    critic_update: Peak | None = None
+
+    def by_phase(self) -> dict[str, Peak]:
+        """Return the peaks by the planner's names of phases, in the order of a step."""
+        peaks = {
+            "rollout": self.rollout,
+            "scoring": self.scoring,
+            "critic update": self.critic_update,
+            "update": self.update,
+            "optimizer": self.optimizer,
+        }
+        return {name: peak for name, peak in peaks.items() if peak is not None}
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -128,6 +148,24 @@ def fake_model(
     return model, mode
 
 
+@contextmanager
+def adding_fakes(mode: FakeTensorMode) -> Generator[None]:
+    """Make the modules that are added inside fake as well, such as a critic's adapters and score.
+
+    `nn.Module.to` would exchange tensors with their converted copies, which fake ones do not allow; here it converts
+    the data of each.
+    """
+
+    def convert(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.to(device, dtype if tensor.is_floating_point() else None)
+        return module
+
+    with mode, patch.object(nn.Module, "to", convert):
+        yield
+
+
 def trace_update(
     trainer: Any,
     groups: Sequence[Group],
@@ -136,6 +174,9 @@ def trace_update(
     device: str = "cuda",
     num_parts: int = 1,
     keeps_prompt: bool = False,
+    wave: Wave | None = None,
+    caches_in_8_bits: bool = False,
+    ranks: int = 1,
 ) -> Trace:
     """Run a trainer's step and count its bytes.
 
@@ -146,26 +187,23 @@ def trace_update(
         device: type of the device that fake tensors stand for.
         num_parts: passes whose gradients add up before the optimizer's step.
         keeps_prompt: update on the two halves of the one group, behind its kept prompt, and score the first.
+        wave: completions that the native engine samples together; None to trace no rollout.
+        caches_in_8_bits: whether their keys and values are.
+        ranks: data-parallel processes, of which one is traced, with DDP's buckets and the reduction of its gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
-    ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
-    # Each storage is counted once: these are the others, and an embedding outside the parameters.
-    ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
-    reference = getattr(getattr(stage, "scores", stage), "reference", None)
-    if reference is not None and reference.model is not None:
-        ledger.own("reference", (*reference.model.parameters(), *reference.model.buffers()))
-    embedding, head = causal_lm(model).get_input_embeddings().weight, causal_lm(model).get_output_embeddings()
-    with on_host():
-        ledger.own("frozen weights", [embedding])
-    if head is not None and head.weight is embedding and embedding.requires_grad:
-        ledger.tied_shapes.add(embedding.shape)
+    _own_models(trainer, ledger)
+    critic, has_head = _critic(stage), causal_lm(model).get_output_embeddings() is not None
     if trainer.args.gradient_checkpointing:
         lm = causal_lm(model)
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    with standing_for(device), nullcontext() if mode is None else mode, ledger:
+    with _ranks(ranks), standing_for(device), nullcontext() if mode is None else mode, ledger:
+        with ledger.component("buckets"):
+            # Its reducer, which allocates them; masters reduce their own gradients, so backward passes go without it.
+            _held = DistributedDataParallel(model, init_sync=False) if ranks > 1 else None
         if hasattr(stage, "algorithm"):
-            step = stage.algorithm.begin_step(list(groups), is_on_policy=False)
+            step = stage.algorithm.step(list(groups), is_on_policy=False)
         else:
             step = stage.next_step(iter([list(groups)]), 1)
             groups = step.groups  # with their streams
@@ -182,16 +220,58 @@ def trace_update(
             trainer.create_optimizer()
         # The first step makes the optimizer's states; the second is measured.
         _take_step(trainer, step, [small], ledger)
+        if critic is not None:
+            _update_critic(critic, [small], ledger)
         with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
-            if head is not None:  # a reward model reads no log-probabilities
+            if has_head:  # a reward model reads no log-probabilities
                 score(model, row, temperature=1.0)
         # Gradients are whole, and from the second pass on wide, after a pass of any size.
-        update, optimizer = _take_step(trainer, step, [small] * min(num_parts - 1, 2) + (pieces or [row]), ledger)
-    return Trace(scoring, update, optimizer)
+        earlier = [small] * min(num_parts - 1, 2)
+        critic_update = None if critic is None else _update_critic(critic, [*earlier, row], ledger)
+        update, optimizer = _take_step(trainer, step, earlier + (pieces or [row]), ledger)
+        rollout = (
+            None if wave is None else trace_rollout(model, stage.tokenizer, wave, ledger, in_8_bits=caches_in_8_bits)
+        )
+    return Trace(scoring, update, optimizer, rollout, critic_update)
+
+
+def _critic(stage: Any) -> Any:
+    return getattr(getattr(stage, "algorithm", None), "critic", None)
+
+
+def _own_models(trainer: Any, ledger: Ledger) -> None:
+    """Count what exists before the step; each storage counts for the first component that has it."""
+    model, stage = trainer.model, trainer.stage
+    ledger.own("trained weights", (p for p in model.parameters() if p.requires_grad))
+    ledger.own("frozen weights", (*model.parameters(), *model.buffers()))
+    reference = getattr(getattr(stage, "scores", stage), "reference", None)
+    if reference is not None and reference.model is not None:
+        ledger.own("reference", (*reference.model.parameters(), *reference.model.buffers()))
+    if (critic := _critic(stage)) is not None:
+        ledger.own("critic", (*critic.model.parameters(), *critic.model.buffers()))
+        ledger.own("critic's optimizer", getattr(critic.optimizer, "rests", ()))
+    embedding, head = causal_lm(model).get_input_embeddings().weight, causal_lm(model).get_output_embeddings()
+    with on_host():  # one outside the parameters
+        ledger.own("frozen weights", [embedding])
+    if head is not None and head.weight is embedding and embedding.requires_grad:
+        ledger.tied_shapes.add(embedding.shape)
+
+
+@contextmanager
+def _ranks(number: int) -> Generator[None]:
+    """Stand for the first of so many processes; what it sends is dropped."""
+    if number == 1:
+        yield
+        return
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 def fake_groups(prompt: int, completions: Sequence[int], *, index: int = 0, reads_last: bool = False) -> list[Group]:
-    """Make a group of these lengths, with every stream that a policy's loss may read, and the label of a row of KTO.
+    """Make a group of these lengths, with every stream that a loss may read, and the label of a row of KTO.
 
     Args:
         prompt: tokens of the prompt.
@@ -202,14 +282,15 @@ def fake_groups(prompt: int, completions: Sequence[int], *, index: int = 0, read
     made: list[Completion] = []
     for length in completions:
         zeros = [0.0] * length
-        streams = {"old_logprobs": zeros, "ref_logprobs": zeros}
+        names: Sequence[str] = ("old_logprobs", "ref_logprobs", "advantages", "values", "returns")
         made.append(
             Completion(
                 [0] * length,
                 [False] * (length - 1) + [True] if reads_last else None,
                 sampler_logprobs=zeros,
                 policy_logprobs=zeros,
-                token=streams,
+                score=Score(float(not made)),
+                token=dict.fromkeys(names, zeros),
                 sequence={"advantages": 1.0},
             )
         )
@@ -241,9 +322,25 @@ def _faked(batch: PackedBatch, mode: FakeTensorMode | None) -> PackedBatch:
     return PackedBatch(**{f.name: faked(getattr(batch, f.name)) for f in dataclasses.fields(batch)})
 
 
+def _update_critic(critic: Any, batches: Sequence[PackedBatch], ledger: Ledger) -> Peak:
+    """Take the step of `Critic.update`, without the metrics, which the host reads."""
+    critic.model.train()
+    with ledger.phase() as peak:
+        for batch in batches:
+            critic._backward(batch, clip=0.2, scale=1.0)
+        with ledger.component("critic's optimizer"):
+            critic._clip_gradients()
+            critic.optimizer.step()
+    critic.optimizer.zero_grad(set_to_none=True)
+    critic.model.eval()
+    return peak
+
+
 def _take_step(trainer: Any, step: Step, parts: list[PackedBatch], ledger: Ledger) -> tuple[Peak, Peak]:
     with ledger.phase() as update:
         trainer.training_step(trainer.model, MicroBatch(step, parts))
+        if distributed.is_initialized() and trainer.master_weights is not None:
+            trainer.master_weights.all_reduce_gradients()
     with ledger.phase() as optimizer, ledger.component("optimizer"):
         if (masters := trainer.master_weights) is not None:
             masters.clip_gradients(1.0)

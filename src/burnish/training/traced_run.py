@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -14,19 +15,18 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from burnish.config.stages import STAGES
 from burnish.errors import ConfigError
-from burnish.planner.run import Request, read_run
+from burnish.planner.memory import cache_bytes
+from burnish.planner.rollout import Wave
+from burnish.planner.run import Request, Run, read_run
 from burnish.rollout.engine import Engine
-from burnish.training.trace import Trace, fake_groups, fake_model, trace_update
+from burnish.training.trace import Trace, adding_fakes, fake_groups, fake_model, trace_update
 
-__all__ = ["TRACED_STAGES", "check_traceable", "trace_request"]
-
-TRACED_STAGES = ("sft", "reward", "dpo", "kto", "grpo", "rloo")
-"""Stages whose step needs no values of an earlier forward, or the same work whatever they are."""
-
+__all__ = ["check_traceable", "trace_request"]
 
 _OF_ROLLOUTS = (
     "compile_rollouts",
@@ -60,16 +60,11 @@ def check_traceable(request: Request) -> None:
     """Refuse a run that cannot be traced.
 
     Raises:
-        ConfigError: its stage, sharding, quantisation or optimizer is not traced.
+        ConfigError: its sharding, quantisation or optimizer is not traced.
     """
-    if request.kind not in TRACED_STAGES:
-        raise ConfigError(
-            f"--trace with --stage = {request.kind!r}: its step reads scores of an earlier forward; trace one of "
-            f"{', '.join(TRACED_STAGES)}, or leave --trace out."
-        )
     if request.ranks > 1 and request.sharding != "ddp":
         raise ConfigError(
-            f"--trace with --sharding = {request.sharding!r}: a rank is traced whole; use ddp, or leave --trace out."
+            f"--trace with --sharding = {request.sharding!r}: burnish trains with DDP; use ddp, or leave --trace out."
         )
     run = read_run(request)
     if run.method.bits == 8:
@@ -104,7 +99,7 @@ def trace_request(request: Request) -> Trace:
         peft_config=adapters,
         has_head=run.has_head,
     )
-    with _trainer(request, model, bf16=run.method.bf16) as trainer:
+    with _trainer(request, model, bf16=run.method.bf16, mode=mode) as trainer:
         return trace_update(
             trainer,
             [
@@ -116,11 +111,23 @@ def trace_request(request: Request) -> Trace:
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
             keeps_prompt=part.kept > 0,
+            wave=_wave(run),
+            caches_in_8_bits=run.method.int8_cache,
+            ranks=run.ranks,
         )
 
 
+def _wave(run: Run) -> Wave | None:
+    """Return the completions that the native engine samples together; None where another engine samples."""
+    if run.sampler != "native":
+        return None
+    bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // cache_bytes(run.shape, run.method)
+    completions = run.completions * run.rollout_batches
+    return Wave.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
+
+
 @contextlib.contextmanager
-def _trainer(request: Request, model: Any, *, bf16: bool = True) -> Generator[Any]:
+def _trainer(request: Request, model: Any, *, bf16: bool = True, mode: FakeTensorMode | None = None) -> Generator[Any]:
     """Make the stage's trainer around a fake model, in a folder that is gone afterwards."""
     stage = STAGES[request.kind]
     module = import_module(f"burnish.trainers.{request.kind}")
@@ -143,7 +150,7 @@ def _trainer(request: Request, model: Any, *, bf16: bool = True) -> Generator[An
         given: dict[str, Any] = {"model": model, "args": args, "train_dataset": rows, "processing_class": tokenizer}
         if stage.online:
             given |= {"reward_funcs": lambda completions, **columns: [0.0] * len(completions), "engine": _NoEngine()}
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), nullcontext() if mode is None else adding_fakes(mode):
             # Copying a reference asks each tensor for its data pointer.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             trainer = getattr(module, f"{stage.name}Trainer")(**given)
