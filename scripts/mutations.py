@@ -224,7 +224,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/ledger.py", "\"host\" if is_on_host() else \"device\"", "\"device\"", TRACE),
     ("training/ledger.py", "self._live[place][component] -= size", "pass", TRACE),
     ("training/trace.py", "self.weight.numel() * bits / 8", "self.weight.numel() * bits / 4", TRACE),
-    ("training/trace.py", "[small] * min(num_parts - 1, 2) + [batch]", "[batch]", TRACE),
+    ("training/trace.py", "earlier = [small] * min(num_parts - 1, 2)", "earlier = []", TRACE),
     ("training/trace.py", "            _update_critic(critic, [small], ledger)\n", "            pass\n", f"{TRACE}::test_the_formulas_of_a_critic"),
     ("training/trace.py", "if ranks > 1 else None", "if ranks > 9 else None", f"{TRACE}::test_the_formulas_of_several_ranks"),
     ("training/trace.py", "trainer.master_weights.all_reduce_gradients()", "pass", f"{TRACE}::test_the_formulas_of_several_ranks"),
@@ -508,7 +508,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/masters.py", "if rests.any() and", "if", MASTERS),
     ("model/masters.py", "clamp_(max=0x7FFF)", "clamp_(max=0x8000)", MASTERS),
     # packing, scoring, head
-    ("model/packing.py", "positions += range(prompt_length, prompt_length + length)", "positions += range(length)", SCORING),
+    ("model/packing.py", "positions += range(kept + prompt_length, kept + prompt_length + length)", "positions += range(length)", SCORING),
     ("model/packing.py", "else prompt_start + prompt_length - 1 for j in scored", "else start for j in scored", SCORING),
     ("model/scoring.py", "torch.ones_like(batch.input_ids),", "None,", SCORING),
     ("model/prefix.py", "positions[query] - positions[key] < rule.window", "positions[query] - positions[key] <= rule.window", "test_attention.py"),
