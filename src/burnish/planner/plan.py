@@ -244,11 +244,9 @@ def _rollout(run: Run, device: Device) -> Bytes:
     if run.sampler == "colocate":
         return {"vLLM": int(run.vllm_fraction * device.memory_bytes)} if run.vllm_sleeps else {}
     completions = run.completions * run.rollout_batches
-    per_token = cache_bytes(shape, method)
-    bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // per_token
-    tokens = cache_tokens(run.prompt_tokens, run.completion_tokens, run.group, completions, bound=bound)
-    wave = Wave.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
-    found = {"key-value cache": tokens * per_token, **wave.bytes(shape, method, on_cpu=device.is_cpu)}
+    wave = Wave.planned(run)
+    tokens = cache_tokens(run.prompt_tokens, run.completion_tokens, run.group, completions, bound=wave.bound)
+    found = {"key-value cache": tokens * cache_bytes(shape, method), **wave.bytes(shape, method, on_cpu=device.is_cpu)}
     if device.is_cpu and device.fast_bf16 and method.bf16:
         linear = 0 if method.bits is not None else shape.linear_weights
         adapters = 0 if method.adapters is None else method.trained(shape)

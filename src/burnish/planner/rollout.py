@@ -11,9 +11,11 @@ from burnish.planner.memory import (
     Bytes,
     Method,
     Part,
+    cache_bytes,
     forward_bytes,
     round_up,
 )
+from burnish.planner.run import Run
 from burnish.planner.shapes import ModelShape
 
 __all__ = ["Wave"]
@@ -53,6 +55,13 @@ class Wave:
             prompts = next((n for n in range(1, prompts) if room(n + 1) <= n * group), prompts)
             rows = max(min(rows, prompts * group, room(prompts)), 1)
         return cls(prompt, completion, group, rows, bound)
+
+    @classmethod
+    def planned(cls, run: Run) -> Wave:
+        """Return the first wave of a run's rollouts."""
+        bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // cache_bytes(run.shape, run.method)
+        completions = run.completions * run.rollout_batches
+        return cls.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
 
     @property
     def prompts(self) -> int:

@@ -20,9 +20,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from burnish.config.stages import STAGES
 from burnish.errors import ConfigError
-from burnish.planner.memory import cache_bytes
 from burnish.planner.rollout import Wave
-from burnish.planner.run import Request, Run, read_run
+from burnish.planner.run import Request, read_run
 from burnish.rollout.engine import Engine
 from burnish.training.trace import Trace, adding_fakes, fake_groups, fake_model, trace_update
 
@@ -111,19 +110,10 @@ def trace_request(request: Request) -> Trace:
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
             keeps_prompt=part.kept > 0,
-            wave=_wave(run),
+            wave=Wave.planned(run) if run.sampler == "native" else None,
             caches_in_8_bits=run.method.int8_cache,
             ranks=run.ranks,
         )
-
-
-def _wave(run: Run) -> Wave | None:
-    """Return the completions that the native engine samples together; None where another engine samples."""
-    if run.sampler != "native":
-        return None
-    bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // cache_bytes(run.shape, run.method)
-    completions = run.completions * run.rollout_batches
-    return Wave.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
 
 
 @contextlib.contextmanager
