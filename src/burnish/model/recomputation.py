@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import checkpoint
 
 from burnish.errors import ConfigError
@@ -200,7 +201,7 @@ def _fuses(*tensors: Any) -> bool:
     return (
         all(isinstance(x, Tensor) and device_type(x) == "cpu" for x in tensors)
         and fuses(*tensors)
-        and (torch.is_grad_enabled() or not any(is_fake(x) for x in tensors))
+        and get_proxy_mode() is None
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from burnish.planner.memory import (
     COPIED_PROMPT_TOKENS,
@@ -34,6 +34,7 @@ class Wave:
         group: completions of a prompt.
         rows: completions.
         bound: most tokens of the cache; None for no bound.
+        in_8_bits: whether keys and values are.
     """
 
     prompt: int
@@ -41,6 +42,7 @@ class Wave:
     group: int
     rows: int
     bound: int | None = None
+    in_8_bits: bool = False
 
     @classmethod
     def of(cls, prompt: int, completion: int, group: int, completions: int, bound: int | None = None) -> Wave:
@@ -61,7 +63,8 @@ class Wave:
         """Return the first wave of a run's rollouts."""
         bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // cache_bytes(run.shape, run.method)
         completions = run.completions * run.rollout_batches
-        return cls.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
+        wave = cls.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
+        return replace(wave, in_8_bits=run.method.int8_cache)
 
     @property
     def prompts(self) -> int:

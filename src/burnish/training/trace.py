@@ -175,7 +175,6 @@ def trace_update(
     num_parts: int = 1,
     keeps_prompt: bool = False,
     wave: Wave | None = None,
-    caches_in_8_bits: bool = False,
     ranks: int = 1,
 ) -> Trace:
     """Run a trainer's step and count its bytes.
@@ -188,16 +187,13 @@ def trace_update(
         num_parts: passes whose gradients add up before the optimizer's step.
         keeps_prompt: update on the two halves of the one group, behind its kept prompt, and score the first.
         wave: completions that the native engine samples together; None to trace no rollout.
-        caches_in_8_bits: whether their keys and values are.
         ranks: data-parallel processes, of which one is traced, with DDP's buckets and the reduction of its gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
     _own_models(trainer, ledger)
     critic, has_head = _critic(stage), causal_lm(model).get_output_embeddings() is not None
     if trainer.args.gradient_checkpointing:
-        lm = causal_lm(model)
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        _enable_checkpointing(causal_lm(model))
     with _ranks(ranks), standing_for(device), nullcontext() if mode is None else mode, ledger:
         with ledger.component("buckets"):
             # Its reducer, which allocates them; masters reduce their own gradients, so backward passes go without it.
@@ -207,15 +203,10 @@ def trace_update(
         else:
             step = stage.next_step(iter([list(groups)]), 1)
             groups = step.groups  # with their streams
-        halves = halve(groups[0]) if keeps_prompt else []
-        row, *pieces, small = (
-            _faked(stage.pack(part), mode)
-            for part in (
-                halves[:1] or groups,
-                *([piece] for piece in (continued(halves) if halves else [])),
-                [_shortened(groups[0])],
-            )
-        )
+        parts = [[half] for half in halve(groups[0])] if keeps_prompt else [list(groups)]
+        row, small = (_faked(stage.pack(part), mode) for part in (parts[0], [_shortened(groups[0])]))
+        pieces = [[piece] for piece in continued([half for (half,) in parts])] if keeps_prompt else []
+        passes = [_faked(stage.pack(piece), mode) for piece in pieces] or [row]
         with ledger.component("optimizer"):
             trainer.create_optimizer()
         # The first step makes the optimizer's states; the second is measured.
@@ -228,11 +219,14 @@ def trace_update(
         # Gradients are whole, and from the second pass on wide, after a pass of any size.
         earlier = [small] * min(num_parts - 1, 2)
         critic_update = None if critic is None else _update_critic(critic, [*earlier, row], ledger)
-        update, optimizer = _take_step(trainer, step, earlier + (pieces or [row]), ledger)
-        rollout = (
-            None if wave is None else trace_rollout(model, stage.tokenizer, wave, ledger, in_8_bits=caches_in_8_bits)
-        )
+        update, optimizer = _take_step(trainer, step, [*earlier, *passes], ledger)
+        rollout = None if wave is None else trace_rollout(model, stage.tokenizer, wave, ledger)
     return Trace(scoring, update, optimizer, rollout, critic_update)
+
+
+def _enable_checkpointing(lm: Any) -> None:
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _critic(stage: Any) -> Any:

@@ -56,7 +56,7 @@ class _TracedEngine(NativeEngine):
         return [track.length == track.request.params.max_new_tokens for track in tracks]
 
 
-def trace_rollout(model: Any, tokenizer: Any, wave: Wave, ledger: Ledger, *, in_8_bits: bool = False) -> Peak:
+def trace_rollout(model: Any, tokenizer: Any, wave: Wave, ledger: Ledger) -> Peak:
     """Run the prefill of a wave's prompts and a decode forward of its rows at full length; count their bytes.
 
     Components: key-value cache, logits (with the temporaries of sampling, without truncation or penalty) and
@@ -67,9 +67,8 @@ def trace_rollout(model: Any, tokenizer: Any, wave: Wave, ledger: Ledger, *, in_
         tokenizer: of the run.
         wave: completions that are sampled together.
         ledger: counts, and knows what is alive.
-        in_8_bits: whether keys and values are.
     """
-    cache_dtype = "int8" if in_8_bits else None
+    cache_dtype = "int8" if wave.in_8_bits else None
     engine = _TracedEngine(model, tokenizer, ledger, max_cache_tokens=wave.bound, cache_dtype=cache_dtype)
     sizes = [min(wave.group, wave.rows - first) for first in range(0, wave.rows, wave.group)]
     params = SamplingParams(wave.completion)

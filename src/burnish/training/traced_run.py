@@ -111,7 +111,6 @@ def trace_request(request: Request) -> Trace:
             num_parts=len(run.parts) * run.accumulation,
             keeps_prompt=part.kept > 0,
             wave=Wave.planned(run) if run.sampler == "native" else None,
-            caches_in_8_bits=run.method.int8_cache,
             ranks=run.ranks,
         )
 
