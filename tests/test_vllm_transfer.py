@@ -446,6 +446,7 @@ def test_vllm_reads_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.vllm
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("way", WAYS)
 def test_real_servers_on_gpus_take_weights_by_every_way(way: str, tmp_path: Path) -> None:
     from burnish.rollout.vllm.registry import token_of

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from burnish.errors import ConfigError, EngineError
+from burnish.errors import CheckFailed, ConfigError, EngineError
 from burnish.rollout.engine import Request
 from burnish.rollout.vllm.client import Deadlines, ServerClient, ServerLost, ServerRefused
 from burnish.rollout.vllm.delivery import Server, deliver, has, prove
@@ -192,12 +192,12 @@ class ServerPool:
         server.served = served
 
     async def _restore(self, server: Server, update: Update) -> None:
-        """Bring a server to the current version: what it has is proven, anything else is delivered."""
+        """Bring a server to the current version: what it says that it has is proven, anything else is delivered."""
         await self._identify(server)
         if server.version == update.tag:
             return
         was_lost = bool(server.reason)
-        with contextlib.suppress(ServerLost, ServerRefused):
+        with contextlib.suppress(ServerLost, ServerRefused, CheckFailed):
             if await has(server, update, self.deadlines):
                 await prove(server, update, self.deadlines)
                 server.version, server.reason = update.tag, ""
