@@ -176,11 +176,14 @@ def offloading(model: nn.Module, *, copies_on_cpu: bool = False) -> Generator[No
         copies_on_cpu: copy there too, as tests do.
     """
     kept = frozenset(storage_key(t) for t in (*model.parameters(), *model.buffers()))
-    token = _offload.set(_Offload(kept, copies_on_cpu))
+    offload = _Offload(kept, copies_on_cpu)
+    token = _offload.set(offload)
     try:
         yield
     finally:
         _offload.reset(token)
+        # It holds all before it, and a graph that holds this object may outlive others: that of a kept prompt does.
+        offload.last = None
 
 
 def saver() -> Callable[[Tensor], Saved] | None:
