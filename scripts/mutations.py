@@ -183,7 +183,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/elementwise.cpp", "- pull * x", "", ELEMENTWISE),
     ("kernels/elementwise.cpp", "total += sums[chunk * K + k]", "total = sums[chunk * K + k]", ELEMENTWISE),
     ("kernels/elementwise.cpp", "(1 + x * (1 - sigmoid))", "1", ELEMENTWISE),
-    ("model/recomputation.py", "if self.burnish_is_silu and _fuses(args[0]):", "if _fuses(args[0]):", ELEMENTWISE),
+    ("model/recomputation.py", "if _fuses(args[0]) and is_silu(self.act_fn):", "if _fuses(args[0]):", ELEMENTWISE),
     ("rollout/fused_layers.py", "layer.error <= _MOST_ERROR", "True", FUSED),
     ("rollout/fused_layers.py", "and hidden.shape[1] <= MOST_ROWS", "", FUSED),
     ("rollout/fused_layers.py", "and p.computes(group)", "", FUSED),

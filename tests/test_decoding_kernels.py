@@ -12,15 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from torch import Tensor
 
 from burnish.kernels import decoding, elementwise
 from burnish.kernels.decoding import CPUKernels
 from burnish.rollout import NativeEngine, packed_linears
-from burnish.rollout.fused_norms import fused_norms
 from test_compiled import requests, values
 from test_native import build, tokenizer
 
@@ -148,45 +144,13 @@ def test_attention_to_a_number_that_is_none_is_none(kernels: CPUKernels) -> None
     assert norm.isnan().all()
 
 
-@pytest.mark.parametrize(("norm", "fused"), [(LlamaRMSNorm, True), (Olmo2RMSNorm, True), (Gemma2RMSNorm, False)])
-def test_norms_are_fused_where_they_agree(norm: Any, fused: bool, kernels: CPUKernels) -> None:
-    inner: Any = norm(96, eps=1e-3).to(BF16)
-    module = nn.Sequential(inner)
-    with torch.no_grad():
-        inner.weight.copy_(normal(96, seed=3))
-        hidden = normal(2, 50, 96)
-        hidden[0, 0] *= 1e-3
-        plain = module(hidden)
-        with fused_norms(module):
-            assert ("forward" in inner.__dict__) == fused
-            found = module(hidden)
-            assert module(hidden[1, 3]).equal(found[1, 3]), "a row alone"
-    assert "forward" not in inner.__dict__
-    torch.testing.assert_close(found, plain, rtol=2**-7, atol=0)
-    # A product of two numbers of bf16 is half-way between two others once in a hundred times.
-    assert norm is Olmo2RMSNorm or (found != plain).float().mean() < 1e-3
-
-
 def test_other_types_are_left_to_torch(kernels: CPUKernels) -> None:
     """The library reads bytes: fp32 taken for bf16 would be noise, without an error."""
-    inner: Any = LlamaRMSNorm(96).to(BF16)
-    hidden = normal(3, 96, dtype=torch.float32)
-    with torch.no_grad(), fused_norms(nn.Sequential(inner)):
-        assert inner(hidden).equal(LlamaRMSNorm(96).to(BF16)(hidden))
     half, full = normal(1, 1, 1, 64), normal(1, 1, 1, 64, dtype=torch.float32)
     assert kernels.attends(half, half, half)
     assert kernels.attends(full, full, full)
     assert not kernels.attends(half, full, full)
     assert not kernels.attends(full.double(), full.double(), full.double())
-
-
-def test_nothing_is_compiled_for_a_model_without_a_use_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled() -> CPUKernels | None:
-        raise AssertionError("compiled")
-
-    monkeypatch.setattr(elementwise, "_library", compiled)
-    with fused_norms(nn.Sequential(LlamaRMSNorm(96))):  # fp32
-        pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])

@@ -17,6 +17,7 @@ from burnish.kernels.elementwise import fuses, gated_silu, rms_norm
 from burnish.model import recomputation
 from burnish.model.fused import is_silu, norm_epsilon
 from burnish.model.recomputation import recomputing, save_less
+from burnish.rollout.fused_norms import fused_norms
 
 BF16 = torch.bfloat16
 
@@ -119,6 +120,51 @@ def test_modules_are_told_by_what_they_compute() -> None:
     assert is_silu(nn.SiLU())
     assert not is_silu(nn.GELU())
     assert not is_silu(nn.Softplus())
+
+
+@pytest.mark.parametrize(("norm", "fused"), [(LlamaRMSNorm, True), (Olmo2RMSNorm, True), (Gemma2RMSNorm, False)])
+def test_norms_are_fused_where_they_agree(norm: Any, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner: Any = norm(96, eps=1e-3).to(BF16)
+    assert (norm_epsilon(inner) is not None) == fused
+    calls: list[str] = []
+    original = elementwise._call
+    monkeypatch.setattr(
+        elementwise, "_call", lambda name, *args, **own: (calls.append(name), original(name, *args, **own))
+    )
+    with torch.no_grad():
+        inner.weight.copy_(normal(96, seed=3))
+        hidden = normal(2, 50, 96)
+        hidden[0, 0] *= 1e-3
+        plain = inner(hidden)
+        with fused_norms(nn.Sequential(inner)):
+            assert inner(hidden[1, 3]).equal(inner(hidden)[1, 3]), "a row alone"
+        assert "forward" not in inner.__dict__
+        assert calls == ["rms_norm"] * 2 * fused
+        calls.clear()
+        save_less(nn.Sequential(inner))
+        found = inner(hidden)
+        assert calls == ["rms_norm"] * fused
+    torch.testing.assert_close(found, plain, rtol=2**-7, atol=0)
+    # A product of two numbers of bf16 is half-way between two others once in a hundred times.
+    assert norm is Olmo2RMSNorm or (found != plain).float().mean() < 1e-3
+
+
+def test_other_types_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library reads bytes: fp32 taken for bf16 would be noise, without an error."""
+    inner: Any = LlamaRMSNorm(96).to(BF16)
+    hidden = torch.randn(3, 96)
+    plain = inner(hidden)
+    save_less(nn.Sequential(inner))
+    assert inner(hidden).equal(plain)
+
+    def compiled() -> None:
+        raise AssertionError("compiled")
+
+    # Nothing is compiled for a model that has no use for it.
+    monkeypatch.setattr(elementwise, "_library", compiled)
+    full: Any = LlamaRMSNorm(96)
+    save_less(nn.Sequential(full))
+    full(hidden)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

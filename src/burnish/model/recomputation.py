@@ -3,6 +3,9 @@
 `save_less(model)` changes what the backward pass saves, not what it computes: values and gradients are bit for bit the
 same. A norm saves only its input, a gated MLP its two projections before the gate; their outputs, which the following
 linear layers need for weight gradients, are recomputed when those layers unpack them. No matrix product is repeated.
+
+Norms and gates that kernels compute (`burnish.kernels.elementwise`: bf16 on a CPU) are left to them, whether or not
+their outputs are recomputed; such gradients are rounded once, where torch's operators round after every step.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from burnish.model.fused import is_silu, norm_epsilon
 from burnish.model.offload import Saved, restore, saver, storage_key
 from burnish.model.traced import device_type
 
-__all__ = ["recompute_later", "recomputing", "save_less", "tile_mlps"]
+__all__ = ["norm_forward", "recompute_later", "recomputing", "save_less", "tile_mlps"]
 
 
 @dataclass(slots=True)
@@ -150,7 +153,7 @@ def save_less(model: nn.Module) -> None:
     A gated MLP is recognised by its attributes and by computing exactly down(act(gate(x)) * up(x)) on a random input.
 
     Args:
-        model: changed in place, without effect outside `recomputing`.
+        model: changed in place; outside `recomputing`, in that kernels compute its norms and gates where they can.
     """
     gated: dict[type[nn.Module], bool] = {}
     # Quantised weights are integers; their inputs and outputs have the dtype of the other parameters.
@@ -161,14 +164,12 @@ def save_less(model: nn.Module) -> None:
             continue
         if kind.__name__.endswith("Norm") and "Batch" not in kind.__name__ and not list(module.children()):
             if all(p.ndim == 1 for p in module.parameters()):
-                module.forward = MethodType(_norm_forward, module)
-                cast(Any, module).burnish_epsilon = norm_epsilon(module) if dtype == torch.bfloat16 else None
+                module.forward = MethodType(norm_forward, module)
         elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
             if kind not in gated:
                 gated[kind] = _is_gated(cast(Any, module), dtype)
             if gated[kind]:
                 module.forward = MethodType(_gated_forward, module)
-                cast(Any, module).burnish_is_silu = is_silu(cast(Any, module).act_fn)
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -205,13 +206,16 @@ def _fuses(*tensors: Any) -> bool:
     )
 
 
-def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    plain, epsilon = type(self).forward, getattr(self, "burnish_epsilon", None)
-    if epsilon is not None and len(args) == 1 and not kwargs and _fuses(args[0], self.weight):
+def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a norm by the kernel if that computes the same, else saving only its input inside `recomputing`."""
+    plain = type(self).forward
+    if len(args) != 1 or kwargs:
+        return plain(self, *args, **kwargs)
+    if _fuses(args[0], getattr(self, "weight", None)) and (epsilon := norm_epsilon(self)) is not None:
         function = partial(rms_norm, weight=self.weight, epsilon=epsilon)
         return recompute_later(function(args[0]), function, args[0])
-    if len(args) != 1 or kwargs or not _recomputes(args[0]):
-        return plain(self, *args, **kwargs)
+    if not _recomputes(args[0]):
+        return plain(self, *args)
     return _recomputed(MethodType(plain, self), args[0])
 
 
@@ -251,7 +255,7 @@ def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _tiled(MethodType(type(self).forward, self), args[0], self.burnish_tiles)
     if len(args) != 1 or kwargs:
         return type(self).forward(self, *args, **kwargs)
-    if self.burnish_is_silu and _fuses(args[0]):
+    if _fuses(args[0]) and is_silu(self.act_fn):
         operands = self.gate_proj(args[0]), self.up_proj(args[0])
         return self.down_proj(recompute_later(gated_silu(*operands), gated_silu, *operands))
     if not _recomputes(args[0]):
