@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,14 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: more threads than one each only fight. Read when torch is first imported.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def transformers_is_left_whole() -> Iterator[None]:
+    """Models that two threads make at once leave methods of transformers' classes replaced, for all later tests."""
+    yield
+    if (module := sys.modules.get("transformers.modeling_utils")) is not None:
+        assert module.PreTrainedModel.tie_weights.__name__ == "tie_weights"
 
 
 def load_script(name: str) -> ModuleType:

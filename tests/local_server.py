@@ -22,6 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from http_server import JsonHandler, ThreadServer
 
+_making_models = threading.Lock()
+"""transformers replaces methods of its classes while it makes a model; two threads would leave them replaced."""
+
 
 class LocalServer(ThreadServer):
     """Serves a model; `faults` change what it does.
@@ -54,11 +57,14 @@ class LocalServer(ThreadServer):
     # What the routes do.
 
     def load_weights(self, folder: str) -> None:
-        self.take(AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).eval())
+        with _making_models:
+            fresh = AutoModelForCausalLM.from_pretrained(folder, dtype=self.model.dtype).eval()
+        self.take(fresh)
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Load weights by their names in a checkpoint; the plug-in calls this as a model's `load_weights`."""
-        fresh = AutoModelForCausalLM.from_config(self.model.config).to(self.model.dtype).eval()
+        with _making_models:
+            fresh = AutoModelForCausalLM.from_config(self.model.config).to(self.model.dtype).eval()
         fresh.load_state_dict(dict(tensors), strict=False)
         self.take(fresh)
 
@@ -110,7 +116,8 @@ class LocalServer(ThreadServer):
         if "drop_adapter" in self.faults:
             self.adapters[name] = self.model
             return
-        fresh = AutoModelForCausalLM.from_config(self.model.config)
+        with _making_models:
+            fresh = AutoModelForCausalLM.from_config(self.model.config)
         fresh.load_state_dict(self.model.state_dict())
         self.adapters[name] = PeftModel.from_pretrained(fresh.to(self.model.dtype), folder).eval()
 

@@ -55,6 +55,14 @@ void pack_sequence(
         }
 }
 
+// Call visit(head, sequence) for all heads of keys; all threads of a team call this, and each visits some.
+template <typename Visit>
+void for_sequences(const Work& work, Visit visit) {
+#pragma omp for schedule(dynamic)
+    for (int64_t pair = 0; pair < work.kv_heads() * work.num_sequences; ++pair)
+        visit(pair / work.num_sequences, work.sequences[pair % work.num_sequences]);
+}
+
 // A block of queries of one sequence.
 struct Queries {
     const Sequence& sequence;
@@ -311,14 +319,11 @@ void attend_rows(
 #pragma omp parallel
     {
         Scratch scratch(work);
-#pragma omp for schedule(dynamic)
-        for (int64_t pair = 0; pair < work.kv_heads() * work.num_sequences; ++pair) {
-            const int64_t head = pair / work.num_sequences;
-            const Sequence& s = work.sequences[pair % work.num_sequences];
+        for_sequences(work, [&](int64_t head, const Sequence& s) {
             pack_sequence(*key, s, head, work.size, work.padded, key_rows + head * work.padded * work.size, nullptr);
             pack_sequence(*value, s, head, work.value_size, work.padded, nullptr,
                           value_columns + head * work.padded * work.value_size);
-        }
+        });
 #pragma omp for schedule(dynamic)
         for (int64_t pair = 0; pair < work.heads * num_blocks; ++pair) {
             const int64_t head = pair / num_blocks, *block = blocks + 2 * (pair % num_blocks);
@@ -350,14 +355,11 @@ void attend_rows_backward(
 #pragma omp parallel
     {
         Scratch scratch(work);
-#pragma omp for schedule(dynamic)
-        for (int64_t pair = 0; pair < work.kv_heads() * work.num_sequences; ++pair) {
-            const int64_t head = pair / work.num_sequences;
-            const Sequence& s = work.sequences[pair % work.num_sequences];
+        for_sequences(work, [&](int64_t head, const Sequence& s) {
             bf16 *own_keys = key_rows + head * keys_size, *own_columns = key_columns + head * keys_size;
             pack_sequence(*key, s, head, work.size, work.padded, own_keys, own_columns);
             pack_sequence(*value, s, head, work.value_size, work.padded, value_rows + head * values_size, nullptr);
-        }
+        });
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < work.heads / together * num_groups; ++task) {
             const int64_t part = task / num_groups, group = task % num_groups, kv_head = part / parts;
@@ -384,10 +386,7 @@ void attend_rows_backward(
                     }
             }
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t pair = 0; pair < work.kv_heads() * work.num_sequences; ++pair) {
-            const int64_t head = pair / work.num_sequences;
-            const Sequence& s = work.sequences[pair % work.num_sequences];
+        for_sequences(work, [&](int64_t head, const Sequence& s) {
             for (int64_t t = 0; t < s.length; ++t) {
                 const int64_t row = (s.start + t) * work.kv_heads() + head;
                 const float* key_sum = key_sums + head * parts * keys_size + (s.place + t) * work.size;
@@ -395,7 +394,7 @@ void attend_rows_backward(
                 add_parts(key_sum, keys_size, parts, work.scale, grad_key + row * work.size, work.size);
                 add_parts(value_sum, values_size, parts, 1, grad_value + row * work.value_size, work.value_size);
             }
-        }
+        });
     }
 }
 }
