@@ -179,7 +179,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/decoding.cpp", "most / 127 + poison", "most / 127", f"{EIGHT_BITS}::test_what_is_no_number_stays_so_for_its_token_and_head"),
     ("rollout/engines.py", "bytes_in_8_bits(value) if", "value.nbytes if", f"{EIGHT_BITS}::test_more_rows_fit_under_a_bound"),
     ("training/sampler_check.py", 'cache_dtype == "int8" or ', "", f"{EIGHT_BITS}::test_a_run_trains_and_its_check_sees_the_rounding"),
-    ("model/fused.py", "return epsilon if _agreeing[type(module), epsilon] else None", "return epsilon", KERNELS),
+    ("model/fused.py", "return epsilon if _agreeing[type(module), epsilon] else None", "return epsilon", ELEMENTWISE),
     ("kernels/elementwise.cpp", "- pull * x", "", ELEMENTWISE),
     ("kernels/elementwise.cpp", "total += sums[chunk * K + k]", "total = sums[chunk * K + k]", ELEMENTWISE),
     ("kernels/elementwise.cpp", "(1 + x * (1 - sigmoid))", "1", ELEMENTWISE),
