@@ -349,7 +349,12 @@ def test_flops_by_hand() -> None:
     again = update_flops(LLAMA_8B, Method(gradient_checkpointing=True), part)
     assert again == 4 * (decoder + attention) + 4 * head
     adapters = 6 * LORA.num_parameters(LLAMA_8B) * 1000
-    assert update_flops(LLAMA_8B, Method(adapters=LORA), part) == 2 * decoder + 3 * attention + 3 * head + adapters
+    layers = 2 * decoder + 3 * attention + adapters
+    assert update_flops(LLAMA_8B, Method(adapters=LORA), part) == layers + 2 * head
+    assert update_flops(LLAMA_8B, Method(adapters=LORA, entropy_bonus=True), part) == layers + 3 * head
+    with_head = dataclasses.replace(LORA, whole=("lm_head",))
+    trained = 6 * with_head.num_parameters(LLAMA_8B) * 1000
+    assert update_flops(LLAMA_8B, Method(adapters=with_head), part) == layers - adapters + trained + 3 * head
     mixture = find_shape("Qwen3-30B-A3B").shape
     assert mixture.decoder_weights == pytest.approx(3.3e9 - 2 * 151936 * 2048, rel=0.02)  # 3.3B are active
 

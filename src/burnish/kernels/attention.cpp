@@ -1,5 +1,5 @@
 // Attention of packed rows on a CPU with AMX, forward and backward, in bf16 with sums in fp32: what
-// burnish.model.prefix defines. attention.py says how to call it.
+// burnish.model.prefix defines; and of the tokens of a decode forward to their prompts. attention.py says how to call it.
 //
 // Everything is computed transposed, keys by queries: a vector then holds one key's scores for 16 queries, so that
 // maxima and sums over keys need no reduction inside a vector. Sequences are padded to blocks of 32 tokens in packed
@@ -63,10 +63,11 @@ void for_sequences(const Work& work, Visit visit) {
         visit(pair / work.num_sequences, work.sequences[pair % work.num_sequences]);
 }
 
-// A block of queries of one sequence.
+// A block of queries of one sequence, which see its tokens up to their own, or its prompt alone.
 struct Queries {
     const Sequence& sequence;
     int64_t first;
+    bool see_sequence = true;
     int64_t valid() const { return std::min(BLOCK, sequence.length - first); }
     int64_t row() const { return sequence.start + first; }
     int64_t position() const { return sequence.prompt_length + first; }
@@ -84,7 +85,7 @@ void for_keys(const Work& work, const Queries& queries, Visit visit) {
     const Sequence& s = queries.sequence;
     const int64_t seen = queries.position() - work.window + 1;  // by the first query, from this position on
     const int64_t places[2] = {s.prompt_place, s.place}, positions[2] = {0, s.prompt_length};
-    const int64_t counts[2] = {s.prompt_length, queries.first + queries.valid()};
+    const int64_t counts[2] = {s.prompt_length, queries.see_sequence ? queries.first + queries.valid() : 0};
     for (int part = 0; part < 2; ++part) {
         const int64_t skipped = std::max<int64_t>(0, seen - positions[part]) / BLOCK * BLOCK;
         for (int64_t key = skipped; key < counts[part]; key += CHUNK)
@@ -304,9 +305,91 @@ void add_parts(const float* sums, int64_t stride, int64_t parts, float factor, b
     }
 }
 
+// Prompts in a cache [prompts, room, kv_heads, size], and the tokens that continue each: those of prompt p are
+// tokens[first[p]] up to tokens[first[p + 1]].
+struct Prompts {
+    const bf16 *keys, *values;
+    const int64_t *lengths, *first, *tokens;
+    int64_t num_prompts, room;
+};
+
+// Packed copies of one head of one prompt, and what a block of queries is gathered from and written to.
+struct PromptScratch {
+    char* memory;
+    bf16 *key_rows, *value_columns, *queries, *out;
+
+    explicit PromptScratch(const Work& work) {
+        const int64_t rows = sizeof(bf16) * work.size, columns = sizeof(bf16) * work.value_size;
+        memory = static_cast<char*>(aligned_alloc(64, (work.padded + BLOCK) * (rows + columns)));
+        key_rows = reinterpret_cast<bf16*>(memory);
+        value_columns = key_rows + work.padded * work.size;
+        queries = value_columns + work.padded * work.value_size;
+        out = queries + BLOCK * work.size;
+    }
+    PromptScratch(const PromptScratch&) = delete;
+    ~PromptScratch() { free(memory); }
+};
+
+// Add b, whose weights sum to e^b_norm, to the average a of weights that sum to e^a_norm.
+void merge(bf16* a, float a_norm, const bf16* b, float b_norm, int64_t size) {
+    const float share = 1 / (1 + expf(a_norm - b_norm));
+#pragma omp simd
+    for (int64_t d = 0; d < size; ++d) {
+        const float own = to_float(a[d]);
+        a[d] = round_bf16(own + share * (to_float(b[d]) - own));
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Attention of tokens to their prompts, merged into that to their own rows: out [T, heads, value_size] with its log
+// normalisers norms [T, heads]. The heads of all tokens of a prompt that share a head of keys are one list of queries.
+void attend_prompts(
+    const Work* given, const Prompts* given_prompts, const Strided<bf16>* query, const float* norms, bf16* out
+) {
+    const Prompts& prompts = *given_prompts;
+    const int64_t kv_heads = given->kv_heads(), heads = given->heads;
+    Work work = *given;
+    work.heads = 1;  // the rows of a block's output follow one another
+#pragma omp parallel
+    {
+        Scratch scratch(work);
+        PromptScratch own(work);
+#pragma omp for schedule(dynamic)
+        for (int64_t pair = 0; pair < kv_heads * prompts.num_prompts; ++pair) {
+            const int64_t prompt = pair / kv_heads, kv_head = pair % kv_heads, length = prompts.lengths[prompt];
+            const int64_t* tokens = prompts.tokens + prompts.first[prompt];
+            const int64_t count = (prompts.first[prompt + 1] - prompts.first[prompt]) * work.repeats;
+            if (!count) continue;
+            const int64_t start = prompt * prompts.room * kv_heads;
+            const Strided<bf16> keys = {prompts.keys + start * work.size, kv_heads * work.size, work.size};
+            const Strided<bf16> values = {
+                prompts.values + start * work.value_size, kv_heads * work.value_size, work.value_size
+            };
+            const Sequence cached = {0, length, 0, 0, 0, 0}, asking = {0, count, 0, 0, length, 0};
+            pack_sequence(keys, cached, kv_head, work.size, work.padded, own.key_rows, nullptr);
+            pack_sequence(values, cached, kv_head, work.value_size, work.padded, nullptr, own.value_columns);
+            for (int64_t first = 0; first < count; first += BLOCK) {
+                const Queries queries{asking, first, false};
+                const auto place = [&](int64_t i) {
+                    return tokens[(first + i) / work.repeats] * heads + kv_head * work.repeats + (first + i) % work.repeats;
+                };
+                for (int64_t i = 0; i < queries.valid(); ++i)
+                    memcpy(own.queries + i * work.size, query->at(place(i) / heads, place(i) % heads),
+                           sizeof(bf16) * work.size);
+                const Strided<bf16> gathered = {own.queries, work.size, 0};
+                pack_columns(gathered, 0, queries.valid(), 0, work.size, scratch.query_columns);
+                float block_norms[BLOCK];
+                attend_block(work, queries, scratch, own.key_rows, own.value_columns, own.out, block_norms);
+                for (int64_t i = 0; i < queries.valid(); ++i)
+                    merge(out + place(i) * work.value_size, norms[place(i)], own.out + i * work.value_size,
+                          block_norms[i], work.value_size);
+            }
+        }
+    }
+}
 
 // out [T, heads, value_size] and the natural log of the sum of exponentials, norms [heads, T], of all sequences.
 // blocks [num_blocks, 2] are (sequence, first query); key_rows [kv_heads, padded, size] and value_columns

@@ -7,6 +7,7 @@ would write and read all scores of a tile a dozen times.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from burnish.kernels.compiling import compiled
 from burnish.types import GroupSpan
 
-__all__ = ["RowTable", "attend_rows", "attends_rows"]
+__all__ = ["PromptTable", "RowTable", "attend_prompts", "attend_rows", "attends_rows"]
 
 _BLOCK = 32
 """Sequences are padded to multiples of this, and head sizes are multiples of it."""
@@ -41,6 +42,43 @@ class _Work(ctypes.Structure):
         )),
         ("scale", ctypes.c_float),
     ]  # fmt: skip
+
+
+class _Prompts(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "lengths", "first", "tokens")),
+        *((name, ctypes.c_int64) for name in ("num_prompts", "room")),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """The tokens of a decode forward by the cached prompt that they continue.
+
+    Attributes:
+        lengths: [P] length of each prompt.
+        first: [P + 1] number of tokens that continue an earlier prompt.
+        tokens: [T] tokens, those of a prompt together.
+        longest: length of the longest prompt.
+    """
+
+    lengths: Tensor
+    first: Tensor
+    tokens: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, members: Sequence[Sequence[int]], lengths: Sequence[int]) -> PromptTable:
+        """Make the table.
+
+        Args:
+            members: tokens that continue each prompt.
+            lengths: length of each prompt; of one that none continues, any.
+        """
+        first = [0, *itertools.accumulate(map(len, members))]
+        tokens = [token for part in members for token in part]
+        tables = (torch.tensor(x, dtype=torch.int64) for x in (lengths, first, tokens))
+        return cls(*tables, longest=max(lengths))
 
 
 @dataclass(frozen=True)
@@ -86,6 +124,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     work, strided, address, number = ctypes.POINTER(_Work), ctypes.POINTER(_Strided), ctypes.c_void_p, ctypes.c_int64
     library.attend_rows.argtypes = [work, address, number, *[strided] * 3, *[address] * 4, number]
+    library.attend_prompts.argtypes = [work, ctypes.POINTER(_Prompts), strided, *[address] * 2]
     library.attend_rows_backward.argtypes = [
         work, address, number, *[strided] * 5, *[address] * 6, number, *[address] * 3, number,
     ]  # fmt: skip
@@ -116,6 +155,36 @@ def attend_rows(
         window: most positions that a query sees, its own among them; None for all.
     """
     return cast(Tensor, _RowAttention.apply(query, key, value, table, scaling, window or _NO_WINDOW))
+
+
+def attend_prompts(
+    query: Tensor, keys: Tensor, values: Tensor, table: PromptTable, out: Tensor, norms: Tensor, *, scaling: float
+) -> None:
+    """Merge attention to prompts into that to rows' own tokens, in place.
+
+    out <- out + sigmoid(l - norms) (softmax(scaling Q K^T) V - out), with l the log normaliser of that softmax.
+
+    Args:
+        query: [1, heads, T, D] in bf16.
+        keys: [P, room, kv_heads, D] cache of the prompts.
+        values: [P, room, kv_heads, Dv].
+        table: tokens by prompt.
+        out: [T, heads, Dv], or its heads in two dimensions.
+        norms: [T, heads] in fp32, its log normalisers.
+        scaling: factor of the scores.
+    """
+    query, (slots, room, kv_heads, size) = _dense(query), keys.shape
+    heads, tokens = query.shape[1:3]
+    # The library reads and writes bytes, of whatever they are.
+    assert query.dtype == keys.dtype == values.dtype == out.dtype == torch.bfloat16 and norms.dtype == torch.float32
+    assert all(x.is_contiguous() for x in (keys, values, out, norms))
+    assert (out.numel(), norms.numel()) == (tokens * heads * values.shape[3], tokens * heads)
+    assert values.shape[:3] == keys.shape[:3] and query.shape[3] == size
+    assert len(table.lengths) <= slots and table.longest <= room and len(table.tokens) == tokens
+    padded = -(-table.longest // _BLOCK) * _BLOCK
+    work = _Work(None, 0, heads, heads // kv_heads, size, values.shape[3], padded, _NO_WINDOW, scaling)
+    prompts = _Prompts(*_addresses(keys, values, table.lengths, table.first, table.tokens), len(table.lengths), room)
+    cast(ctypes.CDLL, _library()).attend_prompts(work, prompts, _strided(query), *_addresses(norms, out))
 
 
 class _RowAttention(torch.autograd.Function):

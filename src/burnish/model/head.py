@@ -80,6 +80,7 @@ def head_logprobs(
     temperature: float = 1.0,
     spec: HeadSpec = HeadSpec(),
     with_entropy: bool = False,
+    entropy_gradient: bool = True,
     with_collision: bool = False,
 ) -> HeadOutput:
     """Compute :func:`tiled_logprobs` of an output embedding.
@@ -94,6 +95,7 @@ def head_logprobs(
         temperature: positive.
         spec: the model's scale and softcap on the module's output.
         with_entropy: also return the entropy.
+        entropy_gradient: False returns an entropy without a gradient.
         with_collision: also return the log collision probability.
 
     Returns:
@@ -107,7 +109,7 @@ def head_logprobs(
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(device))
     weight_VH, low_rank, bias_V = _read_head(module, hidden_NH)
     options: dict[str, Any] = {"temperature": temperature, "spec": spec}
-    options |= {"with_entropy": with_entropy, "with_collision": with_collision}
+    options |= {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient, "with_collision": with_collision}
     return tiled_logprobs(hidden_NH, weight_VH, target_N, bias_V=bias_V, low_rank=low_rank, **options)
 
 

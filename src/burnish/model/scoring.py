@@ -74,6 +74,7 @@ class ScoringRequest:
     target_ids: torch.Tensor
     temperature: float
     with_entropy: bool = False
+    entropy_gradient: bool = True
     with_collision: bool = False
 
 
@@ -229,6 +230,8 @@ def _scoring_forward(self: Any, *args: Any, scoring: ScoringRequest | None = Non
         correct_N = logits_NV.gather(-1, scoring.target_ids[:, None])[:, 0] == logits_NV.amax(-1)
         collision_N = (2 * logprobs_NV).logsumexp(-1) if scoring.with_collision else None
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1) if scoring.with_entropy else None
+    if entropy_N is not None and not scoring.entropy_gradient:
+        entropy_N = entropy_N.detach()
     return _as_tensors(HeadOutput(logprobs_N, entropy_N, correct_N, collision_N))
 
 
@@ -253,6 +256,7 @@ def _head_forward(self: Any, hidden_NH: torch.Tensor, *, scoring: ScoringRequest
         temperature=scoring.temperature,
         spec=spec,
         with_entropy=scoring.with_entropy,
+        entropy_gradient=scoring.entropy_gradient,
         with_collision=scoring.with_collision,
     )
     return _as_tensors(output)
@@ -264,6 +268,7 @@ def score(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    entropy_gradient: bool = True,
     with_collision: bool = False,
 ) -> Scores:
     r"""Compute the log-probability of every scored token of a batch.
@@ -274,12 +279,13 @@ def score(
         model: prepared by `prepare_for_scoring`; may be wrapped.
         batch: packed groups, on the model's device.
         temperature: tau, positive.
-        with_entropy: also return the entropy of each distribution (with gradient; no cost in backward if unused).
+        with_entropy: also return the entropy of each distribution.
+        entropy_gradient: False returns an entropy without a gradient, which is faster where the head is frozen.
         with_collision: also return the log collision probability of each distribution (without gradient).
 
     Returns:
-        `Scores` in fp32 (float64 for a float64 model); log-probabilities and entropy are differentiable where grad mode
-        is on.
+        `Scores` in fp32 (float64 for a float64 model); where grad mode is on, log-probabilities are differentiable, and
+        so is the entropy unless that is switched off.
 
     Raises:
         CheckFailed: the model was not prepared.
@@ -290,7 +296,9 @@ def score(
         raise CheckFailed(f"{type(lm).__name__} was not prepared for scoring: call prepare_for_scoring(model) first.")
     refuse_beyond(setup.positions, batch, lm)
     inputs, layout, score_index = model_inputs(batch, prefix=setup.prefix)
-    request = ScoringRequest(layout, score_index, batch.target_ids, temperature, with_entropy, with_collision)
+    request = ScoringRequest(
+        layout, score_index, batch.target_ids, temperature, with_entropy, entropy_gradient, with_collision
+    )
     logprobs_N, entropy_N, correct_N, collision_N = model(**inputs, use_cache=False, scoring=request)
     return Scores(logprobs_N, entropy_N if with_entropy else None, correct_N, collision_N if with_collision else None)
 

@@ -1,8 +1,12 @@
 """Tiled language-model head: log-probability and entropy of scored tokens without [N, V] logits.
 
 The forward pass saves two values per token (log Z and, on request, the entropy); the backward pass recomputes each tile
-of logits and turns it into its gradient in place. The vocabulary is the outer loop, so the gradient of a weight slice
+of logits and turns it into its gradient in place. The vocabulary is its outer loop, so the gradient of a weight slice
 is complete after one iteration and no fp32 copy of the whole [V, H] gradient is needed.
+
+Where the head is frozen, as beside adapters, the forward pass computes the gradient of each log-probability by its
+hidden state instead, in the manner of flash attention: whatever the loss, the backward pass multiplies it by one number
+per token, and no tile is computed twice.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ __all__ = ["HeadOutput", "HeadSpec", "tiled_logprobs"]
 
 _TILE_BYTES = {"cpu": 16 * 2**20}  # a tile that stays in the last-level cache makes the elementwise passes nearly free
 _TILE_BYTES_ACCELERATOR, _MIN_COLUMNS = 256 * 2**20, 256
+_SCALED_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class _Options:
     spec: HeadSpec
     temperature: float
     with_entropy: bool
+    entropy_gradient: bool
     with_collision: bool
     tile_bytes: int
 
@@ -138,6 +144,13 @@ class _Tiles:
         """Return a buffer shaped like the tile."""
         return self._scratch[index][: like.numel()].view(like.shape)
 
+    def curvature(self, z: Tensor) -> Tensor | None:
+        """Return dz/dx over the slope, 1 - tanh^2, of logits z; None without a softcap."""
+        if (softcap := self.options.spec.softcap) is None:
+            return None
+        out = self.scratch(0, z) if z.dim() == 2 else None
+        return torch.mul(z, self.options.temperature / softcap, out=out).square_().neg_().add_(1)
+
     def narrow(self, dz: Tensor) -> Tensor:
         """Cast the tile to the dtype of the matrix products, overwriting the raw logits."""
         return dz if self._raw is None else self._raw[: dz.numel()].view(dz.shape).copy_(dz)
@@ -149,33 +162,61 @@ def _locate(target: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return (target - columns.start).clamp(0, columns.stop - columns.start - 1)[:, None], inside
 
 
-def _statistics(operands: _Operands, target_N: Tensor, options: _Options) -> tuple[HeadOutput, Tensor]:
-    """Compute the outputs and log Z of each row by a streaming log-sum-exp over the vocabulary."""
-    tiles = _Tiles(operands, options, num_scratch=int(options.with_entropy))
-    max_N = target_N.new_full(target_N.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype)
-    sum_N, dot_N, square_N = (torch.zeros_like(max_N) for _ in range(3))
-    picked_N = torch.full_like(max_N, torch.nan)  # stays NaN for a target outside the vocabulary
+def _statistics(
+    operands: _Operands, target_N: Tensor, options: _Options, pull_NH: Tensor | None = None
+) -> tuple[HeadOutput, Tensor]:
+    """Compute the outputs and log Z of each row; fill `pull_NH` with the log-probability's gradient by the row."""
+    curved = pull_NH is not None and options.spec.softcap is not None
+    tiles = _Tiles(operands, options, num_scratch=int(options.with_entropy) + int(curved))
+    blocks = [
+        _score_rows(tiles, rows, target_N[rows], None if pull_NH is None else pull_NH[rows])
+        for rows in tiles.rows or [slice(0, 0)]  # without a row, the outputs still have their dtypes
+    ]
+    joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*blocks, strict=True)]
+    *output, log_z_N = cast("list[Any]", joined)
+    return HeadOutput(*output), log_z_N
+
+
+def _score_rows(
+    tiles: _Tiles, rows: slice, target_n: Tensor, pull_nH: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Compute the outputs and log Z of a block of rows by a streaming log-sum-exp over the vocabulary."""
+    options, hidden_nH, weight_VH = tiles.options, tiles.operands.hidden[rows], tiles.operands.weight
+    max_n = target_n.new_full(target_n.shape, torch.finfo(tiles.dtype).min, dtype=tiles.dtype)
+    sum_n, dot_n, square_n = (torch.zeros_like(max_n) for _ in range(3))
+    picked_n = torch.full_like(max_n, torch.nan)  # stays NaN for a target outside the vocabulary
+    others_nH = None if pull_nH is None else torch.zeros_like(hidden_nH, dtype=tiles.dtype)
     for columns in tiles.columns:
-        for rows in tiles.rows:
-            z = tiles.logits(rows, columns)
-            column, inside = _locate(target_N[rows], columns)
-            picked_N[rows] = torch.where(inside, z.gather(1, column)[:, 0], picked_N[rows])
-            old_max, new_max = max_N[rows], torch.maximum(max_N[rows], z.amax(1))
-            decay = torch.exp(old_max - new_max)
-            z.sub_(new_max[:, None])
-            if options.with_entropy:
-                weight = torch.exp(z, out=tiles.scratch(0, z))
-                dot_N[rows] = decay * (dot_N[rows] + (old_max - new_max) * sum_N[rows]) + z.mul_(weight).sum(1)
-            else:
-                weight = z.exp_()
-            sum_N[rows] = decay * sum_N[rows] + weight.sum(1)
-            if options.with_collision:
-                square_N[rows] = decay.square() * square_N[rows] + weight.square_().sum(1)
-            max_N[rows] = new_max
-    log_sum_N = sum_N.log()
-    entropy_N = log_sum_N - dot_N / sum_N if options.with_entropy else None
-    collision_N = square_N.log() - 2 * log_sum_N if options.with_collision else None
-    return HeadOutput(picked_N - max_N - log_sum_N, entropy_N, picked_N == max_N, collision_N), max_N + log_sum_N
+        z = tiles.logits(rows, columns)
+        column, inside = _locate(target_n, columns)
+        picked_n = torch.where(inside, z.gather(1, column)[:, 0], picked_n)
+        old_max, max_n = max_n, torch.maximum(max_n, z.amax(1))
+        decay = torch.exp(old_max - max_n)
+        curvature = None if pull_nH is None else tiles.curvature(z)
+        z.sub_(max_n[:, None])
+        if options.with_entropy:
+            weight = torch.exp(z, out=tiles.scratch(-1, z))
+            dot_n = decay * (dot_n + (old_max - max_n) * sum_n) + z.mul_(weight).sum(1)
+        else:
+            weight = z.exp_()
+        sum_n = decay * sum_n + weight.sum(1)
+        if options.with_collision:
+            square_n = decay.square() * square_n + torch.linalg.vector_norm(weight, dim=1).square()
+        if others_nH is not None:
+            weight.scatter_(1, column, weight.gather(1, column).masked_fill(inside[:, None], 0))
+            weight = tiles.narrow(weight if curvature is None else weight.mul_(curvature))
+            others_nH.mul_(decay[:, None]).add_(weight @ weight_VH[columns].to(weight.dtype))
+    log_sum_n = sum_n.log()
+    logprob_n = picked_n - max_n - log_sum_n
+    if pull_nH is not None and others_nH is not None:
+        # 1 - p cancels for a likely target: its own term stays apart from the others', and is computed by expm1.
+        curvature = tiles.curvature(picked_n)
+        own_n = -torch.expm1(logprob_n) * (1.0 if curvature is None else curvature)
+        others_nH.div_(-sum_n[:, None]).addcmul_(own_n[:, None], weight_VH[target_n])
+        pull_nH.copy_(others_nH.mul_(options.slope))
+    entropy_n = log_sum_n - dot_n / sum_n if options.with_entropy else None
+    collision_n = square_n.log() - 2 * log_sum_n if options.with_collision else None
+    return logprob_n, entropy_n, picked_n == max_n, collision_n, max_n + log_sum_n
 
 
 class _RowGradients(NamedTuple):
@@ -197,10 +238,7 @@ def _differentiate(tiles: _Tiles, z: Tensor, row: _RowGradients, column: Tensor,
     dz_j = g (1[j = y] - p_j) - g_E p_j (log p_j + E), times 1 - tanh^2 under a softcap; `row` holds -g and -g_E times
     the constant slope. The target's entry uses expm1, since p - 1 cancels for a likely token.
     """
-    softcap = tiles.options.spec.softcap
-    curvature = None
-    if softcap is not None:
-        curvature = torch.mul(z, tiles.options.temperature / softcap, out=tiles.scratch(0, z)).square_().neg_().add_(1)
+    curvature = tiles.curvature(z)
     logprob = z.sub_(row.log_z)
     target_logprob = logprob.gather(1, column)
     hit = row.logprob_grad * torch.expm1(target_logprob)
@@ -276,7 +314,8 @@ class _TiledLogprobs(torch.autograd.Function):
         ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(target_N, log_z_N, output.entropy, *operands)
-        ctx.mark_non_differentiable(*(tensor for tensor in output[2:] if tensor is not None))
+        first = 2 if options.entropy_gradient else 1
+        ctx.mark_non_differentiable(*(tensor for tensor in output[first:] if tensor is not None))
         return tuple(output)
 
     @staticmethod
@@ -308,6 +347,30 @@ class _TiledLogprobs(torch.autograd.Function):
         return None, None, spread(out.hidden, operands.hidden), out.weight, out.bias, spread(out.u, operands.u), out.b
 
 
+class _FrozenHeadLogprobs(torch.autograd.Function):
+    """Log-probabilities whose only gradient is by the hidden states, and whose entropy has none."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> Any:
+        operands = _Operands(hidden_NH, *tensors)  # type: ignore[arg-type]
+        pull_NH = torch.empty_like(hidden_NH)
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            output, _ = _statistics(operands, target_N, options, pull_NH)
+        ctx.save_for_backward(pull_NH)
+        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Scale each row; a block at a time, whose product is wide before it is rounded."""
+        (pull_NH,), grad_N1 = ctx.saved_tensors, cast(Tensor, grad_outputs[0])[:, None]
+        grad_NH = torch.empty_like(pull_NH)
+        for rows in _split(len(pull_NH), _SCALED_ROWS):
+            grad_NH[rows] = pull_NH[rows] * grad_N1[rows]
+        return grad_NH, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
 def tiled_logprobs(
     hidden_NH: Tensor,
     weight_VH: Tensor,
@@ -318,6 +381,7 @@ def tiled_logprobs(
     temperature: float = 1.0,
     spec: HeadSpec = HeadSpec(),
     with_entropy: bool = False,
+    entropy_gradient: bool = True,
     with_collision: bool = False,
     tile_bytes: int | None = None,
 ) -> HeadOutput:
@@ -327,8 +391,9 @@ def tiled_logprobs(
     log collision = log sum_j p_j^2 = log sum_j exp 2 z_j - 2 log sum_j exp z_j (WPO, 2406.11827).
 
     Matrix products run in the dtype of `hidden_NH`, softmax statistics in fp32 (float64 for float64). Gradients are
-    allocated only for operands that require one; rows whose incoming gradient is exactly zero are skipped. Not twice
-    differentiable.
+    allocated only for operands that require one; rows whose incoming gradient is exactly zero are skipped. Where
+    `hidden_NH` alone requires one, the forward pass computes it, d log p_y / dh = sum_j (1[j = y] - p_j) dz_j/dh, up to
+    the factor that the loss gives each row; an entropy with a gradient prevents that. Not twice differentiable.
 
     Args:
         hidden_NH: [N, H] input of the head.
@@ -339,6 +404,7 @@ def tiled_logprobs(
         temperature: T, positive.
         spec: the architecture's scale s and softcap c.
         with_entropy: also return the entropy.
+        entropy_gradient: False returns an entropy without a gradient.
         with_collision: also return the log collision probability.
         tile_bytes: bound on the buffers of one tile; None for 16 MiB on CPU and 256 MiB elsewhere.
 
@@ -360,6 +426,13 @@ def tiled_logprobs(
         assert bool(((target_N >= 0) & (target_N < num_vocab)).all()), "target outside the vocabulary"
     if tile_bytes is None:
         tile_bytes = _TILE_BYTES.get(device_type(hidden_NH), _TILE_BYTES_ACCELERATOR)
-    options = _Options(spec, temperature, with_entropy, with_collision, tile_bytes)
-    outputs: Any = _TiledLogprobs.apply(options, target_N, hidden_NH, weight_VH, bias_V, u_NR, b_VR)
+    options = _Options(spec, temperature, with_entropy, entropy_gradient, with_collision, tile_bytes)
+    others = (weight_VH, bias_V, u_NR, b_VR)
+    trains_head = any(tensor is not None and tensor.requires_grad for tensor in others)
+    outputs: Any
+    needs_pull = torch.is_grad_enabled() and hidden_NH.requires_grad
+    if needs_pull and not trains_head and not (with_entropy and entropy_gradient):
+        outputs = _FrozenHeadLogprobs.apply(hidden_NH, options, target_N, *others)
+    else:
+        outputs = _TiledLogprobs.apply(options, target_N, hidden_NH, *others)
     return HeadOutput(*outputs)

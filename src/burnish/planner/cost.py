@@ -60,7 +60,7 @@ def update_flops(shape: ModelShape, method: Method, part: Part, *, with_head: bo
     """Count a forward and a backward pass.
 
     A backward pass takes twice a forward's FLOPs, once for inputs and once for weights; frozen weights take no second
-    time. Checkpointing repeats the decoder's forward pass, and the tiled head its tiles.
+    time. Checkpointing repeats the decoder's forward pass, and a head that trains its tiles.
     """
     decoder = forward_flops(shape, part, with_head=False)
     attention = 4.0 * shape.queries * shape.layers * part.pairs
@@ -70,7 +70,13 @@ def update_flops(shape: ModelShape, method: Method, part: Part, *, with_head: bo
     adapters = 0.0 if trains_all else 6.0 * method.trained(shape) * part.tokens
     # Tiled MLPs are recomputed once more.
     mlps = 6.0 * shape.hidden * mlp_width(shape) * shape.layers * part.tokens * (method.mlp_tiles > 1)
-    return decoder * (2 if method.checkpoints else 1) + mlps + backward + adapters + head * (4 if trains_all else 3)
+    return (
+        decoder * (2 if method.checkpoints else 1)
+        + mlps
+        + backward
+        + adapters
+        + head * (2 + trains_all + method.repeats_head)
+    )
 
 
 def phase_costs(run: Run, device: Device) -> dict[str, Cost]:

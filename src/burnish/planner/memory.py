@@ -134,6 +134,7 @@ class Method:
         mlp_tiles: parts of its tokens that an MLP computes one after another.
         embedding_offloading: keep the input embedding in the host's memory.
         int8_cache: whether the native engine's keys and values are in 8 bits.
+        entropy_bonus: whether the loss has a gradient by the entropy.
     """
 
     bf16: bool = True
@@ -146,6 +147,12 @@ class Method:
     mlp_tiles: int = 1
     embedding_offloading: bool = False
     int8_cache: bool = False
+    entropy_bonus: bool = False
+
+    @property
+    def repeats_head(self) -> bool:
+        """Whether the head's tiles are computed again for its backward pass: not where it is frozen."""
+        return self.adapters is None or "lm_head" in self.adapters.whole or self.entropy_bonus
 
     @property
     def item(self) -> int:
@@ -350,12 +357,25 @@ def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, s
         item: bytes of a number in the compute dtype; fp32 logits stand beside those of a narrower one.
         scratches: buffers beside the logits, such as one for the entropy.
     """
-    limit = (16 if on_cpu else 256) * 2**20
-    element = 4 * (1 + scratches) + (2 if item == 2 else 0)
-    budget = limit // element
-    rows = min(max(scored, 1), max(4, math.isqrt(budget)))
-    columns = max(min(budget // rows, limit // (4 * shape.hidden)), 1)
-    return _slice(scored, rows) * _slice(shape.vocabulary, columns, 64) * element
+    limit, element = _tile_limits(on_cpu, item, scratches)
+    columns = max(min(limit // element // _most_rows(scored, limit // element), limit // (4 * shape.hidden)), 1)
+    rows = tile_rows(scored, on_cpu=on_cpu, item=item, scratches=scratches)
+    return rows * _slice(shape.vocabulary, columns, 64) * element
+
+
+def tile_rows(scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:
+    """Rows of one tile of logits; arguments as of `tile_bytes`."""
+    limit, element = _tile_limits(on_cpu, item, scratches)
+    return _slice(scored, _most_rows(scored, limit // element))
+
+
+def _tile_limits(on_cpu: bool, item: int, scratches: int) -> tuple[int, int]:
+    """Bytes of a tile at most, and of each of its logits."""
+    return (16 if on_cpu else 256) * 2**20, 4 * (1 + scratches) + (2 if item == 2 else 0)
+
+
+def _most_rows(scored: int, logits: int) -> int:
+    return min(max(scored, 1), max(4, math.isqrt(logits)))
 
 
 def _slice(size: int, limit: int, multiple: int = 1) -> int:

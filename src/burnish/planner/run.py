@@ -230,6 +230,7 @@ def _method(request: Request, values: Mapping[str, Any]) -> Method:
         mlp_tiles=values["mlp_tiles"],
         embedding_offloading=bool(values["embedding_offloading"] and not request.device.is_cpu),
         int8_cache=values.get("rollout_cache_dtype") == "int8",
+        entropy_bonus=bool(values.get("entropy_coef") or values.get("use_adaptive_entropy")),
     )
 
 

@@ -19,6 +19,7 @@ from burnish.planner.memory import (
     mlp_width,
     saved_bytes,
     tile_bytes,
+    tile_rows,
 )
 from burnish.planner.shapes import ModelShape
 
@@ -83,14 +84,23 @@ class Update:
         return found
 
     def head(self) -> Bytes:
-        """The head's forward pass: activations, a tile with a buffer for the entropy, rows and six statistics."""
-        tile = tile_bytes(self.shape, self.part.scored, on_cpu=self.on_cpu, item=self.method.item, scratches=1)
-        rows = self.part.scored * (self.method.item * self.shape.hidden + 24)
-        return {**self._after_forward(), "head": tile + rows}
+        """The head's forward pass: activations, a tile with a buffer for the entropy, rows and six statistics.
+
+        A frozen head's computes the rows' gradient, and adds it up in fp32.
+        """
+        shape, scored, item = self.shape, self.part.scored, self.method.item
+        pulls = not self.method.repeats_head
+        scratches = 1 + int(pulls and shape.softcap)
+        tile = tile_bytes(shape, scored, on_cpu=self.on_cpu, item=item, scratches=scratches)
+        rows = scored * ((1 + pulls) * item * shape.hidden + 24)
+        block = tile_rows(scored, on_cpu=self.on_cpu, item=item, scratches=scratches)
+        return {**self._after_forward(), "head": tile + rows + pulls * block * (4 + item) * shape.hidden}
 
     def head_backward(self) -> Bytes:
         """The head's backward pass: the gradient of the rows adds up in fp32, and goes on in the compute dtype."""
         shape, scored, item = self.shape, self.part.scored, self.method.item
+        if not self.method.repeats_head:
+            return {**self._after_forward(), "head": scored * (2 * item * shape.hidden + 24)}
         tile = tile_bytes(shape, scored, on_cpu=self.on_cpu, item=item, scratches=int(shape.softcap))
         rows = scored * ((2 * item + 4) * shape.hidden + 24)
         return {**self._after_forward(), "head": tile + rows, "head gradient": self.table}

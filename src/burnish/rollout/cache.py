@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from burnish.kernels.attention import PromptTable, attend_prompts, attends_rows
 from burnish.kernels.decoding import cpu_kernels
 from burnish.model.attention import AttentionCall, math_attention
 from burnish.model.traced import device_type, has_values
@@ -85,6 +86,7 @@ class _Grid:
         is_full: the grid is the tokens in order, so no gather is needed.
         prompt_lengths: [T] length of each token's prompt.
         prompt_tokens: length of prompt cache attended to, a multiple of the step.
+        table: the tokens by prompt as the kernels read them; None on an accelerator.
     """
 
     token: Tensor
@@ -94,6 +96,7 @@ class _Grid:
     is_full: bool
     prompt_lengths: Tensor
     prompt_tokens: int
+    table: PromptTable | None
 
     @classmethod
     def of(cls, slots: Sequence[int], prompt_lengths: Sequence[int], device: torch.device) -> _Grid:
@@ -104,6 +107,7 @@ class _Grid:
             member[token] = len(members[slot])
             members[slot].append(token)
         width = max(len(tokens) for tokens in members)
+        lengths = [prompt_lengths[tokens[0]] if tokens else 0 for tokens in members]
         # Padding repeats token 0; its result is discarded.
         grid = [token for tokens in members for token in tokens + [0] * (width - len(tokens))]
         return cls(
@@ -114,6 +118,7 @@ class _Grid:
             is_full=grid == list(range(len(slots))),
             prompt_lengths=torch.tensor(prompt_lengths, device=device),
             prompt_tokens=round_up(max(prompt_lengths)),
+            table=PromptTable.of(members, lengths) if device.type == "cpu" else None,
         )
 
 
@@ -294,8 +299,7 @@ class CacheLayout:
             out = out * torch.sigmoid(norm - sinks)[..., None].to(out.dtype)
             norm = torch.logaddexp(norm, sinks)
         if step.grid is not None:
-            by_token = call.query[0].transpose(0, 1).unflatten(1, (call.key.shape[1], -1))
-            out = _merge_prompts(call, layer, step, step.grid, by_token, out, norm)
+            out = _merge_prompts(call, layer, step, step.grid, out, norm)
         return out.reshape(1, tokens, heads, out.shape[3])
 
 
@@ -330,19 +334,23 @@ def _by_token(part: Tensor, width: int) -> Tensor:
 
 
 def _merge_prompts(
-    call: AttentionCall, layer: _LayerCache, step: _Step, grid: _Grid, query: Tensor, own: Tensor, own_norm: Tensor
+    call: AttentionCall, layer: _LayerCache, step: _Step, grid: _Grid, own: Tensor, own_norm: Tensor
 ) -> Tensor:
     """Attend to the prompts, each once for all its rows, and merge with the attention to the rows' own tokens.
 
     Args:
-        call: scale and softcap.
+        call: queries, scale and softcap.
         layer: keys and values.
         step: masks by rule.
         grid: tokens by prompt.
-        query: [T, kv_heads, repeats, D].
-        own: [T, kv_heads, repeats, D].
+        own: [T, kv_heads, repeats, D]; it may be overwritten.
         own_norm: [T, kv_heads, repeats] its log normaliser.
     """
+    if _by_kernel(call, layer, own, own_norm) and grid.table is not None:
+        keys, values = layer.prompt_key.data, layer.prompt_value.data
+        attend_prompts(call.query, keys, values, grid.table, own, own_norm, scaling=call.scaling)
+        return own
+    query = call.query[0].transpose(0, 1).unflatten(1, (call.key.shape[1], -1))
     grouped = (query if grid.is_full else query.index_select(0, grid.token)).unflatten(0, (grid.groups, grid.width))
     shared, norm = _partial_stored(
         call,
@@ -356,6 +364,18 @@ def _merge_prompts(
     if not grid.is_full:
         shared, norm = shared.index_select(0, grid.cell), norm.index_select(0, grid.cell)
     return torch.lerp(own, shared, torch.sigmoid(norm - own_norm)[..., None].to(own.dtype))
+
+
+def _by_kernel(call: AttentionCall, layer: _LayerCache, own: Tensor, own_norm: Tensor) -> bool:
+    """Return whether `attend_prompts` computes this call: without a rule or a softcap, in bf16, where there is AMX."""
+    return (
+        call.rule is None
+        and call.softcap is None
+        and attends_rows(call.query, layer.prompt_key.data, layer.prompt_value.data)
+        and own.is_contiguous()
+        and own_norm.is_contiguous()
+        and has_values(own)
+    )
 
 
 def _own_mask(call: AttentionCall, step: _Step) -> Tensor:

@@ -102,6 +102,10 @@ class Algorithm:
         """Compute the contribution of a packed part, which may be empty, to the loss of the step."""
         raise NotImplementedError
 
+    def differentiates_entropy(self, step: Step) -> bool:
+        """Return whether the loss of a step has a gradient by the entropy; without one, the head is faster."""
+        return True
+
     def end_step(self) -> Mapping[str, float]:
         """Update adaptive coefficients once the gradients of a step are complete; return metrics."""
         return {}

@@ -178,7 +178,9 @@ class OnlineStage(Stage):
         """Compute the algorithm's loss; compare trainer and sampler on fresh samples first."""
         is_scored = batch.num_scored_tokens > 0
         needs_entropy = is_scored and self.algorithm.needs_entropy
-        scores = score(model, batch, temperature=self.args.temperature, with_entropy=needs_entropy)
+        trains_entropy = needs_entropy and self.algorithm.differentiates_entropy(step)
+        entropy = {"with_entropy": needs_entropy, "entropy_gradient": trains_entropy}
+        scores = score(model, batch, temperature=self.args.temperature, **entropy)
         if step.is_on_policy and is_scored:
             self._compare(batch, scores.logprobs.detach())
         return self.algorithm.loss(scores, batch, step)

@@ -286,6 +286,11 @@ class PolicyGradient(Algorithm):
                 found += entropy_N.tolist()
         return found
 
+    def differentiates_entropy(self, step: Step) -> bool:
+        """Return whether there is an entropy bonus: otherwise the entropy is only reported, and compared."""
+        assert isinstance(step, PolicyStep)
+        return step.entropy_coef != 0
+
     def loss(self, scores: Scores, batch: PackedBatch, step: Step) -> Loss:
         """Compute the surrogate loss plus the KL minus the entropy bonus."""
         assert isinstance(step, PolicyStep)

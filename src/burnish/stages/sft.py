@@ -118,7 +118,7 @@ class SFTStage(Stage):
         """Compute the configured loss, averaged over scored tokens."""
         alpha = self.args.neftune_noise_alpha if model.training else None
         with nullcontext() if alpha is None else noisy_embeddings(model, batch, alpha):
-            scores = score(model, batch, with_entropy=True)
+            scores = score(model, batch, with_entropy=True, entropy_gradient=False)
         assert scores.entropy is not None
         value = aggregate(
             SUPERVISED_LOSSES[self.args.loss_type](scores.logprobs),
