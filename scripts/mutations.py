@@ -24,6 +24,7 @@ CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
 KERNELS, FUSED, SANDBOX = "test_decoding_kernels.py", "test_fused_layers.py", "test_sandbox.py"
+PROMPT_KERNEL, FROZEN = "test_prompt_kernel.py", "test_frozen_head.py"
 ROWS, ELEMENTWISE = "test_attention_kernels.py", "test_elementwise_kernels.py"
 STANDBY, EIGHT_BITS = "test_standby.py", "test_cache_in_8_bits.py"
 ROUNDED = f"{EIGHT_BITS}::test_logprobs_are_those_of_the_distribution_sampled_from"
@@ -159,6 +160,12 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("kernels/attention.cpp", "work.scale, grad_key + row", "1, grad_key + row", ROWS),
     ("kernels/attention.cpp", "part < parts; ++part) total", "part < 1; ++part) total", ROWS),
     ("kernels/attention.cpp", "highest = _mm512_max_ps(kept, highest);", "", ROWS),
+    ("kernels/attention.cpp", "queries.see_sequence ? queries.first + queries.valid() : 0", "queries.first + queries.valid()", PROMPT_KERNEL),
+    ("kernels/attention.cpp", "expf(a_norm - b_norm)", "expf(b_norm - a_norm)", PROMPT_KERNEL),
+    ("kernels/attention.cpp", "kv_head * work.repeats + (first + i) % work.repeats", "kv_head * work.repeats", PROMPT_KERNEL),
+    ("kernels/attention.cpp", "prompt * prompts.room * kv_heads", "prompt * prompts.lengths[0] * kv_heads", PROMPT_KERNEL),
+    ("kernels/attention.cpp", "own.out + i * work.value_size", "own.out + i * work.size", PROMPT_KERNEL),
+    ("rollout/cache.py", "and call.softcap is None\n        and attends_rows", "and attends_rows", "test_native.py"),
     ("kernels/attention.py", "*(prompt if number else (0, 0))", "*(0, 0)", ROWS),
     ("kernels/decoding.cpp", "_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", KERNELS),
     ("kernels/decoding.cpp", "row < M; row += 32", "row < M / 32 * 32; row += 32", KERNELS),
@@ -515,8 +522,17 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/prefix.py", "torch.tanh(scores / softcap)", "torch.tanh(scores)", SCORING),
     ("model/tiled_head.py", "return self.spec.scale / self.temperature", "return self.spec.scale * self.temperature", HEAD),
     ("model/tiled_head.py", ".square_().neg_().add_(1)", ".square_().add_(1)", HEAD),
-    ("model/tiled_head.py", "picked_N == max_N", "picked_N <= max_N", HEAD),
-    ("model/tiled_head.py", "decay.square() * square_N[rows]", "decay * square_N[rows]", HEAD),
+    ("model/tiled_head.py", "picked_n == max_n", "picked_n <= max_n", HEAD),
+    ("model/tiled_head.py", "decay.square() * square_n", "decay * square_n", HEAD),
+    ("model/tiled_head.py", "others_nH.mul_(decay[:, None])", "others_nH", FROZEN),
+    ("model/tiled_head.py", "masked_fill(inside[:, None], 0)", "masked_fill(inside[:, None], 1)", FROZEN),
+    ("model/tiled_head.py", "weight if curvature is None else weight.mul_(curvature)", "weight", FROZEN),
+    ("model/tiled_head.py", "(1.0 if curvature is None else curvature)", "1.0", FROZEN),
+    ("model/tiled_head.py", "others_nH.mul_(options.slope)", "others_nH", FROZEN),
+    ("model/tiled_head.py", "-torch.expm1(logprob_n)", "(1 - logprob_n.exp().to(hidden_nH.dtype))", FROZEN),
+    ("model/tiled_head.py", "and not trains_head and not", "and not", FROZEN),
+    ("model/tiled_head.py", "2 if options.entropy_gradient else 1", "2", FROZEN),
+    ("stages/policy_gradient.py", "return step.entropy_coef != 0", "return False", GRADIENT),
     ("model/scoring.py", "span.prompt[1] + span.completions[0][1]", "span.completions[0][1]", SCORING),
     # supervised fine-tuning
     ("training/learner.py", "self.neftune_noise_alpha = None", "pass", SFT),

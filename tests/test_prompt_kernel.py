@@ -124,15 +124,23 @@ def test_the_parts_weigh_by_their_normalisers(shift: float) -> None:
     assert torch.equal(case.computed(), case.own) == (shift > 0)
 
 
+@pytest.mark.parametrize(
+    ("make", "fields", "is_computed"),
+    [
+        (transformers.LlamaConfig, {}, True),
+        (transformers.MistralConfig, {"sliding_window": 100}, False),
+        (transformers.Gemma2Config, {"sliding_window": 4096, "attn_logit_softcapping": 2.0}, False),
+    ],
+)
 def test_an_engine_is_as_exact_with_the_kernel_as_with_torchs_operators(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    make: Any, fields: dict[str, Any], is_computed: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = transformers.LlamaConfig(
+    config = make(
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, initializer_range=0.2,
+        num_key_value_heads=2, head_dim=32, initializer_range=0.2, **fields,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(BF16).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(BF16).eval()
     # Too long to be copied into the rows.
     asked = [Request(list(range(3, 153 + n)), 5, SamplingParams(20), index=n) for n in range(3)]
     calls: list[int] = []
@@ -147,7 +155,7 @@ def test_an_engine_is_as_exact_with_the_kernel_as_with_torchs_operators(
         if not by_kernel:
             monkeypatch.setattr(cache, "_by_kernel", lambda *_: False)
         groups = NativeEngine(model, tokenizer).generate(asked, seed=0, step=0)
-        assert bool(calls) == by_kernel
+        assert bool(calls) == (by_kernel and is_computed)
         calls.clear()
         errors.append(error(model, asked, groups))
     assert errors[0] < max(1.2 * errors[1], 0.01)
