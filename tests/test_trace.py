@@ -179,6 +179,17 @@ CASES: list[Request] = [
         },
     ),
     request(name="Qwen3-0.6B", training={CHECKPOINTING: True}),
+    request(  # eight pieces behind a kept prompt, in the update and in scoring
+        peft={"r": 16, "target_modules": "all-linear"}, prompt_tokens=1024,
+        training={"token_budget": 1280, "max_completion_length": 256, CHECKPOINTING: True, "num_iterations": 2},
+    ),
+    request(  # rows of three groups are scored, and trained on one by one
+        name="Qwen3-0.6B",
+        training={
+            "token_budget": 8192, "max_completion_length": 256, "gradient_accumulation_steps": 4, "num_iterations": 2,
+            CHECKPOINTING: True,
+        },
+    ),
     request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
     request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
     request("reward", training={"max_length": 1024, "token_budget": 4096}),
