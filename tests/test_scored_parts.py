@@ -214,6 +214,8 @@ def test_a_reward_model() -> None:
     answers = ["12", "123456", "7", "88", "9" * 12, "1"]
     expected = RewardModel(model, tiny.tokenizer(), token_budget=None)(prompts, answers)
     rows = seen_rows(model)
-    assert RewardModel(model, tiny.tokenizer(), token_budget=SMALL)(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    assert RewardModel(model, tiny.tokenizer(), token_budget=SMALL)(prompts, answers) == pytest.approx(
+        expected, abs=1e-5
+    )
     assert rows.count(74) == 2
     assert max(rows) == 74

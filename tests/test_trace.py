@@ -237,12 +237,13 @@ def test_the_formulas_of_a_long_rollout() -> None:
     _check_formulas(request(name="gemma-2-2b", prompt_tokens=64, training=training, peft=peft))
 
 
-def test_the_formulas_of_several_ranks() -> None:
-    """A single pass, whose gradients only their average over the ranks widens."""
-    training = {"max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_formulas_of_several_ranks(bf16: bool) -> None:
+    """A single pass, whose gradients only their average over the ranks widens; DDP is for those in fp32."""
+    training = {"bf16": bf16, "max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     case = request("sft", "Qwen3-0.6B", ranks=4, training=training)
     trace = _check_formulas(case)
-    assert trace.update.device["buckets"] == 2 * case.model.shape.num_parameters
+    assert trace.update.device.get("buckets", 0) == (0 if bf16 else 4 * case.model.shape.num_parameters)
     assert not torch.distributed.is_initialized()
 
 

@@ -229,7 +229,8 @@ def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
         fixed["critic's weights"] = method.item * trained + 4 * shape.hidden
         fixed["critic's masters"] = 2 * trained * method.bf16
         fixed["critic's optimizer"] = round(method.optimizer_bytes * trained)
-    if run.ranks > 1 and run.sharding == "ddp":
+    if run.ranks > 1 and run.sharding == "ddp" and not method.bf16:
+        # In bf16 the masters average the gradients themselves.
         fixed["buckets"] = method.item * method.trained(shape)
     if run.vllm_fraction and not run.vllm_sleeps:
         fixed["vLLM"] = int(run.vllm_fraction * device.memory_bytes)

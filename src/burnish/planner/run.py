@@ -75,7 +75,7 @@ class Run:
         rollout_batches: micro-batches of a rollout; 0 offline.
         passes: passes over a rollout.
         parts: forward and backward passes of a micro-batch; a kept prompt has one of its own.
-        rows: forward passes that score a rollout, or an optimizer step offline, as `parts`; none where nothing is scored.
+        rows: forward passes that score a rollout, or an optimizer step offline; none where nothing is scored.
         reference: none, adapters switched off, a copy, or a copy that is freed before training.
         scores_old: whether the policy's own log-probabilities are scored before training on them.
         has_head: whether the loss reads log-probabilities.
@@ -153,18 +153,17 @@ def read_run(request: Request) -> Run:
     passes = values.get("num_iterations", 1)
     budget = values["token_budget"] or (2048 if request.device.is_cpu else 16384)
     couples = kind in ("dpo", "reward")
+    whole = couples or kind == "online_dpo"
     trained_per_prompt = 2 if kind == "online_dpo" else group
     trained = completions * trained_per_prompt // group if online else completions
     # Sharded models keep no prompts.
     keeps = request.ranks == 1 or request.sharding == "ddp"
     split = partial(split_rows, prompt, completion, budget=budget, keep_prompts=keeps)
-    parts = split(completions=max(trained, 1), group=trained_per_prompt, whole=couples or kind == "online_dpo")
     reference = _reference(kind, values, method)
     scores_old = online and kind != "online_dpo" and (passes > 1 or rollout > accumulation)
-    rows: list[Part] = []
-    if reference != "none" or scores_old or kind == "ppo":
-        # Scoring splits a whole rollout, or step, whatever its micro-batches.
-        rows = split(completions=completions * (rollout or accumulation), group=group, whole=couples)
+    is_scored = reference != "none" or scores_old or kind == "ppo"
+    # Scoring splits a whole rollout, or step, whatever its micro-batches.
+    scored = completions * (rollout or accumulation) * is_scored
     sampler = "none" if not online else "native" if not values["use_vllm"] else values["vllm_mode"]
     return Run(
         kind=kind,
@@ -177,8 +176,8 @@ def read_run(request: Request) -> Run:
         accumulation=accumulation,
         rollout_batches=rollout,
         passes=passes,
-        parts=tuple(parts),
-        rows=tuple(rows),
+        parts=tuple(split(completions=max(trained, 1), group=trained_per_prompt, whole=whole)),
+        rows=tuple(split(completions=scored, group=group, whole=couples)),
         reference=reference,
         scores_old=scores_old,
         has_head=kind != "reward",

@@ -47,6 +47,7 @@ from burnish.training.optimizers import check_optimizer, masters_by_config
 from burnish.training.phases import PhaseCallback, Phases
 from burnish.training.processes import claimed_folder
 from burnish.training.ranks import Ranks
+from burnish.training.replica import Replica
 from burnish.training.signals import stopping_on_signals
 from burnish.training.stage import Stage
 from burnish.training.status import recorded_status
@@ -322,6 +323,9 @@ class Learner(Trainer, Generic[S]):
             decayed = set(self.get_decay_parameter_names(target))
             self.optimizer = masters_by_config(self, named, decayed, self._exact)
         self._exact = {}
+        if self.ranks.count > 1:
+            # Masters average the gradients, and transformers leaves a model that is wrapped out of DDP and its buckets.
+            self.model_wrapped = Replica(self.accelerator.prepare_model(self.model, evaluation_mode=True))
         return self.optimizer
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:

@@ -189,7 +189,8 @@ def trace_update(
         num_parts: passes whose gradients add up before the optimizer's step.
         keeps_prompt: update on the two halves of the one group, behind its kept prompt.
         wave: completions that the native engine samples together; None to trace no rollout.
-        ranks: data-parallel processes, of which one is traced, with DDP's buckets and the reduction of its gradients.
+        ranks: data-parallel processes, of which one is traced, with DDP's buckets or the masters' average
+            of its gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
     _own_models(trainer, ledger)
@@ -197,9 +198,6 @@ def trace_update(
     if trainer.args.gradient_checkpointing:
         _enable_checkpointing(causal_lm(model))
     with _ranks(ranks), standing_for(device), nullcontext() if mode is None else mode, ledger:
-        with ledger.component("buckets"):
-            # Its reducer, which allocates them; masters reduce their own gradients, so backward passes go without it.
-            _held = DistributedDataParallel(model, init_sync=False) if ranks > 1 else None
         if hasattr(stage, "algorithm"):
             step = stage.algorithm.step(list(groups), is_on_policy=False)
         else:
@@ -210,6 +208,10 @@ def trace_update(
         rows = passes if scored is None else [_faked(pack(part), mode) for part in scored]
         with ledger.component("optimizer"):
             trainer.create_optimizer()
+        with ledger.component("buckets"):
+            # Its reducer allocates them; backward passes go without it.
+            needs_reducer = ranks > 1 and trainer.master_weights is None
+            _held = DistributedDataParallel(model, init_sync=False) if needs_reducer else None
         # The first step makes the optimizer's states; the second is measured.
         _take_step(trainer, step, [small], ledger)
         if critic is not None:
