@@ -190,7 +190,7 @@ def trace_update(
         keeps_prompt: update on the two halves of the one group, behind its kept prompt.
         wave: completions that the native engine samples together; None to trace no rollout.
         ranks: data-parallel processes, of which one is traced, with DDP's buckets or the masters' average
-            of its gradients.
+            of gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
     _own_models(trainer, ledger)
