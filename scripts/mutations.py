@@ -17,9 +17,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-KEPT_PROMPT = "test_kept_prompt.py"
+KEPT_PROMPT, SCORED = "test_kept_prompt.py", "test_scored_parts.py"
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
+REPLICA = "test_replica.py"
+PLANNED = "test_planner.py::test_a_kept_prompt_is_scored_once"
+PLANNED_ROWS = "test_planner.py::test_rows_of_scoring_are_those_of_a_rollout"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
 ADMISSION, SETTLED = "test_admission.py", "test_settled.py"
@@ -221,6 +224,18 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/packing.py", "positions += range(kept, kept + prompt_length)", "positions += range(prompt_length)", KEPT_PROMPT),
     ("model/scoring.py", "and not depends_on_row(lm)", "", KEPT_PROMPT),
     ("planner/memory.py", "(pieces - 1) * (prompt - 1) >= KEPT", "(pieces - 1) * (prompt - 1) > KEPT", KEPT_PROMPT),
+    ("training/stage.py", "whole=whole, keep_prompts=keeps)", "whole=whole)", SCORED),
+    ("training/stage.py", "            with continuing(model, batch):\n                yield part, batch", "            yield part, batch", SCORED),
+    ("training/critic.py", "self.token_budget, keep_prompts=keeps)", "self.token_budget)", SCORED),
+    ("model/reward_model.py", ", keep_prompts=keeps_prompts(self.model)", "", SCORED),
+    ("training/learner.py", "return kind in whole and", "return", SCORED),
+    ("model/kept_prompt.py", "        self._layers, self._num_done = {}, 0", "        self._num_done = 0", SCORED),
+    ("training/replica.py", "            distributed.broadcast(tensor.data, src=0)\n", "            pass\n", REPLICA),
+    ("training/replica.py", "**dict(module.named_buffers())", "", REPLICA),
+    ("training/learner.py", "            self.model_wrapped = Replica(", "            Replica(", REPLICA),
+    ("training/replica.py", "if own.get(name) != other.get(name)]", "if False]", REPLICA),
+    ("planner/memory.py", "        moments += _layer_moments(shape, method, Part(part.kept, 0, 0))\n", "", PLANNED),
+    ("planner/run.py", "completions=completions * (rollout or accumulation)", "completions=completions", PLANNED_ROWS),
     ("model/offload.py", "or not tensor.is_floating_point()", "", OFFLOAD),
     ("model/offload.py", "parked.coming, parked.is_used = None, True", "parked.coming, parked.is_used = None, False", OFFLOAD),
     ("model/offload.py", "tensor.to(\"cpu\", copy=True)", "tensor.to(\"cpu\")", OFFLOAD),

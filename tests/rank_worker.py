@@ -102,7 +102,13 @@ def main(stage: str, folder: Path, per_device: int, dtype: str, resume: str = ""
     if trainer.is_world_process_zero():
         names = ("loss", "reward", "min_reward", "mean_reward", "margin", *LOGGED.get(stage, ()))
         logs = [{k: log[k] for k in names if k in log} for log in trainer.state.log_history]
-        torch.save({"start": start, "weights": weights_of(trainer), "logs": logs}, folder / "result.pt")
+        found = {
+            "start": start,
+            "weights": weights_of(trainer),
+            "logs": logs,
+            "wrapper": type(own.model_wrapped).__name__,
+        }
+        torch.save(found, folder / "result.pt")
 
 
 def weights_of(trainer: Trainer) -> list[torch.Tensor]:

@@ -359,6 +359,31 @@ def test_flops_by_hand() -> None:
     assert mixture.decoder_weights == pytest.approx(3.3e9 - 2 * 151936 * 2048, rel=0.02)  # 3.3B are active
 
 
+def test_a_kept_prompt_is_scored_once() -> None:
+    lengths = {"max_completion_length": 256, "token_budget": 2304}
+    plan = plan_of(prompt_tokens=2048, training={**lengths, "num_iterations": 2})
+    scoring = next(phase for phase in plan.phases if phase.name == "scoring")
+    tokens = 2047 + 8 * 257
+    assert sum(row.tokens for row in plan.run.rows) == tokens
+    pairs = 2047 * 2047 // 2 + 8 * (2048 * 2048 // 2 - 2047 * 2047 // 2 + 256 * (2048 + 128))
+    once = 2 * LLAMA_8B.decoder_weights * tokens + 2 * 128256 * 4096 * 8 * 256 + 4 * 4096 * 32 * pairs
+    assert scoring.cost.flops == pytest.approx(once / 2, rel=1e-12)  # a rollout serves two steps
+    assert scoring.device["kept prompt"] == 4 * 1024 * 32 * 2047
+    assert scoring.device["activations"] == 2 * 2047 * (4 * 4096 + 3 * 14336)  # of the prompt's own pass
+    sharded = plan_of(prompt_tokens=2048, training={**lengths, "num_iterations": 2}, ranks=2, sharding="fsdp2")
+    assert sum(row.tokens for row in sharded.run.rows) == 8 * 2304
+
+
+def test_rows_of_scoring_are_those_of_a_rollout() -> None:
+    training = {"max_completion_length": 256, "token_budget": 8192, "beta": 0.1, "gradient_accumulation_steps": 4}
+    run = plan_of(prompt_tokens=512, training=training).run
+    assert [part.tokens for part in run.parts] == [512 + 8 * 256]
+    assert sorted(row.tokens for row in run.rows) == [2560 * 2, 2560 * 2]
+    assert plan_of(kind="sft").run.rows == ()
+    pairs = plan_of(kind="online_dpo", prompt_tokens=512, training={"num_generations": 4, "token_budget": 1024}).run
+    assert len(pairs.rows) > len(pairs.parts)  # all samples are scored, and two of a prompt trained on
+
+
 def test_critics_and_references() -> None:
     with_reference = plan_of(training={"beta": 0.04})
     assert with_reference.fixed["reference"] == 2 * LLAMA_8B.num_parameters

@@ -179,6 +179,17 @@ CASES: list[Request] = [
         },
     ),
     request(name="Qwen3-0.6B", training={CHECKPOINTING: True}),
+    request(  # eight pieces behind a kept prompt, in the update and in scoring
+        peft={"r": 16, "target_modules": "all-linear"}, prompt_tokens=1024,
+        training={"token_budget": 1280, "max_completion_length": 256, CHECKPOINTING: True, "num_iterations": 2},
+    ),
+    request(  # rows of three groups are scored, and trained on one by one
+        name="Qwen3-0.6B",
+        training={
+            "token_budget": 8192, "max_completion_length": 256, "gradient_accumulation_steps": 4, "num_iterations": 2,
+            CHECKPOINTING: True,
+        },
+    ),
     request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
     request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
     request("reward", training={"max_length": 1024, "token_budget": 4096}),
@@ -226,12 +237,13 @@ def test_the_formulas_of_a_long_rollout() -> None:
     _check_formulas(request(name="gemma-2-2b", prompt_tokens=64, training=training, peft=peft))
 
 
-def test_the_formulas_of_several_ranks() -> None:
-    """A single pass, whose gradients only their average over the ranks widens."""
-    training = {"max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_formulas_of_several_ranks(bf16: bool) -> None:
+    """A single pass, whose gradients only their average over the ranks widens; DDP is for those in fp32."""
+    training = {"bf16": bf16, "max_length": 256, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     case = request("sft", "Qwen3-0.6B", ranks=4, training=training)
     trace = _check_formulas(case)
-    assert trace.update.device["buckets"] == 2 * case.model.shape.num_parameters
+    assert trace.update.device.get("buckets", 0) == (0 if bf16 else 4 * case.model.shape.num_parameters)
     assert not torch.distributed.is_initialized()
 
 

@@ -16,7 +16,7 @@ from burnish.model.classifier import load_reward_model, pack_reads, prepare_for_
 from burnish.model.loading import load_processing_class
 from burnish.model.packing import split_by_tokens
 from burnish.model.precision import fast_bf16
-from burnish.model.scoring import causal_lm, eval_mode
+from burnish.model.scoring import causal_lm, continuing, eval_mode, keeps_prompts
 from burnish.types import Completion, Group
 
 __all__ = ["RewardModel"]
@@ -28,8 +28,8 @@ _ROW_COLUMNS = ("chat_template_kwargs", "tools")
 class RewardModel:
     """Reward function of a trained reward model, for `reward_funcs` or a `Criterion`.
 
-    Completions of one prompt share its computation. Texts are tokenized as in training: EOS ends plain completions, the
-    chat template ends conversational ones.
+    Completions of one prompt share its computation, also in several forwards. Texts are tokenized as in training: EOS
+    ends plain completions, the chat template ends conversational ones.
 
     Args:
         model: a model saved by `RewardTrainer` (folder of a model or of adapters, hub name), or a sequence classifier
@@ -101,8 +101,10 @@ class RewardModel:
         groups, scored = self._groups(rows)
         device = self.model.device
         with torch.no_grad(), eval_mode(self.model):
-            for part in split_by_tokens(groups, self.token_budget):
-                values = reward_scores(self.model, pack_reads(part).to(device)).tolist()
+            for part in split_by_tokens(groups, self.token_budget, keep_prompts=keeps_prompts(self.model)):
+                batch = pack_reads(part).to(device)
+                with continuing(self.model, batch, reward_scores):
+                    values = reward_scores(self.model, batch).tolist()
                 done = [completion for group in part for completion in group.completions]
                 for completion, value in zip(done, values, strict=True):
                     completion.sequence["score"] = value

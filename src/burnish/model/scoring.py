@@ -9,7 +9,7 @@ wrapped) model, so data-parallel and sharding wrappers see an ordinary call.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -80,7 +80,6 @@ class ScoringRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Setup:
-    prefix: bool
     fused: bool
     spec: HeadSpec
     positions: int | None
@@ -121,7 +120,7 @@ def noisy_embeddings(model: torch.nn.Module, batch: PackedBatch, alpha: float) -
     """
     lm = causal_lm(model)
     lengths = torch.tensor([span.prompt[1] + span.completions[0][1] for span in batch.spans])
-    if cast(_Setup, lm._burnish_scoring).prefix:
+    if lm._burnish_prefix:
         assert all(len(span.completions) == 1 for span in batch.spans)
         # Spans are consecutive and cover the row, so each length applies to as many tokens.
         lengths = lengths.repeat_interleave(lengths)[None, :, None]
@@ -163,7 +162,8 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
     spec = head_spec(lm.config)
     lm.forward = MethodType(_scoring_forward, lm)
     positions = learned_positions(lm)
-    lm._burnish_scoring = _Setup(prefix=support.ok, fused=True, spec=spec, positions=positions)
+    lm._burnish_prefix = support.ok
+    lm._burnish_scoring = _Setup(fused=True, spec=spec, positions=positions)
     difference = _probe_head(lm)
     if difference is not None:
         logger.warning(
@@ -172,7 +172,7 @@ def prepare_for_scoring(model: torch.nn.Module) -> None:
             type(lm).__name__,
             difference,
         )
-        lm._burnish_scoring = _Setup(prefix=support.ok, fused=False, spec=spec, positions=positions)
+        lm._burnish_scoring = _Setup(fused=False, spec=spec, positions=positions)
 
 
 @torch.no_grad()
@@ -295,7 +295,7 @@ def score(
     if setup is None:
         raise CheckFailed(f"{type(lm).__name__} was not prepared for scoring: call prepare_for_scoring(model) first.")
     refuse_beyond(setup.positions, batch, lm)
-    inputs, layout, score_index = model_inputs(batch, prefix=setup.prefix)
+    inputs, layout, score_index = model_inputs(batch, prefix=lm._burnish_prefix)
     request = ScoringRequest(
         layout, score_index, batch.target_ids, temperature, with_entropy, entropy_gradient, with_collision
     )
@@ -304,25 +304,33 @@ def score(
 
 
 def keeps_prompts(model: torch.nn.Module) -> bool:
-    """Return whether pieces of a group may share keys and values of its prompt: rows of any length give the same."""
+    """Return whether pieces of a group may share keys and values of its prompt: rows of any length give the same.
+
+    Args:
+        model: prepared by `prepare_for_scoring` or `prepare_for_rewards`; may be wrapped.
+    """
     lm = causal_lm(model)
-    setup = cast("_Setup | None", getattr(lm, "_burnish_scoring", None))
-    return setup is not None and setup.prefix and not depends_on_row(lm)
+    return bool(getattr(lm, "_burnish_prefix", False)) and not depends_on_row(lm)
 
 
 @contextmanager
-def continuing(model: torch.nn.Module, batch: PackedBatch) -> Generator[None]:
+def continuing(
+    model: torch.nn.Module, batch: PackedBatch, run: Callable[[torch.nn.Module, PackedBatch], object] = score
+) -> Generator[None]:
     """Run forward and backward of a batch inside; those of its kept prompt precede the first piece and follow the last.
 
+    Without gradients there is no backward pass, and the prompt's keys and values are let go of after the last piece.
+
     Args:
-        model: prepared by `prepare_for_scoring`; may be wrapped.
+        model: prepared for `run`; may be wrapped.
         batch: on the model's device. Without a kept prompt, nothing else is run.
+        run: runs the model on a row: `score`, or `burnish.model.classifier.reward_scores`.
     """
     prompt = batch.kept_prompt
     if prompt is not None and not prompt.is_begun:
         row = pack([Group(list(prompt.token_ids), [])]).to(batch.input_ids.device)
         row.kept_prompt = prompt
-        score(model, row)
+        run(model, row)
     yield
     if prompt is not None:
         prompt.end_piece()

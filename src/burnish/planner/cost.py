@@ -88,16 +88,12 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
         # Servers sample elsewhere, meanwhile or before: their time is not this device's.
         costs["rollout"] = Cost() if run.sampler == "server" else _rollout(run, device, completions) * fraction
     forwards = int(run.reference != "none") + int(run.scores_old)
-    per_step = run.accumulation * forwards
-    scored = _passes(run, device, run.rows, backward=False)
-    if per_step:
-        costs["scoring"] = scored * (
-            per_step * (fraction * run.rollout_batches / run.accumulation if run.rollout_batches else 1)
-        )
+    if forwards:
+        costs["scoring"] = _passes(run, device, run.rows, backward=False) * (forwards * fraction)
     if run.has_critic:
-        values = _passes(run, device, run.rows, backward=False, with_head=False) * (run.rollout_batches * fraction)
+        values = _passes(run, device, run.rows, backward=False, with_head=False) * fraction
         costs["scoring"] = costs.get("scoring", Cost()) + values
-        costs["critic update"] = _passes(run, device, run.rows, backward=True, with_head=False) * run.accumulation
+        costs["critic update"] = _passes(run, device, run.parts, backward=True, with_head=False) * run.accumulation
     costs["update"] = _passes(run, device, run.parts, backward=True, with_head=run.has_head) * run.accumulation
     if run.ranks > 1:
         # Gradients between ranks, and the weights that each pass of a sharded model gathers.
@@ -110,7 +106,7 @@ def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
 
 
 def _passes(run: Run, device: Device, parts: Sequence[Part], *, backward: bool, with_head: bool = True) -> Cost:
-    """Cost of the parts of one micro-batch."""
+    """Cost of the passes over some parts."""
     shape, method = run.shape, run.method
     weights = weight_bytes(shape, method)["weights"]
     flops = seconds = 0.0

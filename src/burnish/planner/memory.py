@@ -259,6 +259,8 @@ def split_rows(
 
 
 def _balanced(pieces: list[Part], budget: int) -> list[Part]:
+    if len(pieces) > 1 and pieces[-2].tokens + pieces[-1].tokens > budget:
+        return pieces  # what the loop would find, more slowly
     count = max(1, -(-sum(piece.tokens for piece in pieces) // budget))
     while count < len(pieces):
         heap = [(0, number) for number in range(count)]
@@ -385,16 +387,32 @@ def _slice(size: int, limit: int, multiple: int = 1) -> int:
 
 
 def forward_bytes(shape: ModelShape, method: Method, part: Part, *, on_cpu: bool, with_head: bool = True) -> Bytes:
-    """Count a forward pass without gradients, at its largest moment: in a layer, or with a tile of the head."""
+    """Count a forward pass without gradients at its largest moment: in a layer, or with a tile of the head.
+
+    Behind a kept prompt, the prompt's own pass counts too; its keys and values stay until the last piece is done.
+    """
     numbers, item = part.tokens * method.item, method.item
+    moments = _layer_moments(shape, method, part)
+    if with_head:
+        head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=item) + part.scored * (item * shape.hidden + 16)
+        moments.append({"activations": 2 * numbers * shape.hidden, "head": head})
+    if part.kept:
+        moments += _layer_moments(shape, method, Part(part.kept, 0, 0))
+        moments = [found | {"kept prompt": 2 * item * shape.keys * shape.layers * part.kept} for found in moments]
+    return max(moments, key=lambda found: sum(found.values()))
+
+
+def _layer_moments(shape: ModelShape, method: Method, part: Part) -> list[Bytes]:
+    numbers = part.tokens * method.item
     moments: list[Bytes] = [
         {"activations": numbers * (4 * shape.hidden + beside), "dequantised": unpacked, "experts": experts}
         for beside, unpacked, experts in _forward_moments(shape, method)
     ]
-    if with_head:
-        head = tile_bytes(shape, part.scored, on_cpu=on_cpu, item=item) + part.scored * (item * shape.hidden + 16)
-        moments.append({"activations": 2 * numbers * shape.hidden, "head": head})
-    return max(moments, key=lambda found: sum(found.values()))
+    if part.kept:
+        # Queries, output, keys and values, and the latter two once more behind those of the prompt.
+        own = numbers * (3 * shape.hidden + 2 * shape.queries + 2 * shape.keys)
+        moments.append({"activations": own + 2 * method.item * shape.keys * part.held})
+    return moments
 
 
 def _forward_moments(shape: ModelShape, method: Method) -> list[tuple[int, int, int]]:

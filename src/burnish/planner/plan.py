@@ -229,7 +229,8 @@ def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
         fixed["critic's weights"] = method.item * trained + 4 * shape.hidden
         fixed["critic's masters"] = 2 * trained * method.bf16
         fixed["critic's optimizer"] = round(method.optimizer_bytes * trained)
-    if run.ranks > 1 and run.sharding == "ddp":
+    if run.ranks > 1 and run.sharding == "ddp" and not method.bf16:
+        # In bf16 the masters average the gradients themselves.
         fixed["buckets"] = method.item * method.trained(shape)
     if run.vllm_fraction and not run.vllm_sleeps:
         fixed["vLLM"] = int(run.vllm_fraction * device.memory_bytes)
@@ -260,13 +261,12 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     """Take the larger moment of the policy's or the critic's backward pass."""
     shape, method = run.shape, run.method
     is_policy = name == "update"
-    parts, largest_part = (run.parts, run.largest) if is_policy else (run.rows, run.largest_row)
-    passes = len(parts) * run.accumulation
+    passes = len(run.parts) * run.accumulation
     if run.has_critic and name == "critic update":
         shape = dataclasses.replace(shape, tied=True)  # a score instead of a head
     averages = run.ranks > 1 and run.sharding == "ddp"
     has_head = run.has_head and is_policy
-    moments = Update(shape, method, largest_part, passes, device.is_cpu, has_head, averages).moments()
+    moments = Update(shape, method, run.largest, passes, device.is_cpu, has_head, averages).moments()
     for found in moments.values():
         if is_policy:
             found["gradients"] //= _divisor(run, "gradients")
@@ -277,5 +277,5 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     largest = max(moments.values(), key=lambda found: sum(found.values()))
     host: Bytes = {}
     if method.activation_offloading:
-        host["offloaded activations"] = checkpoint_bytes(shape, method, largest_part.held)
+        host["offloaded activations"] = checkpoint_bytes(shape, method, run.largest.held)
     return Phase(name, {component: size for component, size in largest.items() if size}, host, cost)

@@ -75,7 +75,7 @@ class Run:
         rollout_batches: micro-batches of a rollout; 0 offline.
         passes: passes over a rollout.
         parts: forward and backward passes of a micro-batch; a kept prompt has one of its own.
-        rows: forward passes of a micro-batch's scoring, and passes of a critic.
+        rows: forward passes that score a rollout, or an optimizer step offline; none where nothing is scored.
         reference: none, adapters switched off, a copy, or a copy that is freed before training.
         scores_old: whether the policy's own log-probabilities are scored before training on them.
         has_head: whether the loss reads log-probabilities.
@@ -122,8 +122,8 @@ class Run:
 
     @property
     def largest_row(self) -> Part:
-        """The row with most tokens."""
-        return max(self.rows)
+        """The row that holds most tokens."""
+        return max(self.rows, key=lambda part: (part.held, part))
 
     @property
     def steps_per_rollout(self) -> float:
@@ -152,12 +152,18 @@ def read_run(request: Request) -> Run:
     rollout = micro_batches_per_rollout(values["steps_per_generation"], accumulation) if online else 0
     passes = values.get("num_iterations", 1)
     budget = values["token_budget"] or (2048 if request.device.is_cpu else 16384)
-    whole = kind in ("dpo", "online_dpo", "reward")
+    couples = kind in ("dpo", "reward")
+    whole = couples or kind == "online_dpo"
     trained_per_prompt = 2 if kind == "online_dpo" else group
     trained = completions * trained_per_prompt // group if online else completions
     # Sharded models keep no prompts.
     keeps = request.ranks == 1 or request.sharding == "ddp"
-    split = partial(split_rows, prompt, completion, max(trained, 1), trained_per_prompt, budget, whole=whole)
+    split = partial(split_rows, prompt, completion, budget=budget, keep_prompts=keeps)
+    reference = _reference(kind, values, method)
+    scores_old = online and kind != "online_dpo" and (passes > 1 or rollout > accumulation)
+    is_scored = reference != "none" or scores_old or kind == "ppo"
+    # Scoring splits a whole rollout, or step, whatever its micro-batches.
+    scored = completions * (rollout or accumulation) * is_scored
     sampler = "none" if not online else "native" if not values["use_vllm"] else values["vllm_mode"]
     return Run(
         kind=kind,
@@ -170,10 +176,10 @@ def read_run(request: Request) -> Run:
         accumulation=accumulation,
         rollout_batches=rollout,
         passes=passes,
-        parts=tuple(split(keep_prompts=keeps)),
-        rows=tuple(split()),
-        reference=_reference(kind, values, method),
-        scores_old=online and kind != "online_dpo" and (passes > 1 or rollout > accumulation),
+        parts=tuple(split(completions=max(trained, 1), group=trained_per_prompt, whole=whole)),
+        rows=tuple(split(completions=scored, group=group, whole=couples)),
+        reference=reference,
+        scores_old=scores_old,
         has_head=kind != "reward",
         has_critic=kind == "ppo",
         cache_gib=values.get("rollout_cache_gib"),

@@ -68,6 +68,7 @@ class ActorCritic(PolicyGradient):
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
             token_budget=args.token_budget,
+            keeps_prompts=run.keeps_prompts(model),
             exact=exact,
             checkpointing=bool(args.gradient_checkpointing),
             offloads=args.activation_offloading,

@@ -220,8 +220,8 @@ class OnlineStage(Stage):
 
     def _fill(self, name: str, groups: Sequence[Group], model: torch.nn.Module) -> None:
         self.run.phases.add_tokens("scoring", sum(group.num_tokens for group in groups))
-        for part in self.parts(groups):
-            fill_logprobs(part, name, model, args=self.args, step=self.run.state.global_step)
+        for part, batch in self.scored_parts(groups, model):
+            fill_logprobs(part, batch, name, model, temperature=self.args.temperature, step=self.run.state.global_step)
 
     def _assess(self, shards: Sequence[Shard], *, moved: bool) -> Assessment:
         """Assess the rewards of a rollout; those of a curriculum that has just `moved` are not comparable."""
@@ -429,8 +429,8 @@ class OnlineStage(Stage):
             self.fill_logprobs(groups, old=[group for group in groups if self.algorithm.needs_old_logprobs(group)])
             self.algorithm.assign_advantages(shards)
             step = self.algorithm.step(groups)
-            batches = [self.pack(part).to(self.args.device) for part in self.parts(step.groups)]
-            return self.run.ranks.sum(sum(float(self.loss(model, batch, step).value) for batch in batches))
+            parts = self.scored_parts(step.groups, model, whole=self.whole_groups)
+            return self.run.ranks.sum(sum(float(self.loss(model, batch, step).value) for _, batch in parts))
         finally:
             self.algorithm.load_state_dict(state)
 

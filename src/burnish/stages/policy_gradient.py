@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from burnish.errors import CheckFailed, ConfigError
-from burnish.model.packing import pack
 from burnish.model.scoring import Scores, eval_mode, score
 from burnish.objectives.advantages import (
     ADVANTAGES,
@@ -279,8 +278,7 @@ class PolicyGradient(Algorithm):
         """Compute the entropy of every token in the loss, for a quantile over all tokens of the step."""
         found: list[float] = []
         with self.run.phases.phase("scoring"), eval_mode(self.run.model):
-            for part in self.stage.parts(groups):
-                batch = pack(part).to(self.args.device)
+            for _, batch in self.stage.scored_parts(groups, self.run.model):
                 entropy_N = score(self.run.model, batch, temperature=self.args.temperature, with_entropy=True).entropy
                 assert entropy_N is not None
                 found += entropy_N.tolist()

@@ -18,7 +18,7 @@ from burnish.model.masters import MasterWeights, average_gradients
 from burnish.model.offload import offloading
 from burnish.model.packing import pack, partition, split_by_tokens, unpack, zero_weight_group
 from burnish.model.recomputation import tile_mlps
-from burnish.model.scoring import eval_mode
+from burnish.model.scoring import continuing, eval_mode
 from burnish.objectives.value import clipped_value_loss, explained_variance, moments
 from burnish.training.checkpoint import writing_checkpoint
 from burnish.training.step import scored_tokens
@@ -50,6 +50,7 @@ class Critic:
         weight_decay: weight decay of matrices; vectors are not decayed.
         max_grad_norm: largest norm of the gradient; 0 or None for no clipping.
         token_budget: most tokens of one forward and backward, prompts counted once per group; None for no limit.
+        keeps_prompts: compute the prompt of a group that is cut once, where it is long enough.
         exact: fp32 values of parameters that the loader rounded.
         checkpointing: recompute activations in the backward pass.
         offloads: keep what the backward pass needs in host memory.
@@ -69,6 +70,7 @@ class Critic:
         weight_decay: float = 0.0,
         max_grad_norm: float | None = 1.0,
         token_budget: int | None = None,
+        keeps_prompts: bool = False,
         exact: dict[torch.nn.Parameter, torch.Tensor] | None = None,
         checkpointing: bool = False,
         offloads: bool = False,
@@ -81,7 +83,7 @@ class Critic:
         self.device = torch.device(device)
         self.learning_rate = learning_rate
         self.max_grad_norm = max_grad_norm or math.inf
-        self.token_budget = token_budget
+        self.token_budget, self._keeps_prompts = token_budget, keeps_prompts
         self._sum, self._max = sum_over_ranks, max_over_ranks
         self._ranks = round(sum_over_ranks(1.0))
         self._filler = [_nothing(pad_token_id)]
@@ -119,7 +121,9 @@ class Critic:
         """
         with eval_mode(self.model):
             for part in self._parts(groups, 1):
-                values = reward_scores(self.model, pack(part).to(self.device)).tolist()
+                batch = pack(part).to(self.device)
+                with continuing(self.model, batch, reward_scores):
+                    values = reward_scores(self.model, batch).tolist()
                 if not all(map(math.isfinite, values)):
                     raise CheckFailed("the critic's values are not finite: look for a NaN in value_model.")
                 completions = [completion for group in part for completion in group.completions]
@@ -182,16 +186,18 @@ class Critic:
     def _parts(self, groups: Sequence[Group], num_batches: int) -> list[list[Group]]:
         """Split groups by the budget, into as many parts on every rank: a sharded model's forward is a collective."""
         batches = [batch for batch in partition(groups, num_batches) if batch]
-        parts = [part for batch in batches for part in split_by_tokens(batch, self.token_budget)]
+        keeps = self._keeps_prompts
+        parts = [part for batch in batches for part in split_by_tokens(batch, self.token_budget, keep_prompts=keeps)]
         return parts + [self._filler] * (int(self._max(len(parts))) - len(parts))
 
     def _backward(self, batch: PackedBatch, *, clip: float | None, scale: float) -> torch.Tensor:
         """Accumulate a part's gradient; return [9] sums: loss, clipped, old values, moments of errors and returns."""
         old_N, returns_N = batch.token["values"], batch.token["returns"]
-        with offloading(self.model) if self._offloads else nullcontext():
+        offload = offloading(self.model) if self._offloads else nullcontext()
+        with offload, continuing(self.model, batch, reward_scores):
             values_N = reward_scores(self.model, batch)
-        losses_N, clipped_N = clipped_value_loss(values_N, old_N, returns_N, clip=clip)
-        (losses_N.sum() * scale).backward()
+            losses_N, clipped_N = clipped_value_loss(values_N, old_N, returns_N, clip=clip)
+            (losses_N.sum() * scale).backward()
         first = torch.stack([x.detach().double().sum() for x in (losses_N, clipped_N, old_N)])
         return torch.cat((first, moments(returns_N - old_N), moments(returns_N))).cpu()
 

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
@@ -48,6 +47,7 @@ from burnish.training.optimizers import check_optimizer, masters_by_config
 from burnish.training.phases import PhaseCallback, Phases
 from burnish.training.processes import claimed_folder
 from burnish.training.ranks import Ranks
+from burnish.training.replica import Replica
 from burnish.training.signals import stopping_on_signals
 from burnish.training.stage import Stage
 from burnish.training.status import recorded_status
@@ -257,7 +257,7 @@ class Learner(Trainer, Generic[S]):
         return batches, torch.tensor(step.denominator, device=device)
 
     def _micro_batch(self, groups: list[Group], step: Step) -> MicroBatch:
-        parts = self.stage.parts(groups, keep_prompts=self._keeps_prompts)
+        parts = self.stage.parts(groups, keep_prompts=self.keeps_prompts(self.model))
         filler = [zero_weight_group(int(self.tokenizer.pad_token_id or 0))]
         if self.ranks.count > 1 and parts and parts[-1][0].kept_prompt is not None:
             # The prompt's backward pass ends its group; gradients are synchronised after it.
@@ -295,12 +295,11 @@ class Learner(Trainer, Generic[S]):
         self.learning_monitor.add_loss(total)
         return total
 
-    @cached_property
-    def _keeps_prompts(self) -> bool:
-        """Whether pieces of a group share its prompt's keys and values."""
+    def keeps_prompts(self, model: torch.nn.Module) -> bool:
+        """Return whether pieces of a group share keys and values of its prompt in passes of a model."""
         # Sharded weights may not be there when the prompt's backward pass needs them.
         kind, whole = self.accelerator.distributed_type, ("NO", "MULTI_CPU", "MULTI_GPU")
-        return kind in whole and self.get_tp_size() == 1 and keeps_prompts(self.model)
+        return kind in whole and self.get_tp_size() == 1 and keeps_prompts(model)
 
     @property
     def master_weights(self) -> MasterWeights | None:
@@ -324,6 +323,9 @@ class Learner(Trainer, Generic[S]):
             decayed = set(self.get_decay_parameter_names(target))
             self.optimizer = masters_by_config(self, named, decayed, self._exact)
         self._exact = {}
+        if self.ranks.count > 1:
+            # Masters average the gradients, and transformers leaves a model that is wrapped out of DDP and its buckets.
+            self.model_wrapped = Replica(self.accelerator.prepare_model(self.model, evaluation_mode=True))
         return self.optimizer
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:

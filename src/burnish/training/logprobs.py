@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from burnish.errors import CheckFailed
-from burnish.model.packing import pack, unpack
+from burnish.model.packing import unpack
 from burnish.model.scoring import score
-from burnish.types import Group
+from burnish.types import Group, PackedBatch
 
 __all__ = ["fill_logprobs"]
 
 
 @torch.no_grad()
-def fill_logprobs(groups: Sequence[Group], name: str, model: torch.nn.Module, *, args: Any, step: int) -> None:
+def fill_logprobs(
+    groups: Sequence[Group], batch: PackedBatch, name: str, model: torch.nn.Module, *, temperature: float, step: int
+) -> None:
     """Write the log-probability of every token under a model into a stream of the completions.
 
     Args:
-        groups: groups to pack into one row.
+        groups: groups to score.
+        batch: the groups packed into one row, on the model's device.
         name: stream to write.
         model: a model prepared for scoring.
-        args: the trainer's config, for `device` and `temperature`.
+        temperature: as in sampling.
         step: optimizer step, for messages.
 
     Raises:
         CheckFailed: one is not finite.
     """
-    batch = pack(groups).to(args.device)
-    logprobs = unpack(groups, score(model, batch, temperature=args.temperature).logprobs.tolist())
+    logprobs = unpack(groups, score(model, batch, temperature=temperature).logprobs.tolist())
     completions = [completion for group in groups for completion in group.completions]
     for completion, values in zip(completions, logprobs, strict=True):
         if not all(map(math.isfinite, values)):

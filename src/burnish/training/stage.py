@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from burnish.data import EncodeStats
 from burnish.model.loading import load_model
 from burnish.model.packing import pack, split_by_tokens
-from burnish.model.scoring import prepare_for_scoring
+from burnish.model.scoring import continuing, prepare_for_scoring
 from burnish.training.checks import refuse_router_loss
 from burnish.training.learning_signal import LearningMonitor
 from burnish.training.metrics import StepMetrics
@@ -50,6 +50,10 @@ class Run(Protocol):
     @property
     def eval_sets(self) -> Mapping[str, list[Group]]:
         """Evaluation sets by the prefix of their metrics."""
+        ...
+
+    def keeps_prompts(self, model: torch.nn.Module) -> bool:
+        """Return whether pieces of a group share keys and values of its prompt in passes of a model."""
         ...
 
 
@@ -127,6 +131,26 @@ class Stage:
         """Split groups into parts within `token_budget`; those that share a kept prompt come first."""
         budget, whole = self.args.token_budget, self.whole_groups
         return split_by_tokens(groups, budget, whole=whole, keep_prompts=keep_prompts)
+
+    def scored_parts(
+        self, groups: Sequence[Group], model: torch.nn.Module, *, whole: bool = False
+    ) -> Iterator[tuple[list[Group], PackedBatch]]:
+        """Split and pack groups for passes of a model without gradients; the prompt of a group that is cut runs once.
+
+        Args:
+            groups: this rank's groups.
+            model: runs on each part before the next is asked for.
+            whole: do not cut groups, for values that couple their completions.
+
+        Yields:
+            Each part with its packed row, on the device. The keys and values of a kept prompt live until its last part
+            is done.
+        """
+        keeps = self.run.keeps_prompts(model)
+        for part in split_by_tokens(groups, self.args.token_budget, whole=whole, keep_prompts=keeps):
+            batch = self.pack(part).to(self.args.device)
+            with continuing(model, batch):
+                yield part, batch
 
     def pack(self, groups: Sequence[Group]) -> PackedBatch:
         """Pack groups into one row, with the tensors that `loss` uses."""

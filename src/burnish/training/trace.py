@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from burnish.model.packing import continued, halve
-from burnish.model.scoring import causal_lm, eval_mode, score
+from burnish.model.packing import continued, halve, pack
+from burnish.model.scoring import causal_lm, continuing, eval_mode, score
 from burnish.model.traced import on_host, standing_for
 from burnish.planner.rollout import Wave
 from burnish.training.ledger import Ledger, Peak
@@ -31,7 +31,7 @@ from burnish.training.step import MicroBatch, Step
 from burnish.training.traced_rollout import trace_rollout
 from burnish.types import Completion, Group, PackedBatch, Score
 
-__all__ = ["Trace", "adding_fakes", "fake_groups", "fake_model", "trace_update"]
+__all__ = ["Trace", "adding_fakes", "cut_in_two", "fake_groups", "fake_model", "trace_update"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Trace:
     """Peaks of the phases of an optimizer step.
 
     Attributes:
-        scoring: a forward pass without gradient, as for reference and old log-probabilities.
+        scoring: forward passes without gradients, as for reference and old log-probabilities.
         update: forward and backward passes, with the optimizer's states.
         optimizer: the optimizer's own step.
         rollout: a prefill and a decode forward of the native engine; None where it does not sample.
@@ -171,6 +171,7 @@ def trace_update(
     groups: Sequence[Group],
     *,
     mode: FakeTensorMode | None,
+    scored: Sequence[Sequence[Group]] | None = None,
     device: str = "cuda",
     num_parts: int = 1,
     keeps_prompt: bool = False,
@@ -183,11 +184,13 @@ def trace_update(
         trainer: a trainer on a model of `fake_model`.
         groups: one part of a micro-batch; only lengths matter.
         mode: the model's; None for a model with values, which is trained and measured.
+        scored: parts that are scored without gradients; None for `groups`, and for their pieces where they have some.
         device: type of the device that fake tensors stand for.
         num_parts: passes whose gradients add up before the optimizer's step.
-        keeps_prompt: update on the two halves of the one group, behind its kept prompt, and score the first.
+        keeps_prompt: update on the two halves of the one group, behind its kept prompt.
         wave: completions that the native engine samples together; None to trace no rollout.
-        ranks: data-parallel processes, of which one is traced, with DDP's buckets and the reduction of its gradients.
+        ranks: data-parallel processes, of which one is traced, with DDP's buckets or the masters' average
+            of gradients.
     """
     ledger, model, stage = Ledger(), trainer.model, trainer.stage
     _own_models(trainer, ledger)
@@ -195,33 +198,39 @@ def trace_update(
     if trainer.args.gradient_checkpointing:
         _enable_checkpointing(causal_lm(model))
     with _ranks(ranks), standing_for(device), nullcontext() if mode is None else mode, ledger:
-        with ledger.component("buckets"):
-            # Its reducer, which allocates them; masters reduce their own gradients, so backward passes go without it.
-            _held = DistributedDataParallel(model, init_sync=False) if ranks > 1 else None
         if hasattr(stage, "algorithm"):
             step = stage.algorithm.step(list(groups), is_on_policy=False)
         else:
             step = stage.next_step(iter([list(groups)]), 1)
             groups = step.groups  # with their streams
-        parts = [[half] for half in halve(groups[0])] if keeps_prompt else [list(groups)]
-        row, small = (_faked(stage.pack(part), mode) for part in (parts[0], [_shortened(groups[0])]))
-        pieces = [[piece] for piece in continued([half for (half,) in parts])] if keeps_prompt else []
-        passes = [_faked(stage.pack(piece), mode) for piece in pieces] or [row]
+        parts = cut_in_two(groups[0]) if keeps_prompt else [list(groups)]
+        small, *passes = (_faked(stage.pack(part), mode) for part in ([_shortened(groups[0])], *parts))
+        rows = passes if scored is None else [_faked(pack(part), mode) for part in scored]
         with ledger.component("optimizer"):
             trainer.create_optimizer()
+        with ledger.component("buckets"):
+            # Its reducer allocates them; backward passes go without it.
+            needs_reducer = ranks > 1 and trainer.master_weights is None
+            _held = DistributedDataParallel(model, init_sync=False) if needs_reducer else None
         # The first step makes the optimizer's states; the second is measured.
         _take_step(trainer, step, [small], ledger)
         if critic is not None:
             _update_critic(critic, [small], ledger)
         with torch.no_grad(), eval_mode(model), ledger.phase() as scoring:
-            if has_head:  # a reward model reads no log-probabilities
-                score(model, row, temperature=1.0)
+            for row in rows if has_head else ():  # a reward model reads no log-probabilities
+                with continuing(model, row):
+                    score(model, row, temperature=1.0)
         # Gradients are whole, and from the second pass on wide, after a pass of any size.
         earlier = [small] * min(num_parts - 1, 2)
-        critic_update = None if critic is None else _update_critic(critic, [*earlier, row], ledger)
+        critic_update = None if critic is None else _update_critic(critic, [*earlier, *passes], ledger)
         update, optimizer = _take_step(trainer, step, [*earlier, *passes], ledger)
         rollout = None if wave is None else trace_rollout(model, stage.tokenizer, wave, ledger)
     return Trace(scoring, update, optimizer, rollout, critic_update)
+
+
+def cut_in_two(group: Group) -> list[list[Group]]:
+    """Cut a group into two parts that share its kept prompt."""
+    return [[piece] for piece in continued(halve(group))]
 
 
 def _enable_checkpointing(lm: Any) -> None:

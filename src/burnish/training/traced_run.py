@@ -20,10 +20,12 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from burnish.config.stages import STAGES
 from burnish.errors import ConfigError
+from burnish.planner.memory import Part
 from burnish.planner.rollout import Wave
-from burnish.planner.run import Request, read_run
+from burnish.planner.run import Request, Run, read_run
 from burnish.rollout.engine import Engine
-from burnish.training.trace import Trace, adding_fakes, fake_groups, fake_model, trace_update
+from burnish.training.trace import Trace, adding_fakes, cut_in_two, fake_groups, fake_model, trace_update
+from burnish.types import Group
 
 __all__ = ["check_traceable", "trace_request"]
 
@@ -85,12 +87,9 @@ def trace_request(request: Request) -> Trace:
     run, config = read_run(request), dict(request.model.config or {})
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM" if run.has_head else "SEQ_CLS", **(request.peft or {})}
     adapters = None if request.peft is None else LoraConfig(**fields)
-    part, sizes = run.largest, run.prompt_tokens
-    groups = max((part.tokens - part.scored) // sizes, 1) if sizes else part.scored // run.completion_tokens
-    if part.kept:  # one group, in two pieces
-        groups, part = 1, part._replace(scored=2 * part.scored)
-    each, more = divmod(part.scored // run.completion_tokens, groups)
-    shapes = [[run.completion_tokens] * (each + (number < more)) for number in range(groups)]
+    scored = [_groups(run, run.largest_row)] if run.rows else None
+    if scored and run.largest_row.kept:
+        scored = cut_in_two(scored[0][0])
     model, mode = fake_model(
         AutoConfig.for_model(**config),
         dtype=torch.bfloat16 if run.method.bf16 else torch.float32,
@@ -101,18 +100,31 @@ def trace_request(request: Request) -> Trace:
     with _trainer(request, model, bf16=run.method.bf16, mode=mode) as trainer:
         return trace_update(
             trainer,
-            [
-                group
-                for number, lengths in enumerate(shapes)
-                for group in fake_groups(sizes, lengths, index=number, reads_last=not run.has_head)
-            ],
+            _groups(run, run.largest),
+            scored=scored,
             mode=mode,
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
-            keeps_prompt=part.kept > 0,
+            keeps_prompt=run.largest.kept > 0,
             wave=Wave.planned(run) if run.sampler == "native" else None,
             ranks=run.ranks,
         )
+
+
+def _groups(run: Run, part: Part) -> list[Group]:
+    """Make the groups of a part; behind a kept prompt, the one group that two such pieces make."""
+    if part.kept:
+        shapes = [[run.completion_tokens] * (2 * part.scored // run.completion_tokens)]
+    else:
+        sizes = run.prompt_tokens
+        groups = max((part.tokens - part.scored) // sizes, 1) if sizes else part.scored // run.completion_tokens
+        each, more = divmod(part.scored // run.completion_tokens, groups)
+        shapes = [[run.completion_tokens] * (each + (number < more)) for number in range(groups)]
+    return [
+        group
+        for number, lengths in enumerate(shapes)
+        for group in fake_groups(run.prompt_tokens, lengths, index=number, reads_last=not run.has_head)
+    ]
 
 
 @contextlib.contextmanager
