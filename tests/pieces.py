@@ -32,6 +32,7 @@ from burnish.model.kept_prompt import KeptPrompt
 from burnish.model.loading import load_model
 from burnish.model.offload import offloading
 from burnish.model.self_test import PrefixSupport
+from burnish.planner import memory
 from burnish.rollout.engine import Engine, Request
 from burnish.training import critic, learner
 from burnish.types import Completion, StopReason
@@ -150,6 +151,7 @@ def under(pieces: Iterable[str], seen: set[str], *, plain: bool = False) -> Gene
             put(owner, name, watched)
 
         put(offload, "_MIN_BYTES", 1)
+        put(memory, "KEPT_PROMPT_TOKENS", 16)
         for module in (learner, critic):
             put(module, "offloading", lambda model: offloading(model, copies_on_cpu=True))
         if plain:
@@ -206,7 +208,9 @@ def _quantised(kind: str, dtype: torch.dtype) -> Any:
 
 def dense(model: Any) -> Any:
     """A model with the same weights, not quantised, in float64."""
-    return copy.deepcopy(model).dequantize().double()
+    model = copy.deepcopy(model).dequantize().double()
+    model.set_experts_implementation("eager")  # grouped products take no float64
+    return model
 
 
 def lora() -> LoraConfig:
@@ -310,13 +314,18 @@ SHARED: list[tuple[str, Mode, torch.dtype, tuple[str, ...], int]] = [
 
 def main(folder: Path) -> None:
     """Take every shared step on this rank; the first rank saves the sums of losses, and gradients."""
+    # Within a process group, transformers writes models on the first rank alone.
+    models = [model_of(kind, mode, dtype) for kind, mode, dtype, *_ in SHARED]
     results = []
     for number, (kind, mode, dtype, pieces, accumulation) in enumerate(SHARED):
         found = step(
-            folder / str(number), model_of(kind, mode, dtype), mode, pieces, accumulation=accumulation,
+            folder / str(number), models[number], mode, pieces, accumulation=accumulation,
             ranks=int(os.environ["WORLD_SIZE"]), ddp_backend="gloo", bf16=dtype == torch.bfloat16,
         )  # fmt: skip
         torch.distributed.all_reduce(found.loss)
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, found.seen)
+        found.seen = set.union(*everywhere)
         results.append(found)
     if torch.distributed.get_rank() == 0:
         torch.save([(found.loss, found.gradients, found.seen) for found in results], folder / "result.pt")
