@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 import tiny
+from burnish import SFTConfig, SFTTrainer
 from burnish.errors import ConfigError
+from burnish.model.critic import share_base
 from burnish.model.host_embedding import keep_embedding_on_host
 from burnish.model.packing import pack
 from burnish.model.scoring import prepare_for_scoring, score
 from test_recomputation import groups
-from test_trainers import assert_same, grpo, weights
+from test_trainers import TEXTS, assert_same, grpo, settings, weights
 
 
 def adapted(**changes: Any) -> Any:
@@ -62,6 +65,32 @@ def test_a_run_takes_the_same_steps(tmp_path: Path) -> None:
         made.train()
         trained.append({name: value for name, value in weights(made).items() if "lora" in name})
     assert_same(*trained, tolerance=0.0)
+
+
+def test_a_critic_on_the_policy_s_base_looks_up_the_same_embedding(tmp_path: Path) -> None:
+    policy = adapted()
+    keep_embedding_on_host(policy)
+    critic = share_base(policy, seed=3, pad_token_id=0)
+    assert critic.get_input_embeddings().weight is policy.get_input_embeddings().weight
+
+
+def test_a_run_with_a_frozen_embedding_resumes(tmp_path: Path) -> None:
+    """The checkpoint holds the embedding, which is read back though it is not a parameter."""
+
+    def run(resume: str | None = None) -> Any:
+        model = tiny.model("llama", tie_word_embeddings=False)
+        model.get_input_embeddings().weight.requires_grad_(False)
+        fields = settings(
+            tmp_path, embedding_offloading=True, max_steps=2, save_strategy="steps", save_steps=1, optim="sgd"
+        )
+        made = SFTTrainer(model, SFTConfig(**fields), train_dataset=TEXTS, processing_class=tiny.tokenizer())
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    whole, resumed = run(), run(str(tmp_path / "checkpoint-1"))
+    assert_same(weights(whole), weights(resumed), tolerance=0.0)
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(saved["model.embed_tokens.weight"], whole.model.get_input_embeddings().weight)
 
 
 def test_what_cannot_stay_on_the_host_is_an_error(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from burnish.planner.memory import (
 )
 from burnish.planner.models import FoundModel, find_shape, known_models
 from burnish.planner.plan import Plan, estimate
-from burnish.planner.proposals import propose
+from burnish.planner.proposals import _options, propose
 from burnish.planner.run import Request
 from burnish.planner.shapes import ModelShape, shape_from_config
 from burnish.planner.update import Update
@@ -466,6 +466,15 @@ def test_a_cache_in_8_bits_is_planned_and_proposed() -> None:
     exact = [change for one in propose(tight, only_exact=True) for change in one.changes]
     assert exact
     assert {"rollout_cache_dtype": "int8"} not in [change.values for change in exact]
+
+
+@pytest.mark.parametrize("whole", [[], ["embed_tokens"], ["lm_head"]])
+def test_an_embedding_that_trains_is_not_proposed_for_the_host(whole: list[str]) -> None:
+    request = request_of(device="8GB", kind="sft", peft={**QLORA["peft"], "modules_to_save": whole})
+    proposed = {name for one in propose(request) for change in one.changes for name in change.values}
+    options = {name for levels in _options(request, estimate(request)) for change in levels for name in change.values}
+    assert ("embedding_offloading" in options) == (whole != ["embed_tokens"])
+    assert proposed <= options
 
 
 def test_runs_that_fit_or_never_will_get_no_proposals() -> None:

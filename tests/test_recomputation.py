@@ -101,6 +101,35 @@ def test_tiled_mlps_compute_the_same_values_and_gradients(
         torch.testing.assert_close(grad, whole[1][name], rtol=1e-9, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tiled_mlps_recompute_the_dropout_of_their_forward(checkpointing: bool) -> None:
+    """The gradient is the slope of the loss whose noise a seed repeats, by finite differences."""
+    model: Any = tiny.model("stablelm", dtype=torch.float64, attention_dropout=0.0).train()
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(model, lora)
+    if checkpointing:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
+            {"use_reentrant": False}
+        )
+    prepare_for_scoring(model)
+    tile_mlps(model, 3)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        return score(model, pack(groups())).logprobs.sum()
+
+    loss().backward()
+    for name, weight in model.named_parameters():
+        if "layers.0.mlp" in name and weight.grad is not None:
+            direction, values = weight.grad / weight.grad.norm(), []
+            for size in (1e-5, -2e-5):
+                weight.data += size * direction
+                values.append(loss().item())
+            weight.data += 1e-5 * direction
+            # The error of the quotient is of the order of the step's square.
+            assert (values[0] - values[1]) / 2e-5 == pytest.approx(float(weight.grad.norm()), rel=1e-5), name
+
+
 def test_tiled_mlps_hold_less(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama", dtype=torch.float32, intermediate_size=1024).train()
     model.gradient_checkpointing_enable({"use_reentrant": False}) if not hasattr(

@@ -7,7 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["disable_dropout", "without_dropout"]
+__all__ = ["disable_dropout", "draws_dropout", "without_dropout"]
+
+
+def draws_dropout(module: torch.nn.Module) -> bool:
+    """Return whether a forward of a module draws random numbers: it trains, and a probability is not 0."""
+    return module.training and any(value > 0 for _, _, value in _probabilities(module))
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

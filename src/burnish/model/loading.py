@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from burnish.config.paths import expanded, is_file
 from burnish.data.chat import resolve_chat_template
@@ -26,6 +26,7 @@ __all__ = [
     "compute_dtype",
     "load_model",
     "load_processing_class",
+    "model_skeleton",
 ]
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,32 @@ def drop_gguf_config(model: Any) -> None:
         for attribute in ("quantization_method", "_is_quantized_training_enabled"):
             if hasattr(model, attribute):
                 setattr(model, attribute, None)
+
+
+def model_skeleton(
+    model: str | Path, init_kwargs: Mapping[str, Any] | None = None, *, auto_class: Any = AutoModelForCausalLM
+) -> Any:
+    """Build a model on the meta device: its modules, and tensors without values.
+
+    Args:
+        model: as in `load_model`; of a folder of adapters, their base.
+        init_kwargs: the model's.
+        auto_class: as in `load_model`.
+
+    Raises:
+        ModelError: no configuration is found.
+    """
+    source = find_model(model)
+    if (adapters := saved_adapters(source.name)) is not None:
+        source = find_model(adapters.base)
+    name, kwargs = reach(source, init_kwargs), {**source.kwargs, **(init_kwargs or {})}
+    for decides_tensors in ("dtype", "torch_dtype", "quantization_config", "device_map"):
+        kwargs.pop(decides_tensors, None)
+    with reading_model(source.name, "configuration", "Name a folder written by save_pretrained, or a hub name"):
+        config, _ = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+        trusts = bool(kwargs.get("trust_remote_code", False))
+        with torch.device("meta"):
+            return auto_class.from_config(config, trust_remote_code=trusts)
 
 
 def load_processing_class(model: str | Path, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:

@@ -27,11 +27,12 @@ from torch.utils.checkpoint import checkpoint
 
 from burnish.errors import ConfigError
 from burnish.kernels.elementwise import fuses, gated_silu, rms_norm
+from burnish.model.dropout import draws_dropout
 from burnish.model.fused import is_silu, norm_epsilon
 from burnish.model.offload import Saved, restore, saver, storage_key
 from burnish.model.traced import device_type
 
-__all__ = ["norm_forward", "recompute_later", "recomputing", "save_less", "tile_mlps"]
+__all__ = ["check_tiles", "norm_forward", "recompute_later", "recomputing", "save_less", "tile_mlps"]
 
 
 @dataclass(slots=True)
@@ -165,14 +166,16 @@ def save_less(model: nn.Module) -> None:
         if kind.__name__.endswith("Norm") and "Batch" not in kind.__name__ and not list(module.children()):
             if all(p.ndim == 1 for p in module.parameters()):
                 module.forward = MethodType(norm_forward, module)
-        elif all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
+        elif _looks_gated(module):
             if kind not in gated:
                 gated[kind] = _is_gated(cast(Any, module), dtype)
             if gated[kind]:
                 module.forward = MethodType(_gated_forward, module)
 
 
-_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+def _looks_gated(module: nn.Module) -> bool:
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
 
 
 @torch.no_grad()
@@ -231,20 +234,36 @@ def tile_mlps(model: nn.Module, tiles: int) -> None:
     """
     found = [module for module in model.modules() if getattr(module.forward, "__func__", None) is _gated_forward]
     if tiles > 1 and not found:
-        raise ConfigError(
-            f"mlp_tiles = {tiles}: {type(model).__name__} has no MLP of gate_proj, up_proj, down_proj and act_fn to "
-            "tile; remove mlp_tiles."
-        )
+        raise _nothing_to_tile(model, tiles)
     for module in found:
         cast(Any, module).burnish_tiles = tiles
 
 
-def _tiled(mlp: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
+def check_tiles(model: nn.Module, tiles: int) -> None:
+    """Refuse a model without an MLP that looks gated, if there are to be tiles; it may be one without values.
+
+    Raises:
+        ConfigError: no module has the names of a gated MLP.
+    """
+    if tiles > 1 and not any(map(_looks_gated, model.modules())):
+        raise _nothing_to_tile(model, tiles)
+
+
+def _nothing_to_tile(model: nn.Module, tiles: int) -> ConfigError:
+    return ConfigError(
+        f"mlp_tiles = {tiles}: {type(model).__name__} has no MLP of gate_proj, up_proj, down_proj and act_fn to tile; "
+        "remove mlp_tiles."
+    )
+
+
+def _tiled(module: nn.Module, x: Tensor, tiles: int) -> Tensor:
+    mlp = cast("Callable[[Tensor], Tensor]", MethodType(type(module).forward, module))
     rows = x.flatten(0, -2)
     keeps = torch.is_grad_enabled()
+    draws = draws_dropout(module)  # the dropout of adapters must be the same in the backward pass
     # Empty parts are run too: see above.
     outputs = [
-        checkpoint(mlp, part, use_reentrant=False, preserve_rng_state=False) if keeps else mlp(part)
+        checkpoint(mlp, part, use_reentrant=False, preserve_rng_state=draws) if keeps else mlp(part)
         for part in rows.tensor_split(tiles)
     ]
     return torch.cat(outputs).view_as(x)
@@ -252,7 +271,7 @@ def _tiled(mlp: Callable[[Tensor], Tensor], x: Tensor, tiles: int) -> Tensor:
 
 def _gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) == 1 and not kwargs and getattr(self, "burnish_tiles", 1) > 1:
-        return _tiled(MethodType(type(self).forward, self), args[0], self.burnish_tiles)
+        return _tiled(self, args[0], self.burnish_tiles)
     if len(args) != 1 or kwargs:
         return type(self).forward(self, *args, **kwargs)
     if _fuses(args[0]) and is_silu(self.act_fn):

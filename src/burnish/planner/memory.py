@@ -75,6 +75,11 @@ class Adapters:
     ranks: tuple[tuple[str, int], ...] = ()
     layers: int | None = None
 
+    @property
+    def trains_embedding(self) -> bool:
+        """Whether the input embedding is trained in full."""
+        return any(name.rpartition(".")[2] in ("embed_tokens", "wte") for name in self.whole)
+
     def matched(self, shape: ModelShape) -> list[tuple[Linear, int]]:
         """Return the linear layers that get adapters, each with its rank."""
         tensors = [(one, self._rank_of(one.path)) for one in shape.expert_tensors if one.path.endswith(self.parameters)]

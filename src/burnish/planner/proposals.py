@@ -179,8 +179,8 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
     if method.mlp_tiles == 1 and plan.run.shape.gated and not plan.run.shape.fused and not plan.run.shape.experts:
         levels = [{"mlp_tiles": number} for number in (2, 4, 8, 16)]
         offer(levels, "computes MLPs in parts; the same gradient up to rounding")
-    offloads = method.embedding_offloading or method.adapters is None or plan.run.shape.tied or plan.device.is_cpu
-    if not offloads:
+    trains = method.adapters is None or method.adapters.trains_embedding
+    if not (trains or method.embedding_offloading or plan.run.shape.tied or plan.device.is_cpu):
         offer([{"embedding_offloading": True}], "looks embeddings up in host memory; the same gradient")
     whole = request.kind in ("dpo", "reward", "online_dpo")
     least = plan.run.prompt_tokens + plan.run.completion_tokens * (2 if whole else 1)

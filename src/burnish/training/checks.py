@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.training_args import ParallelMode
 
 from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapter_files import saved_adapters
 from burnish.model.adapters import carries_adapters
-from burnish.model.loading import adopt_chat_template, load_processing_class
+from burnish.model.host_embedding import check_embedding_on_host
+from burnish.model.loading import adopt_chat_template, load_processing_class, model_skeleton
 from burnish.model.positions import check_lengths
 from burnish.model.quantization import is_quantized
+from burnish.model.recomputation import check_tiles
 from burnish.model.scoring import causal_lm
 from burnish.rollout.vllm.embedded import check_embedding
 from burnish.rollout.vllm.weights import refuse_unsupported_config
@@ -32,6 +35,8 @@ __all__ = [
     "use_non_reentrant_checkpointing",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> None:
     """Check what is known before any weight is read: processes, batches, quantised weights, vLLM.
@@ -42,6 +47,7 @@ def check_run(model: Any, args: Any, train_dataset: Any, peft_config: Any) -> No
     _refuse_data_parallel(args)
     _refuse_no_batch(args, train_dataset)
     _check_quantized(model, args, peft_config)
+    _check_architecture(model, args, peft_config)
     if getattr(args, "use_vllm", False):
         refuse_unsupported_config(peft_config)
         if args.vllm_mode == "colocate":
@@ -158,11 +164,14 @@ def resolve_tokenizer(
 
 
 def use_non_reentrant_checkpointing(args: Any) -> None:
-    """Use non-reentrant checkpointing; reentrant is wrong for layers that share keys and values."""
+    """Use non-reentrant checkpointing; reentrant is wrong for layers that share keys and values, or keep a prompt's."""
     # transformers 5.17 knows the second name only.
     name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     if getattr(args, name):
-        setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
+        given = cast("dict[str, Any]", getattr(args, f"{name}_kwargs") or {})
+        if given.get("use_reentrant"):
+            logger.info("%s_kwargs: use_reentrant = True is taken as False, which has the same gradient", name)
+        setattr(args, f"{name}_kwargs", {**given, "use_reentrant": False})
 
 
 _ADAPTERS_NEEDED = "quantised weights cannot be trained; pass adapters, such as LoraConfig()"
@@ -174,6 +183,29 @@ def _check_quantized(model: Any, args: Any, peft_config: Any) -> None:
         return
     if not isinstance(model, str | Path) or saved_adapters(model) is None:
         raise ConfigError(f"peft_config = None: {_ADAPTERS_NEEDED}.")
+
+
+def _check_architecture(model: Any, args: Any, peft_config: Any) -> None:
+    """Refuse to save memory as the model cannot, before any weight is read: its modules tell without values."""
+    if not isinstance(model, str | Path) or (args.mlp_tiles == 1 and not args.embedding_offloading):
+        return
+    auto_class = AutoModelForSequenceClassification if args.kind == "reward" else AutoModelForCausalLM
+    skeleton = model_skeleton(model, args.model_init_kwargs, auto_class=auto_class)
+    check_tiles(skeleton, args.mlp_tiles)
+    if args.embedding_offloading:
+        adapters = peft_config if peft_config is not None else saved_adapters(model)
+        skeleton.requires_grad_(adapters is None or _trains_embedding(adapters, skeleton))
+        check_embedding_on_host(skeleton)
+
+
+def _trains_embedding(adapters: Any, model: Any) -> bool:
+    """Return whether adapters name the input embedding, to be trained in full, in some rows, or by factors."""
+    path = next(path for path, module in model.named_modules() if module is model.get_input_embeddings())
+    if isinstance(rows := getattr(adapters, "trainable_token_indices", None), list) and rows:
+        return True
+    lists = [getattr(adapters, field, None) or () for field in ("modules_to_save", "target_modules")]
+    named = [name for names in (*lists, rows or ()) if not isinstance(names, str) for name in names]
+    return any(path == name or path.endswith(f".{name}") for name in named)
 
 
 def _check_trains(model: torch.nn.Module) -> None:
