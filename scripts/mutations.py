@@ -244,7 +244,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),
     ("training/memory_plan.py", "if args.memory_budget is None and args.check_memory:", "if False:", BUDGET),
     ("training/memory_plan.py", 'fields["max_length"] = length', "pass", BUDGET),
-    ("training/memory_plan.py", ' // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))', "", BUDGET),
+    ("training/memory_plan.py", "shared_by(int(os.environ.get(\"LOCAL_WORLD_SIZE\", \"1\")))", "shared_by(1)", BUDGET),
     ("training/metrics.py", "torch.where(chosen_N, values_N.values.detach(), 0).sum()", "values_N.values.detach().sum()", "test_preference_trainer.py"),
     ("stages/dpo.py", "batch.sequence_index % 2 == 0)", "batch.sequence_index % 2 >= 0)", "test_preference_trainer.py"),
     ("model/prefix.py", "np.arange(span.prompt[1], span.prompt[1] + length)", "np.arange(length)", "test_attention.py"),

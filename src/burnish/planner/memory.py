@@ -33,6 +33,8 @@ __all__ = [
     "keeps_prompt",
     "layer_bytes",
     "mlp_width",
+    "offloaded_bytes",
+    "pinned_bytes",
     "round_up",
     "saved_bytes",
     "split_rows",
@@ -338,6 +340,21 @@ def _mlp_numbers(shape: ModelShape, method: Method, *, recomputes: bool) -> int:
 def checkpoint_bytes(shape: ModelShape, method: Method, tokens: int) -> int:
     """Bytes of the inputs of all layers: L H numbers per token."""
     return method.item * shape.layers * shape.hidden * tokens
+
+
+def offloaded_bytes(shape: ModelShape, method: Method, tokens: int, *, on_cpu: bool) -> int:
+    """Bytes that offloaded checkpoints take in the host's memory.
+
+    The inputs of all layers and of the last norm, that in fp32 too, and its output before the weight.
+    """
+    numbers = shape.hidden * tokens
+    sizes = [method.item * numbers] * (shape.layers + 2) + [4 * numbers] * method.bf16
+    return sum(size if on_cpu else pinned_bytes(size) for size in sizes)
+
+
+def pinned_bytes(size: int) -> int:
+    """Bytes that torch takes for a tensor in pinned memory: it rounds up to a power of two."""
+    return 1 << max(size - 1, 0).bit_length() if size else 0
 
 
 def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:
