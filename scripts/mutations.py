@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 KEPT_PROMPT = "test_kept_prompt.py"
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
+HOST = "test_host_memory.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
@@ -239,6 +240,23 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
     ("planner/memory.py", "shape.keys + 2 * shape.kv_heads if", "shape.keys if", "test_planner.py::test_bytes_per_token_by_hand"),
     ("planner/proposals.py", "rollout to 8 bits\", \"method\"", "rollout to 8 bits\", \"nothing\"", "test_planner.py::test_a_cache_in_8_bits_is_planned_and_proposed"),
+    ("planner/memory.py", "kept = 0 if is_tiled(shape, method) else", "kept =", TRACE),
+    # the host's memory
+    ("planner/plan.py", "self.fits_device and self.fits_host is not False", "self.fits_device", HOST),
+    ("planner/plan.py", "return max(self.peak_bytes - self.usable_bytes, 0) + max(host, 0)", "return max(self.peak_bytes - self.usable_bytes, 0)", HOST),
+    ("planner/plan.py", "host[\"embedding\"] = table if device.is_cpu else pinned_bytes(table)", "host[\"embedding\"] = 0", HOST),
+    ("planner/memory.py", "return 1 << max(size - 1, 0).bit_length() if size else 0", "return size", HOST),
+    ("planner/memory.py", "(shape.layers + 2) + [4 * numbers] * method.bf16", "shape.layers", HOST),
+    ("planner/devices.py", "\"memory_bytes\" if self.is_cpu else \"host_bytes\"", "\"host_bytes\"", HOST),
+    ("planner/devices.py", "for parent in (folder, *folder.parents)]", "for parent in (folder,)]", HOST),
+    ("planner/devices.py", "if controllers in _LIMITS:", "if controllers == \"\":", HOST),
+    ("planner/proposals.py", "return options if plan.fits_host is not False else options + _off_the_host(request, plan)", "return options", HOST),
+    ("planner/proposals.py", "for stay in itertools.combinations(moving, size):", "for stay in [()]:", HOST),
+    ("planner/proposals.py", "found = (plan.excess_bytes, plan.peak_bytes, number)", "found = (plan.peak_bytes, plan.peak_bytes, number)", HOST),
+    ("planner/budget.py", "plan.host_bytes > _MARGIN * device.host_bytes", "plan.host_bytes > device.host_bytes", HOST),
+    ("planner/budget.py", "elif device.host_bytes is not None and", "elif False and device.host_bytes is not None and", HOST),
+    ("planner/run.py", "reads=not request.in_memory", "reads=True", HOST),
+    ("training/memory_plan.py", "in_memory = not isinstance(model, str | Path)", "in_memory = False", HOST),
     ("planner/budget.py", "propose(request, only_exact=True)", "propose(request)", BUDGET),
     ("planner/budget.py", "request, chosen = change.apply(request), chosen | dict(change.values)", "pass", BUDGET),
     ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),

@@ -180,6 +180,7 @@ CASES: list[Request] = [
         },
     ),
     request(name="Qwen3-0.6B", training={CHECKPOINTING: True}),
+    request(training={"token_budget": 4608, "mlp_tiles": 4}, peft={"r": 16, "target_modules": "all-linear"}),
     request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
     request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
     request("reward", training={"max_length": 1024, "token_budget": 4096}),

@@ -117,9 +117,9 @@ class CommonFields:
     memory_budget: Annotated[str, Meets(_size)] | None = own(
         None,
         "Device memory for the run, such as 8GB, or auto for all of it. Where the planner's formulas need more, or "
-        "more than the host's memory, the fastest settings that fit and leave the gradient as it is are set, and shown. On a "
-        "CPU it counts the process, which then returns freed memory at once, at some cost in speed. None: nothing is "
-        "set.",
+        "more memory than the host has, the fastest settings that fit and leave the gradient as it is are set, and "
+        "shown. On a CPU it counts the process, which then returns freed memory at once, at some cost in speed. "
+        "None: nothing is set.",
         MODEL,
     )
     check_memory: bool = own(

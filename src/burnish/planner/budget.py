@@ -16,7 +16,7 @@ from burnish.planner.run import Request
 __all__ = ["Budgeted", "keep_budget", "refuse_too_large"]
 
 _MARGIN = 1.1
-"""Times the memory of device or host over which a run is refused: twice the formulas' worst error (docs/planning.md)."""
+"""Times the memory of device or host over which a run is refused: twice the formulas' worst error (planning.md)."""
 
 
 class Budgeted(NamedTuple):

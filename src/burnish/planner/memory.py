@@ -30,6 +30,7 @@ __all__ = [
     "checkpoint_bytes",
     "dequantised_bytes",
     "forward_bytes",
+    "is_tiled",
     "keeps_prompt",
     "layer_bytes",
     "mlp_width",
@@ -287,11 +288,18 @@ def saved_bytes(shape: ModelShape, method: Method) -> int:
     """Bytes per token that a layer keeps for its backward pass without checkpointing.
 
     Norms and gated MLPs are recomputed (`burnish.model.recomputation`): 8 H + 4 K + 4 M + 2 times the ranks, for Q = H.
+    A tiled MLP keeps nothing but its input, which its norm recomputes, and runs again part by part: without the 4 M.
     """
     queries, keys, hidden = shape.queries, shape.keys, shape.hidden
     # Inputs of the norms; queries, keys and values; the attention's output and its log normaliser.
     numbers = shape.norms * hidden + 2 * queries + 2 * keys + shape.qk_norm * (queries + keys) + method.ranks(shape)
-    return method.item * numbers + 4 * shape.heads + method.item * _mlp_numbers(shape, method, recomputes=True)
+    kept = 0 if is_tiled(shape, method) else _mlp_numbers(shape, method, recomputes=True)
+    return method.item * (numbers + kept) + 4 * shape.heads
+
+
+def is_tiled(shape: ModelShape, method: Method) -> bool:
+    """Return whether MLPs run over parts of their tokens; only dense gated ones can."""
+    return method.mlp_tiles > 1 and shape.gated and not shape.fused and not shape.experts
 
 
 def layer_bytes(shape: ModelShape, method: Method) -> int:
