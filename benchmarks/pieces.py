@@ -1,12 +1,13 @@
 """What each piece of the memory stack costs in time and saves in bytes, beside what the planner's formulas say.
 
-Usage: python benchmarks/pieces.py [--quick] [--pairs 5] [--only TEXT]
+Usage: python benchmarks/pieces.py [--quick] [--pairs 3] [--only TEXT]
 
 In one process, SmolLM2-135M-Instruct in bf16 takes a GRPO-like update, optimizer step included, with a piece on and
-off, in pairs whose order alternates; pieces of a rollout sample with the native engine instead. The bytes are the peak
-of live storages of an update's backward pass or of a rollout, weights and optimizer included
-(`burnish.training.ledger`). On a CPU offloading moves nothing: here its copies are made all the same, to what is
-counted as the host. Writes `results/pieces.json` and `docs/pieces.svg`; `--quick` and `--only` write nothing.
+off, in pairs whose order alternates; pieces of a rollout sample with the native engine instead. Ratios are of CPU
+seconds on one thread, which other processes disturb less than the clock. The bytes are the peak of live storages of an
+update's backward pass or of a rollout, weights and optimizer included (`burnish.training.ledger`). On a CPU offloading
+moves nothing: here its copies are made all the same, to what is counted as the host. Writes `results/pieces.json` and
+`docs/pieces.svg`; `--quick` and `--only` write nothing.
 """
 
 from __future__ import annotations
@@ -76,12 +77,12 @@ NOT_MEASURED = {
 class Sizes:
     """What an update trains on, and what a rollout samples."""
 
-    prompt: int = 384
-    completion: int = 128
+    prompt: int = 320
+    completion: int = 80
     group: int = 8
-    token_budget: int = 640
+    token_budget: int = 480
     sampled_prompts: int = 2
-    sampled: int = 64
+    sampled: int = 48
     sampled_group: int = 16
 
 
@@ -105,7 +106,7 @@ class Piece:
     fields: Mapping[str, Any]
     base: Mapping[str, Any] = field(default_factory=dict[str, Any])
     phase: Literal["update", "rollout"] = "update"
-    lora: bool = False
+    lora: bool = True
     keeps_prompts: bool = True
 
 
@@ -119,12 +120,12 @@ def pieces(sizes: Sizes, bytes_per_token: int) -> tuple[Piece, ...]:
         Piece("mlp_tiles = 2", {"mlp_tiles": 2}, CHECKPOINTED),
         Piece("mlp_tiles = 8", {"mlp_tiles": 8}, CHECKPOINTED),
         Piece("mlp_tiles = 8, no checkpoints", {"mlp_tiles": 8}),
-        Piece("embedding_offloading", {"embedding_offloading": True}, lora=True),
-        Piece("token_budget, prompt kept", budget, lora=True),
-        Piece("token_budget, prompt repeated", budget, lora=True, keeps_prompts=False),
-        Piece("8-bit optimizer", {"optim": "adamw_bnb_8bit"}),
-        Piece("rollout_cache_dtype = int8", {"rollout_cache_dtype": "int8"}, phase="rollout"),
-        Piece("rollout_cache_gib", {"rollout_cache_gib": half * bytes_per_token / 2**30}, phase="rollout"),
+        Piece("embedding_offloading", {"embedding_offloading": True}),
+        Piece("token_budget, prompt kept", budget),
+        Piece("token_budget, prompt repeated", budget, keeps_prompts=False),
+        Piece("8-bit optimizer", {"optim": "adamw_bnb_8bit"}, lora=False),
+        Piece("rollout_cache_dtype = int8", {"rollout_cache_dtype": "int8"}, phase="rollout", lora=False),
+        Piece("rollout_cache_gib", {"rollout_cache_gib": half * bytes_per_token / 2**30}, phase="rollout", lora=False),
     )
 
 
@@ -264,7 +265,9 @@ def request_of(shop: Workshop, fields: Mapping[str, Any], phase: str = "update",
         "bf16": shop.bf16, "num_generations": group, "per_device_train_batch_size": completions,
         "max_completion_length": length, "token_budget": 10**6, **fields,
     }  # fmt: skip
-    return Request("grpo", shop.found, find_device("cpu"), training, LORA if lora else None, {}, sizes.prompt)
+    cpu = find_device("cpu")
+    core = replace(cpu, flops=cpu.flops / len(os.sched_getaffinity(0)))
+    return Request("grpo", shop.found, core, training, LORA if lora else None, {}, sizes.prompt)
 
 
 def planned(shop: Workshop, piece: Piece, *, on: bool) -> tuple[float, int]:
@@ -316,8 +319,8 @@ def measure(shop: Workshop, piece: Piece, pairs: int) -> dict[str, Any]:
         "load_before": load,
         "seconds": seconds,
         "cpu_seconds": cpu,
-        "ratio": spread([on / off for off, on in zip(seconds["off"], seconds["on"], strict=True)]),
-        "cpu_ratio": spread([on / off for off, on in zip(cpu["off"], cpu["on"], strict=True)]),
+        "ratio": spread([on / off for off, on in zip(cpu["off"], cpu["on"], strict=True)]),
+        "clock_ratio": spread([on / off for off, on in zip(seconds["off"], seconds["on"], strict=True)]),
         "bytes": {name: peak.device_bytes for name, peak in peaks.items()},
         "host_bytes": {name: peak.host_bytes for name, peak in peaks.items()},
         "planned_seconds": {name: time for name, (time, _) in found.items()},
@@ -381,18 +384,17 @@ def main() -> None:
     """Measure all pieces, write the JSON and the picture, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair each, on a few tokens")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", default="", help="measure the pieces whose name has this text")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "pieces.json")
     parser.add_argument("--svg", type=Path, default=ROOT / "docs" / "pieces.svg")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     sizes, count = (QUICK, 1) if options.quick else (Sizes(), options.pairs)
     results: dict[str, Any] = {
-        "model": MODEL, "commit": source(), "hardware": hardware(options.threads), "sizes": asdict(sizes),
+        "model": MODEL, "commit": source(), "hardware": hardware(1), "sizes": asdict(sizes),
         "pieces": [],
     }  # fmt: skip
     rows: list[dict[str, Any]] = results["pieces"]
