@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: agent algorithms asynchronous bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense planner preference rewards rollouts sandbox servers sft slow test trl vllm wheels
+.PHONY: agent algorithms asynchronous bench budgets bytes check clean curves demo help install kills learning memory mutations nonsense pieces planner preference rewards rollouts sandbox servers sft slow test trl vllm wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory
 
 planner: $(STAMP)  ## errors of the planner's formulas against traces of 84 configurations (a quarter of an hour)
 	$(BIN)/python benchmarks/planner.py
+
+pieces: $(STAMP)  ## what each piece of the memory stack costs in time and saves in bytes (ten minutes): docs/pieces.svg
+	$(BIN)/python benchmarks/pieces.py
 
 budgets: $(STAMP)  ## whether memory_budget is kept in 30 random runs (ten minutes)
 	$(BIN)/python benchmarks/memory_budget.py

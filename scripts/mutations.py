@@ -21,6 +21,7 @@ KEPT_PROMPT, SCORED, PIECES = "test_kept_prompt.py", "test_scored_parts.py", "te
 STAGES = f"{PIECES}::test_pairs_of_other_stages"
 REFUSED = f"{PIECES}::test_what_a_model_cannot_do_is_refused_before_weights_load"
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
+HOST = "test_host_memory.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 REPLICA = "test_replica.py"
 PLANNED = "test_planner.py::test_a_kept_prompt_is_scored_once"
@@ -279,12 +280,29 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
     ("planner/memory.py", "shape.keys + 2 * shape.kv_heads if", "shape.keys if", "test_planner.py::test_bytes_per_token_by_hand"),
     ("planner/proposals.py", "rollout to 8 bits\", \"method\"", "rollout to 8 bits\", \"nothing\"", "test_planner.py::test_a_cache_in_8_bits_is_planned_and_proposed"),
+    ("planner/memory.py", "kept = 0 if is_tiled(shape, method) else", "kept =", TRACE),
+    # the host's memory
+    ("planner/plan.py", "self.fits_device and self.fits_host is not False", "self.fits_device", HOST),
+    ("planner/plan.py", "return max(self.peak_bytes - self.usable_bytes, 0) + max(host, 0)", "return max(self.peak_bytes - self.usable_bytes, 0)", HOST),
+    ("planner/plan.py", "host[\"embedding\"] = table if device.is_cpu else pinned_bytes(table)", "host[\"embedding\"] = 0", HOST),
+    ("planner/memory.py", "return 1 << max(size - 1, 0).bit_length() if size else 0", "return size", HOST),
+    ("planner/memory.py", "(shape.layers + 2) + [4 * numbers] * method.bf16", "shape.layers", HOST),
+    ("planner/devices.py", "\"memory_bytes\" if self.is_cpu else \"host_bytes\"", "\"host_bytes\"", HOST),
+    ("planner/devices.py", "for parent in (folder, *folder.parents)]", "for parent in (folder,)]", HOST),
+    ("planner/devices.py", "if controllers in _LIMITS:", "if controllers == \"\":", HOST),
+    ("planner/proposals.py", "return options if plan.fits_host is not False else options + _off_the_host(request, plan)", "return options", HOST),
+    ("planner/proposals.py", "for stay in itertools.combinations(moving, size):", "for stay in [()]:", HOST),
+    ("planner/proposals.py", "found = (plan.excess_bytes, plan.peak_bytes, number)", "found = (plan.peak_bytes, plan.peak_bytes, number)", HOST),
+    ("planner/budget.py", "plan.host_bytes > _MARGIN * device.host_bytes", "plan.host_bytes > device.host_bytes", HOST),
+    ("planner/budget.py", "elif device.host_bytes is not None and", "elif False and device.host_bytes is not None and", HOST),
+    ("planner/run.py", "reads=not request.in_memory", "reads=True", HOST),
+    ("training/memory_plan.py", "in_memory = not isinstance(model, str | Path)", "in_memory = False", HOST),
     ("planner/budget.py", "propose(request, only_exact=True)", "propose(request)", BUDGET),
     ("planner/budget.py", "request, chosen = change.apply(request), chosen | dict(change.values)", "pass", BUDGET),
     ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),
     ("training/memory_plan.py", "if args.memory_budget is None and args.check_memory:", "if False:", BUDGET),
     ("training/memory_plan.py", 'fields["max_length"] = length', "pass", BUDGET),
-    ("training/memory_plan.py", ' // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))', "", BUDGET),
+    ("training/memory_plan.py", "shared_by(int(os.environ.get(\"LOCAL_WORLD_SIZE\", \"1\")))", "shared_by(1)", BUDGET),
     ("training/metrics.py", "torch.where(chosen_N, values_N.values.detach(), 0).sum()", "values_N.values.detach().sum()", "test_preference_trainer.py"),
     ("stages/dpo.py", "batch.sequence_index % 2 == 0)", "batch.sequence_index % 2 >= 0)", "test_preference_trainer.py"),
     ("model/prefix.py", "np.arange(span.prompt[1], span.prompt[1] + length)", "np.arange(length)", "test_attention.py"),

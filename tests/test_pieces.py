@@ -38,7 +38,6 @@ TIMES = 2.0
 """A combination's error in fp32 or bf16 over that of none of the pieces, the rounding of other sums."""
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap() -> Generator[None]:
     """Accelerate collects garbage after every run: what was there before is left out of it."""
@@ -78,7 +77,9 @@ def error(found: Found, exact: Found) -> float:
 
 def assert_as_exact(found: Found, plain: Found, exact: Found) -> None:
     assert error(found, exact) <= TIMES * error(plain, exact)
-    torch.testing.assert_close(found.loss, exact.loss, rtol=0, atol=TIMES * float((plain.loss - exact.loss).abs()) + 1e-6)
+    torch.testing.assert_close(
+        found.loss, exact.loss, rtol=0, atol=TIMES * float((plain.loss - exact.loss).abs()) + 1e-6
+    )
 
 
 def all_of(chosen: tuple[str, ...]) -> set[str]:
@@ -208,9 +209,7 @@ def test_pairs_of_other_stages(tmp_path: Path, stage: str) -> None:
 
     def run(folder: str, chosen: tuple[str, ...] = (), accumulation: int = 1, *, plain: bool = False) -> Found:
         model = pieces.model_of("stablelm", "lora", torch.float64)
-        return pieces.step(
-            tmp_path / folder, model, "lora", chosen, accumulation=accumulation, plain=plain, make=make
-        )
+        return pieces.step(tmp_path / folder, model, "lora", chosen, accumulation=accumulation, plain=plain, make=make)
 
     expected = run("plain", plain=True)
     assert any("score" in name for name in expected.gradients) == (stage in ("reward", "ppo"))

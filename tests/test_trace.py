@@ -18,6 +18,7 @@ from burnish.errors import ConfigError
 from burnish.model.scoring import prepare_for_scoring
 from burnish.model.traced import standing_for
 from burnish.planner.devices import DEVICES, find_device
+from burnish.planner.memory import offloaded_bytes
 from burnish.planner.models import FoundModel, known_models
 from burnish.planner.plan import estimate
 from burnish.planner.rollout import Wave
@@ -190,6 +191,7 @@ CASES: list[Request] = [
             CHECKPOINTING: True,
         },
     ),
+    request(training={"token_budget": 4608, "mlp_tiles": 4}, peft={"r": 16, "target_modules": "all-linear"}),
     request("dpo", training={"max_length": 1024, CHECKPOINTING: True}),
     request("kto", training={"max_length": 1024, "token_budget": 4096}, peft={"r": 16, "target_modules": "all-linear"}),
     request("reward", training={"max_length": 1024, "token_budget": 4096}),
@@ -253,6 +255,9 @@ def test_what_is_offloaded_is_counted_on_the_host() -> None:
     assert moved.update.host["frozen weights"] == embedding
     # The inputs of two layers; of the last norm, also in fp32, and its output before the weight.
     assert moved.update.host["activations"] == 2 * 2 * row + (2 + 4 + 2) * row
+    run = estimate(CASES[3]).run
+    planned = [offloaded_bytes(run.shape, run.method, n, on_cpu=True) for n in (run.largest.tokens, run.largest.kept)]
+    assert moved.update.host["activations"] == sum(planned)  # before they are rounded up, as pinned memory is
     assert kept.update.host == {}
     assert kept.update.device["frozen weights"] - moved.update.device["frozen weights"] == embedding
 

@@ -31,8 +31,8 @@ _FILE_COMMANDS: dict[str, str] = {
 }
 _FLAGS = frozenset({"--debug", "--dry-run", "--help"})
 _PLAN_FLAGS = _FLAGS | {
-    "--stage", "--device", "--ranks", "--sharding", "--lora", "--qlora", "--prompt-tokens", "--json", "--svg",
-    "--trace",
+    "--stage", "--device", "--host-memory", "--ranks", "--sharding", "--lora", "--qlora", "--prompt-tokens", "--json",
+    "--svg", "--trace",
 }  # fmt: skip
 _REWARDS_FLAGS = _FLAGS | {"--transcripts", "--rows", "--json", "--svg"}
 _OVERRIDES = "Any entry of FILE can be overridden: --training.learning_rate=1e-6 --rubric.0.weight 2 --peft=null"
@@ -101,6 +101,11 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("target", metavar="FILE|MODEL", help="a run file, or a model: folder, .gguf file, package, name")
     plan.add_argument("--stage", choices=list(STAGES), help="stage of a model (default: grpo) or of a file")
     plan.add_argument("--device", default="auto", help="auto, cpu, a GPU such as H100, or a size such as 24GB")
+    plan.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="memory of the host, which all ranks share, such as 64GB (default: this machine's for auto and cpu)",
+    )
     plan.add_argument("--ranks", type=int, default=1, help="number of devices (default: %(default)s)")
     plan.add_argument("--sharding", choices=SHARDINGS, default="ddp", help="how ranks divide a model (default: ddp)")
     plan.add_argument("--lora", action="store_true", help="train adapters of rank 16 on all linear layers")

@@ -1,4 +1,4 @@
-"""`burnish plan FILE|MODEL`: bytes by component and phase, seconds, and whether a run fits its device."""
+"""`burnish plan FILE|MODEL`: bytes by component and phase, seconds, and whether a run fits its device and the host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from burnish.cli.config import load_pipeline_file, load_run_file
 from burnish.config import STAGES, Kind, check_fields
 from burnish.config.files import apply_overrides, read_file
 from burnish.config.lora import check_lora
+from burnish.config.predicates import parse_size
 from burnish.config.sections import model_init
 from burnish.config.stages import PIPELINE_STAGES, known_fields
-from burnish.errors import ConfigError
+from burnish.errors import ConfigError, show
 from burnish.planner.budget import Budgeted, keep_budget
-from burnish.planner.devices import find_device
+from burnish.planner.devices import Device, find_device
+from burnish.planner.memory import Bytes
 from burnish.planner.models import find_shape
 from burnish.planner.plan import Plan, estimate, format_size
 from burnish.planner.proposals import Proposal, propose
@@ -106,11 +108,19 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         peft = peft or _LORA
     if args.qlora:
         init = {**init, "quantization_config": "nf4"}
-    found, device = find_shape(model), find_device(args.device)
+    found, device = find_shape(model), _device(args)
     return [
         Request(kind, found, device, training, peft, init, args.prompt_tokens, args.ranks, args.sharding)
         for kind, training in stages.items()
     ]
+
+
+def _device(args: argparse.Namespace) -> Device:
+    """Return the device of a rank, with its share of the host's memory."""
+    host = None if args.host_memory is None else parse_size(args.host_memory)
+    if args.host_memory is not None and host is None:
+        raise ConfigError(f"--host-memory = {show(args.host_memory)}: use a size such as 64GB or 60GiB.")
+    return find_device(args.device).with_host(host).shared_by(args.ranks)
 
 
 def is_pipeline(target: Any) -> bool:
@@ -152,27 +162,45 @@ def _print(console: Console, budgeted: Budgeted, plan: Plan, proposals: Sequence
     for line in budgeted.reasons:
         console.print(line)
     console.print(_table(plan))
-    headroom = plan.usable_bytes - plan.peak_bytes
-    phase = plan.peak_phase.name
-    if plan.fits:
-        console.print(f"fits: {format_size(plan.peak_bytes)} during {phase}, {format_size(headroom)} to spare")
-    else:
-        console.print(
-            f"does not fit: {format_size(plan.peak_bytes)} during {phase}, {format_size(-headroom)} more than the "
-            f"{format_size(plan.usable_bytes)} that {plan.device.name} can hold"
-        )
-    if plan.host_bytes and not plan.device.is_cpu:
-        console.print(f"host memory of each rank: {format_size(plan.host_bytes)}")
+    for line in _verdict(plan):
+        console.print(line)
     for note in plan.notes:
         console.print(f"note: {note}")
     if not plan.fits and not proposals:
-        console.print("no change of settings makes it fit: use a larger device, a smaller model or shorter prompts")
+        larger = "host with more memory" if plan.fits_device else "larger device"
+        console.print(f"no change of settings makes it fit: use a {larger}, a smaller model or shorter prompts")
     for number, proposal in enumerate(proposals, 1):
         effects = "; ".join(change.effect for change in proposal.changes)
         size = format_size(proposal.plan.peak_bytes)
+        if plan.fits_host is False:
+            size += f" and {format_size(proposal.plan.host_bytes)} of the host's"
         console.print(f"\n{number}. {proposal.slowdown:.2f} times the time a step, {size} ({effects}):")
         console.print("   " + proposal.toml(training).replace("\n", "\n   "))
     console.print()
+
+
+def _verdict(plan: Plan) -> list[str]:
+    """Say whether a run fits the device, and whether it fits the host."""
+    host_too_small = plan.fits_host is False
+    spare, phase = plan.usable_bytes - plan.peak_bytes, plan.peak_phase.name
+    need = f"{format_size(plan.peak_bytes)} during {phase}"
+    if not plan.fits_device:
+        more = f"{format_size(-spare)} more than the {format_size(plan.usable_bytes)} that {plan.device.name} can hold"
+        lines = [f"does not fit: {need}, {more}"]
+    elif host_too_small:
+        lines = [f"fits {plan.device.name}, but not the host: {need} on the device, {format_size(spare)} to spare"]
+    else:
+        lines = [f"fits: {need}, {format_size(spare)} to spare"]
+    if plan.device.is_cpu:
+        return lines
+    need = f"host memory of each rank: {format_size(plan.host_bytes)} during {plan.peak_host_phase.name}"
+    if plan.usable_host_bytes is None:
+        return [*lines, f"{need}; not checked: the host's memory is not known (--host-memory)"]
+    spare = plan.usable_host_bytes - plan.host_bytes
+    if host_too_small:
+        more = f"{format_size(-spare)} more than the {format_size(plan.usable_host_bytes)} that it can hold"
+        return [*lines, f"{need}, {more}"]
+    return [*lines, f"{need}, {format_size(spare)} to spare"]
 
 
 def _table(plan: Plan) -> Table:
@@ -180,12 +208,18 @@ def _table(plan: Plan) -> Table:
     table.add_column("")
     for phase in plan.phases:
         table.add_column(phase.name, justify="right")
-    names = list(dict.fromkeys([*plan.fixed, *(name for phase in plan.phases for name in phase.device)]))
-    for name in names:
-        sizes = [phase.device.get(name, 0) + plan.held(phase).get(name, 0) for phase in plan.phases]
-        if any(sizes):
-            table.add_row(name, *(format_size(size) if size else "" for size in sizes))
+
+    def add_rows(held: Sequence[Bytes], ending: str) -> None:
+        for name in dict.fromkeys(name for sizes in held for name in sizes):
+            if any(sizes.get(name) for sizes in held):
+                table.add_row(name + ending, *(format_size(size) if (size := one.get(name)) else "" for one in held))
+
+    add_rows([plan.held(phase) | phase.device for phase in plan.phases], "")
     table.add_row("total", *(format_size(plan.total(phase)) for phase in plan.phases), style="bold")
+    if not plan.device.is_cpu:
+        add_rows([plan.held_on_host(phase) | phase.host for phase in plan.phases], " (host)")
+        totals = (format_size(plan.host_total(phase)) for phase in plan.phases)
+        table.add_row("total in host memory", *totals, style="bold")
     times = [phase.cost for phase in plan.phases]
     table.add_row("TFLOP a step", *(f"{cost.flops / 1e12:,.1f}" if cost.flops else "" for cost in times))
     table.add_row("about, seconds a step", *(f"{cost.seconds:,.2g}" if cost.seconds else "" for cost in times))
@@ -197,7 +231,7 @@ def _count(number: int) -> str:
 
 
 def draw_plans(plans: Sequence[Plan], path: Path) -> None:
-    """Draw a bar for each phase, stacked by component, with a line where the device is full.
+    """Draw a bar for each phase, stacked by component, with a line where the device is full; beside it the host's.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -210,21 +244,27 @@ def draw_plans(plans: Sequence[Plan], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "burnish", "font.size": 9}):
         rows = [(plan, phase) for plan in plans for phase in plan.phases]
-        figure = Figure(figsize=(9, 0.5 * len(rows) + 1.8), layout="constrained")
-        axes: Any = figure.add_subplot()
+        device, has_host = plans[0].device, not plans[0].device.is_cpu
+        places = [("GB on the device" if has_host else "GB", device.name, plans[0].usable_bytes)]
+        bars = [[plan.held(phase) | phase.device for plan, phase in rows]]
+        if has_host:
+            places.append(("GB of host memory", "host", plans[0].usable_host_bytes or 0))
+            bars.append([plan.held_on_host(phase) | phase.host for plan, phase in rows])
+        figure = Figure(figsize=(9, 0.5 * len(rows) + 2), layout="constrained")
         labels = [f"{plan.run.kind}: {phase.name}" if len(plans) > 1 else phase.name for plan, phase in rows]
-        bars = [plan.held(phase) | phase.device for plan, phase in rows]
-        lefts = [0.0] * len(rows)
-        names = dict.fromkeys(name for bar in bars for name, size in bar.items() if size)
-        for number, name in enumerate(names):
-            sizes = [bar.get(name, 0) / 1e9 for bar in bars]
-            axes.barh(labels, sizes, left=lefts, color=_COLORS[number % len(_COLORS)], label=name)
-            lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
-        axes.axvline(
-            plans[0].usable_bytes / 1e9, color="black", linestyle="--", label=f"usable, {plans[0].device.name}"
-        )
-        axes.invert_yaxis()
-        axes.set_xlabel("GB")
-        axes.spines[["top", "right"]].set_visible(False)
+        names = list(dict.fromkeys(name for held in bars for bar in held for name, size in bar.items() if size))
+        panels: Any = figure.subplots(1, len(places), sharey=True, squeeze=False)[0]
+        for axes, held, (label, place, usable) in zip(panels, bars, places, strict=True):
+            lefts = [0.0] * len(rows)
+            for number, name in enumerate(names):
+                sizes = [bar.get(name, 0) / 1e9 for bar in held]
+                color = _COLORS[number % len(_COLORS)]
+                axes.barh(labels, sizes, left=lefts, color=color, label=name if any(sizes) else None)
+                lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
+            if usable:
+                axes.axvline(usable / 1e9, color="black", linestyle="--", label=f"usable, {place}")
+            axes.set_xlabel(label)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].invert_yaxis()  # of both
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, format=path.suffix.removeprefix(".") or "svg", metadata={"Date": None})

@@ -116,14 +116,16 @@ class CommonFields:
     )
     memory_budget: Annotated[str, Meets(_size)] | None = own(
         None,
-        "Device memory for the run, such as 8GB, or auto for all of it. Where the planner's formulas need more, the "
-        "fastest settings that fit and leave the gradient as it is are set, and shown. On a CPU it counts the process, "
-        "which then returns freed memory at once, at some cost in speed. None: nothing is set.",
+        "Device memory for the run, such as 8GB, or auto for all of it. Where the planner's formulas need more, or "
+        "more memory than the host has, the fastest settings that fit and leave the gradient as it is are set, and "
+        "shown. On a CPU it counts the process, which then returns freed memory at once, at some cost in speed. "
+        "None: nothing is set.",
         MODEL,
     )
     check_memory: bool = own(
         True,
-        "Refuse, before weights are loaded, a run that takes more than the device's memory by the planner's formulas.",
+        "Refuse, before weights are loaded, a run that takes more than the memory of the device or the host, by the "
+        "planner's formulas.",
         MODEL,
     )
     activation_offloading: bool = own(

@@ -1,4 +1,4 @@
-"""Keep a run within `memory_budget`, or refuse what cannot fit its device."""
+"""Keep a run within `memory_budget`, or refuse what cannot fit its device or the host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from burnish.planner.run import Request
 __all__ = ["Budgeted", "keep_budget", "refuse_too_large"]
 
 _MARGIN = 1.1
-"""Times the device's memory over which a run is refused: twice the formulas' greatest error (docs/planning.md)."""
+"""Times the memory of device or host over which a run is refused: twice the formulas' worst error (planning.md)."""
 
 
 class Budgeted(NamedTuple):
@@ -49,10 +49,12 @@ def keep_budget(request: Request) -> Budgeted:
         return Budgeted(request, {}, ())
     proposals = propose(request, only_exact=True)
     if not proposals:
-        least = format_size(least_plan(request).peak_bytes)
+        exact = "all settings that leave the gradient as it is"
+        least = f"and still {format_size(least_plan(request).peak_bytes)} with {exact}"
+        if plan.fits_device:
+            least = f"which has {format_size(request.device.host_bytes or 0)}, and {exact} do not change that"
         raise ConfigError(
-            f"memory_budget = {budget!r}: {_need(plan)}, and still {least} with all settings that leave the gradient "
-            f"as it is; {_fix(request)}, or give it more memory."
+            f"memory_budget = {budget!r}: {_need(plan)}, {least}; {_fix(request)}, or give it more memory."
         )
     best, *others = proposals
     chosen: dict[str, Any] = {}
@@ -67,22 +69,30 @@ def keep_budget(request: Request) -> Budgeted:
 
 
 def refuse_too_large(request: Request) -> None:
-    """Refuse a run that takes more than its device has, by more than the formulas' error.
+    """Refuse a run that takes more than its device or the host has, by more than the formulas' error.
 
     Raises:
         ConfigError: it does; with settings that make it fit.
     """
-    plan = estimate(request)
-    memory = request.device.memory_bytes
-    if plan.peak_bytes > _MARGIN * memory:
-        raise ConfigError(
-            f"check_memory = True: {_need(plan)}, and {request.device.name} has {format_size(memory)}; "
-            f"{_fix(request)}, or set check_memory = false to try."
-        )
+    plan, device = estimate(request), request.device
+    over = None
+    if plan.peak_bytes > _MARGIN * device.memory_bytes:
+        over = f"{_need(plan)}, and {device.name} has {format_size(device.memory_bytes)}"
+    elif device.host_bytes is not None and plan.host_bytes > _MARGIN * device.host_bytes:
+        over = f"{_need_of_host(plan)}, which has {format_size(device.host_bytes)}"
+    if over is not None:
+        raise ConfigError(f"check_memory = True: {over}; {_fix(request)}, or set check_memory = false to try.")
 
 
 def _need(plan: Plan) -> str:
+    """Say what a run takes, of the host where only that is too small."""
+    if plan.fits_device and not plan.fits:
+        return _need_of_host(plan)
     return f"the run takes {format_size(plan.peak_bytes)} ({plan.peak_phase.name})"
+
+
+def _need_of_host(plan: Plan) -> str:
+    return f"the run takes {format_size(plan.host_bytes)} of the host's memory ({plan.peak_host_phase.name})"
 
 
 def _fix(request: Request) -> str:

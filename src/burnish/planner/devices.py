@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from burnish.config.predicates import parse_size
 from burnish.errors import ConfigError, show
 
-__all__ = ["DEVICES", "SHARDINGS", "Device", "Sharding", "detect_device", "find_device", "gpu_like"]
+__all__ = ["DEVICES", "SHARDINGS", "Device", "Sharding", "detect_device", "find_device", "gpu_like", "host_memory"]
 
 Sharding: TypeAlias = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 SHARDINGS: tuple[Sharding, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -32,6 +32,7 @@ class Device:
         link: bandwidth to the host in bytes/s.
         fast_bf16: whether bf16 products run in hardware; burnish computes in fp32 without.
         is_cpu: whether device and host share their memory.
+        host_bytes: memory of the host for this rank; None where it is not known, or is the device's own.
     """
 
     name: str
@@ -41,6 +42,18 @@ class Device:
     link: float = 25e9
     fast_bf16: bool = True
     is_cpu: bool = False
+    host_bytes: int | None = None
+
+    def with_host(self, memory_bytes: int | None) -> Device:
+        """Put the device into a host of that much memory, which is a CPU's own; None leaves it as it is."""
+        if memory_bytes is None:
+            return self
+        return dataclasses.replace(self, **{"memory_bytes" if self.is_cpu else "host_bytes": memory_bytes})
+
+    def shared_by(self, ranks: int) -> Device:
+        """Return a rank's share of what ranks on one machine have together: the host's memory."""
+        shared = self.memory_bytes if self.is_cpu else self.host_bytes
+        return self.with_host(None if shared is None else shared // ranks)
 
 
 _MIB = 2**20
@@ -105,7 +118,7 @@ def detect_device() -> Device:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
             name, _, mib = done.stdout.splitlines()[0].rpartition(",")
-            return gpu_like(name.strip(), int(mib) * _MIB)
+            return gpu_like(name.strip(), int(mib) * _MIB).with_host(host_memory())
         except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             pass  # a driver without a device: the CPU trains
     return _cpu()
@@ -120,19 +133,36 @@ def gpu_like(name: str, memory_bytes: int) -> Device:
 
 
 def _cpu() -> Device:
-    """Describe this machine's CPU by its cores, its memory and its control group's limit."""
+    """Describe this machine's CPU by its cores and the host's memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Where the system does not say, as on Windows, no run is refused for it.
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**40
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    memory = min(memory, int(limit)) if limit.isdecimal() else memory
+    # Where the system does not say, no run is refused for it.
+    memory = host_memory() or 2**40
     flags = _text("/proc/cpuinfo")
     fast = any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
     return Device(f"CPU, {cores} cores", memory, cores * (_ACCELERATED if fast else _PLAIN), 40e9, float("inf"),
                   fast_bf16=fast, is_cpu=True)  # fmt: skip
 
 
-def _text(path: str) -> str:
+_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+"""File of a control group's limit, by the controllers that /proc/self/cgroup names for version 2 and for version 1."""
+
+
+def host_memory() -> int | None:
+    """Return this machine's memory, or the least limit of its control groups; None where the system does not say."""
+    if not hasattr(os, "sysconf"):  # as on Windows
+        return None
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in _LIMITS:
+            folder = Path("/sys/fs/cgroup", controllers, group.lstrip("/"))
+            # A group is held to the limits of those around it; in a container its own folder may not be there.
+            found = [_text(parent / _LIMITS[controllers]).strip() for parent in (folder, *folder.parents)]
+            sizes += [int(limit) for limit in found if limit.isdecimal()]
+    return min(sizes)
+
+
+def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

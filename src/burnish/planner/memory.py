@@ -30,9 +30,12 @@ __all__ = [
     "checkpoint_bytes",
     "dequantised_bytes",
     "forward_bytes",
+    "is_tiled",
     "keeps_prompt",
     "layer_bytes",
     "mlp_width",
+    "offloaded_bytes",
+    "pinned_bytes",
     "round_up",
     "saved_bytes",
     "split_rows",
@@ -299,11 +302,18 @@ def saved_bytes(shape: ModelShape, method: Method) -> int:
     """Bytes per token that a layer keeps for its backward pass without checkpointing.
 
     Norms and gated MLPs are recomputed (`burnish.model.recomputation`): 8 H + 4 K + 4 M + 2 times the ranks, for Q = H.
+    A tiled MLP keeps nothing but its input, which its norm recomputes, and runs again part by part: without the 4 M.
     """
     queries, keys, hidden = shape.queries, shape.keys, shape.hidden
     # Inputs of the norms; queries, keys and values; the attention's output and its log normaliser.
     numbers = shape.norms * hidden + 2 * queries + 2 * keys + shape.qk_norm * (queries + keys) + method.ranks(shape)
-    return method.item * numbers + 4 * shape.heads + method.item * _mlp_numbers(shape, method, recomputes=True)
+    kept = 0 if is_tiled(shape, method) else _mlp_numbers(shape, method, recomputes=True)
+    return method.item * (numbers + kept) + 4 * shape.heads
+
+
+def is_tiled(shape: ModelShape, method: Method) -> bool:
+    """Return whether MLPs run over parts of their tokens; only dense gated ones can."""
+    return method.mlp_tiles > 1 and shape.gated and not shape.fused and not shape.experts
 
 
 def layer_bytes(shape: ModelShape, method: Method) -> int:
@@ -352,6 +362,21 @@ def _mlp_numbers(shape: ModelShape, method: Method, *, recomputes: bool) -> int:
 def checkpoint_bytes(shape: ModelShape, method: Method, tokens: int) -> int:
     """Bytes of the inputs of all layers: L H numbers per token."""
     return method.item * shape.layers * shape.hidden * tokens
+
+
+def offloaded_bytes(shape: ModelShape, method: Method, tokens: int, *, on_cpu: bool) -> int:
+    """Bytes that offloaded checkpoints take in the host's memory.
+
+    The inputs of all layers and of the last norm, that in fp32 too, and its output before the weight.
+    """
+    numbers = shape.hidden * tokens
+    sizes = [method.item * numbers] * (shape.layers + 2) + [4 * numbers] * method.bf16
+    return sum(size if on_cpu else pinned_bytes(size) for size in sizes)
+
+
+def pinned_bytes(size: int) -> int:
+    """Bytes that torch takes for a tensor in pinned memory: it rounds up to a power of two."""
+    return 1 << max(size - 1, 0).bit_length() if size else 0
 
 
 def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:

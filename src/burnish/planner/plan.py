@@ -12,8 +12,9 @@ from burnish.planner.memory import (
     Bytes,
     cache_bytes,
     cache_tokens,
-    checkpoint_bytes,
     forward_bytes,
+    offloaded_bytes,
+    pinned_bytes,
     weight_bytes,
 )
 from burnish.planner.rollout import Wave
@@ -56,6 +57,8 @@ class Phase:
 class Plan:
     """Bytes and seconds of a run on each rank.
 
+    On a CPU, which is its own host, the bytes of both are the device's.
+
     Attributes:
         run: the resolved run.
         device: device of the rank.
@@ -77,10 +80,16 @@ class Plan:
         return sum(self.held(phase).values()) + phase.device_bytes
 
     def held(self, phase: Phase) -> Bytes:
-        """Fixed components during a phase; weights are loaded before anything else is allocated."""
-        if phase.name == "loading":
-            return {name: size for name, size in self.fixed.items() if name in ("context", "process")}
-        return self.fixed
+        """Fixed components on the device during a phase."""
+        return _held(self.fixed, phase)
+
+    def host_total(self, phase: Phase) -> int:
+        """Bytes in the host's memory during a phase."""
+        return sum(self.held_on_host(phase).values()) + sum(phase.host.values())
+
+    def held_on_host(self, phase: Phase) -> Bytes:
+        """Fixed components in the host's memory during a phase."""
+        return _held(self.fixed_host, phase)
 
     @property
     def peak_phase(self) -> Phase:
@@ -93,10 +102,14 @@ class Plan:
         return self.total(self.peak_phase)
 
     @property
+    def peak_host_phase(self) -> Phase:
+        """The phase that takes most of the host's memory."""
+        return max(self.phases, key=self.host_total)
+
+    @property
     def host_bytes(self) -> int:
         """Most bytes in the host's memory."""
-        fixed = sum(self.fixed_host.values())
-        return max(sum(phase.host.values()) + fixed * (phase.name != "loading") for phase in self.phases)
+        return self.host_total(self.peak_host_phase)
 
     @property
     def usable_bytes(self) -> int:
@@ -104,9 +117,30 @@ class Plan:
         return int(self.device.memory_bytes * USABLE)
 
     @property
-    def fits(self) -> bool:
-        """Whether the peak is within the usable bytes."""
+    def usable_host_bytes(self) -> int | None:
+        """Bytes of the host's memory that a rank can fill; None where its size is not known, or on a CPU."""
+        return None if self.device.host_bytes is None else int(self.device.host_bytes * USABLE)
+
+    @property
+    def fits_device(self) -> bool:
+        """Whether the peak is within the device's usable bytes."""
         return self.peak_bytes <= self.usable_bytes
+
+    @property
+    def fits_host(self) -> bool | None:
+        """Whether the host's bytes are within the usable ones; None where these are not known, or on a CPU."""
+        return None if self.usable_host_bytes is None else self.host_bytes <= self.usable_host_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits the device, and the host as far as that is known."""
+        return self.fits_device and self.fits_host is not False
+
+    @property
+    def excess_bytes(self) -> int:
+        """Bytes beyond the usable ones, of device and host together."""
+        host = 0 if self.usable_host_bytes is None else self.host_bytes - self.usable_host_bytes
+        return max(self.peak_bytes - self.usable_bytes, 0) + max(host, 0)
 
     @property
     def seconds(self) -> float:
@@ -121,7 +155,8 @@ class Plan:
             "model": {"model_type": run.shape.model_type, "parameters": run.shape.parameters,
                       "num_parameters": run.shape.num_parameters, "num_trained": run.method.trained(run.shape)},
             "device": {"name": self.device.name, "memory_bytes": self.device.memory_bytes,
-                       "usable_bytes": self.usable_bytes},
+                       "usable_bytes": self.usable_bytes, "host_memory_bytes": self.device.host_bytes,
+                       "usable_host_bytes": self.usable_host_bytes},
             "ranks": run.ranks,
             "sharding": run.sharding,
             "prompt_tokens": run.prompt_tokens,
@@ -132,16 +167,26 @@ class Plan:
             "fixed_host": self.fixed_host,
             "phases": [
                 {"name": phase.name, "device": phase.device, "host": phase.host, "total_bytes": self.total(phase),
-                 "flops": phase.cost.flops, "seconds": phase.cost.seconds}
+                 "host_total_bytes": self.host_total(phase), "flops": phase.cost.flops, "seconds": phase.cost.seconds}
                 for phase in self.phases
             ],
             "peak_bytes": self.peak_bytes,
             "peak_phase": self.peak_phase.name,
             "host_bytes": self.host_bytes,
+            "peak_host_phase": self.peak_host_phase.name,
             "seconds_per_step": self.seconds,
+            "fits_device": self.fits_device,
+            "fits_host": self.fits_host,
             "fits": self.fits,
             "notes": list(self.notes),
         }  # fmt: skip
+
+
+def _held(fixed: Bytes, phase: Phase) -> Bytes:
+    """Leave out what is not there yet: weights are loaded before anything else is allocated."""
+    if phase.name == "loading":
+        return {name: size for name, size in fixed.items() if name in ("context", "process")}
+    return fixed
 
 
 def format_size(size: int) -> str:
@@ -161,7 +206,7 @@ def plan_run(run: Run, device: Device) -> Plan:
     loaded = run.shape.num_parameters
     # Read in fp32, and held in bf16 beside that until masters are made; an explicit dtype is read as it is.
     width = 6 if run.reads_fp32 else run.method.item
-    phases = [Phase("loading", {}, {"weights as read": width * loaded}, Cost())]
+    phases = [Phase("loading", {}, {"weights as read": width * loaded}, Cost())] if run.reads else []
     if "rollout" in costs:
         phases.append(Phase("rollout", _rollout(run, device), {}, costs["rollout"]))
     if "scoring" in costs:
@@ -218,8 +263,9 @@ def _fixed(run: Run, device: Device) -> tuple[Bytes, Bytes]:
         target = host if name == "optimizer" and method.paged_optimizer else fixed
         target[name] = size
     if method.embedding_offloading:
-        host["embedding"] = method.item * shape.vocabulary * shape.hidden
-        fixed["weights"] -= host["embedding"]
+        table = method.item * shape.vocabulary * shape.hidden
+        fixed["weights"] -= table
+        host["embedding"] = table if device.is_cpu else pinned_bytes(table)
     if run.reference == "copy":
         fixed["reference"] = method.item * shape.num_parameters // _divisor(run, "weights")
     if run.has_critic:
@@ -277,5 +323,6 @@ def _update(run: Run, device: Device, name: str, cost: Cost) -> Phase:
     largest = max(moments.values(), key=lambda found: sum(found.values()))
     host: Bytes = {}
     if method.activation_offloading:
-        host["offloaded activations"] = checkpoint_bytes(shape, method, run.largest.held)
+        tokens = (run.largest.tokens, run.largest.kept)
+        host["offloaded activations"] = sum(offloaded_bytes(shape, method, one, on_cpu=device.is_cpu) for one in tokens)
     return Phase(name, {component: size for component, size in largest.items() if size}, host, cost)

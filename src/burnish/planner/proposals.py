@@ -19,6 +19,11 @@ __all__ = ["Change", "Proposal", "least_plan", "propose"]
 _MOST_PROPOSALS = 5
 _LEAST_TOKENS = 128
 """Shortest completion that is proposed."""
+_UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_bnb_8bit", "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit", "paged_lion_32bit": "lion_32bit", "paged_lion_8bit": "lion_8bit",
+}  # fmt: skip
+"""Optimizers with their states in the host's memory -> the same on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,20 @@ class Change:
         effect: what it does to the run, in words.
         alters: what is no longer the same: nothing but rounding in the last digits; the precision of weights,
             optimizer states or a rollout's cache, or which weights train; or what the run is for.
+        frees_host: whether it moves bytes from the host's memory to the device.
     """
 
     table: str
     values: Mapping[str, Any]
     effect: str
     alters: Literal["nothing", "method", "purpose"] = "nothing"
+    frees_host: bool = False
+
+    @property
+    def takes_host(self) -> bool:
+        """Whether it moves bytes from the device to the host's memory."""
+        moved = any(self.values.get(name) for name in ("activation_offloading", "embedding_offloading"))
+        return moved or str(self.values.get("optim")).startswith("paged_")
 
     def apply(self, request: Request) -> Request:
         """Return the request with the change."""
@@ -79,6 +92,7 @@ class Proposal:
             "toml": self.toml(training),
             "effects": [change.effect for change in self.changes],
             "peak_bytes": self.plan.peak_bytes,
+            "host_bytes": self.plan.host_bytes,
             "seconds_per_step": self.plan.seconds,
             "slowdown": self.slowdown,
         }
@@ -100,7 +114,7 @@ def propose(request: Request, *, only_exact: bool = False) -> list[Proposal]:
     """
     base = estimate(request)
     options = _exact(_options(request, base)) if only_exact else _options(request, base)
-    if base.fits or not _with(request, [levels[-1] for levels in options]).fits:
+    if base.fits or not _can_fit(request, options):
         return []
     found: list[tuple[set[int], Proposal]] = []
     for size in range(1, len(options) + 1):
@@ -128,6 +142,20 @@ def _exact(options: Sequence[list[Change]]) -> list[list[Change]]:
     return [levels for levels in options if levels[0].alters == "nothing"]
 
 
+def _can_fit(request: Request, options: Sequence[list[Change]]) -> bool:
+    """Return whether the strongest changes fit together, with or without those that move bytes to or from the host."""
+    moving = [levels for levels in options if levels[-1].takes_host or levels[-1].frees_host]
+    for size in range(len(moving) + 1):
+        for stay in itertools.combinations(moving, size):
+            left = [
+                [one for one in levels if levels not in stay or not (one.takes_host or one.frees_host)]
+                for levels in options
+            ]
+            if _with(request, [levels[-1] for levels in left if levels]).fits:
+                return True
+    return False
+
+
 def _with(request: Request, changes: Sequence[Change]) -> Plan:
     for change in changes:
         request = change.apply(request)
@@ -141,21 +169,23 @@ def _mildest(request: Request, options: Sequence[Sequence[Change]]) -> list[Chan
     has_adapters = request.peft is not None or request.model.adapters is not None
     if quantised and not has_adapters and not any(levels[0].table == "peft" for levels in options):
         return None
-    if not _with(request, [levels[-1] for levels in options]).fits:
+    if not _with(request, [levels[-1] for levels in options]).fits_device:
         return None
     levels = [0] * len(options)
     while True:
         plan = _with(request, [option[level] for option, level in zip(options, levels, strict=True)])
         if plan.fits:
             return [option[level] for option, level in zip(options, levels, strict=True)]
-        best: tuple[int, int] | None = None
+        best: tuple[int, int, int] | None = None
         for number, option in enumerate(options):
             if levels[number] + 1 < len(option):
                 raised = [level + (index == number) for index, level in enumerate(levels)]
-                peak = _with(request, [one[level] for one, level in zip(options, raised, strict=True)]).peak_bytes
-                best = min(best or (peak, number), (peak, number))
-        assert best is not None  # the strongest levels together fit
-        levels[best[1]] += 1
+                plan = _with(request, [one[level] for one, level in zip(options, raised, strict=True)])
+                found = (plan.excess_bytes, plan.peak_bytes, number)
+                best = min(best or found, found)
+        if best is None:
+            return None
+        levels[best[2]] += 1
 
 
 def _options(request: Request, plan: Plan) -> list[list[Change]]:
@@ -197,7 +227,7 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
             offer([{"rollout_cache_dtype": "int8"}], "rounds keys and values of a rollout to 8 bits", "method")
     if plan.run.sampler == "colocate" and not plan.run.vllm_sleeps and not plan.device.is_cpu:
         offer([{"vllm_enable_sleep_mode": True}], "frees vLLM's memory between rollouts; the same samples")
-    if method.optimizer_bytes == 8 and not plan.device.is_cpu:
+    if method.optimizer_bytes == 8 and not method.paged_optimizer and not plan.device.is_cpu:
         optimizers = [{"optim": name} for name in ("adamw_bnb_8bit", "paged_adamw_8bit")]
         offer(optimizers, "rounds the optimizer's states to 8 bits", "method")
     if plan.run.reads_fp32:
@@ -210,7 +240,22 @@ def _options(request: Request, plan: Plan) -> list[list[Change]]:
         text = "rounds frozen weights to 4 bits"
         options.append([Change("model_init", {"quantization_config": "nf4"}, text, "method")])
     offer(_shorter(request, plan), "trains on shorter sequences", "purpose")
-    return options
+    return options if plan.fits_host is not False else options + _off_the_host(request, plan)
+
+
+def _off_the_host(request: Request, plan: Plan) -> list[list[Change]]:
+    """List the changes that take back what a run has moved to a host that is too small."""
+    method, optim = plan.run.method, request.training.get("optim")
+    optim = str(getattr(optim, "value", optim))
+    found: list[tuple[dict[str, Any], str]] = []
+    if method.activation_offloading:
+        values = {"gradient_checkpointing": True, "activation_offloading": False}
+        found.append((values, "keeps the inputs of layers on the device; the same gradient"))
+    if method.embedding_offloading:
+        found.append(({"embedding_offloading": False}, "keeps the embedding on the device; the same gradient"))
+    if method.paged_optimizer and optim in _UNPAGED:
+        found.append(({"optim": _UNPAGED[optim]}, "keeps the optimizer's states on the device; the same states"))
+    return [[Change("training", values, effect, frees_host=True)] for values, effect in found]
 
 
 def _shorter(request: Request, plan: Plan) -> list[dict[str, Any]]:

@@ -46,6 +46,7 @@ class Request:
         prompt_tokens: tokens of a prompt; None for max_prompt_length, 512, or half a row of pairs.
         ranks: number of devices.
         sharding: how the ranks divide a model.
+        in_memory: whether the model is in memory already, so that nothing is read.
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class Request:
     prompt_tokens: int | None = None
     ranks: int = 1
     sharding: Sharding = "ddp"
+    in_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class Run:
         vllm_sleeps: whether it frees that between rollouts.
         ranks: number of devices.
         sharding: how the ranks divide a model.
-        reads_fp32: whether weights are read in fp32 and then rounded.
+        reads: whether weights are read from files.
+        reads_fp32: whether they are read in fp32 and then rounded.
         assumed: settings that the run does not make, in words.
     """
 
@@ -112,6 +115,7 @@ class Run:
     vllm_sleeps: bool
     ranks: int
     sharding: Sharding
+    reads: bool
     reads_fp32: bool
     assumed: tuple[str, ...]
 
@@ -188,6 +192,7 @@ def read_run(request: Request) -> Run:
         vllm_sleeps=bool(values.get("vllm_enable_sleep_mode", False)),
         ranks=request.ranks,
         sharding=request.sharding,
+        reads=not request.in_memory,
         reads_fp32=method.bits is None and method.bf16 and "dtype" not in request.model_init,
         assumed=assumed,
     )

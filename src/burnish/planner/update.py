@@ -15,6 +15,7 @@ from burnish.planner.memory import (
     adapted_experts,
     checkpoint_bytes,
     dequantised_bytes,
+    is_tiled,
     layer_bytes,
     mlp_width,
     saved_bytes,
@@ -208,11 +209,13 @@ class Update:
     def _layer(self) -> Bytes:
         """Components of a layer's backward pass."""
         shape, method, tokens = self.shape, self.method, self.part.tokens
-        layer = (
-            layer_bytes(shape, method)
-            if method.checkpoints
-            else method.item * (4 * mlp_width(shape) + 2 * shape.hidden)
-        )
+        if method.checkpoints:
+            layer = layer_bytes(shape, method)
+        elif is_tiled(shape, method):
+            # All that a part of the MLP saves when it runs again, two gradients in it, and those of all parts' inputs.
+            layer = method.item * (6 * mlp_width(shape) // method.mlp_tiles + 4 * shape.hidden)
+        else:
+            layer = method.item * (4 * mlp_width(shape) + 2 * shape.hidden)
         adapted = adapted_experts(shape, method)
         # Each expert weight has a gradient in turn; the second's copy is gone by the first's. A layer that is
         # recomputed makes its copies again.

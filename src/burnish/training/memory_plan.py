@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ import torch
 from burnish.config.stages import known_fields
 from burnish.errors import ConfigError, ModelError
 from burnish.planner.budget import keep_budget, refuse_too_large
-from burnish.planner.devices import Device, find_device, gpu_like
+from burnish.planner.devices import Device, find_device, gpu_like, host_memory
 from burnish.planner.models import FoundModel, find_shape
 from burnish.planner.plan import Plan, estimate, format_size
 from burnish.planner.run import Request
@@ -104,7 +103,10 @@ def _request(model: Any, args: Any, training_set: Any, peft_config: Any) -> Requ
     if length is not None and "max_length" in fields:
         fields["max_length"] = length
     peft = None if peft_config is None else peft_config.to_dict()
-    return Request(args.kind, _found(model), _device(args), fields, peft, init, prompt, args.world_size)
+    in_memory = not isinstance(model, str | Path)
+    return Request(
+        args.kind, _found(model), _device(args), fields, peft, init, prompt, args.world_size, in_memory=in_memory
+    )
 
 
 def _found(model: Any) -> FoundModel:
@@ -140,9 +142,10 @@ def _longest(training_set: Any) -> tuple[int | None, int | None]:
 
 
 def _device(args: Any) -> Device:
-    """Describe the device of this rank; ranks on one CPU divide its memory."""
+    """Describe the device of this rank; ranks on one machine share the host's memory."""
     if args.device.type == "cuda":
         properties = torch.cuda.get_device_properties(args.device)
-        return gpu_like(properties.name, properties.total_memory)
-    cpu = find_device("cpu")
-    return dataclasses.replace(cpu, memory_bytes=cpu.memory_bytes // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        device = gpu_like(properties.name, properties.total_memory).with_host(host_memory())
+    else:
+        device = find_device("cpu")
+    return device.shared_by(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
