@@ -85,7 +85,7 @@ planner: $(STAMP)  ## errors of the planner's formulas against traces of 84 conf
 	$(BIN)/python benchmarks/planner.py
 
 pieces: $(STAMP)  ## what each piece of the memory stack costs in time and saves in bytes (ten minutes): docs/pieces.svg
-	$(BIN)/python benchmarks/pieces.py
+	$(BIN)/python benchmarks/memory_pieces.py
 
 budgets: $(STAMP)  ## whether memory_budget is kept in 30 random runs (ten minutes)
 	$(BIN)/python benchmarks/memory_budget.py

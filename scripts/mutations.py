@@ -260,7 +260,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "kept.add(gradient[:, :, :length].to(torch.float32))", PIECES),
     ("model/offload.py", "tensor.detach(), self.last)", "tensor.detach().float().to(tensor.dtype), self.last)", PIECES),
     ("model/prefix.py", "zero_padding=True)", "zero_padding=False)", PIECES),
-    ("model/tiled_head.py", "sum_N[rows] = decay * sum_N[rows] + weight.sum(1)", "sum_N[rows] = sum_N[rows] + weight.sum(1)", PIECES),
+    ("model/tiled_head.py", "sum_n = decay * sum_n + weight.sum(1)", "sum_n = sum_n + weight.sum(1)", PIECES),
     ("training/learner.py", "synchronised, offload, continuing(model, batch)", "synchronised, offload", PIECES),
     ("training/ledger.py", "\"host\" if is_on_host() else \"device\"", "\"device\"", TRACE),
     ("training/ledger.py", "self._live[place][component] -= size", "pass", TRACE),

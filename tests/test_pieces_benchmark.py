@@ -18,7 +18,7 @@ from burnish.planner.models import FoundModel
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import pieces  # noqa: E402
+import memory_pieces as pieces  # noqa: E402
 
 SIZES = pieces.Sizes(40, 12, 4, 70, 2, 6, 4)
 
@@ -38,7 +38,7 @@ def test_every_piece_that_the_planner_chooses_from_is_measured() -> None:
     }
     assert "gradient_checkpointing" in offered, "the options have moved: say where they are now"
     measured = {name for piece in pieces.pieces(pieces.Sizes(), 1) for name in piece.fields}
-    assert offered - measured == pieces.NOT_MEASURED.keys(), "add a piece to benchmarks/pieces.py"
+    assert offered - measured == pieces.NOT_MEASURED.keys(), "add a piece to benchmarks/memory_pieces.py"
     assert measured <= offered
 
 

@@ -1,6 +1,6 @@
 """What each piece of the memory stack costs in time and saves in bytes, beside what the planner's formulas say.
 
-Usage: python benchmarks/pieces.py [--quick] [--pairs 3] [--only TEXT]
+Usage: python benchmarks/memory_pieces.py [--quick] [--pairs 3] [--only TEXT]
 
 In one process, SmolLM2-135M-Instruct in bf16 takes a GRPO-like update, optimizer step included, with a piece on and
 off, in pairs whose order alternates; pieces of a rollout sample with the native engine instead. Ratios are of CPU
