@@ -351,10 +351,10 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
     """Log-probabilities whose only gradient is by the hidden states, and whose entropy has none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> Any:
-        operands = _Operands(hidden_NH, *tensors)  # type: ignore[arg-type]
-        pull_NH = torch.empty_like(hidden_NH)
-        with torch.autocast(hidden_NH.device.type, enabled=False):
+    def forward(ctx: Any, options: _Options, target_N: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = _Operands(*tensors)  # type: ignore[arg-type]
+        pull_NH = torch.empty_like(operands.hidden)
+        with torch.autocast(pull_NH.device.type, enabled=False):
             output, _ = _statistics(operands, target_N, options, pull_NH)
         ctx.save_for_backward(pull_NH)
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
@@ -368,7 +368,7 @@ class _FrozenHeadLogprobs(torch.autograd.Function):
         grad_NH = torch.empty_like(pull_NH)
         for rows in _split(len(pull_NH), _SCALED_ROWS):
             grad_NH[rows] = pull_NH[rows] * grad_N1[rows]
-        return grad_NH, *[None] * (len(ctx.needs_input_grad) - 1)
+        return None, None, grad_NH, *[None] * (len(_Operands._fields) - 1)
 
 
 def tiled_logprobs(
@@ -416,23 +416,27 @@ def tiled_logprobs(
     """
     if not temperature > 0:
         raise ConfigError(f"temperature = {temperature!r}: log-probabilities need a positive temperature; use 1.0.")
+    operands = _Operands(hidden_NH, weight_VH, bias_V, *(low_rank or (None, None)))
+    _check_shapes(operands, target_N)
+    if tile_bytes is None:
+        tile_bytes = _TILE_BYTES.get(device_type(hidden_NH), _TILE_BYTES_ACCELERATOR)
+    options = _Options(spec, temperature, with_entropy, entropy_gradient, with_collision, tile_bytes)
+    trains_head = any(tensor is not None and tensor.requires_grad for tensor in operands[1:])
+    needs_pull = torch.is_grad_enabled() and hidden_NH.requires_grad
+    outputs: Any
+    if needs_pull and not trains_head and not (with_entropy and entropy_gradient):
+        outputs = _FrozenHeadLogprobs.apply(options, target_N, *operands)
+    else:
+        outputs = _TiledLogprobs.apply(options, target_N, *operands)
+    return HeadOutput(*outputs)
+
+
+def _check_shapes(operands: _Operands, target_N: Tensor) -> None:
+    hidden_NH, weight_VH, bias_V, u_NR, b_VR = operands
     num_tokens, num_vocab = hidden_NH.shape[0], weight_VH.shape[0]
     assert hidden_NH.shape[1] == weight_VH.shape[1]
     assert target_N.shape == (num_tokens,)
     assert bias_V is None or bias_V.shape == (num_vocab,)
-    u_NR, b_VR = low_rank if low_rank is not None else (None, None)
     assert u_NR is None or b_VR is None or (u_NR.shape[0], b_VR.shape[0]) == (num_tokens, num_vocab)
     if num_tokens > 0 and has_values(target_N):
         assert bool(((target_N >= 0) & (target_N < num_vocab)).all()), "target outside the vocabulary"
-    if tile_bytes is None:
-        tile_bytes = _TILE_BYTES.get(device_type(hidden_NH), _TILE_BYTES_ACCELERATOR)
-    options = _Options(spec, temperature, with_entropy, entropy_gradient, with_collision, tile_bytes)
-    others = (weight_VH, bias_V, u_NR, b_VR)
-    trains_head = any(tensor is not None and tensor.requires_grad for tensor in others)
-    outputs: Any
-    needs_pull = torch.is_grad_enabled() and hidden_NH.requires_grad
-    if needs_pull and not trains_head and not (with_entropy and entropy_gradient):
-        outputs = _FrozenHeadLogprobs.apply(hidden_NH, options, target_N, *others)
-    else:
-        outputs = _TiledLogprobs.apply(options, target_N, hidden_NH, *others)
-    return HeadOutput(*outputs)

@@ -156,15 +156,14 @@ def read_run(request: Request) -> Run:
     rollout = micro_batches_per_rollout(values["steps_per_generation"], accumulation) if online else 0
     passes = values.get("num_iterations", 1)
     budget = values["token_budget"] or (2048 if request.device.is_cpu else 16384)
-    couples = kind in ("dpo", "reward")
-    whole = couples or kind == "online_dpo"
-    trained_per_prompt = 2 if kind == "online_dpo" else group
+    couples, pairs = kind in ("dpo", "reward"), kind == "online_dpo"
+    trained_per_prompt = 2 if pairs else group
     trained = completions * trained_per_prompt // group if online else completions
     # Sharded models keep no prompts.
     keeps = request.ranks == 1 or request.sharding == "ddp"
     split = partial(split_rows, prompt, completion, budget=budget, keep_prompts=keeps)
     reference = _reference(kind, values, method)
-    scores_old = online and kind != "online_dpo" and (passes > 1 or rollout > accumulation)
+    scores_old = online and not pairs and (passes > 1 or rollout > accumulation)
     is_scored = reference != "none" or scores_old or kind == "ppo"
     # Scoring splits a whole rollout, or step, whatever its micro-batches.
     scored = completions * (rollout or accumulation) * is_scored
@@ -180,7 +179,7 @@ def read_run(request: Request) -> Run:
         accumulation=accumulation,
         rollout_batches=rollout,
         passes=passes,
-        parts=tuple(split(completions=max(trained, 1), group=trained_per_prompt, whole=whole)),
+        parts=tuple(split(completions=max(trained, 1), group=trained_per_prompt, whole=couples or pairs)),
         rows=tuple(split(completions=scored, group=group, whole=couples)),
         reference=reference,
         scores_old=scores_old,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from burnish.planner.logit_tiles import tile_bytes, tile_rows
 from burnish.planner.memory import (
     Bytes,
     Method,
@@ -19,8 +20,6 @@ from burnish.planner.memory import (
     layer_bytes,
     mlp_width,
     saved_bytes,
-    tile_bytes,
-    tile_rows,
 )
 from burnish.planner.shapes import ModelShape
 
