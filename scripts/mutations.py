@@ -228,7 +228,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/learner.py", "            self.model_wrapped = Replica(", "            Replica(", REPLICA),
     ("training/replica.py", "if own.get(name) != other.get(name)]", "if False]", REPLICA),
     ("planner/memory.py", "        moments += _layer_moments(shape, method, Part(part.kept, 0, 0))\n", "", PLANNED),
-    ("planner/run.py", "completions=completions * (rollout or accumulation)", "completions=completions", PLANNED_ROWS),
+    ("planner/run.py", "scored = completions * (rollout or accumulation)", "scored = completions", PLANNED_ROWS),
     ("model/offload.py", "or not tensor.is_floating_point()", "", OFFLOAD),
     ("model/offload.py", "parked.coming, parked.is_used = None, True", "parked.coming, parked.is_used = None, False", OFFLOAD),
     ("model/offload.py", "tensor.to(\"cpu\", copy=True)", "tensor.to(\"cpu\")", OFFLOAD),
