@@ -317,7 +317,7 @@ def main(folder: Path) -> None:
     # Within a process group, transformers writes models on the first rank alone.
     models = [model_of(kind, mode, dtype) for kind, mode, dtype, *_ in SHARED]
     results = []
-    for number, (kind, mode, dtype, pieces, accumulation) in enumerate(SHARED):
+    for number, (_, mode, dtype, pieces, accumulation) in enumerate(SHARED):
         found = step(
             folder / str(number), models[number], mode, pieces, accumulation=accumulation,
             ranks=int(os.environ["WORLD_SIZE"]), ddp_backend="gloo", bf16=dtype == torch.bfloat16,

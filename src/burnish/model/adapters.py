@@ -184,7 +184,9 @@ def without_adapters(model: Any) -> Generator[None]:
 def copy_modules(model: Any) -> Any:
     """Copy the modules of a model, which then shares its tensors with the copy."""
     # An embedding in host memory holds its weight outside the parameters.
-    outside = (value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor))
+    outside = (
+        value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)
+    )
     # deepcopy takes every tensor in its memo, which is keyed by id, for already copied.
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers(), *outside)})
 
