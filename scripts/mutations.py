@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 KEPT_PROMPT, SCORED, PIECES = "test_kept_prompt.py", "test_scored_parts.py", "test_pieces.py"
-STAGES = f"{PIECES}::test_pairs_of_other_stages"
+STAGES, FLOAT64 = f"{PIECES}::test_pairs_of_other_stages", f"{PIECES}::test_combinations_in_float64"
 REFUSED = f"{PIECES}::test_what_a_model_cannot_do_is_refused_before_weights_load"
 OFFLOAD, TRACE, BUDGET = "test_offload.py", "test_trace.py", "test_memory_plan.py"
 HOST = "test_host_memory.py"
@@ -254,14 +254,13 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/checks.py", "adapters is None or _trains_embedding(adapters, skeleton)", "adapters is None", REFUSED),
     ("training/checks.py", "{**given, \"use_reentrant\": False}", "{\"use_reentrant\": False, **given}", f"{PIECES}::test_reentrant_checkpointing_is_replaced"),
     ("model/recomputation.py", "preserve_rng_state=draws", "preserve_rng_state=False", "test_recomputation.py"),
-    ("model/recomputation.py", "return torch.cat(outputs).view_as(x)", "return torch.cat(outputs[::-1]).view_as(x)", PIECES),
-    ("model/recomputation.py", "num_saved <= 0", "num_saved <= 1", PIECES),
-    ("model/kept_prompt.py", "return gradient[:, :, length:], None", "return gradient[:, :, :-length], None", PIECES),
-    ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "kept.add(gradient[:, :, :length].to(torch.float32))", PIECES),
-    ("model/offload.py", "tensor.detach(), self.last)", "tensor.detach().float().to(tensor.dtype), self.last)", PIECES),
-    ("model/prefix.py", "zero_padding=True)", "zero_padding=False)", PIECES),
-    ("model/tiled_head.py", "sum_n = decay * sum_n + weight.sum(1)", "sum_n = sum_n + weight.sum(1)", PIECES),
-    ("training/learner.py", "synchronised, offload, continuing(model, batch)", "synchronised, offload", PIECES),
+    ("model/recomputation.py", "return torch.cat(outputs).view_as(x)", "return torch.cat(outputs[::-1]).view_as(x)", FLOAT64),
+    ("model/kept_prompt.py", "return gradient[:, :, length:], None", "return gradient[:, :, :-length], None", FLOAT64),
+    ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "kept.add(gradient[:, :, :length].to(torch.float32))", FLOAT64),
+    ("model/offload.py", "tensor.detach(), self.last)", "tensor.detach().float().to(tensor.dtype), self.last)", FLOAT64),
+    ("model/prefix.py", "zero_padding=True)", "zero_padding=False)", FLOAT64),
+    ("model/tiled_head.py", "sum_n = decay * sum_n + weight.sum(1)", "sum_n = sum_n + weight.sum(1)", FLOAT64),
+    ("training/learner.py", "synchronised, offload, continuing(model, batch)", "synchronised, offload", FLOAT64),
     ("training/ledger.py", "\"host\" if is_on_host() else \"device\"", "\"device\"", TRACE),
     ("training/ledger.py", "self._live[place][component] -= size", "pass", TRACE),
     ("training/trace.py", "self.weight.numel() * bits / 8", "self.weight.numel() * bits / 4", TRACE),
