@@ -265,8 +265,8 @@ def request_of(shop: Workshop, fields: Mapping[str, Any], phase: str = "update",
         "bf16": shop.bf16, "num_generations": group, "per_device_train_batch_size": completions,
         "max_completion_length": length, "token_budget": 10**6, **fields,
     }  # fmt: skip
-    cpu = find_device("cpu")
-    core = replace(cpu, flops=cpu.flops / len(os.sched_getaffinity(0)))
+    cpu, cores = find_device("cpu"), len(os.sched_getaffinity(0))
+    core = replace(cpu, flops=cpu.flops / cores, packing=cpu.packing and cpu.packing / cores)
     return Request("grpo", shop.found, core, training, LORA if lora else None, {}, sizes.prompt)
 
 
