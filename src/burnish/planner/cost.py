@@ -184,5 +184,7 @@ def _rollout(run: Run, device: Device, completions: int) -> Cost:
     step = forward_flops(shape, Part(rows, rows, rows * (prompt + length // 2)))
     read = weight_bytes(shape, method)["weights"] - method.item * shape.vocabulary * shape.hidden * (not shape.tied)
     read += per_token * (rows * length // 2 + -(-rows // run.group) * prompt)
-    decode = max(step / (device.flops * MATMUL), read / (device.bandwidth * BANDWIDTH)) + launch
+    parts = step / (device.flops * MATMUL), read / (device.bandwidth * BANDWIDTH)
+    # A core computes little while it waits for memory: half the rows take more than half the time (`make pieces`).
+    decode = (sum(parts) if device.is_cpu else max(parts)) + launch
     return Cost(flops + steps * step, seconds + steps * decode)
