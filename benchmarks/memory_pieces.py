@@ -1,6 +1,6 @@
 """What each piece of the memory stack costs in time and saves in bytes, beside what the planner's formulas say.
 
-Usage: python benchmarks/memory_pieces.py [--quick] [--pairs 3] [--only TEXT]
+Usage: python benchmarks/memory_pieces.py [--quick] [--pairs 3] [--only TEXT] [--replan]
 
 In one process, SmolLM2-135M-Instruct in bf16 takes a GRPO-like update, optimizer step included, with a piece on and
 off, in pairs whose order alternates; pieces of a rollout sample with the native engine instead. Ratios are of CPU
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 import logging
 import os
 import random
@@ -41,7 +42,7 @@ from burnish.model.packing import split_by_tokens
 from burnish.model.recomputation import tile_mlps
 from burnish.model.scoring import causal_lm
 from burnish.planner.devices import find_device
-from burnish.planner.memory import cache_bytes
+from burnish.planner.memory import cache_bytes, split_rows
 from burnish.planner.models import FoundModel, find_shape
 from burnish.planner.plan import Plan, plan_run
 from burnish.planner.run import Request, read_run
@@ -90,6 +91,20 @@ QUICK = Sizes(96, 24, 4, 144, 2, 8, 4)
 
 
 @dataclass(frozen=True, slots=True)
+class Setting:
+    """A model's dimensions, what it trains on, and whether in bf16."""
+
+    found: FoundModel
+    sizes: Sizes
+    bf16: bool = True
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token in the cache of a rollout."""
+        return cache_bytes(self.found.shape, read_run(request_of(self, {})).method)
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A setting that saves memory.
 
@@ -110,8 +125,9 @@ class Piece:
     keeps_prompts: bool = True
 
 
-def pieces(sizes: Sizes, bytes_per_token: int) -> tuple[Piece, ...]:
+def pieces(setting: Setting) -> tuple[Piece, ...]:
     """List all pieces; the cache's bound lets half of the completions run at a time."""
+    sizes = setting.sizes
     half = sizes.sampled_prompts * (sizes.prompt + sizes.sampled_group * sizes.sampled) // 2
     budget = {"token_budget": sizes.token_budget}
     return (
@@ -125,7 +141,12 @@ def pieces(sizes: Sizes, bytes_per_token: int) -> tuple[Piece, ...]:
         Piece("token_budget, prompt repeated", budget, keeps_prompts=False),
         Piece("8-bit optimizer", {"optim": "adamw_bnb_8bit"}, lora=False),
         Piece("rollout_cache_dtype = int8", {"rollout_cache_dtype": "int8"}, phase="rollout", lora=False),
-        Piece("rollout_cache_gib", {"rollout_cache_gib": half * bytes_per_token / 2**30}, phase="rollout", lora=False),
+        Piece(
+            "rollout_cache_gib",
+            {"rollout_cache_gib": half * setting.bytes_per_token / 2**30},
+            phase="rollout",
+            lora=False,
+        ),
     )
 
 
@@ -135,26 +156,24 @@ class Workshop:
     Args:
         model: a model in memory.
         tokenizer: its tokenizer.
-        found: its dimensions.
-        sizes: what is trained on and sampled.
+        setting: its dimensions, and what is trained on and sampled.
         folder: for what trainers write.
-        bf16: whether the model is in bf16.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, found: FoundModel, sizes: Sizes, folder: str, *, bf16: bool) -> None:
-        self.model, self.tokenizer, self.found, self.sizes, self.bf16 = model, tokenizer, found, sizes, bf16
+    def __init__(self, model: Any, tokenizer: Any, setting: Setting, folder: str) -> None:
+        self.model, self.tokenizer, self.setting = model, tokenizer, setting
+        sizes, vocabulary = setting.sizes, setting.found.shape.vocabulary
         self._folder = folder
         self._made: dict[tuple[Any, ...], Any] = {}
         rng = random.Random(0)
 
         def draw(count: int) -> list[int]:
-            return [rng.randrange(3, found.shape.vocabulary) for _ in range(count)]
+            return [rng.randrange(3, vocabulary) for _ in range(count)]
 
         group = fake_groups(sizes.prompt, [sizes.completion] * sizes.group)[0]
         completions = [replace(one, token_ids=draw(sizes.completion)) for one in group.completions]
         self.group: Group = replace(group, prompt_ids=draw(sizes.prompt), completions=completions)
         self.sampled = [draw(sizes.prompt) for _ in range(sizes.sampled_prompts)]
-        self.bytes_per_token = cache_bytes(found.shape, read_run(request_of(self, {})).method)
 
     def trainer(self, *, lora: bool = False, embedding_offloading: bool = False, optim: str = "adamw_torch") -> Any:
         """Return a trainer with its optimizer's states made."""
@@ -164,15 +183,15 @@ class Workshop:
         return self._made[key]
 
     def _make(self, lora: bool, embedding_offloading: bool, optim: str) -> Any:
-        model, sizes = copy.deepcopy(self.model), self.sizes
+        model, sizes = copy.deepcopy(self.model), self.setting.sizes
         if lora:
             model.config.tie_word_embeddings = False
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         args = GRPOConfig(
-            output_dir=self._folder, use_cpu=True, report_to="none", save_strategy="no", progress=False, bf16=self.bf16,
+            output_dir=self._folder, use_cpu=True, report_to="none", save_strategy="no", progress=False,
+            bf16=self.setting.bf16, embedding_offloading=embedding_offloading,
             num_generations=sizes.group, per_device_train_batch_size=sizes.group, token_budget=10**6,
             max_completion_length=sizes.completion, learning_rate=1e-9, optim=optim, check_memory=False,
-            embedding_offloading=embedding_offloading,
         )  # fmt: skip
         trainer: Any = GRPOTrainer(
             model=model, args=args, train_dataset=[{"prompt": "a"}] * 64, processing_class=self.tokenizer,
@@ -233,11 +252,11 @@ class RolloutSide:
     """A rollout with a piece on or off."""
 
     def __init__(self, shop: Workshop, piece: Piece, *, on: bool) -> None:
-        sizes, fields = shop.sizes, piece.fields if on else {}
+        sizes, fields = shop.setting.sizes, piece.fields if on else {}
         self._model, bound = shop.trainer().model, fields.get("rollout_cache_gib")
         self._engine = NativeEngine(
             self._model, shop.tokenizer, cache_dtype=fields.get("rollout_cache_dtype"),
-            max_cache_tokens=None if bound is None else int(bound * 2**30) // shop.bytes_per_token,
+            max_cache_tokens=None if bound is None else int(bound * 2**30) // shop.setting.bytes_per_token,
         )  # fmt: skip
         params = SamplingParams(max_new_tokens=sizes.sampled)  # nothing ends a completion
         self._prompts = [Prompt(ids, sizes.sampled_group, params, index) for index, ids in enumerate(shop.sampled)]
@@ -255,29 +274,32 @@ class RolloutSide:
         return found
 
 
-def request_of(shop: Workshop, fields: Mapping[str, Any], phase: str = "update", *, lora: bool = False) -> Request:
+def request_of(setting: Setting, fields: Mapping[str, Any], phase: str = "update", *, lora: bool = False) -> Request:
     """Ask the planner for the configuration of a side."""
-    sizes = shop.sizes
+    sizes = setting.sizes
     completions, length, group = sizes.group, sizes.completion, sizes.group
     if phase == "rollout":
         completions, length, group = sizes.sampled_prompts * sizes.sampled_group, sizes.sampled, sizes.sampled_group
     training = {
-        "bf16": shop.bf16, "num_generations": group, "per_device_train_batch_size": completions,
+        "bf16": setting.bf16, "num_generations": group, "per_device_train_batch_size": completions,
         "max_completion_length": length, "token_budget": 10**6, **fields,
     }  # fmt: skip
-    cpu = find_device("cpu")
-    core = replace(cpu, flops=cpu.flops / len(os.sched_getaffinity(0)))
-    return Request("grpo", shop.found, core, training, LORA if lora else None, {}, sizes.prompt)
+    cpu, cores = find_device("cpu"), len(os.sched_getaffinity(0))
+    core = replace(cpu, flops=cpu.flops / cores, packing=cpu.packing and cpu.packing / cores)
+    return Request("grpo", setting.found, core, training, LORA if lora else None, {}, sizes.prompt)
 
 
-def planned(shop: Workshop, piece: Piece, *, on: bool) -> tuple[float, int]:
+def planned(setting: Setting, piece: Piece, *, on: bool) -> tuple[float, int]:
     """Return seconds and device bytes of a side by the formulas."""
     fields = {**piece.base, **(piece.fields if on else {})}
-    request = request_of(shop, fields, piece.phase, lora=piece.lora)
+    request = request_of(setting, fields, piece.phase, lora=piece.lora)
     run = read_run(request)
     # The planner leaves out what has no effect on a CPU; here both are made to have one.
     offloads = {name: bool(fields.get(name)) for name in ("activation_offloading", "embedding_offloading")}
-    run = replace(run, method=replace(run.method, **offloads), parts=run.parts if piece.keeps_prompts else run.rows)
+    run = replace(run, method=replace(run.method, **offloads))
+    if not piece.keeps_prompts:
+        sizes = run.prompt_tokens, run.completion_tokens, run.completions, run.group
+        run = replace(run, parts=tuple(split_rows(*sizes, budget=request.training["token_budget"])))
     if piece.lora:
         run = replace(run, shape=replace(run.shape, tied=False))
     # A copy reads and writes the memory that both sides are.
@@ -309,7 +331,6 @@ def measure(shop: Workshop, piece: Piece, pairs: int) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - began)
             cpu[name].append(time.process_time() - cpu_began)
     peaks = {name: side.peak() for name, side in sides.items()}
-    found = {name: planned(shop, piece, on=name == "on") for name in sides}
     return {
         "piece": piece.name,
         "phase": piece.phase,
@@ -323,9 +344,17 @@ def measure(shop: Workshop, piece: Piece, pairs: int) -> dict[str, Any]:
         "clock_ratio": spread([on / off for off, on in zip(seconds["off"], seconds["on"], strict=True)]),
         "bytes": {name: peak.device_bytes for name, peak in peaks.items()},
         "host_bytes": {name: peak.host_bytes for name, peak in peaks.items()},
-        "planned_seconds": {name: time for name, (time, _) in found.items()},
-        "planned_ratio": found["on"][0] / found["off"][0],
-        "planned_bytes": {name: size for name, (_, size) in found.items()},
+        **by_formulas(shop.setting, piece),
+    }
+
+
+def by_formulas(setting: Setting, piece: Piece) -> dict[str, Any]:
+    """Return the formulas' part of a row."""
+    off, on = (planned(setting, piece, on=is_on) for is_on in (False, True))
+    return {
+        "planned_seconds": {"off": off[0], "on": on[0]},
+        "planned_ratio": on[0] / off[0],
+        "planned_bytes": {"off": off[1], "on": on[1]},
     }
 
 
@@ -381,10 +410,11 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def main() -> None:
-    """Measure all pieces, write the JSON and the picture, print the table."""
+    """Measure all pieces."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one pair each, on a few tokens")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--replan", action="store_true", help="measure nothing: put today's formulas beside the record")
     parser.add_argument("--only", default="", help="measure the pieces whose name has this text")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "pieces.json")
     parser.add_argument("--svg", type=Path, default=ROOT / "docs" / "pieces.svg")
@@ -392,6 +422,14 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if options.replan:
+        results = json.loads(options.json.read_text())
+        setting = Setting(find_shape(MODEL), Sizes(**results["sizes"]))
+        by_name = {piece.name: piece for piece in pieces(setting)}
+        for row in results["pieces"]:
+            row |= by_formulas(setting, by_name[row["piece"]])
+        finish(results, options)
+        return
     sizes, count = (QUICK, 1) if options.quick else (Sizes(), options.pairs)
     results: dict[str, Any] = {
         "model": MODEL, "commit": source(), "hardware": hardware(1), "sizes": asdict(sizes),
@@ -400,14 +438,20 @@ def main() -> None:
     rows: list[dict[str, Any]] = results["pieces"]
     with tempfile.TemporaryDirectory() as folder:
         model, _ = load_model(MODEL, bf16=True)
-        shop = Workshop(model, load_processing_class(MODEL), find_shape(MODEL), sizes, folder, bf16=True)
-        for piece in pieces(sizes, shop.bytes_per_token):
+        shop = Workshop(model, load_processing_class(MODEL), Setting(find_shape(MODEL), sizes), folder)
+        for piece in pieces(shop.setting):
             if options.only not in piece.name:
                 continue
             rows.append(measure(shop, piece, count))
             say(table(rows[-1:]).splitlines()[-1] + f" load {rows[-1]['load_before']:.1f}")
             if not (options.quick or options.only):
                 write(options.json, results)
+    finish(results, options)
+
+
+def finish(results: dict[str, Any], options: argparse.Namespace) -> None:
+    """Compare the orders, write the JSON and the picture of all pieces, print the table."""
+    rows = results["pieces"]
     results["disagreements"] = disagreements(rows)
     if not (options.quick or options.only):
         write(options.json, results)

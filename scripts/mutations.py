@@ -281,6 +281,12 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/memory.py", "shape.keys + 2 * shape.kv_heads if", "shape.keys if", "test_planner.py::test_bytes_per_token_by_hand"),
     ("planner/proposals.py", "rollout to 8 bits\", \"method\"", "rollout to 8 bits\", \"nothing\"", "test_planner.py::test_a_cache_in_8_bits_is_planned_and_proposed"),
     ("planner/memory.py", "kept = 0 if is_tiled(shape, method) else", "kept =", TRACE),
+    # the formulas' seconds
+    ("planner/cost.py", "products * weights + tiled * mlps * held", "products * weights", "test_planner.py::test_tiles_cost_the_products_and_kernels_that_they_repeat"),
+    ("planner/cost.py", "(forwards + tiled / 3)", "forwards", "test_planner.py::test_tiles_cost_the_products_and_kernels_that_they_repeat"),
+    ("planner/cost.py", "products + tiled * mlps / max(shape.linear_weights, 1)", "products", "test_planner.py::test_quantised_weights_are_unpacked_for_every_tile"),
+    ("planner/cost.py", "return compute + weights / device.packing", "return compute", "test_planner.py::test_a_cpu_packs_weights_before_each_product_in_bf16"),
+    ("planner/cost.py", "(method.item + 8) * len(parts)", "method.item * len(parts)", "test_planner.py::test_gradients_that_add_up_are_read_and_written"),
     # the host's memory
     ("planner/plan.py", "self.fits_device and self.fits_host is not False", "self.fits_device", HOST),
     ("planner/plan.py", "return max(self.peak_bytes - self.usable_bytes, 0) + max(host, 0)", "return max(self.peak_bytes - self.usable_bytes, 0)", HOST),

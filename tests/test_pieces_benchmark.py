@@ -13,7 +13,7 @@ import torch
 
 import burnish.planner.proposals
 import tiny
-from burnish.planner.models import FoundModel
+from burnish.planner.models import FoundModel, find_shape
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -37,7 +37,11 @@ def test_every_piece_that_the_planner_chooses_from_is_measured() -> None:
         if isinstance(key, ast.Constant)
     }
     assert "gradient_checkpointing" in offered, "the options have moved: say where they are now"
-    measured = {name for piece in pieces.pieces(pieces.Sizes(), 1) for name in piece.fields}
+    measured = {
+        name
+        for piece in pieces.pieces(pieces.Setting(find_shape(pieces.MODEL), pieces.Sizes()))
+        for name in piece.fields
+    }
     assert offered - measured == pieces.NOT_MEASURED.keys(), "add a piece to benchmarks/memory_pieces.py"
     assert measured <= offered
 
@@ -48,8 +52,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     model = tiny.model("llama", dtype=torch.bfloat16, tie_word_embeddings=True)
     found = FoundModel.of(model.config.to_dict(), "tiny", "tiny")
     folder = str(tmp_path_factory.mktemp("pieces"))
-    shop = pieces.Workshop(model, tiny.tokenizer(), found, SIZES, folder, bf16=True)
-    return [pieces.measure(shop, piece, 1) for piece in pieces.pieces(SIZES, shop.bytes_per_token)]
+    shop = pieces.Workshop(model, tiny.tokenizer(), pieces.Setting(found, SIZES), folder)
+    return [pieces.measure(shop, piece, 1) for piece in pieces.pieces(shop.setting)]
 
 
 def test_all_pieces_are_measured(rows: list[dict[str, Any]]) -> None:
@@ -71,7 +75,8 @@ def test_pieces_are_on_and_off(rows: list[dict[str, Any]]) -> None:
     ):  # fmt: skip
         assert pieces.saved(by_name[name]) > 0, name
     moved = by_name["embedding_offloading"]["host_bytes"]
-    assert moved["on"] - moved["off"] == 2 * tiny.SIZES["vocab_size"] * tiny.SIZES["hidden_size"]
+    rows_read = SIZES.prompt + SIZES.group * SIZES.completion
+    assert moved["on"] - moved["off"] == 2 * tiny.SIZES["hidden_size"] * (tiny.SIZES["vocab_size"] + rows_read)
 
 
 def test_disagreements_are_those_that_all_pairs_show() -> None:

@@ -21,8 +21,8 @@ from burnish.config.lora import check_lora
 from burnish.config.sections import model_init
 from burnish.errors import BurnishError, ConfigError, ModelError
 from burnish.model.packing import split_by_tokens
-from burnish.planner.cost import forward_flops, update_flops
-from burnish.planner.devices import DEVICES, find_device
+from burnish.planner.cost import BANDWIDTH, LAUNCH_SECONDS, forward_flops, update_flops
+from burnish.planner.devices import DEVICES, Device, find_device
 from burnish.planner.memory import (
     Adapters,
     Method,
@@ -382,6 +382,55 @@ def test_rows_of_scoring_are_those_of_a_rollout() -> None:
     assert plan_of(kind="sft").run.rows == ()
     pairs = plan_of(kind="online_dpo", prompt_tokens=512, training={"num_generations": 4, "token_budget": 1024}).run
     assert len(pairs.rows) > len(pairs.parts)  # all samples are scored, and two of a prompt trained on
+
+
+def update_seconds(device: Device, **given: Any) -> float:
+    training = {"token_budget": 10**6, **given.pop("training", {})}
+    request = dataclasses.replace(request_of(training=training, **given), device=device)
+    return estimate(request).phases[-1].cost.seconds
+
+
+def test_tiles_cost_the_products_and_kernels_that_they_repeat() -> None:
+    """With adapters and checkpoints, three products a weight without tiles, and four times n with them."""
+    slow = dataclasses.replace(DEVICES["H100"], flops=1e30, bandwidth=1e9)  # reads weights all the time
+    one, two, eight = (
+        update_seconds(slow, training={"gradient_checkpointing": True, "mlp_tiles": n}, peft=QLORA["peft"])
+        for n in (1, 2, 8)
+    )
+    mlps = 2 * LLAMA_8B.parameters["mlp"] / (1e9 * BANDWIDTH) + LLAMA_8B.layers * LAUNCH_SECONDS / 3
+    assert two - one == pytest.approx((2 * 4 - 3) * mlps)
+    assert eight - one == pytest.approx((8 * 4 - 3) * mlps)
+
+
+def test_quantised_weights_are_unpacked_for_every_tile() -> None:
+    request = {"training": {"gradient_checkpointing": True}, **QLORA}
+    tiled = {**request, "training": {"gradient_checkpointing": True, "mlp_tiles": 8}}
+    fast = dataclasses.replace(DEVICES["H100"], flops=1e30)
+    share = LLAMA_8B.parameters["mlp"] / LLAMA_8B.linear_weights
+    unpacking = LLAMA_8B.linear_weights * (4.127 / 8 + 4) / (fast.bandwidth * BANDWIDTH)
+    reading = LLAMA_8B.parameters["mlp"] * 4.127 / 8 / (fast.bandwidth * BANDWIDTH)
+    launches = LLAMA_8B.layers * LAUNCH_SECONDS / 3
+    found = update_seconds(fast, **tiled) - update_seconds(fast, **request)
+    assert found == pytest.approx(29 * (share * unpacking + reading + launches), rel=1e-3)
+
+
+def test_a_cpu_packs_weights_before_each_product_in_bf16() -> None:
+    cpu = dataclasses.replace(DEVICES["H100"], is_cpu=True, packing=1e9)
+    plain = dataclasses.replace(cpu, packing=None, bandwidth=1e30)
+    lora = {"peft": QLORA["peft"]}
+    assert update_seconds(cpu, **lora) - update_seconds(plain, **lora) == pytest.approx(
+        2 * 2 * LLAMA_8B.num_parameters / 1e9, rel=0.01
+    )
+    exact = {"training": {"bf16": False}, **lora}
+    assert update_seconds(dataclasses.replace(plain, packing=1e9), **exact) == update_seconds(plain, **exact)
+
+
+def test_gradients_that_add_up_are_read_and_written() -> None:
+    slow = dataclasses.replace(DEVICES["H100"], bandwidth=1e9, flops=1e30)
+    whole, parts = (update_seconds(slow, training={"token_budget": budget}) for budget in (10**6, 2560))
+    # A prompt's pass and two of four completions each, for one of all.
+    moved = 2 * 3 * 2 * LLAMA_8B.num_parameters + 3 * (2 + 4 + 4) * LLAMA_8B.num_parameters
+    assert parts - whole == pytest.approx(moved / (1e9 * BANDWIDTH) + 2 * 3 * LLAMA_8B.layers * LAUNCH_SECONDS)
 
 
 def test_critics_and_references() -> None:

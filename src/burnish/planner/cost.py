@@ -18,6 +18,7 @@ from burnish.planner.memory import (
     cache_bytes,
     cache_tokens,
     checkpoint_bytes,
+    is_tiled,
     mlp_width,
     weight_bytes,
 )
@@ -69,14 +70,9 @@ def update_flops(shape: ModelShape, method: Method, part: Part, *, with_head: bo
     backward = (2 if trains_all else 1) * (decoder - attention) + 2 * attention
     adapters = 0.0 if trains_all else 6.0 * method.trained(shape) * part.tokens
     # Tiled MLPs are recomputed once more.
-    mlps = 6.0 * shape.hidden * mlp_width(shape) * shape.layers * part.tokens * (method.mlp_tiles > 1)
-    return (
-        decoder * (2 if method.checkpoints else 1)
-        + mlps
-        + backward
-        + adapters
-        + head * (2 + trains_all + method.repeats_head)
-    )
+    mlps = 6.0 * shape.hidden * mlp_width(shape) * shape.layers * part.tokens * is_tiled(shape, method)
+    heads = head * (2 + trains_all + method.repeats_head)
+    return decoder * (2 if method.checkpoints else 1) + mlps + backward + adapters + heads
 
 
 def phase_costs(run: Run, device: Device) -> dict[str, Cost]:
@@ -109,18 +105,31 @@ def _passes(run: Run, device: Device, parts: Sequence[Part], *, backward: bool, 
     """Cost of the passes over some parts."""
     shape, method = run.shape, run.method
     weights = weight_bytes(shape, method)["weights"]
+    # The backward pass multiplies with the weights for the inputs' gradients, and has as much to do for their own.
+    products = 1 + backward * (1 + method.checkpoints + (method.adapters is None))
+    forwards = 1 + backward * (2 + method.checkpoints)
+    # Tiles repeat the products of an MLP, and its kernels, a third of a layer's; the backward pass runs each again.
+    tiled = method.mlp_tiles * (products + backward) - products if is_tiled(shape, method) else 0
+    mlps = shape.parameters["mlp"]
+    held = method.item if method.bits is None else method.bits / 8
+    unpacked = products + tiled * mlps / max(shape.linear_weights, 1)
     flops = seconds = 0.0
     for part in parts:
-        if backward:
-            work, forwards = update_flops(shape, method, part, with_head=with_head), 4 if method.checkpoints else 3
-        else:
-            work, forwards = forward_flops(shape, part, with_head=with_head), 1
-        seconds += max(work / (device.flops * MATMUL), forwards * weights / (device.bandwidth * BANDWIDTH))
-        seconds += forwards * (shape.layers * LAUNCH_SECONDS + _dequantising(run, device))
+        work = (
+            update_flops(shape, method, part, with_head=with_head)
+            if backward
+            else forward_flops(shape, part, with_head=with_head)
+        )
+        seconds += _product_seconds(device, method, work, products * weights + tiled * mlps * held)
+        seconds += (forwards + tiled / 3) * shape.layers * LAUNCH_SECONDS + unpacked * _dequantising(run, device)
         if backward and method.activation_offloading:
             moved = 2 * checkpoint_bytes(shape, method, part.tokens) / device.link
             seconds += moved * (1 - LINK_OVERLAP)
         flops += work
+    if backward and len(parts) * run.accumulation > 1:
+        # Gradients add up in fp32: each pass reads its own, and reads and writes the sum.
+        added = method.trained(shape) * (method.item + 8) * len(parts)
+        seconds += added / (device.bandwidth * BANDWIDTH)
     if backward:
         # The optimizer reads and writes every state, master and gradient once.
         state = (0 if method.paged_optimizer else method.optimizer_bytes) + 8
@@ -128,6 +137,21 @@ def _passes(run: Run, device: Device, parts: Sequence[Part], *, backward: bool, 
         if method.paged_optimizer:
             seconds += method.trained(shape) * 2 * method.optimizer_bytes / device.link / run.accumulation
     return Cost(flops, seconds)
+
+
+def _product_seconds(device: Device, method: Method, work: float, weights: float) -> float:
+    """Return the larger of compute and reading weights; a CPU packs the weights of each product in bf16 before it.
+
+    Args:
+        device: computes.
+        method: says in which dtype.
+        work: FLOPs.
+        weights: bytes of weights, as often as a product takes them.
+    """
+    compute = work / (device.flops * MATMUL)
+    if device.packing is not None and method.bf16:
+        return compute + weights / device.packing
+    return max(compute, weights / (device.bandwidth * BANDWIDTH))
 
 
 def _dequantising(run: Run, device: Device) -> float:
@@ -157,5 +181,7 @@ def _rollout(run: Run, device: Device, completions: int) -> Cost:
     step = forward_flops(shape, Part(rows, rows, rows * (prompt + length // 2)))
     read = weight_bytes(shape, method)["weights"] - method.item * shape.vocabulary * shape.hidden * (not shape.tied)
     read += per_token * (rows * length // 2 + -(-rows // run.group) * prompt)
-    decode = max(step / (device.flops * MATMUL), read / (device.bandwidth * BANDWIDTH)) + launch
+    parts = step / (device.flops * MATMUL), read / (device.bandwidth * BANDWIDTH)
+    # A core computes little while it waits for memory: half the rows take more than half the time (`make pieces`).
+    decode = (sum(parts) if device.is_cpu else max(parts)) + launch
     return Cost(flops + steps * step, seconds + steps * decode)
