@@ -258,7 +258,6 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/kept_prompt.py", "return gradient[:, :, length:], None", "return gradient[:, :, :-length], None", FLOAT64),
     ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "kept.add(gradient[:, :, :length].to(torch.float32))", FLOAT64),
     ("model/offload.py", "tensor.detach(), self.last)", "tensor.detach().float().to(tensor.dtype), self.last)", FLOAT64),
-    ("model/prefix.py", "zero_padding=True)", "zero_padding=False)", FLOAT64),
     ("model/tiled_head.py", "sum_n = decay * sum_n + weight.sum(1)", "sum_n = sum_n + weight.sum(1)", FLOAT64),
     ("training/learner.py", "synchronised, offload, continuing(model, batch)", "synchronised, offload", FLOAT64),
     ("training/ledger.py", "\"host\" if is_on_host() else \"device\"", "\"device\"", TRACE),
