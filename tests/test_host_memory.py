@@ -48,6 +48,7 @@ def test_a_host_too_small_for_what_is_offloaded() -> None:
     assert plan.peak_host_phase.name == "update"
     assert plan.host_bytes == 650_000_000 + 34 * 2**29 + 2**30
     assert (plan.fits_device, plan.fits_host, plan.fits) == (True, False, False)
+    assert plan.excess_bytes == plan.host_bytes - (plan.usable_host_bytes or 0) > 0
     fastest, *others = propose(request)
     assert [change.values for change in fastest.changes] == [
         {"gradient_checkpointing": True, "activation_offloading": False}
@@ -90,6 +91,16 @@ def test_what_would_take_a_small_host_s_memory_is_not_proposed() -> None:
     assert proposals
     assert all(one.plan.fits for one in proposals)
     assert not any(fields.get("activation_offloading") for fields in values(tight))
+
+
+def test_levels_rise_where_the_host_has_room() -> None:
+    """Offloading would lower the device's peak most, and the host cannot take it: more tiles are enough."""
+    row = replace(request_of(None, training={"max_length": 16384, "per_device_train_batch_size": 1}), kind="sft")
+    fields: dict[str, Any] = {"gradient_checkpointing": True, "mlp_tiles": 8}
+    wanted = estimate(replace(row, training={**row.training, **fields})).peak_bytes
+    device = replace(row.device, memory_bytes=round((wanted + 10**6) / USABLE))
+    found = values(replace(row, device=device.with_host(4 * GB), in_memory=True))
+    assert any(one.keys() == fields.keys() for one in found)
 
 
 def test_an_embedding_and_a_paged_optimizer_come_back_from_a_small_host() -> None:
