@@ -91,7 +91,8 @@ def named(chosen: Any) -> str | None:
     return "+".join(chosen) or "none" if isinstance(chosen, tuple) else None
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+# With accumulation, pairs of pieces are among the fast tests below.
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("mode", "chosen"),
     [
