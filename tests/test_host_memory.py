@@ -222,7 +222,7 @@ def test_a_budget_is_kept_on_the_host_too() -> None:
 
 def test_a_run_is_refused_beyond_the_formulas_error_only() -> None:
     need = estimate(request_of(None, training=OFFLOADED)).host_bytes
-    refuse_too_large(request_of(need, training=OFFLOADED))
+    refuse_too_large(request_of(round(need / 1.05), training=OFFLOADED))
     with pytest.raises(
         ConfigError, match=r"check_memory = True: .* of the host's memory \(update\), which has .*; set"
     ):
