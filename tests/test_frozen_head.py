@@ -97,6 +97,18 @@ def test_a_frozen_head_computes_no_gradient_without_grad_mode(monkeypatch: pytes
     assert not got.requires_grad
 
 
+@pytest.mark.parametrize("invalid", [-1, 23, 10**6])
+def test_an_invalid_target_gives_nan_where_values_are_not_read(invalid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator; the other rows are what they would be without it."""
+    monkeypatch.setattr(tiled_head, "has_values", lambda _: False)
+    ops, target = operands(9, requires_grad=False), targets()
+    target[2] = invalid
+    hidden = ops["hidden"].requires_grad_()
+    logprobs = tiled_logprobs(hidden, ops["weight"], target, tile_bytes=TINY_TILE).logprobs
+    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
+    assert logprobs.isnan().tolist() == gradient.isnan().all(1).tolist() == [row == 2 for row in range(NUM_TOKENS)]
+
+
 def test_a_frozen_heads_gradient_of_a_certain_target_is_exact() -> None:
     """1 - p is 3e-5 here, far below a rounding of p to bf16."""
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])

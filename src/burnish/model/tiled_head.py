@@ -212,7 +212,8 @@ def _score_rows(
         # 1 - p cancels for a likely target: its own term stays apart from the others', and is computed by expm1.
         curvature = tiles.curvature(picked_n)
         own_n = -torch.expm1(logprob_n) * (1.0 if curvature is None else curvature)
-        others_nH.div_(-sum_n[:, None]).addcmul_(own_n[:, None], weight_VH[target_n])
+        own_nH = weight_VH[target_n.clamp(0, len(weight_VH) - 1)]  # an invalid target has a factor that is NaN
+        others_nH.div_(-sum_n[:, None]).addcmul_(own_n[:, None], own_nH)
         pull_nH.copy_(others_nH.mul_(options.slope))
     entropy_n = log_sum_n - dot_n / sum_n if options.with_entropy else None
     collision_n = square_n.log() - 2 * log_sum_n if options.with_collision else None
