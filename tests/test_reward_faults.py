@@ -28,8 +28,8 @@ from test_rewards_rubric import group
 from test_trainers import PROMPTS, digits, grpo, recorded, weights
 
 STEPS = 3
-HANGS = "9^{9^{9^9}}"
-"""An answer that the worker computes on for minutes."""
+DOOMED = "9^{9^{9^9}}"
+"""An answer whose worker is killed."""
 
 
 def is_bad(ids: list[int]) -> bool:
@@ -309,6 +309,7 @@ def pool() -> Iterator[WorkerPool]:
 def killed(monkeypatch: pytest.MonkeyPatch, doomed: Callable[[str], bool]) -> list[str]:
     """Kill a worker as soon as it has started on an answer; return the answers that it was killed on."""
     found: list[str] = []
+    dead: set[int] = set()
     call, receive = pool_module._Worker.call, pool_module._Worker._receive
 
     def recording(self: Any, kind: str, arguments: Any, timeout_seconds: float) -> float:
@@ -317,8 +318,11 @@ def killed(monkeypatch: pytest.MonkeyPatch, doomed: Callable[[str], bool]) -> li
 
     def killing(self: Any, nonce: str, deadline: float) -> Any:
         reply = receive(self, nonce, deadline)
+        while reply is not None and self.process.pid in dead:  # a result that was quicker than the signal
+            reply = receive(self, nonce, deadline)
         if reply is not None and "started" in reply and doomed(self.answer):
             found.append(self.answer)
+            dead.add(self.process.pid)
             os.kill(self.process.pid, signal.SIGKILL)
         return reply
 
@@ -352,15 +356,15 @@ def test_a_killed_worker_is_no_judgement(
 
 
 def test_an_answer_whose_worker_is_killed_again_is_excluded(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = killed(monkeypatch, lambda answer: answer == HANGS)
+    found = killed(monkeypatch, lambda answer: answer == DOOMED)
     rubric = Rubric([Criterion("math", math_answer(pool=pool, timeout_seconds=60))])
-    for completion in (one := group(f"<answer>{HANGS}</answer>", "<answer>2x</answer>")).completions:
+    for completion in (one := group(f"<answer>{DOOMED}</answer>", "<answer>2x</answer>")).completions:
         completion.token_ids = [1]
     one.row["answer"] = "2x"
     [scores] = rubric.score([one])
     assert [score.total for score in scores] == [None, 1.0]
     assert "the verifier process died (exit -9)" in scores[0].errors["math"]
-    assert found == [HANGS] * 2
+    assert found == [DOOMED] * 2
 
 
 REWARDS = """
