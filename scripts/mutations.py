@@ -214,7 +214,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/attention.py", "    with _disable_current_modes():", "    if True:", "test_compiled.py"),
     ("stages/online.py", "args.max_steps / (self.steps_per_pass * self.algorithm.passes)", "args.max_steps", "test_compiled.py"),
     # memory
-    ("model/offload.py", "if storage_key(tensor) in self.kept:", "if False:", OFFLOAD),
+    ("model/offload.py", " or storage_key(tensor) in self.kept", "", OFFLOAD),
     # kept prompts
     ("model/kept_prompt.py", "kept.add(gradient[:, :, :length])", "pass", KEPT_PROMPT),
     ("model/kept_prompt.py", "self.gradient += gradient", "self.gradient = gradient", KEPT_PROMPT),
@@ -240,6 +240,8 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/memory.py", "        moments += _layer_moments(shape, method, Part(part.kept, 0, 0))\n", "", PLANNED),
     ("planner/run.py", "scored = completions * (rollout or accumulation)", "scored = completions", PLANNED_ROWS),
     ("model/offload.py", "or not tensor.is_floating_point()", "", OFFLOAD),
+    ("model/offload.py", "return tensor.detach()", "return tensor", OFFLOAD),
+    ("planner/update.py", "prompt.copies // layers * (layers - 1)", "0", "test_planner.py::test_a_kept_prompt_keeps_copies_of_experts"),
     ("model/offload.py", "parked.coming, parked.is_used = None, True", "parked.coming, parked.is_used = None, False", OFFLOAD),
     ("model/offload.py", "tensor.to(\"cpu\", copy=True)", "tensor.to(\"cpu\")", OFFLOAD),
     ("model/recomputation.py", "rows.tensor_split(tiles)", "rows.tensor_split(1)", "test_recomputation.py"),

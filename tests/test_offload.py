@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from burnish import GRPOConfig
 from burnish.model import offload
 from burnish.model.offload import offloading
 from burnish.model.packing import pack
-from burnish.model.scoring import prepare_for_scoring, score
+from burnish.model.scoring import causal_lm, prepare_for_scoring, score
+from live_bytes import LiveBytes
 from test_ppo import critic_weights, ppo
 from test_recomputation import assert_same, groups
 from test_trainers import assert_same as assert_same_weights
@@ -187,3 +189,33 @@ def test_streams_copy_without_races(checkpointing: bool) -> None:
         torch.testing.assert_close(other[0], found[0][0], rtol=0, atol=0)
         for name, grad in other[1].items():
             torch.testing.assert_close(grad, found[0][1][name], msg=name)
+
+
+@pytest.mark.parametrize("dropped", ["before a backward pass", "after one of a part", "after one of all"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("least", [None, 1, 2**40])
+def test_a_graph_is_freed_with_its_result(
+    least: int | None, checkpointing: bool, dropped: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a hook saves for tensors that stay: no garbage collector sees a node that holds itself."""
+    monkeypatch.setattr(offload, "_MIN_BYTES", least)
+    model = prepared("llama", torch.float32, lora=True, checkpointing=checkpointing)
+    batch, inner = pack(groups()), list[torch.Tensor]()
+    layer = causal_lm(model).model.layers[0]
+    layer.register_forward_hook(lambda module, inputs, output: inner.append(output) if not inner else None)
+
+    def step() -> None:
+        with nullcontext() if least is None else offloading(model, copies_on_cpu=True):
+            result = score(model, batch).logprobs
+        if dropped == "after one of a part":
+            inner[0].sum().backward()
+        elif dropped == "after one of all":
+            result.sum().backward()
+        inner.clear()
+
+    step()
+    model.zero_grad()
+    with LiveBytes() as meter:
+        step()
+        model.zero_grad()
+    assert meter.live == 0

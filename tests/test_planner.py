@@ -374,6 +374,18 @@ def test_a_kept_prompt_is_scored_once() -> None:
     assert sum(row.tokens for row in sharded.run.rows) == 8 * 2304
 
 
+def test_a_kept_prompt_keeps_copies_of_experts() -> None:
+    """Its graph has those of every layer but the last: no key or value needs that one's MLP."""
+    shape, method = find_shape("Qwen3-30B-A3B").shape, Method(adapters=Adapters(16, "all-linear"))
+    part = Part.of(512, 256, 1)
+    found, kept = (Update(shape, method, p, 2, on_cpu=False).head()["experts"] for p in (part, part._replace(kept=511)))
+    assert found == kept  # one pass's own
+    moments = [Update(shape, method, p, 2, on_cpu=False).moments()["head"] for p in (part, part._replace(kept=511))]
+    layers = shape.mixture_layers
+    assert layers > 1
+    assert moments[1]["experts"] - moments[0]["experts"] == found // layers * (layers - 1) > 0
+
+
 def test_rows_of_scoring_are_those_of_a_rollout() -> None:
     training = {"max_completion_length": 256, "token_budget": 8192, "beta": 0.1, "gradient_accumulation_steps": 4}
     run = plan_of(prompt_tokens=512, training=training).run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,24 +12,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from burnish.kernels import attention
-from burnish.kernels.attention import PromptTable, attend_prompts, attends_rows
+from burnish.kernels.attention import PromptTable, attend_prompts
 from burnish.rollout import NativeEngine, Request, SamplingParams, cache
 from burnish.types import Completion
+from test_attention_kernels import BF16, kernel
 from test_native import tokenizer
 
-__all__ = ["tokenizer"]
+__all__ = ["kernel", "tokenizer"]
 
-BF16 = torch.bfloat16
 ROOM = 304
-
-
-@pytest.fixture(autouse=True)
-def kernel() -> Iterator[None]:
-    if not attends_rows(*[torch.empty(1, 1, 1, 32, dtype=BF16)] * 3):
-        pytest.skip("no AMX, or no C++ compiler")
-    yield
-    attention._library.cache_clear()
 
 
 def normal(*shape: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from burnish.model.traced import device_type, on_host
 
-__all__ = ["Saved", "offloading", "restore", "saver", "storage_key"]
+__all__ = ["Saved", "as_saved", "offloading", "restore", "saver", "storage_key"]
 
 _MIN_BYTES = 2**20
 """Smaller tensors stay: a copy costs more than they hold."""
@@ -33,6 +33,14 @@ Saved = Tensor | Callable[[], Tensor]
 def storage_key(tensor: Tensor) -> int:
     """Return a number that tensors of one storage share while it lives; fake tensors have no address."""
     return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+def as_saved(tensor: Tensor) -> Tensor:
+    """Return what a hook saves for a tensor that stays: without its history.
+
+    A node of autograd that holds the tensor's history through a hook may hold itself, and then it is never freed.
+    """
+    return tensor.detach()
 
 
 def restore(saved: Saved) -> Tensor:
@@ -139,10 +147,9 @@ class _Offload:
 
     def save(self, tensor: Tensor) -> Saved:
         is_host = device_type(tensor) == "cpu"
-        if (is_host and not self.copies) or tensor.nbytes < _MIN_BYTES or not tensor.is_floating_point():
-            return tensor
-        if storage_key(tensor) in self.kept:
-            return tensor
+        is_small = tensor.nbytes < _MIN_BYTES or not tensor.is_floating_point()
+        if is_small or (is_host and not self.copies) or storage_key(tensor) in self.kept:
+            return as_saved(tensor)
         if tensor.device not in self.movers:
             self.movers[tensor.device] = _StreamMover(tensor.device) if tensor.is_cuda else _Mover()
         mover = self.movers[tensor.device]

@@ -29,7 +29,7 @@ from burnish.errors import ConfigError
 from burnish.kernels.elementwise import fuses, gated_silu, rms_norm
 from burnish.model.dropout import draws_dropout
 from burnish.model.fused import is_silu, norm_epsilon
-from burnish.model.offload import Saved, restore, saver, storage_key
+from burnish.model.offload import Saved, as_saved, restore, saver, storage_key
 from burnish.model.traced import device_type
 
 __all__ = ["check_tiles", "norm_forward", "recompute_later", "recomputing", "save_less", "tile_mlps"]
@@ -121,7 +121,7 @@ def recomputing(model: nn.Module) -> Generator[None]:
         with nullcontext() if save is None else torch.autograd.graph.saved_tensors_hooks(save, restore):
             yield
         return
-    cache = _RecomputeCache(save or (lambda tensor: tensor))
+    cache = _RecomputeCache(save or as_saved)
     token = _cache.set(cache)
     try:
         with torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack):

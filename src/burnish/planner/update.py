@@ -68,6 +68,9 @@ class Update:
             waiting = 0 if self.method.activation_offloading else prompt.kept
             for moment in found.values():
                 moment["kept prompt"] = waiting + values + 4 * numbers
+                # Its graph has copies of its own, but for the last layer, whose MLP no key or value needs.
+                layers = max(self.shape.mixture_layers, 1)
+                moment["experts"] = moment.get("experts", 0) + prompt.copies // layers * (layers - 1)
             for name, moment in prompt._moments().items():
                 found[f"prompt's {name}"] = moment | {"kept prompt": values + self.method.item * numbers}
         return found
