@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import tiny
 from burnish.kernels.decoding import CPUKernels, cpu_kernels
 from burnish.rollout import NativeEngine, Request, SamplingParams
+from burnish.rollout.compiled import CompiledForward
 from test_compiled import requests, values
 
 BF16 = torch.bfloat16
@@ -125,6 +126,23 @@ def test_layers_are_compared_once_and_restored(calls: list[int]) -> None:
     found = values(made.generate(asked, seed=1, step=0))
     assert len(calls) == first - 1, "the layer that was compared"
     assert values(engine(model, fuses=False).generate(asked, seed=1, step=0)) == found, "the weights of now"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fused", "compiles"), [("unfused", True, False), ("unfused", False, True), (True, True, True)]
+)
+def test_a_forward_of_fused_layers_is_compiled_only_where_that_is_asked_for(
+    wanted: Any, fused: bool, compiles: bool, calls: list[int]
+) -> None:
+    model = build(FORMS["llama"])
+    if not fused:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=32, target_modules=["q_proj", "down_proj"]))
+    made = NativeEngine(model, tiny.tokenizer(), compile_forward=wanted)
+    made._compiled = CompiledForward(made._lm, lambda graph, inputs: graph)
+    found = values(made.generate(requests(), seed=1, step=0))
+    assert bool(made._compiled._graphs) == compiles
+    assert bool(calls) == fused
+    assert values(engine(model, fuses=False).generate(requests(), seed=1, step=0)) == found
 
 
 def test_norms_over_all_heads_are_not_taken_for_those_of_a_head(calls: list[int]) -> None:

@@ -214,7 +214,7 @@ class OnlineFields(CommonFields):
         None,
         "Compile the native engine's decode forward: tens of seconds once, cached on disk, then less time per token. "
         "Needs a C++ compiler on a CPU, triton on a GPU. None: in bf16 on a CPU that has one, if the run may take more "
-        "than 5,000 decode forwards.",
+        "than 5,000 decode forwards and the engine has no kernels for the model's layers, which are faster.",
         SAMPLING,
         resume="free",
     )

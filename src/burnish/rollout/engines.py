@@ -28,7 +28,7 @@ def make_engine(
     *,
     max_running: int = 64,
     max_cache_tokens: int | None = None,
-    compile_forward: bool = False,
+    compile_forward: bool | Literal["unfused"] = False,
     cache_dtype: Literal["int8"] | None = None,
 ) -> NativeEngine | LockstepEngine:
     """Make the in-process engine for a model: `LockstepEngine` where completions cannot share a prompt.
@@ -38,7 +38,7 @@ def make_engine(
         tokenizer: decodes texts.
         max_running: most completions decoded together.
         max_cache_tokens: most tokens in the cache, or None.
-        compile_forward: compile the decode forward of the native engine.
+        compile_forward: compile the decode forward of the native engine, or do so unless its layers are fused.
         cache_dtype: dtype of the native engine's keys and values; None for the model's.
     """
     lm = causal_lm(model)
@@ -54,7 +54,7 @@ def make_engine(
             cache_dtype=cache_dtype,
         )
     _logger.warning("rollouts of %s: one row per completion, because %s", type(lm).__name__, support.reason)
-    if compile_forward:
+    if compile_forward is True:
         _logger.warning(
             "compile_rollouts = True has no effect on %s: only the native engine compiles", type(lm).__name__
         )

@@ -49,12 +49,15 @@ class FusedLayers:
         self._agree: dict[type[nn.Module], bool] = {}
 
     @contextmanager
-    def running(self, products: Mapping[nn.Module, PackedProduct], run: Callable[[], Any]) -> Generator[None]:
+    def running(self, products: Mapping[nn.Module, PackedProduct], run: Callable[[], Any]) -> Generator[int]:
         """Fuse the layers whose products are packed; autograd must be off.
 
         Args:
             products: packed products by layer.
             run: runs a short forward with a layout, in which layers of a new class are compared.
+
+        Yields:
+            The number of fused layers.
         """
         kernels = cpu_kernels() if products else None
         layers = [] if kernels is None else list(_layers(self._model, products, kernels))
@@ -70,7 +73,7 @@ class FusedLayers:
                 layer.module.__dict__.pop("forward", None)
                 if self._agree[type(layer.module)]:
                     layer.module.__dict__["forward"] = layer
-            yield
+            yield sum(self._agree[type(layer.module)] for layer in layers)
         finally:
             for layer in layers:
                 layer.module.__dict__.pop("forward", None)

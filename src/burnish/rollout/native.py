@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from typing import Any, Literal
@@ -117,6 +117,7 @@ class NativeEngine(Engine):
         pack_weights: hold a prepacked copy of the linear layers during `generate` where that is faster (bf16 on a CPU).
         speculate: compute guessed tokens where few completions run; it changes speed, not what is drawn.
         compile_forward: compile the decode forward, which takes tens of seconds once; it changes speed and rounding.
+            "unfused": unless its layers are fused (`fused_layers.py`), which is as fast.
         cache_dtype: "int8" holds keys and values in 8 bits; None in the model's dtype.
 
     Raises:
@@ -136,7 +137,7 @@ class NativeEngine(Engine):
         spec: HeadSpec | None = None,
         pack_weights: bool = True,
         speculate: bool = True,
-        compile_forward: bool = False,
+        compile_forward: bool | Literal["unfused"] = False,
         cache_dtype: Literal["int8"] | None = None,
     ) -> None:
         check_bounds(max_running, max_cache_tokens)
@@ -152,6 +153,7 @@ class NativeEngine(Engine):
         self._speculate = speculate
         self._fused_layers = FusedLayers(self._lm)
         self._compiled = CompiledForward(self._lm) if compile_forward else None
+        self._compiles_fused = compile_forward is True
         self.version = 0
         self.last_stats = RolloutStats()
         install(model)
@@ -179,13 +181,12 @@ class NativeEngine(Engine):
         total = sum(request.num_samples for request in requests)
         rows = min(total, self._max_running)
         pack = packed_linears(self._lm, rows, self._forward_once) if self._pack_weights else nullcontext({})
-        weights = nullcontext() if self._compiled is None else self._compiled.current_weights()
         with (
             sampling_mode(self._model),
             pack as products,
-            self._fused_layers.running(products, self._prefill_once),
+            self._fused_layers.running(products, self._prefill_once) as num_fused,
             fused_norms(self._lm),
-            weights,
+            self._compiling(num_fused),
         ):
             while run.pending or run.prompts:
                 self._admit(run)
@@ -413,6 +414,12 @@ class NativeEngine(Engine):
                 run.cache.move_prompt(last, slot)
                 run.prompts[slot] = run.prompts[last]
             run.prompts.pop()
+
+    def _compiling(self, num_fused: int) -> AbstractContextManager[None]:
+        """Run compiled decode forwards inside, where that is wanted beside so many fused layers."""
+        if self._compiled is None or (num_fused and not self._compiles_fused):
+            return nullcontext()
+        return self._compiled.current_weights()
 
     def _decoded(self, cache: CacheLayout, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the [T, H] last hidden states of a decode forward, compiled where that is wanted and possible."""

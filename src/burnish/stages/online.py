@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
@@ -372,9 +372,10 @@ class OnlineStage(Stage):
             longest = max(len(group.prompt_ids) for groups in sets for group in groups)
             completion = args.max_completion_length
             bound = cache_tokens(run.model, args.rollout_cache_gib, prompt=longest, completion=completion, **held)
-        compiles = args.compile_rollouts
-        if compiles is None:
-            compiles = compiling_pays(causal_lm(run.model), self._most_rollouts * args.max_completion_length)
+        compiles: bool | Literal["unfused"] = bool(args.compile_rollouts)
+        if args.compile_rollouts is None:
+            forwards = self._most_rollouts * args.max_completion_length
+            compiles = "unfused" if compiling_pays(causal_lm(run.model), forwards) else False
         return make_engine(run.model, self.tokenizer, max_cache_tokens=bound, compile_forward=compiles, **held)
 
     @property
