@@ -69,8 +69,8 @@ GRPO = Benchmark(
     stage="grpo",
     out="grpo_step.json",
     comparisons={
-        "short": Comparison("short", wanted=3.0),
-        "long": Comparison("long", wanted=5.0),
+        "short": Comparison("short", wanted=6.0),
+        "long": Comparison("long", wanted=9.0),
         "short_fixed": Comparison("short_fixed"),
         "long_fixed": Comparison("long_fixed"),
     },

@@ -340,6 +340,25 @@ def test_cache_bounds() -> None:
     assert cache_tokens(200, 128, 8, 16, bound=500) == 500
 
 
+def test_a_cache_too_small_for_one_completion_is_refused() -> None:
+    qwen: dict[str, Any] = {"model": "Qwen3-8B", "prompt_tokens": 512, **QLORA}
+
+    def plan(gib: float, **training: Any) -> Plan:
+        fields = {"max_completion_length": 19_968, "token_budget": 20_480, "rollout_cache_gib": gib, **training}
+        return plan_of(**qwen, training=fields)
+
+    # 20,480 tokens of 36 layers with keys and values of 8 heads of 128 numbers of 2 bytes: 2.8125 GiB.
+    assert plan(2.8125).run.cache_bound == 20_480
+    with pytest.raises(ConfigError, match=r"rollout_cache_gib = 2\.81: one .* a prompt of 512 .* takes 2\.815 GiB"):
+        plan(2.81)
+    assert plan(2.815)
+    assert plan(1.5, rollout_cache_dtype="int8").run.cache_bound
+    qwen["prompt_tokens"] = None  # then only what a completion takes is known
+    assert plan(0.57, max_completion_length=4096, max_prompt_length=2048)
+    with pytest.raises(ConfigError, match="raise it to that at least"):
+        plan(0.56, max_completion_length=4096)
+
+
 def test_flops_by_hand() -> None:
     part = Part.of(0, 1000, 1)
     decoder, head = 2 * LLAMA_8B.decoder_weights * 1000, 2 * 128256 * 4096 * 1000
@@ -394,6 +413,20 @@ def test_rows_of_scoring_are_those_of_a_rollout() -> None:
     assert plan_of(kind="sft").run.rows == ()
     pairs = plan_of(kind="online_dpo", prompt_tokens=512, training={"num_generations": 4, "token_budget": 1024}).run
     assert len(pairs.rows) > len(pairs.parts)  # all samples are scored, and two of a prompt trained on
+
+
+@pytest.mark.parametrize(("kind", "size"), [("dpo", 8 * (128 + 2 * 384)), ("kto", 16 * 512)])
+def test_a_reference_that_scores_before_the_run_fills_its_forwards(kind: str, size: int) -> None:
+    training = {"per_device_train_batch_size": 2, "max_length": 512, "token_budget": 8192, "beta": 0.1}
+    given: dict[str, Any] = {"kind": kind, "prompt_tokens": 128 if kind == "dpo" else 0}
+    each, first = (
+        plan_of(training={**training, "precompute_ref_log_probs": wanted}, **given) for wanted in (False, True)
+    )
+    assert each.run.largest_row.tokens < first.run.largest_row.tokens == size
+    # Each row is scored once either way.
+    assert first.run.rows == each.run.rows
+    seconds = [next(phase for phase in plan.phases if phase.name == "scoring").cost.seconds for plan in (each, first)]
+    assert seconds[0] == seconds[1]
 
 
 def update_seconds(device: Device, **given: Any) -> float:

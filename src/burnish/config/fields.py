@@ -42,6 +42,7 @@ from burnish.config.sources import Names
 __all__ = [
     "CHAT_TEMPLATE_HELP",
     "LOSSES_WITHOUT_REFERENCE",
+    "PRECOMPUTED_GROUPS",
     "PREFERENCE_LOSS_NAMES",
     "SMOOTHED_EXO",
     "CommonFields",
@@ -338,6 +339,8 @@ class ReferenceFields(CommonFields):
 
 
 _LOSSES_OF_PAIRS = frozenset({"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"})
+PRECOMPUTED_GROUPS = 64
+"""Groups that the reference scores together where it scores all before the first step."""
 LOSSES_WITHOUT_REFERENCE = frozenset({"cpo", "simpo", "alphapo", "orpo", "sft"})
 _PreferenceLoss = Annotated[str, one_of(PREFERENCE_LOSS_NAMES)]
 

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 
 from burnish.planner.devices import Device
 from burnish.planner.memory import (
-    MOST_ROWS,
     PREFILL_TOKENS,
     Method,
     Part,
     cache_bytes,
-    cache_tokens,
     checkpoint_bytes,
     is_tiled,
     mlp_width,
     weight_bytes,
 )
+from burnish.planner.rollout import Wave
 from burnish.planner.run import Run
 from burnish.planner.shapes import ModelShape
 
@@ -166,11 +165,7 @@ def _rollout(run: Run, device: Device, completions: int) -> Cost:
     """Prefill each prompt once, then decode up to 64 completions at a time to their greatest length."""
     shape, method, prompt, length = run.shape, run.method, run.prompt_tokens, run.completion_tokens
     per_token = cache_bytes(shape, method)
-    rows = min(completions, MOST_ROWS)
-    if run.cache_gib is not None:
-        room = int(run.cache_gib * 2**30) // per_token
-        full = cache_tokens(prompt, length, run.group, completions, bound=room)
-        rows = max(1, min(rows, (full - prompt) // max(length, 1)))
+    rows = Wave.planned(run).rows
     prompts = -(-completions // run.group)
     prefill = Part(prompt * prompts, prompts, prompts * prompt * prompt // 2)
     flops = forward_flops(shape, prefill)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+from burnish.errors import ConfigError
 from burnish.planner.logit_tiles import tile_bytes
 from burnish.planner.shapes import Linear, ModelShape
 
@@ -456,6 +457,28 @@ def cache_tokens(prompt: int, completion: int, group: int, completions: int, *, 
     copied = prompt if bound is None and prompt <= COPIED_PROMPT_TOKENS else 0
     found = rows * round_up(completion + copied) + prompts * round_up(prompt)
     return found if bound is None else min(found, bound)
+
+
+def bounded_tokens(gib: float, per_token: int, *, prompt: int, completion: int) -> int:
+    """Return how many tokens a cache of so many GiB holds.
+
+    Args:
+        gib: `rollout_cache_gib`.
+        per_token: bytes of a token's keys and values.
+        prompt: tokens of the longest prompt.
+        completion: most tokens of a completion.
+
+    Raises:
+        ConfigError: a single completion does not fit.
+    """
+    tokens, least = int(gib * 2**30) // per_token, round_up(prompt) + round_up(completion)
+    if tokens < least:
+        raise ConfigError(
+            f"rollout_cache_gib = {gib}: one completion of max_completion_length = {completion} after a prompt of "
+            # A little more than it takes, so that the number as it is written is enough.
+            f"{prompt} tokens takes {1.001 * least * per_token / 2**30:.4g} GiB; raise it to that at least."
+        )
+    return tokens
 
 
 def round_up(tokens: int) -> int:

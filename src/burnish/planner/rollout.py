@@ -11,7 +11,6 @@ from burnish.planner.memory import (
     Bytes,
     Method,
     Part,
-    cache_bytes,
     forward_bytes,
     round_up,
 )
@@ -61,9 +60,8 @@ class Wave:
     @classmethod
     def planned(cls, run: Run) -> Wave:
         """Return the first wave of a run's rollouts."""
-        bound = None if run.cache_gib is None else int(run.cache_gib * 2**30) // cache_bytes(run.shape, run.method)
         completions = run.completions * run.rollout_batches
-        wave = cls.of(run.prompt_tokens, run.completion_tokens, run.group, completions, bound)
+        wave = cls.of(run.prompt_tokens, run.completion_tokens, run.group, completions, run.cache_bound)
         return replace(wave, in_8_bits=run.method.int8_cache)
 
     @property

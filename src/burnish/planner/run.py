@@ -9,13 +9,13 @@ from functools import cache, partial
 from typing import Any, Literal, cast
 
 from burnish.config.algorithms import apply_algorithm
-from burnish.config.fields import LOSSES_WITHOUT_REFERENCE
+from burnish.config.fields import LOSSES_WITHOUT_REFERENCE, PRECOMPUTED_GROUPS
 from burnish.config.online_fields import micro_batches_per_rollout
 from burnish.config.quantization import check_quantization
 from burnish.config.stages import STAGES, Kind, known_fields
 from burnish.errors import ConfigError
 from burnish.planner.devices import Device, Sharding
-from burnish.planner.memory import Adapters, Method, Part, split_rows
+from burnish.planner.memory import Adapters, Method, Part, bounded_tokens, cache_bytes, split_rows
 from burnish.planner.models import FoundModel
 from burnish.planner.shapes import ModelShape
 
@@ -78,11 +78,12 @@ class Run:
         passes: passes over a rollout.
         parts: forward and backward passes of a micro-batch; a kept prompt has one of its own.
         rows: forward passes that score a rollout, or an optimizer step offline; none where nothing is scored.
+        precomputed: forward passes of a reference that scores all rows before the first step.
         reference: none, adapters switched off, a copy, or a copy that is freed before training.
         scores_old: whether the policy's own log-probabilities are scored before training on them.
         has_head: whether the loss reads log-probabilities.
         has_critic: whether a critic trains too.
-        cache_gib: bound on the native engine's cache.
+        cache_bound: most tokens of the native engine's cache; None for no bound.
         sampler: engine of the rollouts.
         vllm_fraction: fraction of the device that vLLM takes in the trainer's process.
         vllm_sleeps: whether it frees that between rollouts.
@@ -105,11 +106,12 @@ class Run:
     passes: int
     parts: tuple[Part, ...]
     rows: tuple[Part, ...]
+    precomputed: tuple[Part, ...]
     reference: Literal["none", "adapters off", "copy", "freed copy"]
     scores_old: bool
     has_head: bool
     has_critic: bool
-    cache_gib: float | None
+    cache_bound: int | None
     sampler: Literal["none", "native", "colocate", "server"]
     vllm_fraction: float
     vllm_sleeps: bool
@@ -127,7 +129,7 @@ class Run:
     @property
     def largest_row(self) -> Part:
         """The row that holds most tokens."""
-        return max(self.rows, key=lambda part: (part.held, part))
+        return max(self.rows + self.precomputed, key=lambda part: (part.held, part))
 
     @property
     def steps_per_rollout(self) -> float:
@@ -164,9 +166,8 @@ def read_run(request: Request) -> Run:
     split = partial(split_rows, prompt, completion, budget=budget, keep_prompts=keeps)
     reference = _reference(kind, values, method)
     scores_old = online and not pairs and (passes > 1 or rollout > accumulation)
-    is_scored = reference != "none" or scores_old or kind == "ppo"
     # Scoring splits a whole rollout, or step, whatever its micro-batches.
-    scored = completions * (rollout or accumulation) * is_scored
+    scored = completions * (rollout or accumulation) * (reference != "none" or scores_old or kind == "ppo")
     sampler = "none" if not online else "native" if not values["use_vllm"] else values["vllm_mode"]
     return Run(
         kind=kind,
@@ -181,11 +182,12 @@ def read_run(request: Request) -> Run:
         passes=passes,
         parts=tuple(split(completions=max(trained, 1), group=trained_per_prompt, whole=couples or pairs)),
         rows=tuple(split(completions=scored, group=group, whole=couples)),
+        precomputed=tuple(split(completions=_precomputed(values, reference) * group, group=group, whole=couples)),
         reference=reference,
         scores_old=scores_old,
         has_head=kind != "reward",
         has_critic=kind == "ppo",
-        cache_gib=values.get("rollout_cache_gib"),
+        cache_bound=_cache_bound(request, values, method) if sampler == "native" else None,
         sampler=sampler,
         vllm_fraction=values.get("vllm_gpu_memory_utilization", 0.0) if sampler == "colocate" else 0.0,
         vllm_sleeps=bool(values.get("vllm_enable_sleep_mode", False)),
@@ -217,6 +219,15 @@ def _lengths(request: Request, values: Mapping[str, Any]) -> tuple[int, int, tup
     if prompt >= length:
         raise ConfigError(f"--prompt-tokens = {prompt}: not below max_length = {length}; use a smaller number.")
     return prompt, length - prompt, assumed
+
+
+def _cache_bound(request: Request, values: Mapping[str, Any], method: Method) -> int | None:
+    """Return the most tokens of a rollout's cache; prompts whose length is assumed are not refused."""
+    if values["rollout_cache_gib"] is None:
+        return None
+    prompt, completion = request.prompt_tokens or 1, values["max_completion_length"]
+    per_token = cache_bytes(request.model.shape, method)
+    return bounded_tokens(values["rollout_cache_gib"], per_token, prompt=prompt, completion=completion)
 
 
 def _method(request: Request, values: Mapping[str, Any]) -> Method:
@@ -283,3 +294,8 @@ def _reference(
     if method.adapters is not None:
         return "adapters off"
     return "freed copy" if values.get("precompute_ref_log_probs") else "copy"
+
+
+def _precomputed(values: Mapping[str, Any], reference: str) -> int:
+    """Return how many groups the reference scores together before the first step."""
+    return PRECOMPUTED_GROUPS if reference != "none" and values.get("precompute_ref_log_probs") else 0

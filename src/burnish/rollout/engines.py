@@ -8,10 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from burnish.errors import ConfigError
 from burnish.model.scoring import causal_lm
 from burnish.model.self_test import supports_prefix
-from burnish.rollout.cache import round_up
+from burnish.planner.memory import bounded_tokens
 from burnish.rollout.decoding import sampling_mode
 from burnish.rollout.lockstep import LockstepEngine
 from burnish.rollout.native import NativeEngine
@@ -98,10 +97,4 @@ def cache_tokens(
         per_token = held(2) - held(1)
     if per_token == 0:
         return None
-    tokens, least = int(gib * 2**30) // per_token, round_up(prompt) + round_up(completion)
-    if tokens < least:
-        raise ConfigError(
-            f"rollout_cache_gib = {gib}: one completion of max_completion_length = {completion} after a prompt of "
-            f"{prompt} tokens takes {least * per_token / 2**30:.3g} GiB; raise it to that at least."
-        )
-    return tokens
+    return bounded_tokens(gib, per_token, prompt=prompt, completion=completion)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from burnish.config.fields import PRECOMPUTED_GROUPS
 from burnish.errors import FileError
 from burnish.progress import Progress, say
 from burnish.runs.files import read_json, write_json
@@ -20,8 +21,6 @@ __all__ = ["ReferenceSums"]
 logger = logging.getLogger(__name__)
 
 Compute = Callable[[Sequence[Group]], list[list[float]]]
-
-_GROUPS_PER_ROUND = 64
 
 
 class ReferenceSums:
@@ -89,8 +88,8 @@ class ReferenceSums:
             self._values = found
             return
         with Progress("reference", len(own)) as progress:
-            for begin in range(0, len(own), _GROUPS_PER_ROUND):
-                part = own[begin : begin + _GROUPS_PER_ROUND]
+            for begin in range(0, len(own), PRECOMPUTED_GROUPS):
+                part = own[begin : begin + PRECOMPUTED_GROUPS]
                 self.add(part, compute(part))
                 progress.update(begin + len(part))
         self._values = dict(ranks.gathered(list(self._values.items())))
