@@ -25,6 +25,8 @@ HOST = "test_host_memory.py"
 TRAINERS, OBJECTIVES, MASTERS = "test_trainers.py", "test_objectives.py", "test_masters.py"
 REPLICA = "test_replica.py"
 PLANNED = "test_planner.py::test_a_kept_prompt_is_scored_once"
+SMALL_CACHE = "test_planner.py::test_a_cache_too_small_for_one_completion_is_refused"
+FIRST_SCORED = "test_planner.py::test_a_reference_that_scores_before_the_run_fills_its_forwards"
 PLANNED_ROWS = "test_planner.py::test_rows_of_scoring_are_those_of_a_rollout"
 CRITIC, COLOCATED = "test_critic.py", "test_vllm_colocated.py"
 TRANSFER, PLUGIN = "test_vllm_transfer.py", "test_vllm_plugin.py"
@@ -200,6 +202,8 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("rollout/fused_layers.py", "layer.error <= _MOST_ERROR", "True", FUSED),
     ("rollout/fused_layers.py", "and hidden.shape[1] <= MOST_ROWS", "", FUSED),
     ("rollout/fused_layers.py", "and p.computes(group)", "", FUSED),
+    ("rollout/native.py", "num_fused and not self._compiles_fused", "False", FUSED),
+    ("rollout/native.py", "num_fused and not self._compiles_fused", "num_fused", FUSED),
     ("rollout/fused_layers.py", "for x in (*norms, *packed)) != shapes", "for x in ())", FUSED),
     ("kernels/decoding.cpp", "straight - to_float", "straight + to_float", FUSED),
     ("kernels/decoding.cpp", "if (norm) norm_row(x, norm, x, size, n.head_epsilon);", "", FUSED),
@@ -279,6 +283,10 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/update.py", "self.table if self.num_parts > 1 else 0", "0", TRACE),
     ("planner/update.py", "max(least, most - least) + (sum(adapted)", "0 * (sum(adapted)", TRACE),
     ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
+    ("planner/run.py", "request.prompt_tokens or 1, values", "request.prompt_tokens or 2048, values", SMALL_CACHE),
+    ("planner/run.py", "self.rows + self.precomputed", "self.rows", FIRST_SCORED),
+    ("planner/memory.py", "if tokens < least:", "if tokens <= least:", SMALL_CACHE),
+    ("planner/memory.py", "1.001 * least", "least", SMALL_CACHE),
     ("planner/memory.py", "shape.keys + 2 * shape.kv_heads if", "shape.keys if", "test_planner.py::test_bytes_per_token_by_hand"),
     ("planner/proposals.py", "rollout to 8 bits\", \"method\"", "rollout to 8 bits\", \"nothing\"", "test_planner.py::test_a_cache_in_8_bits_is_planned_and_proposed"),
     ("planner/memory.py", "kept = 0 if is_tiled(shape, method) else", "kept =", TRACE),
