@@ -117,7 +117,7 @@ class NativeEngine(Engine):
         pack_weights: hold a prepacked copy of the linear layers during `generate` where that is faster (bf16 on a CPU).
         speculate: compute guessed tokens where few completions run; it changes speed, not what is drawn.
         compile_forward: compile the decode forward, which takes tens of seconds once; it changes speed and rounding.
-            "unfused": unless its layers are fused (`fused_layers.py`), which is as fast.
+            "unfused": unless its layers are fused (`fused_layers.py`), which is faster.
         cache_dtype: "int8" holds keys and values in 8 bits; None in the model's dtype.
 
     Raises:
