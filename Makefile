@@ -81,8 +81,9 @@ rewards: $(STAMP)  ## a 0/1 reward against a rubric, GRPO, three seeds (an hour;
 memory: $(STAMP)  ## peak bytes of GRPO and PPO by component: docs/online_memory.svg
 	$(BIN)/python benchmarks/online_memory.py
 
-planner: $(STAMP)  ## errors of the planner's formulas against traces of 84 configurations (a quarter of an hour)
+planner: $(STAMP)  ## errors of the planner's formulas against traces, and of traces against steps (twenty minutes)
 	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/traced_bytes.py
 
 pieces: $(STAMP)  ## what each piece of the memory stack costs in time and saves in bytes (ten minutes): docs/pieces.svg
 	$(BIN)/python benchmarks/memory_pieces.py

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 import burnish
 import tiny
@@ -26,6 +26,11 @@ from burnish.training import memory_plan
 PAIRS = [{"prompt": f"{i}+{i}=" * (1 + i % 3), "chosen": f"{i}" * 9, "rejected": f"{i + 1}" * 5} for i in range(8)]
 ANSWERS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
 ROWS: dict[str, Sequence[dict[str, Any]]] = {"SFT": ANSWERS, "DPO": PAIRS, "Reward": PAIRS, "GRPO": PAIRS, "PPO": PAIRS}
+
+
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 
 
 def digits(completions: list[str], **columns: Any) -> list[float]:
@@ -67,7 +72,8 @@ def test_what_is_chosen_fits_and_changes_no_gradient(
     assert plan.fits
     assert plan.peak_bytes < free._memory_plan.peak_bytes
     chosen = {name for name, value in before.items() if getattr(kept.args, name) != value} - {
-        "output_dir", "logging_dir", "memory_budget", "run_name",
+        "output_dir", "logging_dir", "memory_budget", "run_name", "activation_checkpointing",
+        "activation_checkpointing_kwargs",
     }  # fmt: skip
     exact = {"gradient_checkpointing", "mlp_tiles", "token_budget", "rollout_cache_gib", "precompute_ref_log_probs"}
     assert chosen
@@ -79,6 +85,32 @@ def test_what_is_chosen_fits_and_changes_no_gradient(
         one.train()
     for one, other in zip(free.model.parameters(), kept.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ROWS)
+def test_what_is_chosen_is_what_a_run_of_these_settings_does(stage: str, tmp_path: Path) -> None:
+    """GPT-2 has no gated MLP to compute in tiles, and its rows are in parts already: layers are left to checkpoint."""
+    used: list[bool] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            used.append(any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()))
+
+    def made(name: str, **fields: Any) -> Any:
+        return trainer(stage, tmp_path / name, model=tiny.model("gpt2"), token_budget=64, **fields)
+
+    kept = made("kept", memory_budget=just_below(made("free")._memory_plan))
+    assert kept.args.gradient_checkpointing
+    chosen = {name: value for name in ("rollout_cache_gib",) if (value := getattr(kept.args, name, None)) is not None}
+    chosen[CHECKPOINTING] = True
+    given = made("given", **chosen)
+    differ = {name for name, value in vars(given.args).items() if value != vars(kept.args)[name]}
+    # Of the kwargs the trainer reads the newer name.
+    assert differ <= {"output_dir", "logging_dir", "run_name", "memory_budget", "gradient_checkpointing_kwargs"}
+    for one in (given, kept):
+        one.add_callback(Watch())
+        one.train()
+    assert used == [True, True]
 
 
 def test_a_budget_that_fits_sets_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,7 @@ from burnish.planner.run import Request
 from burnish.rollout import NativeEngine, SamplingParams
 from burnish.rollout import Request as Prompt
 from burnish.training.ledger import Ledger
-from burnish.training.trace import Trace, fake_groups, fake_model, trace_update
+from burnish.training.trace import Trace, fake_groups, fake_model, trace_update, with_values
 from burnish.training.traced_rollout import trace_rollout
 from burnish.training.traced_run import _trainer, trace_request
 
@@ -87,7 +87,7 @@ def test_a_trace_counts_what_a_step_with_values_allocates(kind: str, mode: dict[
     for has_values in (False, True):
         model, fake = fake_model(config, peft_config=peft)
         if has_values:
-            model, fake = _with_values(model), None
+            model, fake = with_values(model), None
         with _trainer(Request("grpo", FoundModel(None, ""), DEVICES["H100"], fields), model) as trainer:  # type: ignore[arg-type]
             found.append(trace_update(trainer, fake_groups(40, [60, 50, 30, 20]), mode=fake, device="cpu", num_parts=2))
     traced, measured = found
@@ -107,7 +107,7 @@ def test_a_trace_counts_a_critic_and_pairs(kind: Any, lora: bool) -> None:
     for has_values in (False, True):
         model, fake = fake_model(config, peft_config=peft)
         if has_values:
-            model, fake = _with_values(model), None
+            model, fake = with_values(model), None
         case = Request(kind, FoundModel(None, ""), DEVICES["H100"], fields)  # type: ignore[arg-type]
         with _trainer(case, model, mode=fake) as trainer:
             found.append(trace_update(trainer, fake_groups(40, [60, 50]), mode=fake, device="cpu", num_parts=3))
@@ -137,7 +137,7 @@ def test_a_traced_wave_counts_what_a_rollout_allocates(
     with standing_for("cpu"), fake, ledger:
         traced = trace_rollout(model, tiny.tokenizer(), wave, ledger)
     model, _ = fake_model(config, dtype=torch.float32)
-    model = _with_values(model)
+    model = with_values(model)
     prepare_for_scoring(model)
     engine = NativeEngine(model, tiny.tokenizer(), max_running=8, max_cache_tokens=bound, speculate=False)
     ledger = Ledger()
@@ -148,24 +148,6 @@ def test_a_traced_wave_counts_what_a_rollout_allocates(
     assert traced.device_bytes == pytest.approx(measured.device_bytes, rel=0.05)
     assert traced.device["key-value cache"] == engine.last_stats.peak_cache_bytes
     assert wave.rows == engine.last_stats.peak_rows
-
-
-def _with_values(model: Any) -> Any:
-    """Replace fake tensors by random ones."""
-    made: dict[int, Any] = {}
-
-    def valued(tensor: torch.Tensor) -> Any:
-        if id(tensor) not in made:
-            values = torch.randn(tensor.shape).mul(0.02).to(tensor.dtype)
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            made[id(tensor)] = torch.nn.Parameter(values, tensor.requires_grad) if is_parameter else values
-        return made[id(tensor)]
-
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            tensors.update({name: valued(tensor) for name, tensor in tensors.items() if tensor is not None})
-    del model.to
-    return model
 
 
 CASES: list[Request] = [

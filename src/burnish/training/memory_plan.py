@@ -57,12 +57,20 @@ def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> P
     if args.memory_budget is None and args.check_memory:
         refuse_too_large(request)
     budgeted = keep_budget(request)
-    vars(args).update(budgeted.chosen)
+    _choose(args, budgeted.chosen)
     for line in budgeted.reasons:
         logger.info(line)
     if args.memory_budget is not None and request.device.is_cpu:
         _return_freed_blocks()
     return estimate(budgeted.request)
+
+
+def _choose(args: Any, chosen: Mapping[str, Any]) -> None:
+    """Set fields as if the config had been made with them."""
+    vars(args).update(chosen)
+    # transformers derives the name that it reads from the older one when a config is made; 5.17 has the older one only.
+    if hasattr(args, "activation_checkpointing"):
+        args.activation_checkpointing = args.gradient_checkpointing
 
 
 def compare_with_plan(plan: Plan | None, device: torch.device) -> None:

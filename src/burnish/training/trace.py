@@ -31,7 +31,7 @@ from burnish.training.step import MicroBatch, Step
 from burnish.training.traced_rollout import trace_rollout
 from burnish.types import Completion, Group, PackedBatch, Score
 
-__all__ = ["Trace", "adding_fakes", "cut_in_two", "fake_groups", "fake_model", "trace_update"]
+__all__ = ["Trace", "adding_fakes", "cut_in_two", "fake_groups", "fake_model", "trace_update", "with_values"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,6 +146,23 @@ def fake_model(
     # torch would exchange the tensors' contents, which fake ones do not allow; there is nowhere to move them.
     model.to = lambda *args, **kwargs: model
     return model, mode
+
+
+def with_values(model: Any) -> Any:
+    """Replace a model's fake tensors by random ones, to measure what a trace counts; return the model."""
+    made: dict[Tensor, Tensor] = {}
+
+    def valued(tensor: Tensor) -> Tensor:
+        if tensor not in made:  # tied weights stay tied
+            values = torch.randn(tensor.shape).mul_(0.02).to(tensor.dtype)
+            made[tensor] = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+        return made[tensor]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: valued(tensor) for name, tensor in tensors.items() if tensor is not None})
+    del model.to
+    return model
 
 
 @contextmanager

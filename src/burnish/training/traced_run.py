@@ -24,7 +24,15 @@ from burnish.planner.memory import Part
 from burnish.planner.rollout import Wave
 from burnish.planner.run import Request, Run, read_run
 from burnish.rollout.engine import Engine
-from burnish.training.trace import Trace, adding_fakes, cut_in_two, fake_groups, fake_model, trace_update
+from burnish.training.trace import (
+    Trace,
+    adding_fakes,
+    cut_in_two,
+    fake_groups,
+    fake_model,
+    trace_update,
+    with_values,
+)
 from burnish.types import Group
 
 __all__ = ["check_traceable", "trace_request"]
@@ -77,8 +85,12 @@ def check_traceable(request: Request) -> None:
         )
 
 
-def trace_request(request: Request) -> Trace:
+def trace_request(request: Request, *, has_values: bool = False) -> Trace:
     """Trace the largest part of a run's step.
+
+    Args:
+        request: the run.
+        has_values: count a step on random weights instead, but its rollout; for a CPU.
 
     Raises:
         ConfigError: the run cannot be traced.
@@ -90,13 +102,16 @@ def trace_request(request: Request) -> Trace:
     scored = [_groups(run, run.largest_row)] if run.rows else None
     if scored and run.largest_row.kept:
         scored = cut_in_two(scored[0][0])
-    model, mode = fake_model(
+    model, fakes = fake_model(
         AutoConfig.for_model(**config),
         dtype=torch.bfloat16 if run.method.bf16 else torch.float32,
         bits=run.method.bits,
         peft_config=adapters,
         has_head=run.has_head,
     )
+    mode = None if has_values else fakes
+    if has_values:
+        model = with_values(model)
     with _trainer(request, model, bf16=run.method.bf16, mode=mode) as trainer:
         return trace_update(
             trainer,
@@ -106,7 +121,7 @@ def trace_request(request: Request) -> Trace:
             device="cpu" if request.device.is_cpu else "cuda",
             num_parts=len(run.parts) * run.accumulation,
             keeps_prompt=run.largest.kept > 0,
-            wave=Wave.planned(run) if run.sampler == "native" else None,
+            wave=Wave.planned(run) if run.sampler == "native" and not has_values else None,
             ranks=run.ranks,
         )
 
