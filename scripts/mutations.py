@@ -315,7 +315,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/memory_plan.py", "in_memory = not isinstance(model, str | Path)", "in_memory = False", HOST),
     ("planner/budget.py", "propose(request, only_exact=True)", "propose(request)", BUDGET),
     ("planner/budget.py", "request, chosen = change.apply(request), chosen | dict(change.values)", "pass", BUDGET),
-    ("training/memory_plan.py", "vars(args).update(budgeted.chosen)", "pass", BUDGET),
+    ("training/memory_plan.py", "vars(args).update(chosen)", "pass", BUDGET),
     ("training/memory_plan.py", "if args.memory_budget is None and args.check_memory:", "if False:", BUDGET),
     ("training/memory_plan.py", 'fields["max_length"] = length', "pass", BUDGET),
     ("training/memory_plan.py", "shared_by(int(os.environ.get(\"LOCAL_WORLD_SIZE\", \"1\")))", "shared_by(1)", BUDGET),
