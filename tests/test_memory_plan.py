@@ -102,9 +102,7 @@ def test_what_is_chosen_is_what_a_run_of_these_settings_does(stage: str, tmp_pat
 
     kept = made("kept", memory_budget=just_below(made("free")._memory_plan))
     assert kept.args.gradient_checkpointing
-    chosen = {name: value for name in ("rollout_cache_gib",) if (value := getattr(kept.args, name, None)) is not None}
-    chosen[CHECKPOINTING] = True
-    given = made("given", **chosen)
+    given = made("given", **{CHECKPOINTING: True})
     differ = {name for name, value in vars(given.args).items() if value != vars(kept.args)[name]}
     # Objects of each config's own, and of the kwargs the name that the trainer does not read.
     differ -= {"distributed_state", "deepspeed_plugin", "gradient_checkpointing_kwargs"}
@@ -113,6 +111,13 @@ def test_what_is_chosen_is_what_a_run_of_these_settings_does(stage: str, tmp_pat
         one.add_callback(Watch())
         one.train()
     assert used == [True, True]
+
+
+def test_checkpointing_that_nothing_chose_stays_as_it_was_set(tmp_path: Path) -> None:
+    args = burnish.SFTConfig(output_dir=str(tmp_path), report_to=[], progress=False, use_cpu=True, bf16=False)
+    setattr(args, CHECKPOINTING, True)
+    burnish.SFTTrainer(model=tiny.model(), args=args, train_dataset=ANSWERS, processing_class=tiny.tokenizer())
+    assert getattr(args, CHECKPOINTING)
 
 
 def test_a_budget_that_fits_sets_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

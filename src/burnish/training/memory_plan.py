@@ -69,7 +69,7 @@ def _choose(args: Any, chosen: Mapping[str, Any]) -> None:
     """Set fields as if the config had been made with them."""
     vars(args).update(chosen)
     # transformers derives the name that it reads from the older one when a config is made; 5.17 has the older one only.
-    if hasattr(args, "activation_checkpointing"):
+    if "gradient_checkpointing" in chosen and hasattr(args, "activation_checkpointing"):
         args.activation_checkpointing = args.gradient_checkpointing
 
 

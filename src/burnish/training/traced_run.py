@@ -96,6 +96,7 @@ def trace_request(request: Request, *, has_values: bool = False) -> Trace:
         ConfigError: the run cannot be traced.
     """
     check_traceable(request)
+    assert request.device.is_cpu or not has_values
     run, config = read_run(request), dict(request.model.config or {})
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM" if run.has_head else "SEQ_CLS", **(request.peft or {})}
     adapters = None if request.peft is None else LoraConfig(**fields)
