@@ -99,6 +99,11 @@ class AttentionCall:
     rule: SlidingWindow | MaskRule | None = None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a softmax over a causal mask, or a window, alone."""
+        return self.softcap is None and self.sinks is None and not isinstance(self.rule, MaskRule)
+
+    @property
     def sliding_window(self) -> int | None:
         """Window length in tokens if the rule is a sliding window, else None."""
         return self.rule.window if isinstance(self.rule, SlidingWindow) else None

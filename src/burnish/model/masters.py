@@ -26,6 +26,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from burnish.errors import CheckFailed
+from burnish.kernels.adamw import step_adamw
+from burnish.model.huge_pages import on_huge_pages
 
 __all__ = ["MasterWeights", "average_gradients", "over_masters"]
 
@@ -85,12 +87,12 @@ class _Gradients:
     def add(self, number: int, gradient: torch.Tensor) -> None:
         """Accumulate the gradient of one backward pass."""
         if self._flat is None:
-            self._flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
+            self._flat = on_huge_pages(torch.empty(self.size, dtype=self.dtype, device=self.device))
         if number not in self._known:
             self._known.add(number)
             self._view(number).copy_(gradient)
         else:
-            self._flat = self._flat.to(torch.float32)
+            self._widen()
             self._view(number).add_(gradient)
 
     def average(self) -> None:
@@ -98,9 +100,14 @@ class _Gradients:
         zeros = torch.zeros((), dtype=self.dtype, device=self.device)
         for number in set(range(len(self._slots))) - self._known:
             self.add(number, zeros)
+        _average(self._widen())
+
+    def _widen(self) -> torch.Tensor:
         assert self._flat is not None
-        self._flat = self._flat.to(torch.float32)
-        _average(self._flat)
+        if self._flat.dtype != torch.float32:
+            wide = on_huge_pages(torch.empty_like(self._flat, dtype=torch.float32))
+            self._flat = wide.copy_(self._flat)
+        return self._flat
 
     def forget(self, number: int) -> None:
         """Drop a gradient; the block is freed with the last."""
@@ -332,8 +339,13 @@ class MasterWeights(torch.optim.Optimizer):
         """Update the masters from their gradients and round them into the parameters."""
         if closure is not None:
             raise ValueError("closure: optimizers that re-evaluate the loss cannot run over masters; use one without.")
+        scale = float(self._scale)
         for groups in self._chunks():
+            for group in groups:
+                group["params"] = [handle for handle in group["params"] if not self._stepped(handle, group, scale)]
             chosen = [self._masters[handle] for group in groups for handle in group["params"]]
+            if not chosen:
+                continue
             for master in chosen:
                 master.begin_step(self._scale)
             self.inner.param_groups = groups
@@ -343,6 +355,18 @@ class MasterWeights(torch.optim.Optimizer):
                 master.end_step()
         self._scale = torch.ones(())
         return None
+
+    def _stepped(self, handle: torch.nn.Parameter, group: dict[str, Any], scale: float) -> bool:
+        """Update one master in one pass, where a kernel does what the inner optimizer would."""
+        master = self._masters[handle]
+        rest, gradient = master.rest, master.gradient
+        if type(self.inner) is not torch.optim.AdamW or rest is None or gradient is None:
+            return False
+        state = self.inner.state.get(handle, {})
+        if not step_adamw(master.parameter.data, rest, gradient, state=state, group=group, scale=scale):
+            return False
+        master.forget_gradient()
+        return True
 
     def _chunks(self) -> Iterator[list[dict[str, Any]]]:
         """Yield groups of the parameters to update at once: all where the optimizer may use several together."""

@@ -101,8 +101,7 @@ class PrefixLayout:
                 if is_fake(query):
                     return cast(Tensor, _KernelAttention.apply(query, key, value))
                 return self._attend_flex(call, query, key, value)
-            is_plain = call.softcap is None and call.sinks is None and not isinstance(call.rule, MaskRule)
-            if is_plain and device_type(query) == "cpu" and attends_rows(query, key, value):
+            if call.is_plain and device_type(query) == "cpu" and attends_rows(query, key, value):
                 window = call.sliding_window
                 return attend_rows(query, key, value, self._table(), scaling=call.scaling, window=window)
             tiles = self._tiles(call.rule, query.device)

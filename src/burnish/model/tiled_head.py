@@ -12,7 +12,7 @@ per token, and no tile is computed twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from burnish.errors import ConfigError
+from burnish.model.huge_pages import on_huge_pages
 from burnish.model.traced import device_type, has_values
 
 __all__ = ["HeadOutput", "HeadSpec", "tiled_logprobs"]
@@ -268,17 +269,28 @@ def _accumulate(total: Tensor | None, part: Tensor, wide: torch.dtype) -> Tensor
     return part if total is None else total.to(wide).add_(part)
 
 
+def _makers(tiles: _Tiles) -> Sequence[Callable[[Tensor], Tensor]]:
+    """Return what makes each gradient: sums over the vocabulary in the statistics' dtype, the others in their own."""
+
+    def summed(operand: Tensor) -> Tensor:
+        return torch.zeros_like(operand, dtype=tiles.dtype)
+
+    def sliced(operand: Tensor) -> Tensor:
+        # Without a row, no slice is ever written.
+        return on_huge_pages(torch.empty_like(operand)) if tiles.rows else torch.zeros_like(operand)
+
+    return summed, sliced, sliced, summed, sliced
+
+
 def _gradients(
     operands: _Operands, target_N: Tensor, row: _RowGradients, options: _Options, needs: Sequence[bool]
 ) -> _Gradients:
     """Compute the needed gradients, completing each slice of the vocabulary before the next."""
     tiles = _Tiles(operands, options, (options.spec.softcap is not None) + (row.entropy_grad is not None))
-    # Sums over the vocabulary accumulate in the statistics' dtype, the others in their own.
-    dtypes = (tiles.dtype, None, None, tiles.dtype, None)
     out = _Gradients(
         *(
-            None if operand is None or not need else torch.zeros_like(operand, dtype=dtype)
-            for operand, need, dtype in zip(operands, needs, dtypes, strict=True)
+            None if operand is None or not need else make(operand)
+            for operand, need, make in zip(operands, needs, _makers(tiles), strict=True)
         )
     )
     hidden_NH, weight_VH, _, u_NR, b_VR = operands

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from burnish.kernels.attention import PromptTable, attend_prompts, attends_rows
+from burnish.kernels.attention import PromptTable, RowTable, attend_prompts, attend_rows, attends_rows
 from burnish.kernels.decoding import cpu_kernels
 from burnish.model.attention import AttentionCall, math_attention
 from burnish.model.traced import device_type, has_values
 from burnish.rollout.stored import Stored, rotated_keys, rotated_queries
+from burnish.types import GroupSpan
 
 __all__ = ["CacheLayout", "PromptSpan", "round_up"]
 
@@ -168,6 +169,7 @@ class CacheLayout:
         self._layers: dict[nn.Module, _LayerCache] = {}
         self._rows = self._own_tokens = self._prompts = self._prompt_tokens = 0
         self._spans: Sequence[PromptSpan] = ()
+        self._table: RowTable | None = None
         self._step: _Step | None = None
         self.peak_bytes = 0
 
@@ -189,7 +191,7 @@ class CacheLayout:
 
     def begin_prefill(self, spans: Sequence[PromptSpan]) -> None:
         """Prepare a forward that holds these prompts, one after another."""
-        self._spans, self._step = spans, None
+        self._spans, self._table, self._step = spans, _row_table(spans), None
 
     def begin_decode(
         self,
@@ -278,15 +280,22 @@ class CacheLayout:
         self.peak_bytes = max(self.peak_bytes, sum(layer.num_bytes for layer in self._layers.values()))
 
     def _attend_prompts(self, call: AttentionCall, layer: _LayerCache) -> Tensor:
+        by_kernel = self._table is not None and call.is_plain and attends_rows(call.query, call.key, call.value)
         outputs: list[Tensor] = []
         for span in self._spans:
             part = slice(span.start, span.start + span.length)
+            if by_kernel and span.slot is None:
+                continue
             key, value = (torch.cat((x[:, :, span.prefix], x[:, :, part]), dim=2) for x in (call.key, call.value))
             if span.slot is not None:
                 kept = rotated_keys(key) if self._in_8_bits else key
                 layer.prompt_key.put(span.slot, kept[0].transpose(0, 1))
                 layer.prompt_value.put(span.slot, value[0].transpose(0, 1))
-            outputs.append(_causal(call, call.query[:, :, part], key, value).transpose(1, 2))
+            if not by_kernel:
+                outputs.append(_causal(call, call.query[:, :, part], key, value).transpose(1, 2))
+        if by_kernel and self._table is not None:
+            window = call.sliding_window
+            return attend_rows(call.query, call.key, call.value, self._table, scaling=call.scaling, window=window)
         return torch.cat(outputs, dim=1)
 
     def _attend_rows(self, call: AttentionCall, layer: _LayerCache, step: _Step) -> Tensor:
@@ -301,6 +310,20 @@ class CacheLayout:
         if step.grid is not None:
             out = _merge_prompts(call, layer, step, step.grid, out, norm)
         return out.reshape(1, tokens, heads, out.shape[3])
+
+
+def _row_table(spans: Sequence[PromptSpan]) -> RowTable | None:
+    """Describe a prefill row as groups, beginnings and the prompts that continue them; None where it is no such row."""
+    groups: list[GroupSpan] = []
+    for span in spans:
+        own, begin = (span.start, span.length), (span.prefix.start, span.prefix.stop - span.prefix.start)
+        if not begin[1]:
+            groups.append(GroupSpan(own, ()))
+        elif groups and groups[-1].prompt == begin:
+            groups[-1] = GroupSpan(begin, (*groups[-1].completions, own))
+        else:
+            return None
+    return RowTable.of(groups)
 
 
 def _attend_own(call: AttentionCall, layer: _LayerCache, step: _Step) -> tuple[Tensor, Tensor]:

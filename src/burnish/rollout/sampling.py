@@ -193,18 +193,20 @@ def _draw_rows(
     if unknown is not None:
         excluded = scores[:, unknown].logsumexp(-1)
         scores[:, unknown] = -torch.inf
-    peak, best = scores.max(dim=-1)
+    peak = scores.amax(-1)
     # Shifted scores are kept beside their weights: log(exp(z - peak)) would lose the tail of the log-probabilities.
     scores.sub_(peak[:, None])
     thresholds = _thresholds(scores, params)
     weights = scores.exp()
-    normaliser = _block_sums(weights).sum(-1).log()
+    blocks = _block_sums(weights)
+    normaliser = blocks.sum(-1).log()
     if excluded is not None:
         normaliser = torch.logaddexp(normaliser, (excluded - peak).to(torch.float64))
     if thresholds is not None:
-        weights.masked_fill_(scores < thresholds[:, None], 0.0)
-    blocks = _block_sums(weights)
-    token = torch.where(greedy, best, _invert(weights, blocks, uniform))
+        blocks = _block_sums(weights.masked_fill_(scores < thresholds[:, None], 0.0))
+    token = _invert(weights, blocks, uniform)
+    if _any(greedy):
+        token = torch.where(greedy, scores.argmax(-1), token)
     score = scores.gather(1, token[:, None])[:, 0].to(torch.float64)
     if unpenalised is None:
         policy = score - normaliser
