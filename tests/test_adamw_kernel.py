@@ -118,6 +118,16 @@ def test_what_is_not_finite_stays_so() -> None:
     assert lows[1].isnan().tolist() == [True, True, False, False, False]
 
 
+def test_no_nan_turns_into_a_number() -> None:
+    """Rounding its bits up would make a zero of this one."""
+    weight, rest = torch.ones(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int16)
+    gradient = torch.tensor([0x7FFFFFFF, -1, 0], dtype=torch.int32).view(torch.float32)
+    state = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    group = OPTIONS | {"fused": True}
+    assert adamw.step_adamw(weight, rest, gradient, state=state, group=group, scale=1.0)
+    assert weight.isnan().tolist() == [True, True, False]
+
+
 class Foreign(torch.optim.AdamW):
     """A rule of its own, for all that is known."""
 

@@ -1,1 +1,1 @@
-"""Kernels for CPUs, in C++: attention of packed rows, and what decoding spends its time in."""
+"""Kernels for CPUs, in C++: attention of packed rows, norms, gates and AdamW in training; and decoding."""
