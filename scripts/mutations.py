@@ -587,7 +587,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("model/masters.py", "return noise.mul_((weights != 0)", "return noise.mul_((weights != weights)", MASTERS),
     ("model/masters.py", "noise.mul_((weights != 0)", "noise.mul_((weights == weights)", MASTERS),
     ("model/masters.py", "self._view(number).add_(gradient)", "self._view(number).copy_(gradient)", MASTERS),
-    ("model/masters.py", "            self._flat = self._flat.to(torch.float32)\n            self", "            self", MASTERS),
+    ("model/masters.py", "            self._widen()\n", "", MASTERS),
     ("model/masters.py", "            self.rest.copy_(rest)\n", "", MASTERS),
     ("model/masters.py", "bits.add_(0x8000)", "bits.add_(0)", MASTERS),
     ("model/masters.py", "nan_to_num_(nan=math.nan", "nan_to_num_(nan=0.0", MASTERS),
