@@ -139,8 +139,11 @@ def test_groups_go_on_over_a_change_of_weights(server: Served, engine: Any, with
     made.sync(3)
     timed(made, REQUESTS)
     before = copy.deepcopy(trained)
+    sampled = server.sampled_tokens()
     begun = made.start(LONG, seed=1, step=0)
-    time.sleep(1.0)
+    while server.sampled_tokens() < sampled + 8 * len(LONG):  # of 1,600 for each
+        assert not all(samples.done() for samples in begun)
+        time.sleep(0.05)
     tiny.move(trained, 0.1)
     started = time.monotonic()
     made.sync(4)

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,6 +79,12 @@ class Served:
 
     def wait(self) -> None:
         ServerPool.connected([self.url], tiny.tokenizer(), START_SECONDS).close()
+
+    def sampled_tokens(self) -> float:
+        """Tokens that the server has sampled so far."""
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
     def pids(self, word: str) -> list[int]:
         """Processes of the server, without the watch, whose title holds a word."""
