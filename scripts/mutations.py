@@ -284,7 +284,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("planner/update.py", "max(least, most - least) + (sum(adapted)", "0 * (sum(adapted)", TRACE),
     ("planner/run.py", "dataclasses.replace(shape, tied=True)", "shape", TRACE),
     ("planner/run.py", "request.prompt_tokens or 1, values", "request.prompt_tokens or 2048, values", SMALL_CACHE),
-    ("training/memory_plan.py", "args.activation_checkpointing = args.gradient_checkpointing", "pass", BUDGET),
+    ("training/memory_plan.py", "vars(args)[checkpointing_field(args)] = args.gradient_checkpointing", "pass", BUDGET),
     ("planner/run.py", "self.rows + self.precomputed", "self.rows", FIRST_SCORED),
     ("planner/memory.py", "if tokens < least:", "if tokens <= least:", SMALL_CACHE),
     ("planner/memory.py", "1.001 * least", "least", SMALL_CACHE),

@@ -19,6 +19,7 @@ import tiny
 from burnish.cli.main import main
 from burnish.config import known_fields
 from burnish.errors import ConfigError
+from burnish.model.checkpointing import checkpointing_field
 from burnish.planner.devices import find_device
 from burnish.planner.plan import USABLE, Plan
 from burnish.training import memory_plan
@@ -28,9 +29,7 @@ ANSWERS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAI
 ROWS: dict[str, Sequence[dict[str, Any]]] = {"SFT": ANSWERS, "DPO": PAIRS, "Reward": PAIRS, "GRPO": PAIRS, "PPO": PAIRS}
 
 
-CHECKPOINTING = (
-    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
-)
+CHECKPOINTING = checkpointing_field(TrainingArguments)
 
 
 def digits(completions: list[str], **columns: Any) -> list[float]:

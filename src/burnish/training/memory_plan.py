@@ -15,6 +15,7 @@ import torch
 
 from burnish.config.stages import known_fields
 from burnish.errors import ConfigError, ModelError
+from burnish.model.checkpointing import checkpointing_field
 from burnish.planner.budget import keep_budget, refuse_too_large
 from burnish.planner.devices import Device, find_device, gpu_like, host_memory
 from burnish.planner.models import FoundModel, find_shape
@@ -68,9 +69,9 @@ def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> P
 def _choose(args: Any, chosen: Mapping[str, Any]) -> None:
     """Set fields as if the config had been made with them."""
     vars(args).update(chosen)
-    # transformers derives the name that it reads from the older one when a config is made; 5.17 has the older one only.
-    if "gradient_checkpointing" in chosen and hasattr(args, "activation_checkpointing"):
-        args.activation_checkpointing = args.gradient_checkpointing
+    # transformers derives the name that it reads from the older one when a config is made.
+    if "gradient_checkpointing" in chosen:
+        vars(args)[checkpointing_field(args)] = args.gradient_checkpointing
 
 
 def compare_with_plan(plan: Plan | None, device: torch.device) -> None:
