@@ -28,6 +28,7 @@ import test_reward_trainer
 import tiny
 from burnish import GRPOConfig, GRPOTrainer
 from burnish.model import classifier, host_embedding, offload, prefix, recomputation, scoring, tiled_head
+from burnish.model.checkpointing import checkpointing_field
 from burnish.model.kept_prompt import KeptPrompt
 from burnish.model.loading import load_model
 from burnish.model.offload import offloading
@@ -41,9 +42,7 @@ from test_trainers import TEXTS, digits, settings
 Mode = Literal["full", "frozen", "lora", "nf4"]
 """All weights; all but the embedding; adapters; adapters on NF4 weights with double quantisation."""
 
-CHECKPOINTING = "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else (
-    "gradient_checkpointing"
-)  # fmt: skip
+CHECKPOINTING = checkpointing_field(GRPOConfig)
 FIELDS: dict[str, dict[str, Any]] = {
     "checkpointing": {CHECKPOINTING: True},
     "offloading": {"activation_offloading": True},

@@ -34,6 +34,7 @@ from burnish import (
     SFTConfig,
     SFTTrainer,
 )
+from burnish.model.checkpointing import checkpointing_field
 from burnish.model.dropout import disable_dropout
 from burnish.model.masters import MasterWeights
 from test_preference_trainer import LABELLED, PAIRS
@@ -106,9 +107,7 @@ def trail(model: torch.nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("adapters", [False, True])
 def test_trainers_that_die_leave_the_model_as_it_was(tmp_path: Path, adapters: bool) -> None:
     """One model survives a death in every stage; the losses and weights of SFT, with dropout, are a fresh model's."""
-    # transformers 5.17 knows the second name only.
-    name = "activation" if hasattr(SFTConfig, "activation_checkpointing") else "gradient"
-    changes: dict[str, Any] = {"bf16": True, f"{name}_checkpointing": True}
+    changes: dict[str, Any] = {"bf16": True, checkpointing_field(SFTConfig): True}
 
     def fresh() -> Any:
         if not adapters:

@@ -15,6 +15,7 @@ import tiny
 from burnish.kernels import elementwise
 from burnish.kernels.elementwise import fuses, gated_silu, rms_norm
 from burnish.model import recomputation
+from burnish.model.checkpointing import enable_checkpointing
 from burnish.model.fused import is_silu, norm_epsilon
 from burnish.model.recomputation import recomputing, save_less
 from burnish.rollout.fused_norms import fused_norms
@@ -182,7 +183,7 @@ def test_a_model_computes_the_same_with_them(name: str, checkpointed: bool, monk
     original = elementwise._call
     monkeypatch.setattr(elementwise, "_call", spied)
     if checkpointed:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
 
     def gradients_of(one: Any, tokens: Tensor) -> dict[str, Tensor]:
         one.zero_grad()

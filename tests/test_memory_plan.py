@@ -7,7 +7,8 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,18 +20,18 @@ import tiny
 from burnish.cli.main import main
 from burnish.config import known_fields
 from burnish.errors import ConfigError
+from burnish.model.checkpointing import checkpointing_field
 from burnish.planner.devices import find_device
 from burnish.planner.plan import USABLE, Plan
-from burnish.training import memory_plan
+from burnish.training import learner, memory_plan
+from burnish.training.process_memory import HeldMemory
 
 PAIRS = [{"prompt": f"{i}+{i}=" * (1 + i % 3), "chosen": f"{i}" * 9, "rejected": f"{i + 1}" * 5} for i in range(8)]
 ANSWERS = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
 ROWS: dict[str, Sequence[dict[str, Any]]] = {"SFT": ANSWERS, "DPO": PAIRS, "Reward": PAIRS, "GRPO": PAIRS, "PPO": PAIRS}
 
 
-CHECKPOINTING = (
-    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
-)
+CHECKPOINTING = checkpointing_field(TrainingArguments)
 
 
 def digits(completions: list[str], **columns: Any) -> list[float]:
@@ -126,7 +127,47 @@ def test_a_budget_that_fits_sets_nothing(tmp_path: Path, caplog: pytest.LogCaptu
         assert not caplog.records
         assert made._memory_plan.device.memory_bytes == 2_000_000_000
         made.train()
-    assert re.fullmatch(r"memory: \d+\.\d\d GB at most, 0\.\d\d GB planned", caplog.records[-1].getMessage())
+    said = r"memory: (\d+\.\d\d GB at most|no more than the \d+\.\d\d GB that .*) \(\d+\.\d\d GB as it began\)"
+    assert re.fullmatch(said + r", 0\.\d\d GB planned", caplog.records[-1].getMessage())
+
+
+HIDDEN = "no more than the 1.20 GB that the process took before the run"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ((700, 900), (1000, 1200), "1.20 GB at most (0.70 GB as it began)"),
+        ((700, 1200), (1000, 1200), f"{HIDDEN} (0.70 GB as it began)"),
+        ((700, 1196), (1000, 1200), f"{HIDDEN} (0.70 GB as it began)"),
+        ((None, 900), (None, 1200), "1.20 GB at most"),
+    ],
+)
+@pytest.mark.parametrize(("device", "planned"), [("cpu", "0.90"), ("cuda", "0.80")])
+def test_what_a_run_took_is_told_from_what_the_process_had_taken(
+    before: Any, after: Any, said: str, device: str, planned: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """In MB; a GPU's allocator does not count its context."""
+    plan = SimpleNamespace(peak_bytes=900_000_000, fixed={"context": 100_000_000})
+    found = [HeldMemory(now and now * 10**6, peak * 10**6) for now, peak in (before, after)]
+    monkeypatch.setattr(memory_plan, "held_memory", lambda _: found[1])
+    with caplog.at_level(logging.INFO, "burnish.training.memory_plan"):
+        memory_plan.compare_with_plan(cast(Plan, plan), torch.device(device), found[0])
+    assert caplog.messages == [f"memory: {said}, {planned} GB planned"]
+
+
+def test_what_is_held_before_a_run_is_measured_before_its_weights_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    original = burnish.trainers.sft.SFTStage.load
+    monkeypatch.setattr(learner, "held_memory", lambda _: order.append("measured"))
+    monkeypatch.setattr(
+        burnish.trainers.sft.SFTStage, "load", lambda *args: (order.append("loaded"), original(*args))[1]
+    )
+    trainer("SFT", tmp_path)
+    assert order == ["measured", "loaded"]
 
 
 def test_auto_is_the_device(tmp_path: Path) -> None:

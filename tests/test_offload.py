@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 import tiny
 from burnish import GRPOConfig
 from burnish.model import offload
+from burnish.model.checkpointing import checkpointing_field, enable_checkpointing
 from burnish.model.offload import offloading
 from burnish.model.packing import pack
 from burnish.model.scoring import causal_lm, prepare_for_scoring, score
@@ -48,8 +49,7 @@ def prepared(kind: str, dtype: torch.dtype, *, lora: bool = False, checkpointing
     if lora:
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     prepare_for_scoring(model)
     return model
@@ -141,11 +141,10 @@ def test_a_run_with_offloading_takes_the_same_steps(
 
     monkeypatch.setattr(learner, "offloading", lambda model: offloading(model, copies_on_cpu=True))
     trained = []
-    checkpointing = "activation" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient"
     for name, wanted in (("kept", False), ("moved", True)):
         made = grpo(
             tmp_path / name, activation_offloading=wanted, max_steps=2, gradient_accumulation_steps=2,
-            per_device_train_batch_size=8, token_budget=40, **{f"{checkpointing}_checkpointing": True},
+            per_device_train_batch_size=8, token_budget=40, **{checkpointing_field(GRPOConfig): True},
         )  # fmt: skip
         made.train()
         assert bool(parked) is wanted
@@ -172,9 +171,7 @@ def test_streams_copy_without_races(checkpointing: bool) -> None:
     """Many layers and passes, so that copies and kernels overlap."""
     model = tiny.model("llama", dtype=torch.float32, num_hidden_layers=12, hidden_size=512).train().cuda()
     if checkpointing:
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
-            {"use_reentrant": False}
-        )
+        enable_checkpointing(model)
         model.enable_input_require_grads()
     prepare_for_scoring(model)
     batch = pack(groups() * 8).to("cuda")

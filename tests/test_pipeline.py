@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerControl
 
 import tiny
+from burnish.cli import stages
 from burnish.cli.main import main
 from burnish.training.learner import Learner
 
@@ -221,6 +224,34 @@ def test_stages_of_preferences(preferences: Path, capsys: pytest.CaptureFixture[
     # Trained in fp32, ranked in bf16 where the processor is fast at it: three digits of scores near 0.1.
     assert ranking["calibration_error"] == pytest.approx(last["eval_calibration_error"], abs=1e-3)
     assert ranking["brier_score"] == pytest.approx(last["eval_brier_score"], abs=1e-3)
+
+
+def test_no_step_begins_while_the_models_of_another_are_there(
+    preferences: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainers are reference cycles: without the garbage collector nothing frees them by chance."""
+
+    def alive() -> list[Any]:
+        return [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel | Learner)]
+
+    def noting(step: Any) -> Any:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            steps.append(step.__name__)
+            left.extend(type(one).__name__ for one in alive() if one not in known)
+            return step(*args, **kwargs)
+
+        return noted
+
+    known, steps, left = weakref.WeakSet(alive()), list[str](), list[str]()
+    for name in ("train", "evaluate_model", "make_pairs", "rank_with"):
+        monkeypatch.setattr(stages, name, noting(getattr(stages, name)))
+    gc.disable()
+    try:
+        assert main(["pipeline", str(preferences)]) == 0
+    finally:
+        gc.enable()
+    assert len(steps) == 5 + 5 + 2 + 1, "five stages and as many policies, pairs of two kinds of rows, a reward model"
+    assert left == []
 
 
 def test_policies_go_on_from_each_other_and_a_reward_model_is_none(preferences: Path) -> None:

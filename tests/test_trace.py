@@ -15,6 +15,7 @@ from burnish import GRPOConfig, SFTConfig, SFTTrainer
 from burnish.cli.main import main
 from burnish.config.stages import STAGES
 from burnish.errors import ConfigError
+from burnish.model.checkpointing import checkpointing_field
 from burnish.model.scoring import prepare_for_scoring
 from burnish.model.traced import standing_for
 from burnish.planner.devices import DEVICES, find_device
@@ -30,9 +31,7 @@ from burnish.training.trace import Trace, fake_groups, fake_model, trace_update,
 from burnish.training.traced_rollout import trace_rollout
 from burnish.training.traced_run import _trainer, trace_request
 
-CHECKPOINTING = (
-    "activation_checkpointing" if hasattr(GRPOConfig, "activation_checkpointing") else "gradient_checkpointing"
-)
+CHECKPOINTING = checkpointing_field(GRPOConfig)
 
 
 def request(

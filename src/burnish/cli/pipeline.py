@@ -192,6 +192,13 @@ class Pipeline:
         """Return True if a stage evaluates on held-out rows during training."""
         return str(self._stage(name).get("eval_strategy", "no")) != "no"
 
+    def _begin(self, doing: str, part: str = "") -> None:
+        """Begin a step that loads a model: release what the steps before it have left."""
+        from burnish.training.process_memory import release_memory
+
+        self.status.update(doing=doing, part=part)
+        release_memory()
+
     def _sample_pairs(self, model: str, data: _Data) -> _Pairs:
         """Sample pairs of the current model on training prompts, and on held-out ones if a stage uses them."""
         train = self._pairs_in("train", model, self._prompts(data))
@@ -205,7 +212,7 @@ class Pipeline:
         from burnish.cli import stages
 
         assert self.file.pairs is not None
-        self.status.update(doing=f"sampling pairs ({name})", part="")
+        self._begin(f"sampling pairs ({name})")
         folder = self.folder / "pairs" / name
         made_from = self._made_from("pairs", data=prompts, model=model_identity(model))
         self.inputs.begin(f"pairs/{name}", made_from)
@@ -228,7 +235,7 @@ class Pipeline:
         """Rank pairs of held-out problems with the reward model."""
         from burnish.cli import stages
 
-        self.status.update(doing="ranking pairs with the reward model", part="")
+        self._begin("ranking pairs with the reward model")
         target = self.folder / "evaluations" / "reward.json"
         self.inputs.begin("evaluations/reward.json", {"data": rows, "reward": model_identity(model)})
         if not target.is_file():
@@ -240,7 +247,7 @@ class Pipeline:
     def _train(self, name: str, model: str, rows: Rows, eval_rows: Rows) -> str:
         from burnish.cli import stages
 
-        self.status.update(doing=f"training {name}", part=name)
+        self._begin(f"training {name}", part=name)
         folder = self.folder / name
         self.inputs.begin(name, self._made_from(name, data=(rows, eval_rows), model=model_identity(model)))
         if (folder / "done").is_file():
@@ -269,7 +276,7 @@ class Pipeline:
     def _evaluate(self, name: str, model: str, rows: list[dict[str, Any]]) -> None:
         from burnish.cli import stages
 
-        self.status.update(doing=f"evaluating {name}", part="")
+        self._begin(f"evaluating {name}")
         target = self.folder / "evaluations" / f"{name}.json"
         self.inputs.begin(
             f"evaluations/{name}.json", self._made_from("evaluation", data=rows, model=model_identity(model))

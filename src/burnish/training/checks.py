@@ -15,6 +15,7 @@ from burnish.errors import ConfigError, ModelError
 from burnish.model.adapter_checks import refuse_outside_weights
 from burnish.model.adapter_files import saved_adapters
 from burnish.model.adapters import carries_adapters
+from burnish.model.checkpointing import checkpointing_field
 from burnish.model.host_embedding import check_embedding_on_host
 from burnish.model.loading import adopt_chat_template, load_processing_class, model_skeleton
 from burnish.model.positions import check_lengths
@@ -165,8 +166,7 @@ def resolve_tokenizer(
 
 def use_non_reentrant_checkpointing(args: Any) -> None:
     """Use non-reentrant checkpointing; reentrant is wrong for layers that share keys and values, or keep a prompt's."""
-    # transformers 5.17 knows the second name only.
-    name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
+    name = checkpointing_field(args)
     if getattr(args, name):
         given = cast("dict[str, Any]", getattr(args, f"{name}_kwargs") or {})
         if given.get("use_reentrant"):

@@ -12,6 +12,7 @@ import torch
 
 from burnish.errors import CheckFailed
 from burnish.model.adapters import saving_adapters
+from burnish.model.checkpointing import enable_checkpointing
 from burnish.model.classifier import reward_scores
 from burnish.model.finite import check_finite
 from burnish.model.masters import MasterWeights, average_gradients
@@ -89,7 +90,7 @@ class Critic:
         self._filler = [_nothing(pad_token_id)]
         self._offloads = offloads
         if checkpointing:
-            _recompute_activations(model)
+            enable_checkpointing(model)
         tile_mlps(model, mlp_tiles)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = self._make_optimizer(make_optimizer or torch.optim.AdamW, weight_decay, exact or {})
@@ -291,9 +292,3 @@ def _nothing(token_id: int) -> Group:
 
 def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _recompute_activations(model: Any) -> None:
-    # transformers 5.17 has the second name only. Reentrant checkpointing needs inputs with gradients.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})

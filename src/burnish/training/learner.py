@@ -45,6 +45,7 @@ from burnish.training.metrics import StepMetrics
 from burnish.training.model_state import restoring_model_state
 from burnish.training.optimizers import check_optimizer, masters_by_config
 from burnish.training.phases import PhaseCallback, Phases
+from burnish.training.process_memory import held_memory
 from burnish.training.processes import claimed_folder
 from burnish.training.ranks import Ranks
 from burnish.training.replica import Replica
@@ -124,6 +125,7 @@ class Learner(Trainer, Generic[S]):
             args=args,
             eval_dataset=held_out,
         )
+        self._held_before = held_memory(args.device)
         self._memory_plan = plan_memory(model, args, training_set, peft_config)
         loaded, self._exact = stage.load(model)
         self.checkpoints = RunCheckpoints(self, loaded)
@@ -221,7 +223,7 @@ class Learner(Trainer, Generic[S]):
                 result = super().train(None if checkpoint is None else str(checkpoint), *args, **kwargs)
             finally:
                 self.is_in_train = False  # transformers leaves it set where training fails
-            compare_with_plan(self._memory_plan, self.args.device)
+            compare_with_plan(self._memory_plan, self.args.device, self._held_before)
             self.learning_monitor.end_run()
             self.stage.end_training()
             return result

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,19 +12,18 @@ import torch
 
 from burnish.config.stages import known_fields
 from burnish.errors import ConfigError, ModelError
+from burnish.model.checkpointing import checkpointing_field
 from burnish.planner.budget import keep_budget, refuse_too_large
 from burnish.planner.devices import Device, find_device, gpu_like, host_memory
 from burnish.planner.models import FoundModel, find_shape
 from burnish.planner.plan import Plan, estimate, format_size
 from burnish.planner.run import Request
+from burnish.training.process_memory import HeldMemory, held_memory, return_freed_blocks
 from burnish.types import Group
 
 __all__ = ["compare_with_plan", "plan_memory"]
 
 logger = logging.getLogger(__name__)
-
-_M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 
 
 def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> Plan | None:
@@ -61,42 +57,38 @@ def plan_memory(model: Any, args: Any, training_set: Any, peft_config: Any) -> P
     for line in budgeted.reasons:
         logger.info(line)
     if args.memory_budget is not None and request.device.is_cpu:
-        _return_freed_blocks()
+        return_freed_blocks()
     return estimate(budgeted.request)
 
 
 def _choose(args: Any, chosen: Mapping[str, Any]) -> None:
     """Set fields as if the config had been made with them."""
     vars(args).update(chosen)
-    # transformers derives the name that it reads from the older one when a config is made; 5.17 has the older one only.
-    if "gradient_checkpointing" in chosen and hasattr(args, "activation_checkpointing"):
-        args.activation_checkpointing = args.gradient_checkpointing
+    # transformers derives the name that it reads from the older one when a config is made.
+    if "gradient_checkpointing" in chosen:
+        vars(args)[checkpointing_field(args)] = args.gradient_checkpointing
 
 
-def compare_with_plan(plan: Plan | None, device: torch.device) -> None:
-    """Log the most memory that the run took, the allocator's on a GPU and else the process's, beside the plan."""
-    if plan is None:
-        return
-    planned = plan.peak_bytes
-    if device.type == "cuda":
-        measured, planned = torch.cuda.max_memory_allocated(device), planned - plan.fixed.get("context", 0)
-    elif sys.platform == "win32":
-        return  # it has no module resource
-    else:
-        import resource
+def compare_with_plan(plan: Plan | None, device: torch.device, before: HeldMemory | None) -> None:
+    """Log the most memory that the run took, the allocator's on a GPU and else the process's, beside the plan.
 
-        measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    logger.info("memory: %s at most, %s planned", format_size(measured), format_size(planned))
-
-
-def _return_freed_blocks() -> None:
-    """Let glibc return blocks of a megabyte and more to the system once they are freed.
-
-    It raises that size to 32 MiB as a process goes on, so that freed activations stay in fragments: a quarter of the
-    process in a small SFT. The system clears what it gives again, which cost that run a third of its speed.
+    Args:
+        plan: the run's plan, if there is one.
+        device: device of the run.
+        before: what the process held when the run was planned.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+    if plan is None or before is None or (held := held_memory(device)) is None:
+        return
+    planned = plan.peak_bytes - (plan.fixed.get("context", 0) if device.type == "cuda" else 0)
+    peak = format_size(held.peak)
+    # The peak is the process's: one from before hides a lower one of this run. Systems count pages in batches.
+    if held.peak > 1.01 * before.peak:
+        measured = f"{peak} at most"
+    else:
+        measured = f"no more than the {peak} that the process took before the run"
+    if before.now is not None:
+        measured += f" ({format_size(before.now)} as it began)"
+    logger.info("memory: %s, %s planned", measured, format_size(planned))
 
 
 def _request(model: Any, args: Any, training_set: Any, peft_config: Any) -> Request:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
-
+from burnish.model.checkpointing import disable_checkpointing, is_checkpointed
 from burnish.model.dropout import without_dropout
 from burnish.model.masters import MasterWeights
 from burnish.model.scoring import causal_lm
@@ -24,7 +23,7 @@ def restoring_model_state(model: Any, masters: Callable[[], MasterWeights | None
         masters: returns the optimizer that owns fp32 masters of its weights, if there is one by then.
         dropout: whether dropout stays on during training.
     """
-    checkpointing = _checkpoints(model)
+    checkpointed = is_checkpointed(model)
     with nullcontext() if dropout else without_dropout(model):
         try:
             yield
@@ -32,11 +31,5 @@ def restoring_model_state(model: Any, masters: Callable[[], MasterWeights | None
             if (owner := masters()) is not None:
                 owner.release()
             model.zero_grad(set_to_none=True)
-            if _checkpoints(model) and not checkpointing:
-                lm: Any = causal_lm(model)
-                # transformers 5.17 has the second name only.
-                (getattr(lm, "activation_checkpointing_disable", None) or lm.gradient_checkpointing_disable)()
-
-
-def _checkpoints(model: torch.nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+            if is_checkpointed(model) and not checkpointed:
+                disable_checkpointing(causal_lm(model))

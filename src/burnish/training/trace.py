@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from burnish.model.checkpointing import enable_checkpointing
 from burnish.model.packing import continued, halve, pack
 from burnish.model.scoring import causal_lm, continuing, eval_mode, score
 from burnish.model.traced import on_host, standing_for
@@ -213,7 +214,7 @@ def trace_update(
     _own_models(trainer, ledger)
     critic, has_head = _critic(stage), causal_lm(model).get_output_embeddings() is not None
     if trainer.args.gradient_checkpointing:
-        _enable_checkpointing(causal_lm(model))
+        enable_checkpointing(causal_lm(model))
     with _ranks(ranks), standing_for(device), nullcontext() if mode is None else mode, ledger:
         if hasattr(stage, "algorithm"):
             step = stage.algorithm.step(list(groups), is_on_policy=False)
@@ -248,11 +249,6 @@ def trace_update(
 def cut_in_two(group: Group) -> list[list[Group]]:
     """Cut a group into two parts that share its kept prompt."""
     return [[piece] for piece in continued(halve(group))]
-
-
-def _enable_checkpointing(lm: Any) -> None:
-    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _critic(stage: Any) -> Any:
