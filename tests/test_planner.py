@@ -315,7 +315,7 @@ def test_what_a_longer_completion_adds() -> None:
     method = short.run.method
     added = 8 * 512
     assert long.run.largest.held - short.run.largest.held == added
-    per_token = 32 * saved_bytes(LLAMA_8B, method) + 4 * 4096
+    per_token = 32 * saved_bytes(LLAMA_8B, method) + 2 * 4096
     more = {name: size - short.phases[-1].device.get(name, 0) for name, size in long.phases[-1].device.items()}
     assert more["activations"] == added * per_token
     cache = [next(p for p in plan.phases if p.name == "rollout").device["key-value cache"] for plan in (short, long)]
@@ -391,6 +391,24 @@ def test_a_kept_prompt_is_scored_once() -> None:
     assert scoring.device["activations"] == 2 * 2047 * (4 * 4096 + 3 * 14336)  # of the prompt's own pass
     sharded = plan_of(prompt_tokens=2048, training={**lengths, "num_iterations": 2}, ranks=2, sharding="fsdp2")
     assert sum(row.tokens for row in sharded.run.rows) == 8 * 2304
+
+
+def test_what_a_backward_pass_has_left_behind() -> None:
+    """The final norm's input is gone in the last layer; a kept prompt's graph has keys and values of that, no MLP."""
+    part, method = Part.of(512, 256, 1), Method()
+    moments = Update(LLAMA_8B, method, part, 1, on_cpu=False).moments()
+    assert moments["head"]["activations"] - moments["layer"]["activations"] == 2 * 4096 * part.tokens
+    moments = Update(LLAMA_8B, method, part._replace(kept=511), 2, on_cpu=False).moments()
+    last, gradients = 2 * (4096 + 2 * 1024), 4 * 2 * 1024 * 32
+    assert moments["layer"]["kept prompt"] == 511 * (31 * saved_bytes(LLAMA_8B, method) + last + gradients)
+
+
+def test_a_slice_of_the_heads_gradient_by_hand() -> None:
+    """One tile of rows makes it in bf16; over two it adds up in fp32 beside those of both."""
+    one = Update(LLAMA_8B, Method(), Part(768, 256, 0), 1, on_cpu=False).head_backward()
+    assert one["head"] == 256 * 16064 * 6 + 256 * (8 * 4096 + 24) + 2 * 16064 * 4096
+    two = Update(LLAMA_8B, Method(), Part(2560, 2048, 0), 1, on_cpu=True).head_backward()
+    assert two["head"] == 1024 * 1024 * 6 + 2048 * (8 * 4096 + 24) + (2 + 4 + 2) * 1024 * 4096
 
 
 def test_a_kept_prompt_keeps_copies_of_experts() -> None:

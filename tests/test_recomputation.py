@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,27 @@ def test_a_llama_in_bf16_keeps_less_than_half_as_much_a_token(monkeypatch: pytes
     less = run(model)[2]
     monkeypatch.setattr(recomputation, "fuses", lambda *tensors: False)  # kernels keep less by themselves
     assert less < 0.5 * keeping_all(monkeypatch, model)[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # norms and gates by kernels, and by checkpoints
+def test_the_backward_pass_frees_a_layer_before_the_next(dtype: torch.dtype) -> None:
+    model = tiny.model("llama", dtype=dtype, num_hidden_layers=4).train()
+    prepare_for_scoring(model)
+    kept: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def keep(module: Any, inputs: Any, out: torch.Tensor) -> None:
+        kept.append(weakref.ref(out.untyped_storage()))
+
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(keep)
+        layer.input_layernorm.weight.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(gate() is not None for gate in kept))
+        )
+    logprobs = score(model, pack(groups())).logprobs
+    assert sum(gate() is not None for gate in kept) == 4
+    logprobs.sum().backward()
+    assert alive == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("tiles", [2, 7, 1000])

@@ -203,6 +203,15 @@ def _check_formulas(case: Request) -> Trace:
     return trace
 
 
+def test_the_formulas_of_many_layers() -> None:
+    """Activations of all layers are never there with the gradients of all."""
+    training = {"token_budget": 2048, "max_completion_length": 128}
+    case = request(name="SmolLM2-135M", layers=None, device="cpu", prompt_tokens=256, training=training)
+    plan = estimate(case)
+    planned = plan.total(plan.phases[-1]) - plan.fixed["process"]
+    assert trace_request(case).update.device_bytes == pytest.approx(planned, rel=0.01)
+
+
 @pytest.mark.parametrize("peft", [None, {"r": 16, "target_modules": "all-linear"}], ids=["full", "lora"])
 def test_the_formulas_of_a_critic(peft: Any) -> None:
     assert _check_formulas(request("ppo", training={"token_budget": 2048}, peft=peft)).critic_update is not None

@@ -128,6 +128,8 @@ def recomputing(model: nn.Module) -> Generator[None]:
             yield
     finally:
         _cache.reset(token)
+        # Whatever autograd saved holds its hooks, and with them the cache, until the end of the whole backward pass.
+        cache.entries.clear()
 
 
 def _recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

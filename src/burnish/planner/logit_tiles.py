@@ -6,7 +6,7 @@ import math
 
 from burnish.planner.shapes import ModelShape
 
-__all__ = ["tile_bytes", "tile_rows"]
+__all__ = ["tile_bytes", "tile_columns", "tile_rows"]
 
 
 def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:
@@ -19,10 +19,16 @@ def tile_bytes(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, s
         item: bytes of a number in the compute dtype; fp32 logits stand beside those of a narrower one.
         scratches: buffers beside the logits, such as one for the entropy.
     """
+    _, element = _tile_limits(on_cpu, item, scratches)
+    rows = tile_rows(scored, on_cpu=on_cpu, item=item, scratches=scratches)
+    return rows * tile_columns(shape, scored, on_cpu=on_cpu, item=item, scratches=scratches) * element
+
+
+def tile_columns(shape: ModelShape, scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:
+    """Tokens of the vocabulary of one tile of logits; arguments as of `tile_bytes`."""
     limit, element = _tile_limits(on_cpu, item, scratches)
     columns = max(min(limit // element // _most_rows(scored, limit // element), limit // (4 * shape.hidden)), 1)
-    rows = tile_rows(scored, on_cpu=on_cpu, item=item, scratches=scratches)
-    return rows * _slice(shape.vocabulary, columns, 64) * element
+    return _slice(shape.vocabulary, columns, 64)
 
 
 def tile_rows(scored: int, *, on_cpu: bool, item: int = 2, scratches: int = 0) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from burnish.planner.logit_tiles import tile_bytes, tile_rows
+from burnish.planner.logit_tiles import tile_bytes, tile_columns, tile_rows
 from burnish.planner.memory import (
     Bytes,
     Method,
@@ -65,9 +65,8 @@ class Update:
             numbers = 2 * self.shape.keys * self.shape.layers * kept
             # Without checkpoints, the layers keep them anyway.
             values = self.method.item * numbers * self.method.checkpoints
-            waiting = 0 if self.method.activation_offloading else prompt.kept
             for moment in found.values():
-                moment["kept prompt"] = waiting + values + 4 * numbers
+                moment["kept prompt"] = prompt.pending + values + 4 * numbers
                 # Its graph has copies of its own, but for the last layer, whose MLP no key or value needs.
                 layers = max(self.shape.mixture_layers, 1)
                 moment["experts"] = moment.get("experts", 0) + prompt.copies // layers * (layers - 1)
@@ -100,13 +99,20 @@ class Update:
         return {**self._after_forward(), "head": tile + rows + pulls * block * (4 + item) * shape.hidden}
 
     def head_backward(self) -> Bytes:
-        """The head's backward pass: the gradient of the rows adds up in fp32, and goes on in the compute dtype."""
+        """The head's backward pass: the gradient of the rows adds up in fp32, and goes on in the compute dtype.
+
+        Beside that of the whole table stands its slice of a tile, which over several tiles of rows adds up in fp32.
+        """
         shape, scored, item = self.shape, self.part.scored, self.method.item
         if not self.method.repeats_head:
             return {**self._after_forward(), "head": scored * (2 * item * shape.hidden + 24)}
-        tile = tile_bytes(shape, scored, on_cpu=self.on_cpu, item=item, scratches=int(shape.softcap))
+        scratches = int(shape.softcap)
+        tile = tile_bytes(shape, scored, on_cpu=self.on_cpu, item=item, scratches=scratches)
         rows = scored * ((2 * item + 4) * shape.hidden + 24)
-        return {**self._after_forward(), "head": tile + rows, "head gradient": self.table}
+        adds = tile_rows(scored, on_cpu=self.on_cpu, item=item, scratches=scratches) < scored
+        columns = tile_columns(shape, scored, on_cpu=self.on_cpu, item=item, scratches=scratches)
+        part = (item + adds * (4 + item * self.method.bf16)) * columns * shape.hidden if self.table else 0
+        return {**self._after_forward(), "head": tile + rows + part, "head gradient": self.table}
 
     def last_layer(self) -> Bytes:
         """The backward pass of the layer that comes first in it, where all activations are still there."""
@@ -115,6 +121,7 @@ class Update:
         widened = 4 * min(trained, MASTER_BLOCK) if self.num_parts == 2 and self.method.bf16 else 0
         found = self._after_forward() | self._layer()
         found["gradients"] += widened
+        found["activations"] -= self.passed
         found["experts"] += self.copies
         return found
 
@@ -181,6 +188,22 @@ class Update:
         kept = checkpoint_bytes(shape, method, tokens)
         # Of offloaded inputs two are on the device: one in use, one on its way.
         return min(kept, 2 * method.item * shape.hidden * tokens) if method.activation_offloading else kept
+
+    @property
+    def pending(self) -> int:
+        """Bytes that a prompt's own graph keeps on the device: of its last layer only what keys and values need."""
+        shape, method = self.shape, self.method
+        if method.checkpoints:
+            return 0 if method.activation_offloading else self.kept
+        needed = method.item * (shape.hidden + (2 + shape.qk_norm) * shape.keys)
+        return self.kept - (saved_bytes(shape, method) - needed) * self.part.tokens
+
+    @property
+    def passed(self) -> int:
+        """Bytes of the inputs of norms behind the last MLP: the final one, and with four a layer, its last."""
+        if self.method.checkpoints:
+            return 0
+        return (1 + (self.shape.norms > 2)) * self.method.item * self.shape.hidden * self.part.tokens
 
     @property
     def table(self) -> int:
