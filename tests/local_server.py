@@ -237,8 +237,10 @@ class _Handler(JsonHandler):
                 server.transfer(path, body)
             case "/v1/load_lora_adapter":
                 server.load_adapter(body["lora_name"], body["lora_path"])
+                return f"Success: LoRA adapter '{body['lora_name']}' added successfully."  # as vLLM: it is no JSON
             case "/v1/unload_lora_adapter":
                 del server.adapters[body["lora_name"]]
+                return f"Success: LoRA adapter '{body['lora_name']}' removed successfully."
             case _:
                 pass
         return {}

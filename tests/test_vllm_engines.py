@@ -216,7 +216,7 @@ def test_prompts_are_read_again_after_a_change_of_weights(engine: Any, with_adap
         tiny.move(model, 0.1, seed=version)
 
 
-def test_adapters_arrive(engine: Any) -> None:
+def test_adapters_arrive(engine: Any, caplog: pytest.LogCaptureFixture) -> None:
     adapted = lora(fresh(tie_word_embeddings=True))
     made = engine(adapted)
     made.sync(0)
@@ -225,6 +225,7 @@ def test_adapters_arrive(engine: Any) -> None:
         tiny.move(adapted, 0.1, seed=version)
         assert made.sync(version)["sampling/probe/difference"] < 5e-5
     assert tokens(made.generate(REQUESTS, seed=1, step=0)) != before
+    assert "lost" not in caplog.text, "each at the first attempt"
 
 
 # What must not pass as a sync.

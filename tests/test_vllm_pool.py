@@ -184,6 +184,7 @@ def test_adapters_are_loaded_by_name_and_the_one_before_goes(base_servers: list[
     check_completions(REQUESTS, groups, vocab_size=96)
     for server in servers:
         assert len(server.adapters) == 1
+        assert server.calls.count("/v1/load_lora_adapter") == 2, "each arrives at the first attempt"
         assert "/collective_rpc" not in server.calls
         assert {body["model"] for body in server.sampled} == set(server.adapters)
     made.close()

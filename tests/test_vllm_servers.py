@@ -132,25 +132,29 @@ def test_another_temperature_stops_the_run(server: Served, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
-def test_groups_go_on_over_a_change_of_weights(server: Served, engine: Any, with_adapters: bool) -> None:
+def test_groups_go_on_over_a_change_of_weights(
+    server: Served, engine: Any, with_adapters: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     with_base(server, engine)
+    requests = [replace(request, index=i) for i, request in enumerate(4 * LONG)]
     trained = lora(fresh(tie_word_embeddings=True)) if with_adapters else fresh(seed=14)
     made = engine(trained, server.url)
     made.sync(3)
     timed(made, REQUESTS)
     before = copy.deepcopy(trained)
     sampled = server.sampled_tokens()
-    begun = made.start(LONG, seed=1, step=0)
-    while server.sampled_tokens() < sampled + 8 * len(LONG):  # of 1,600 for each
+    begun = made.start(requests, seed=1, step=0)
+    while server.sampled_tokens() < sampled + 8 * len(requests):  # of 1,600 for each
         assert not all(samples.done() for samples in begun)
         time.sleep(0.05)
     tiny.move(trained, 0.1)
     started = time.monotonic()
     made.sync(4)
-    print(f"sync with {len(LONG)} groups running: {time.monotonic() - started:.1f} s")
+    print(f"sync with {len(requests)} groups running: {time.monotonic() - started:.1f} s")
     found = [samples.result() for samples in begun]
-    check_completions(LONG, found, vocab_size=VOCAB)
-    assert (3.0, 4.0) in versions_of(LONG, found, {3: before, 4: trained}, within=2e-4)
+    check_completions(requests, found, vocab_size=VOCAB)
+    assert (3.0, 4.0) in versions_of(requests, found, {3: before, 4: trained}, within=2e-4)
+    assert "lost" not in caplog.text
 
 
 def test_a_run_ahead_outlives_a_killed_server(

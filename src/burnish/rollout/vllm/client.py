@@ -94,6 +94,10 @@ class ServerClient:
         """
         return _decoded(await self._send("POST", path, body, deadline or self._deadlines.call), path, self.url)
 
+    async def tell(self, path: str, body: Mapping[str, Any], *, deadline: float | None = None) -> None:
+        """Post JSON to an endpoint that answers in a sentence, as vLLM's of adapters do; raises as `post`."""
+        await self._send("POST", path, body, deadline or self._deadlines.call)
+
     async def progress(self) -> float:
         """Return the number of tokens read and written so far, from the server's metrics."""
         text = await self._send("GET", "/metrics", None, 2 * self._deadlines.heartbeat)

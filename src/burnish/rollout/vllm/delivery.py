@@ -126,7 +126,7 @@ async def _deliver_adapter(server: Server, update: Update, deadlines: Deadlines)
     client, before = server.client, server.adapter
     body = {"lora_name": update.tag, "lora_path": update.folder}
     try:
-        await client.post("/v1/load_lora_adapter", body, deadline=deadlines.sync)
+        await client.tell("/v1/load_lora_adapter", body, deadline=deadlines.sync)
     except ServerRefused as error:
         rank = json.loads((Path(update.folder) / "adapter_config.json").read_text(encoding="utf-8")).get("r")
         fix = f"start it with `burnish serve MODEL --lora-rank {rank}`"
@@ -140,7 +140,7 @@ async def _deliver_adapter(server: Server, update: Update, deadlines: Deadlines)
     server.adapter = update.tag
     if before is not None and before != update.tag:
         with contextlib.suppress(ServerRefused):  # a server that was restarted does not have it
-            await client.post("/v1/unload_lora_adapter", {"lora_name": before})
+            await client.tell("/v1/unload_lora_adapter", {"lora_name": before})
 
 
 async def has(server: Server, update: Update, deadlines: Deadlines) -> bool:

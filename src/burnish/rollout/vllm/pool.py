@@ -101,7 +101,7 @@ class ServerPool:
             for server in self.servers:
                 if server.adapter is not None and server.version is not None:
                     with contextlib.suppress(EngineError):
-                        await server.client.post("/v1/unload_lora_adapter", {"lora_name": server.adapter}, deadline=5.0)
+                        await server.client.tell("/v1/unload_lora_adapter", {"lora_name": server.adapter}, deadline=5.0)
                 await server.client.close()
 
         self.call(close_all())
