@@ -730,6 +730,7 @@ MUTATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("training/reference.py", "if _trains_adapters_only(policy) and _adapters_change_nothing(policy):", "if _adapters_change_nothing(policy):", "test_adapters.py"),
     ("training/reference.py", "if _trains_adapters_only(policy) and _adapters_change_nothing(policy):", "if _trains_adapters_only(policy):", "test_adapters.py"),
     # rollouts
+    ("rollout/vllm/client.py", "_IDLE_SECONDS = 2.0", "_IDLE_SECONDS = 5.0", "test_vllm_pool.py::test_a_connection_that_the_server_may_be_closing_is_not_used_again"),
     ("rollout/vllm/delivery.py", "client.tell(\"/v1/load", "client.post(\"/v1/load", "test_vllm_pool.py::test_adapters_are_loaded_by_name_and_the_one_before_goes"),
     ("rollout/sampling.py", "for word in (seed, step, index, sample):", "for word in (seed, index, sample):", "test_sampling.py"),
     ("rollout/decoding.py", "request.first_sample + sample)", "sample)", NATIVE),

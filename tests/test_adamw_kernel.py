@@ -124,7 +124,7 @@ def test_no_nan_turns_into_a_number() -> None:
     gradient = torch.tensor([0x7FFFFFFF, -1, 0], dtype=torch.int32).view(torch.float32)
     state = {"step": torch.zeros(()), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     group = OPTIONS | {"fused": True}
-    assert adamw.step_adamw(weight, rest, gradient, state=state, group=group, scale=1.0)
+    assert adamw.step_adamw(weight, rest, gradient, state=state, group=group, scale=torch.ones(()))
     assert weight.isnan().tolist() == [True, True, False]
 
 

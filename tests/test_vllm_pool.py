@@ -23,6 +23,7 @@ from burnish.model.scoring import prepare_for_scoring
 from burnish.rollout import Request, SamplingParams
 from burnish.rollout.validation import check_completions
 from burnish.rollout.vllm import Deadlines, ServerPool, VLLMServerEngine
+from burnish.rollout.vllm.client import ServerClient
 from burnish.rollout.vllm.registry import forget, register, token_of
 from local_server import LocalServer
 
@@ -275,6 +276,33 @@ def versions_of(
                 torch.testing.assert_close(given[mine], expected[mine], atol=within, rtol=0)
                 assert bool(mine.all()) or float((given - expected).abs()[~mine].mean()) > 20 * within
     return seen
+
+
+def test_a_connection_that_the_server_may_be_closing_is_not_used_again() -> None:
+    """vLLM closes idle connections after 5 seconds: a request on its way then would count as a lost server."""
+    connections: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(1)
+        while await reader.readline():
+            while (await reader.readline()).strip():
+                pass
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def ask() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        client = ServerClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, DEADLINES)
+        await client.get("/health")
+        await client.get("/health")
+        assert len(connections) == 1
+        await asyncio.sleep(3.0)
+        await client.get("/health")
+        assert len(connections) == 2
+        await client.close()
+        server.close()
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])

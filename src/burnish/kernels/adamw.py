@@ -38,7 +38,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def step_adamw(
-    weight: Tensor, rest: Tensor, gradient: Tensor, *, state: Mapping[str, Any], group: Mapping[str, Any], scale: float
+    weight: Tensor, rest: Tensor, gradient: Tensor, *, state: Mapping[str, Any], group: Mapping[str, Any], scale: Tensor
 ) -> bool:
     """Step torch's AdamW of one parameter, if its kernel can: x <- (1 - r d) x - r m' / (sqrt(v') + eps).
 
@@ -50,7 +50,7 @@ def step_adamw(
         gradient: in bf16 or fp32.
         state: torch's state of the master, in place; without moments, nothing is done, since torch makes them.
         group: torch's options: lr, betas, eps, weight_decay.
-        scale: factor of the gradient.
+        scale: [] factor of the gradient; it is not read for tensors on an accelerator, which would wait for it.
 
     Returns:
         Whether the step was taken: on a CPU, of dense tensors with moments, where `fused` asks for it and no other
@@ -60,16 +60,19 @@ def step_adamw(
         return False
     moments = cast("list[Tensor]", [state["exp_avg"], state["exp_avg_sq"]])
     tensors = [weight, rest, gradient, *moments]
-    if any(x.device.type != "cpu" or not x.is_contiguous() or is_fake(x) for x in tensors):
+    if any(x.device.type != "cpu" or not x.is_contiguous() for x in tensors):
         return False
     if [x.dtype for x in (weight, rest, *moments)] != [torch.bfloat16, torch.int16, torch.float32, torch.float32]:
         return False
     if gradient.dtype not in (torch.bfloat16, torch.float32) or (library := _library()) is None:
         return False
     steps = cast(Tensor, state["step"]).add_(1)
+    if is_fake(weight):
+        return True
     (beta1, beta2), count = map(float, group["betas"]), float(steps)
+    corrections = 1 - beta1**count, 1 - beta2**count
     options = _Options(
-        float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], 1 - beta1**count, 1 - beta2**count, scale
+        float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], *corrections, float(scale)
     )
     step = library.adamw_bf16 if gradient.dtype == torch.bfloat16 else library.adamw_fp32
     step(*(x.data_ptr() for x in tensors), weight.numel(), options)

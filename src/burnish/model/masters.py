@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from burnish.errors import CheckFailed
 from burnish.kernels.adamw import step_adamw
 from burnish.model.huge_pages import on_huge_pages
+from burnish.model.traced import device_type
 
 __all__ = ["MasterWeights", "average_gradients", "over_masters"]
 
@@ -339,10 +340,9 @@ class MasterWeights(torch.optim.Optimizer):
         """Update the masters from their gradients and round them into the parameters."""
         if closure is not None:
             raise ValueError("closure: optimizers that re-evaluate the loss cannot run over masters; use one without.")
-        scale = float(self._scale)
         for groups in self._chunks():
             for group in groups:
-                group["params"] = [handle for handle in group["params"] if not self._stepped(handle, group, scale)]
+                group["params"] = [handle for handle in group["params"] if not self._stepped(handle, group)]
             chosen = [self._masters[handle] for group in groups for handle in group["params"]]
             if not chosen:
                 continue
@@ -356,14 +356,14 @@ class MasterWeights(torch.optim.Optimizer):
         self._scale = torch.ones(())
         return None
 
-    def _stepped(self, handle: torch.nn.Parameter, group: dict[str, Any], scale: float) -> bool:
+    def _stepped(self, handle: torch.nn.Parameter, group: dict[str, Any]) -> bool:
         """Update one master in one pass, where a kernel does what the inner optimizer would."""
         master = self._masters[handle]
         rest, gradient = master.rest, master.gradient
-        if type(self.inner) is not torch.optim.AdamW or rest is None or gradient is None:
+        if type(self.inner) is not torch.optim.AdamW or rest is None or gradient is None or device_type(rest) != "cpu":
             return False
         state = self.inner.state.get(handle, {})
-        if not step_adamw(master.parameter.data, rest, gradient, state=state, group=group, scale=scale):
+        if not step_adamw(master.parameter.data, rest, gradient, state=state, group=group, scale=self._scale):
             return False
         master.forget_gradient()
         return True

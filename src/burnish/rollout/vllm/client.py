@@ -52,6 +52,10 @@ class Deadlines:
     slow_factor: float = 5.0
 
 
+_IDLE_SECONDS = 2.0
+"""Age of an unused connection after which a new one is made: vLLM closes them after 5 seconds, at times just now."""
+
+
 def _http() -> Any:
     try:
         import httpx2
@@ -108,7 +112,7 @@ class ServerClient:
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, deadline: float) -> str:
         http = _http()
         if self._client is None:
-            limits = http.Limits(max_connections=None, max_keepalive_connections=32)
+            limits = http.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=_IDLE_SECONDS)
             # The environment's proxies are for the internet; a server of rollouts is near.
             self._client = http.AsyncClient(limits=limits, timeout=None, trust_env=False)
         token = self._token or token_of(self.url)
