@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -280,29 +281,38 @@ def versions_of(
 
 def test_a_connection_that_the_server_may_be_closing_is_not_used_again() -> None:
     """vLLM closes idle connections after 5 seconds: a request on its way then would count as a lost server."""
-    connections: list[int] = []
+    connections: list[Any] = []
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.append(1)
-        while await reader.readline():
-            while (await reader.readline()).strip():
-                pass
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-        writer.close()
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
 
-    async def ask() -> None:
-        server = await asyncio.start_server(answer, "127.0.0.1", 0)
-        client = ServerClient(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, DEADLINES)
-        await client.get("/health")
-        await client.get("/health")
-        assert len(connections) == 1
-        await asyncio.sleep(3.0)
-        await client.get("/health")
-        assert len(connections) == 2
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.client_address)
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *words: Any) -> None:
+            """Print nothing."""
+
+    async def ask(port: int) -> None:
+        client = ServerClient(f"http://127.0.0.1:{port}", None, DEADLINES)
+        for seconds, expected in ((0.0, 1), (0.0, 1), (3.0, 2)):
+            await asyncio.sleep(seconds)
+            await client.get("/health")
+            assert len(connections) == expected
         await client.close()
-        server.close()
 
-    asyncio.run(ask())
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        asyncio.run(ask(server.server_port))
+        server.shutdown()
+        thread.join()
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
