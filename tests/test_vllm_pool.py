@@ -310,9 +310,11 @@ def test_a_connection_that_the_server_may_be_closing_is_not_used_again() -> None
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        asyncio.run(ask(server.server_port))
-        server.shutdown()
-        thread.join()
+        try:
+            asyncio.run(ask(server.server_port))
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize("with_adapters", [False, True])
