@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from burnish.model.attention import AttentionCall, SlidingWindow
+from burnish.model.traced import standing_for
 from burnish.rollout import cache
 from burnish.rollout.cache import CacheLayout, PromptSpan
 from test_attention_kernels import kernel, make_call
@@ -101,3 +103,11 @@ def test_what_the_kernel_cannot_do_is_left_to_torch(fields: dict[str, Any], call
     found, _ = prefill(call, SHARED)
     assert not calls
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("device", "by_kernel"), [("cpu", True), ("cuda", False)])
+def test_a_traced_prefill_runs_what_its_device_would(device: str, by_kernel: bool, calls: list[int]) -> None:
+    with FakeTensorMode(), standing_for(device):
+        found, _ = prefill(make_call(104), SHARED)
+    assert len(calls) == by_kernel
+    assert found.shape == (1, 104, 6, 64)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
+from burnish.training import process_memory
 from burnish.training.process_memory import held_memory, release_memory
 
 CPU = torch.device("cpu")
@@ -50,3 +52,19 @@ def test_what_a_cycle_held_returns_to_the_system() -> None:
     assert after.now - before.now < 0.2 * MANY * 2**20
     assert after.peak > 0.99 * during.now, "pages are counted in batches"
     assert keeps.sum() == 2**15
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such file")
+@pytest.mark.parametrize("text", ["VmRSS:\t 5 kB\n", None])
+def test_a_system_that_does_not_say_all_of_it(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, file = held_memory(CPU), tmp_path / "status"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(process_memory, "_STATUS", file)
+    found = held_memory(CPU)
+    assert said is not None
+    assert found is not None
+    assert found.now is None
+    assert found.peak >= 0.99 * said.peak

@@ -340,12 +340,11 @@ class MasterWeights(torch.optim.Optimizer):
         """Update the masters from their gradients and round them into the parameters."""
         if closure is not None:
             raise ValueError("closure: optimizers that re-evaluate the loss cannot run over masters; use one without.")
+        for group in self.param_groups:
+            for handle in group["params"]:
+                self._step_in_one_pass(handle, group)
         for groups in self._chunks():
-            for group in groups:
-                group["params"] = [handle for handle in group["params"] if not self._stepped(handle, group)]
             chosen = [self._masters[handle] for group in groups for handle in group["params"]]
-            if not chosen:
-                continue
             for master in chosen:
                 master.begin_step(self._scale)
             self.inner.param_groups = groups
@@ -356,17 +355,15 @@ class MasterWeights(torch.optim.Optimizer):
         self._scale = torch.ones(())
         return None
 
-    def _stepped(self, handle: torch.nn.Parameter, group: dict[str, Any]) -> bool:
-        """Update one master in one pass, where a kernel does what the inner optimizer would."""
+    def _step_in_one_pass(self, handle: torch.nn.Parameter, group: dict[str, Any]) -> None:
+        """Update a master and drop its gradient, where a kernel does what the inner optimizer would."""
         master = self._masters[handle]
         rest, gradient = master.rest, master.gradient
         if type(self.inner) is not torch.optim.AdamW or rest is None or gradient is None or device_type(rest) != "cpu":
-            return False
+            return
         state = self.inner.state.get(handle, {})
-        if not step_adamw(master.parameter.data, rest, gradient, state=state, group=group, scale=self._scale):
-            return False
-        master.forget_gradient()
-        return True
+        if step_adamw(master.parameter.data, rest, gradient, state=state, group=group, scale=self._scale):
+            master.forget_gradient()
 
     def _chunks(self) -> Iterator[list[dict[str, Any]]]:
         """Yield groups of the parameters to update at once: all where the optimizer may use several together."""

@@ -280,7 +280,8 @@ class CacheLayout:
         self.peak_bytes = max(self.peak_bytes, sum(layer.num_bytes for layer in self._layers.values()))
 
     def _attend_prompts(self, call: AttentionCall, layer: _LayerCache) -> Tensor:
-        by_kernel = self._table is not None and call.is_plain and attends_rows(call.query, call.key, call.value)
+        fits = call.is_plain and device_type(call.query) == "cpu" and attends_rows(call.query, call.key, call.value)
+        by_kernel = fits and self._table is not None
         outputs: list[Tensor] = []
         for span in self._spans:
             part = slice(span.start, span.start + span.length)

@@ -13,6 +13,7 @@ import torch
 
 __all__ = ["HeldMemory", "held_memory", "release_memory", "return_freed_blocks"]
 
+_STATUS = Path("/proc/self/status")
 _M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
 
@@ -35,14 +36,16 @@ def held_memory(device: torch.device) -> HeldMemory | None:
         return HeldMemory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
         # getrusage would begin with the peak of the process that started this one.
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        lines = _STATUS.read_text(encoding="utf-8").splitlines() if _STATUS.is_file() else []
         sizes = {name: size for name, _, size in (line.partition(":") for line in lines)}
-        return HeldMemory(*(int(sizes[name].removesuffix("kB")) * 1024 for name in ("VmRSS", "VmHWM")))
+        if {"VmRSS", "VmHWM"} <= sizes.keys():  # some sandboxes lack the second
+            return HeldMemory(*(int(sizes[name].removesuffix("kB")) * 1024 for name in ("VmRSS", "VmHWM")))
     if sys.platform == "win32":
         return None  # it has no module resource
     import resource
 
-    return HeldMemory(None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return HeldMemory(None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def release_memory() -> None:

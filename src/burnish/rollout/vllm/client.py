@@ -53,7 +53,7 @@ class Deadlines:
 
 
 _IDLE_SECONDS = 2.0
-"""Age of an unused connection after which a new one is made: vLLM closes them after 5 seconds, at times just now."""
+"""Seconds that an unused connection is kept: vLLM closes it after 5, and a request that meets a closing one fails."""
 
 
 def _http() -> Any:
